@@ -1,0 +1,2858 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["replicate==2.0.0b4"]
+# ///
+"""An OpenAI-compatible server in front of Replicate, in one file.
+
+    python proxy.py --demo               see it work, with no account anywhere
+    python proxy.py                      serve, as .env and the environment say
+    proxy.make_server(settings)          the same, inside another program
+
+Data flows down the page and calls go up it: a call is checked, put into the
+terms of its model, run, and told again in OpenAI's terms.
+
+    client                                                     Replicate
+      |  call      body            input                           ^
+      +---> Server ---> Parameters ---> Inputs ---> Upstream ------+
+      |                                                |
+      |  bytes     chunks, or one object               | events
+      +<--- Server <--- Replies <----------------------+
+
+Each section uses only names from those above it.
+
+    Errors      what a client is told went wrong
+    Settings    what the operator chooses, read once from the environment
+    Catalogue   which models there are, read from models.json
+    Parameters  what a client may ask: one row per parameter
+    Families    how each kind of model is asked: one row per family
+    Inputs      a call in the terms of its model
+    Events      what a prediction is seen to do, and what shapes its text
+    Streams     server-sent events as Replicate sends them
+    Replicate   its API, and nothing but this section knows its library
+    Upstream    predictions, each followed to its end or cancelled
+    Replies     events told as OpenAI objects, whole or in chunks
+    Endpoints   one row per path, one function per OpenAI operation
+    HTTP        requests as they come over a socket, read strictly
+    Server      connections, and calls answered on them
+    Main        the program
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import shlex
+import signal
+import socket
+import ssl
+import string
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from base64 import b64encode
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractContextManager,
+    closing,
+    contextmanager,
+    suppress,
+)
+from dataclasses import dataclass, field, fields, replace
+from email.utils import formatdate
+from functools import partial
+from hmac import compare_digest
+from http.server import ThreadingHTTPServer
+from math import isfinite
+from pathlib import Path
+from socketserver import StreamRequestHandler, TCPServer
+from typing import Any, NamedTuple
+from urllib.parse import SplitResult, unquote, urlsplit
+
+try:
+    import httpx
+    from replicate import (
+        APIStatusError,
+        DefaultHttpxClient,
+        Replicate,
+        ReplicateError,
+    )
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit(
+        f"{missing}. Install what the proxy needs:  pip install -r requirements.txt"
+    ) from None
+
+__version__ = "1.0.0"
+
+HERE = Path(__file__).resolve().parent
+log = logging.getLogger("proxy")
+
+Json = dict[str, Any]
+
+
+# == Errors ====================================================================
+#
+# Whoever finds something wrong raises an APIError, with the remedy in its
+# message. Nothing else may reach a client (openai-contract.md 7).
+
+RETRY = {"x-should-retry": "true"}
+NO_RETRY = {"x-should-retry": "false"}  # OpenAI's SDKs obey it, at any status
+
+ERROR_TYPES: dict[str | int | None, str] = {
+    "insufficient_quota": "insufficient_quota",
+    "rate_limit_exceeded": "requests",
+    413: "server_error",
+}
+
+
+class APIError(Exception):
+    """An OpenAI error object that can be raised; `headers` go with its status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> Json:
+        by_range = "invalid_request_error" if self.status < 500 else "server_error"
+        by_status = ERROR_TYPES.get(self.status, by_range)
+        error = {"message": str(self), "type": ERROR_TYPES.get(self.code, by_status)}
+        return {"error": {**error, "param": self.param, "code": self.code}}
+
+
+def require(
+    condition: object,
+    message: str,
+    *,
+    code: str | None = None,
+    param: str | None = None,
+) -> None:
+    if not condition:
+        raise APIError(400, message, code=code, param=param)
+
+
+def as_api_error(error: Exception) -> APIError:
+    """Make any exception tellable; one of ours is logged and described no further."""
+    if isinstance(error, APIError):
+        return error
+    log.error("internal error", exc_info=error)
+    return APIError(
+        500,
+        "The proxy failed to handle this call; its log says more.",
+        code="internal_error",
+        headers=NO_RETRY,
+    )
+
+
+# == Settings ==================================================================
+#
+# Nothing else reads the environment. To add one: a field here, with its range
+# if it is a number, and its line in .env.example.
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+PLACEHOLDER = re.compile(r"(r8_)?(your|changeme|change-me|xxx)|<.*>", re.IGNORECASE)
+ENV_LINE = re.compile(
+    r"""\s*(?:export\s+)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=
+        (?:\s*'(?P<literal>[^']*)'\s*(?:\#.*)?
+         | \s*"(?P<quoted>(?:[^"\\]|\\.)*)"\s*(?:\#.*)?
+         | (?P<plain>.*?)(?:\s+\#.*)?\s*)""",
+    re.VERBOSE,
+)
+ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
+
+
+class ConfigError(ValueError):
+    """Why the program can't start: one clear sentence per problem."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Settings:
+    replicate_api_token: str = field(default="", repr=False)
+    proxy_api_key: str = field(default="", repr=False)
+    host: str = "127.0.0.1"
+    port: int = field(default=3000, metadata={"range": (0, 65535)})
+    models_path: str = str(HERE / "models.json")
+    replicate_base_url: str = "https://api.replicate.com/v1"
+    # 5 s to 24 h is what Replicate takes in Cancel-After (replicate-api.md 1.3).
+    prediction_timeout: int = field(default=600, metadata={"range": (5, 86400)})
+    max_body_bytes: int = field(default=25 * 2**20, metadata={"range": (1, 2**31)})
+    log_level: str = "INFO"
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """Raise ConfigError for numbers that are none; `check` finds the rest."""
+        given: Json = {}
+        problems = []
+        for row in fields(cls):
+            text = environ.get(row.name.upper(), "").strip()
+            if text and row.metadata and not re.fullmatch(r"\d{1,12}", text):
+                problems.append(f"{row.name.upper()} must be a number, not {text!r}.")
+            elif text:
+                given[row.name] = int(text) if row.metadata else text
+        if problems:
+            raise ConfigError(*problems)
+        return cls(**given)
+
+    @property
+    def api_keys(self) -> list[str]:
+        return [key.strip() for key in self.proxy_api_key.split(",") if key.strip()]
+
+    def check(self) -> None:
+        """Raise ConfigError if a server can't be made of these."""
+        problems = [*self.secret_problems(), *self.range_problems()]
+        if self.log_level.upper() not in LOG_LEVELS:
+            problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
+        if urlsplit(self.replicate_base_url).scheme not in ("http", "https"):
+            problems.append("REPLICATE_BASE_URL must begin with https:// or http://.")
+        if problems:
+            raise ConfigError(*problems)
+
+    def secret_problems(self) -> Iterator[str]:
+        remedies = {
+            "REPLICATE_API_TOKEN": "Get one at https://replicate.com/account/api-tokens",
+            "PROXY_API_KEY": "Make one with: openssl rand -hex 32",
+        }
+        values = {name: getattr(self, name.lower()).strip() for name in remedies}
+        for name, remedy in remedies.items():
+            if fault := secret_fault(values[name]):
+                yield f"{name} {fault}. {remedy} and put it into .env."
+
+    def range_problems(self) -> Iterator[str]:
+        for row in fields(self):
+            low, high = row.metadata.get("range", (0, 0))
+            if row.metadata and not low <= getattr(self, row.name) <= high:
+                yield f"{row.name.upper()} must be a number from {low} to {high}."
+
+
+class Patience(NamedTuple):
+    """How long we wait for what, in seconds: for those who embed or test a server."""
+
+    connect: float = 5
+    create: float = 30  # for Replicate to answer a create, a GET or a cancel
+    wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
+    stream: float = 60  # without a byte on an event stream
+    poll: float = 1  # between looks at a prediction that does not stream …
+    poll_most: float = 5  # … and at the most
+    settle: float = 0.05  # between looks at one whose stream has said `done`
+    blind: float = 30  # of looks that fail, before a prediction counts as lost
+    grace: float = 10  # beyond the deadline, for Replicate to end it by itself
+    idle: float = 75  # for the next call on a connection
+    request: float = 60  # for all of a request to arrive
+    write: float = 30  # for a client to take what it is sent
+
+
+def secret_fault(value: str) -> str:
+    if not value:
+        return "is missing"
+    if PLACEHOLDER.match(value):
+        return "is still the placeholder"
+    return (
+        "" if re.fullmatch(r"[!-~]+", value) else "has a character no header can carry"
+    )
+
+
+def read_env_file(text: str) -> dict[str, str]:
+    """Read KEY=value lines as shells and Docker do: export, quotes and comments."""
+    values = {}
+    for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if not (match := ENV_LINE.fullmatch(line)):
+            raise ConfigError(
+                f"Line {number} of the env file is not of the form KEY=value."
+            )
+        literal, quoted, plain = match.group("literal", "quoted", "plain")
+        if quoted is not None:
+            plain = re.sub(r"\\(.)", lambda m: ESCAPES.get(m[1], m[1]), quoted)
+        values[match["name"]] = literal if literal is not None else plain.strip()
+    return values
+
+
+# == Catalogue =================================================================
+#
+# models.json says which model a name stands for. It is read again when it has
+# changed. To add a model: a row in models.json. To add a key: a row in CONFIG.
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+REF = re.compile(rf"(?:deployments/)?{NAME}/{NAME}|{NAME}/{NAME}:{NAME}|[0-9a-f]{{64}}")
+
+
+class ModelConfig(NamedTuple):
+    max_tokens: int | None = None
+    temperature_range: tuple[float, float] | None = None
+    supports_streaming: bool = True
+    family: str | None = None
+    input: Json = {}
+
+
+@dataclass(frozen=True)
+class Model:
+    id: str  # what the client calls it
+    ref: str  # what Replicate calls it: owner/name, owner/name:version …
+    config: ModelConfig = ModelConfig()
+    is_default: bool = False
+
+    @property
+    def owner_and_name(self) -> str:
+        return self.ref.removeprefix("deployments/").partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    mappings: Mapping[str, str]
+    default_model: str | None
+    configs: Mapping[str, ModelConfig]
+    created: int = 0  # when the file was last written: Unix seconds
+
+    def model(self, id: str, ref: str, *, is_default: bool = False) -> Model:
+        return Model(id, ref, self.configs.get(ref, ModelConfig()), is_default)
+
+
+def is_number(value: Any, low: float = float("-inf")) -> bool:
+    return isinstance(value, (int, float)) and value is not True and value >= low
+
+
+def is_range(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(map(is_number, value))
+        and value[0] <= value[1]
+    )
+
+
+CONFIG: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+    "temperature_range": (is_range, "two numbers, the lower one first"),
+    "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
+    "family": (lambda v: isinstance(v, str), "the name of a family"),
+    "input": (lambda v: isinstance(v, dict), "an object"),
+}
+
+
+def read_catalogue(text: str, families: Iterable[str], created: int = 0) -> Catalogue:
+    """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    try:
+        root = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"it is not JSON: {error}") from None
+    expect(isinstance(root, dict), "$", "an object")
+    known = {"mappings", "default_model", "model_configs"}
+    for key in root.keys() - known:
+        expect(key.startswith("_"), f"$.{key}", f"one of {', '.join(sorted(known))}")
+    default = root.get("default_model")
+    mappings = read_object(root, "mappings")
+    for path, ref in [*mappings.items(), *([("", default)] if default else [])]:
+        where = f'$.mappings["{path}"]' if path else "$.default_model"
+        expect(isinstance(ref, str) and REF.fullmatch(ref), where, "owner/name")
+    configs = read_object(root, "model_configs")
+    read = {ref: read_config(ref, row, set(families)) for ref, row in configs.items()}
+    return Catalogue(mappings, default, read, created)
+
+
+def read_object(root: Json, key: str) -> Json:
+    value = root.get(key, {})
+    expect(isinstance(value, dict), f"$.{key}", "an object")
+    return dict(value)
+
+
+def read_config(ref: str, row: Any, families: set[str]) -> ModelConfig:
+    where = f'$.model_configs["{ref}"]'
+    expect(isinstance(row, dict), where, "an object")
+    row = {key: value for key, value in row.items() if not key.startswith("_")}
+    for key, value in row.items():
+        expect(key in CONFIG, f"{where}.{key}", f"one of {', '.join(CONFIG)}")
+        is_legal, expected = CONFIG[key]
+        expect(is_legal(value), f"{where}.{key}", expected)
+    family = row.get("family")
+    if family:
+        expect(family in families, f"{where}.family", f"one of {', '.join(families)}")
+    return ModelConfig(**row)
+
+
+def expect(condition: object, path: str, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{path}: expected {expected}.")
+
+
+class CatalogueFile:
+    """models.json as it stands: an edit takes effect at once, unless it is wrong."""
+
+    def __init__(self, path: str, families: Iterable[str]) -> None:
+        self.path = Path(path)
+        self.families = list(families)
+        self.lock = threading.Lock()
+        self.stamp = self.look()
+        self.catalogue = self.read()
+
+    def look(self) -> tuple[int, ...]:
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return ()
+        return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+    def read(self) -> Catalogue:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            return read_catalogue(text, self.families, int(self.path.stat().st_mtime))
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            raise ConfigError(f"{self.path} can't be used: {error}") from None
+
+    def current(self) -> Catalogue:
+        stamp = self.look()
+        with self.lock:
+            if stamp != self.stamp:
+                self.stamp = stamp
+                try:
+                    self.catalogue = self.read()
+                    log.info(
+                        "models_path=%s models=%d",
+                        self.path,
+                        len(self.catalogue.mappings),
+                    )
+                except ConfigError as error:
+                    log.error("%s The models read before it stay.", error)
+            return self.catalogue
+
+
+def find_model(catalogue: Catalogue, id: str) -> Model:
+    """Find by mapping, else by the form of a ref, else the default; else raise 404."""
+    if id in catalogue.mappings:
+        return catalogue.model(id, catalogue.mappings[id])
+    if REF.fullmatch(id):
+        return catalogue.model(id, id)
+    if catalogue.default_model:
+        return catalogue.model(id, catalogue.default_model, is_default=True)
+    raise unknown_model(id)
+
+
+def unknown_model(id: str, why: str = "") -> APIError:
+    remedy = (
+        "Use a name that GET /v1/models lists, or a model of Replicate as owner/name."
+    )
+    message = f"The model `{id}` does not exist or you do not have access to it."
+    return APIError(
+        404, " ".join(filter(None, [message, why, remedy])), code="model_not_found"
+    )
+
+
+# == Parameters ================================================================
+#
+# Every parameter that OpenAI documents is in exactly one place: a row here
+# (honoured, or refused with the reason), or IGNORED (harmless to drop). What
+# OpenAI does not document goes to the model if its family names it. null is
+# the same as absent. To add one: a row here, and its name in the families.
+
+
+class Param(NamedTuple):
+    kinds: tuple[type, ...] = ()
+    low: float | None = None  # of a number; of an array, its length
+    high: float | None = None
+    default: Any = None
+    choices: tuple[Any, ...] = ()
+    items: tuple[type, ...] = ()  # what an array is of
+    each: Mapping[str, Param] | None = None  # what the objects in it hold
+    required: bool = False
+    refused: str = ""  # why any value but null and the choices is refused
+
+
+STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dict,)
+NUMBER = (int, float)
+
+KINDS: dict[type, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a decimal",
+    bool: "a boolean",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+VERBOSITIES = ("low", "medium", "high")
+NO_LOGPROBS = "Replicate's models tell no log probabilities."
+NO_TOOLS = "This proxy does not pass tools on."
+ONE_CHOICE = "This proxy makes one choice per call."
+
+STREAM_OPTIONS = {
+    "include_usage": Param(BOOLEAN, default=False),
+    "include_obfuscation": Param(BOOLEAN),
+}
+
+# Shared by chat and text completions. OpenAI's limit of stop strings is 4, but
+# SillyTavern and Continue send more to servers like this (openai-contract.md 2).
+SAMPLING = {
+    "model": Param(STRING),
+    "stream": Param(BOOLEAN, default=False),
+    "stream_options": Param(OBJECT, default={}, each=STREAM_OPTIONS),
+    "temperature": Param(NUMBER, 0, 2),
+    "top_p": Param(NUMBER, 0, 1),
+    "presence_penalty": Param(NUMBER, -2, 2),
+    "frequency_penalty": Param(NUMBER, -2, 2),
+    "max_tokens": Param(INTEGER, 1),
+    "stop": Param((str, list), 0, 64, default=[], items=STRING),
+    "seed": Param(INTEGER, -(2**63), 2**63 - 1),
+    "n": Param(refused=ONE_CHOICE, choices=(1,)),
+    "logit_bias": Param(
+        refused="Token ids mean nothing to Replicate's models.", choices=({},)
+    ),
+    # Not OpenAI's, but sent by many clients to models that have them.
+    "top_k": Param(INTEGER),
+    "min_tokens": Param(INTEGER),
+    "repetition_penalty": Param(NUMBER, 0),
+}
+
+PART = {
+    "type": Param(STRING, required=True, choices=("text",)),
+    "text": Param(STRING, required=True),
+}
+MESSAGE = {
+    "role": Param(
+        STRING, required=True, choices=("developer", "system", "user", "assistant")
+    ),
+    "content": Param((str, list), required=True, items=OBJECT, each=PART),
+    "tool_calls": Param(refused=NO_TOOLS, choices=([],)),
+    "function_call": Param(refused=NO_TOOLS),
+}
+
+CHAT = {
+    **SAMPLING,
+    "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
+    "max_completion_tokens": Param(INTEGER, 1),
+    "reasoning_effort": Param(STRING, choices=EFFORTS),
+    "verbosity": Param(STRING, choices=VERBOSITIES),
+    "logprobs": Param(refused=NO_LOGPROBS, choices=(False,)),
+    "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
+    "tools": Param(refused=NO_TOOLS, choices=([],)),
+    "tool_choice": Param(refused=NO_TOOLS, choices=("none", "auto")),
+    "functions": Param(refused=NO_TOOLS, choices=([],)),
+    "function_call": Param(refused=NO_TOOLS, choices=("none", "auto")),
+    "response_format": Param(
+        refused="This proxy does not see to JSON output.", choices=({"type": "text"},)
+    ),
+    "modalities": Param(
+        refused="Replicate's language models answer in text.", choices=(["text"],)
+    ),
+    "audio": Param(refused="Replicate's language models answer in text."),
+    "web_search_options": Param(refused="Replicate's language models don't search."),
+}
+
+COMPLETION = {
+    **SAMPLING,
+    "prompt": Param((str, list), 1, 128, default="<|endoftext|>", items=STRING),
+    "max_tokens": Param(INTEGER, 1, default=16),
+    "echo": Param(BOOLEAN, default=False),
+    "suffix": Param(
+        refused="Replicate's models don't fill in the middle.", choices=("",)
+    ),
+    "logprobs": Param(refused=NO_LOGPROBS),
+    "best_of": Param(refused=ONE_CHOICE, choices=(1,)),
+}
+
+IGNORED = frozenset(
+    (
+        "user",
+        "safety_identifier",
+        "store",
+        "metadata",
+        "service_tier",
+        "prediction",
+        "moderation",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    )
+)
+
+
+def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
+    """Fill in every parameter of the table; raise 400 for the first wrong one."""
+    given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
+    checked = {
+        name: check_param(path + name, given.get(name), param)
+        for name, param in params.items()
+    }
+    return {**given, **checked}
+
+
+def check_param(path: str, value: Any, param: Param) -> Any:
+    if value is None:
+        missing = f"Missing required parameter: '{path}'."
+        require(
+            not param.required, missing, code="missing_required_parameter", param=path
+        )
+        return param.default
+    if param.refused:
+        check_refused(path, value, param)
+        return param.default
+    check_kind(path, value, param.kinds)
+    if param.choices:
+        check_choice(path, value, param.choices)
+    if isinstance(value, NUMBER):
+        check_number(path, value, param)
+    if isinstance(value, list):
+        check_array(path, value, param)
+    return check_inside(path, value, param.each) if param.each else value
+
+
+def check_inside(path: str, value: Any, each: Mapping[str, Param]) -> Any:
+    if isinstance(value, list):
+        return [check(v, each, f"{path}[{i}].") for i, v in enumerate(value)]
+    return check(value, each, f"{path}.") if isinstance(value, dict) else value
+
+
+def check_refused(path: str, value: Any, param: Param) -> None:
+    message = f"Unsupported parameter: '{path}' is not supported here. {param.refused}"
+    asks_for_nothing = any(type(value) is type(c) and value == c for c in param.choices)
+    require(asks_for_nothing, message, code="unsupported_parameter", param=path)
+
+
+def check_kind(path: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if type(value) in kinds:
+        return
+    names = [KINDS[kind] for kind in kinds if (kind, kinds) != (int, NUMBER)]
+    expected = f"one of {' or '.join(names)}" if len(names) > 1 else names[0]
+    got = f"expected {expected}, but got {KINDS[type(value)]} instead."
+    message = f"Invalid type for '{path}': {got}"
+    raise APIError(400, message, code="invalid_type", param=path)
+
+
+def check_choice(path: str, value: str, choices: Sequence[str]) -> None:
+    *some, last = [f"'{choice}'" for choice in choices]
+    listed = f"{', '.join(some)}, and {last}" if some else last
+    message = f"Invalid value: '{value}'. Supported values are: {listed}."
+    require(value in choices, message, code="invalid_value", param=path)
+
+
+def check_number(path: str, value: float, param: Param) -> None:
+    noun = "integer" if param.kinds == INTEGER else "decimal"
+    for side, short, sign, bound, beyond in (
+        ("below minimum", "below_min", ">=", param.low, float.__lt__),
+        ("above maximum", "above_max", "<=", param.high, float.__gt__),
+    ):
+        if bound is not None and beyond(float(value), float(bound)):
+            expected = f"Expected a value {sign} {bound}, but got {value} instead."
+            message = f"Invalid '{path}': {noun} {side} value. {expected}"
+            raise APIError(400, message, code=f"{noun}_{short}_value", param=path)
+
+
+def check_array(path: str, value: list[Any], param: Param) -> None:
+    low, high = param.low or 0, param.high or float("inf")
+    empty = (
+        f"Invalid '{path}': empty array. Expected an array with minimum length {low}."
+    )
+    require(len(value) >= low, empty, code="empty_array", param=path)
+    expected = (
+        f"Expected an array with maximum length {high}, but got {len(value)} instead."
+    )
+    too_long = f"Invalid '{path}': array too long. {expected}"
+    require(len(value) <= high, too_long, code="array_above_max_length", param=path)
+    for index, item in enumerate(value):
+        check_kind(f"{path}[{index}]", item, param.items or (type(item),))
+
+
+# == Families ==================================================================
+#
+# A family is how a kind of model is asked: how it wants the messages laid out
+# and what it calls each parameter (replicate-api.md 5.1). The map is an
+# allow-list: what it leaves out is not sent. To add a family: a row, and a
+# layout if none fits; the first row whose pattern matches owner/name counts.
+
+Messages = list[Json]
+
+
+class Field(NamedTuple):
+    """One input of a model: its name, and what it may be."""
+
+    name: str
+    low: float | None = None
+    high: float | None = None
+    default: Any = None  # sent when nobody named a value
+    choices: tuple[str, ...] = ()
+    joined: str = ""  # a list goes as one string, with this between
+
+
+class Family(NamedTuple):
+    pattern: str
+    lay_out: Callable[[Messages, str], Json]  # messages, system field -> input
+    system: str  # the input, or role, for system text; "": on top of the prompt
+    fields: Mapping[str, Field]
+    raw: Json = {}  # what makes the model take a prompt as it is
+
+
+def text_of(content: str | list[Json]) -> str:
+    """The text of a message; its parts (openai-contract.md 2) follow without a gap."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
+
+
+def split_system(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
+    """Part the system's text from the turns, each a role and a text."""
+    turns = [(message["role"], text_of(message["content"])) for message in messages]
+    told = [text for role, text in turns if role in ("system", "developer")]
+    said = [turn for turn in turns if turn[0] in ("user", "assistant")]
+    if not said:  # a lone instruction is a question too
+        return "", [("user", "\n\n".join(told))]
+    return "\n\n".join(told), said
+
+
+def with_system(told: str, prompt: str, system: str) -> Json:
+    if told and system:
+        return {system: told, "prompt": prompt}
+    return {"prompt": f"{told}\n\n{prompt}" if told else prompt}
+
+
+def lay_out_transcript(messages: Messages, system: str) -> Json:
+    """A conversation as a play is written; one lone question stays as it is."""
+    told, turns = split_system(messages)
+    labels = {"user": "User", "assistant": "Assistant"}
+    lines = [f"{labels[role]}: {text}" for role, text in turns]
+    if turns[-1][0] == "user":
+        lines.append("Assistant:")
+    lone = len(turns) == 1 and turns[0][0] == "user"
+    return with_system(told, turns[0][1] if lone else "\n\n".join(lines), system)
+
+
+def lay_out_llama_2(messages: Messages, system: str) -> Json:
+    """Turns as Replicate's page for llama-2-70b-chat gives them: it wraps the rest."""
+    told, turns = split_system(messages)
+    wrapped = [f"[INST] {text} [/INST]" if r == "user" else text for r, text in turns]
+    lone = len(turns) == 1 and turns[0][0] == "user"
+    return with_system(told, turns[0][1] if lone else "\n".join(wrapped), system)
+
+
+def lay_out_headers(
+    start: str, end: str, stop: str, messages: Messages, _: str
+) -> Json:
+    """Meta's template, written out: prompt_template "{prompt}" sends it untouched."""
+    told, turns = split_system(messages)
+    if told:
+        turns.insert(0, ("system", told))
+    parts = [f"{start}{role}{end}\n\n{text}{stop}" for role, text in turns]
+    if turns[-1][0] == "assistant":
+        parts[-1] = parts[-1].removesuffix(stop)
+    else:
+        parts.append(f"{start}assistant{end}\n\n")
+    return {"prompt": "<|begin_of_text|>" + "".join(parts), **AS_IT_IS}
+
+
+lay_out_llama_3 = partial(
+    lay_out_headers, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+)
+lay_out_llama_4 = partial(
+    lay_out_headers, "<|header_start|>", "<|header_end|>", "<|eot|>"
+)
+
+
+def lay_out_messages(messages: Messages, system: str) -> Json:
+    """The model takes messages: they are only brought to the roles that all know."""
+    names = {"developer": system, "system": system}
+    return {
+        "messages": [
+            {"role": names.get(m["role"], m["role"]), "content": text_of(m["content"])}
+            for m in messages
+        ]
+    }
+
+
+def lay_out_items(messages: Messages, system: str) -> Json:
+    told, turns = split_system(messages)
+    items = [{"role": role, "content": text} for role, text in turns]
+    return {"input_item_list": items, **({system: told} if told else {})}
+
+
+# Where a model's own default is short (128 to 2,048 tokens), an answer would
+# break off in the middle for programs that name no limit: ask for more.
+LONG = 4096
+AS_IT_IS = {"prompt_template": "{prompt}"}
+
+
+def same(*names: str) -> dict[str, Field]:
+    """Parameters that a family calls what OpenAI calls them."""
+    return {name: Field(name) for name in names}
+
+
+def limit(
+    name: str, low: int = 1, high: int | None = None, default: Any = LONG
+) -> dict[str, Field]:
+    return {"max_tokens": Field(name, low, high, default)}
+
+
+COMMA_STOP = {"stop": Field("stop_sequences", joined=",")}
+PENALTIES = same("presence_penalty", "frequency_penalty")
+LLAMA = {
+    **same("temperature", "top_p", "top_k", "min_tokens"),
+    **PENALTIES,
+    **limit("max_tokens"),
+    **COMMA_STOP,
+}
+LLAMA_2 = {
+    "temperature": Field("temperature", 0.01, 5),
+    **same("top_p", "top_k", "seed", "repetition_penalty"),
+    "min_tokens": Field("min_new_tokens"),
+    **limit("max_new_tokens"),
+    **COMMA_STOP,
+}
+GRANITE = {
+    **same("temperature", "top_p", "top_k", "min_tokens", "seed", "stop"),
+    **PENALTIES,
+    **limit("max_completion_tokens"),
+}
+OPEN = {**same("temperature", "top_p"), **PENALTIES, **limit("max_tokens")}
+GPT_LIMIT = limit("max_completion_tokens", default=None)
+GPT_4 = {**same("temperature", "top_p"), **PENALTIES, **GPT_LIMIT}
+
+
+def effort(*choices: str, name: str = "reasoning_effort") -> dict[str, Field]:
+    return {"reasoning_effort": Field(name, choices=choices)}
+
+
+O_SERIES = {**GPT_LIMIT, **effort("low", "medium", "high")}
+GPT_5 = {**GPT_LIMIT, **same("verbosity"), **effort("minimal", "low", "medium", "high")}
+GPT_51 = {**GPT_5, **effort("none", "low", "medium", "high")}
+GPT_52 = {**GPT_5, **effort("none", "low", "medium", "high", "xhigh")}
+GPT_5_PRO = {**GPT_LIMIT, **same("verbosity")}
+GEMINI = {
+    "temperature": Field("temperature", 0, 2),
+    **same("top_p"),
+    **limit("max_output_tokens", 1, 65535, default=None),
+}
+GEMINI_3 = {**GEMINI, **effort("low", "high", name="thinking_level")}
+GEMINI_31 = {**GEMINI, **effort("low", "medium", "high", name="thinking_level")}
+STRUCTURED = {**GPT_5, **limit("max_output_tokens", default=None)}
+
+FAMILIES = {
+    "llama-2": Family(
+        r"meta/llama-2-.*-chat", lay_out_llama_2, "system_prompt", LLAMA_2
+    ),
+    "llama-3": Family(
+        r"meta/meta-llama-3.*-instruct", lay_out_llama_3, "", LLAMA, AS_IT_IS
+    ),
+    "llama-4": Family(
+        r"meta/llama-4-.*-instruct", lay_out_llama_4, "", LLAMA, AS_IT_IS
+    ),
+    "gpt-5-structured": Family(
+        r"openai/gpt-5-structured", lay_out_items, "instructions", STRUCTURED
+    ),
+    "o1-mini": Family(r"openai/o1-mini", lay_out_messages, "user", GPT_LIMIT),
+    "o-series": Family(r"openai/o\d.*", lay_out_messages, "system", O_SERIES),
+    "gpt-5-pro": Family(r"openai/gpt-5-pro", lay_out_messages, "system", GPT_5_PRO),
+    "gpt-5.1": Family(r"openai/gpt-5\.1.*", lay_out_messages, "system", GPT_51),
+    "gpt-5.2": Family(r"openai/gpt-5\.\d.*", lay_out_messages, "system", GPT_52),
+    "gpt-5": Family(r"openai/gpt-5.*", lay_out_messages, "system", GPT_5),
+    "open": Family(
+        r"deepseek-ai/.*|openai/gpt-oss-.*|xai/grok-.*|qwen/.*|moonshotai/.*",
+        lay_out_transcript,
+        "",
+        OPEN,
+    ),
+    "gpt-4": Family(r"openai/gpt-4.*", lay_out_messages, "system", GPT_4),
+    "claude-3.5": Family(
+        r"anthropic/claude-(3\.5-|4\.5-haiku).*",
+        lay_out_transcript,
+        "system_prompt",
+        limit("max_tokens", 1, 8192, default=None),
+    ),
+    "claude": Family(
+        r"anthropic/.*",
+        lay_out_transcript,
+        "system_prompt",
+        limit("max_tokens", 1024, 64000, default=None),
+    ),
+    "gemini-3.1": Family(
+        r"google/gemini-3\.1.*", lay_out_transcript, "system_instruction", GEMINI_31
+    ),
+    "gemini-3": Family(
+        r"google/gemini-3.*", lay_out_transcript, "system_instruction", GEMINI_3
+    ),
+    "gemini": Family(
+        r"google/gemini-.*", lay_out_transcript, "system_instruction", GEMINI
+    ),
+    "granite": Family(
+        r"ibm-granite/granite-3\.[012]-.*", lay_out_transcript, "system_prompt", LLAMA
+    ),
+    "granite-messages": Family(
+        r"ibm-granite/granite-(3\.[3-9]|[4-9]).*", lay_out_messages, "system", GRANITE
+    ),
+    "mistral": Family(r"mistralai/.*", lay_out_transcript, "", LLAMA_2),
+}
+PLAIN = Family("", lay_out_transcript, "", {})
+
+
+def find_family(model: Model) -> Family:
+    if model.config.family:
+        return FAMILIES[model.config.family]
+    matching = (
+        family
+        for family in FAMILIES.values()
+        if re.fullmatch(family.pattern, model.owner_and_name)
+    )
+    return next(matching, PLAIN)
+
+
+# == Inputs ====================================================================
+#
+# A call in the terms of its model: what Replicate is given, and what must be
+# known of it to tell its answer.
+
+
+class Order(NamedTuple):
+    """What Replicate is to run."""
+
+    model: Model
+    input: Json
+    names: Mapping[str, str]  # Replicate's name of an input -> OpenAI's
+    prompt: str  # the text in it, to estimate tokens by
+    limit: int | None  # of tokens, as it was sent
+    cut: int | None  # of tokens, where the client's limit is below the model's least
+
+
+def chat_order(body: Json, model: Model) -> Order:
+    family = find_family(model)
+    prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
+    laid_out = family.lay_out(body["messages"], family.system)
+    return order(body, model, family, laid_out, prompt)
+
+
+def completion_order(body: Json, model: Model, prompt: str) -> Order:
+    family = find_family(model)
+    return order(body, model, family, {"prompt": prompt, **family.raw}, prompt)
+
+
+def order(
+    body: Json, model: Model, family: Family, laid_out: Json, prompt: str
+) -> Order:
+    asked = tame(body, model.config)
+    input = {**laid_out, **fit_all(asked, family.fields), **model.config.input}
+    names = {field.name: name for name, field in family.fields.items()}
+    limit = next(
+        (input.get(name) for name in names if names[name] == "max_tokens"), None
+    )
+    short = asked["max_tokens"] and limit and asked["max_tokens"] < limit
+    return Order(
+        model, input, names, prompt, limit, asked["max_tokens"] if short else None
+    )
+
+
+def tame(body: Json, config: ModelConfig) -> Json:
+    """The parameters after the operator's word on them in models.json."""
+    limits = [
+        body.get("max_completion_tokens") or body["max_tokens"],
+        config.max_tokens,
+    ]
+    temperature = body["temperature"]
+    if config.temperature_range and temperature is not None:
+        temperature = clamp(temperature, *config.temperature_range)
+    limit = min(filter(None, limits), default=None)
+    return {**body, "max_tokens": limit, "temperature": temperature}
+
+
+def fit_all(asked: Json, fields: Mapping[str, Field]) -> Json:
+    sent = {}
+    for name, wanted in fields.items():
+        value = wanted.default if asked.get(name) is None else asked[name]
+        if (fitted := fit(value, wanted)) not in (None, "", []):
+            sent[wanted.name] = fitted
+    return sent
+
+
+def fit(value: Any, field: Field) -> Any:
+    """Bring a value to what the model takes: its bounds, its words, one string."""
+    if value in (None, []):
+        return None
+    if field.choices:
+        scale = EFFORTS.index
+        return min(field.choices, key=lambda choice: abs(scale(choice) - scale(value)))
+    if field.joined:  # a stop string that holds the separator can't be sent
+        return field.joined.join(item for item in value if field.joined not in item)
+    return clamp(value, field.low, field.high) if isinstance(value, NUMBER) else value
+
+
+def clamp(value: Any, low: float | None, high: float | None) -> Any:
+    raised = value if low is None else max(value, low)
+    return raised if high is None else min(raised, high)
+
+
+# == Events ====================================================================
+#
+# The narrow waist: one Started, any number of Texts, then one Done; or it is
+# cut short by an APIError. Upstream makes events and Replies tells them. What
+# shapes an answer in between is a function from events to events; it closes
+# the events it reads when it is closed, as that is what cancels a prediction.
+
+
+class Usage(NamedTuple):
+    """Tokens, None where Replicate did not count them."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    reasoning_tokens: int = 0
+    is_estimate: bool = False
+
+
+@dataclass(frozen=True)
+class Started:
+    prediction: str  # its id
+    ref: str  # what it runs on
+
+
+@dataclass(frozen=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True)
+class Done:
+    finish_reason: str
+    usage: Usage = Usage()
+
+
+CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
+Event = Started | Text | Done
+Events = Generator[Event, None, None]
+
+
+def stop_at(events: Events, stops: Sequence[str]) -> Events:
+    """End before the first stop string that is completed, however it is cut up."""
+    held = ""
+    with closing(events):
+        for event in events:
+            if isinstance(event, Text):
+                held += event.text
+                end = first_stop(held, stops)
+                safe = len(held) - overhang(held, stops) if end is None else end
+                if safe:
+                    yield Text(held[:safe])
+                held = held[safe:]
+                if end is not None:
+                    yield Done("stop")
+                    return
+            else:
+                if held and isinstance(event, Done):
+                    yield Text(held)
+                yield event
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the stop string begins that is complete before the others."""
+    found = [(text.find(stop) + len(stop), stop) for stop in stops if stop in text]
+    if not found:
+        return None
+    return min(end - len(stop) for end, stop in found if end == min(found)[0])
+
+
+def overhang(text: str, stops: Sequence[str]) -> int:
+    """How much of the end of the text may be the beginning of a stop string."""
+    lengths = range(min(max(map(len, stops), default=0) - 1, len(text)), 0, -1)
+    return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stops)), 0)
+
+
+def cut_after(events: Events, tokens: int) -> Events:
+    """End after so many tokens, by estimate: for models that refuse so low a limit."""
+    room = tokens * CHARACTERS_PER_TOKEN
+    with closing(events):
+        for event in events:
+            if isinstance(event, Text) and len(event.text) > room:
+                yield Text(event.text[:room])
+                yield Done("length")
+                return
+            room -= len(event.text) if isinstance(event, Text) else 0
+            yield event
+
+
+def echo(events: Events, prompt: str) -> Events:
+    """Say the prompt before the answer."""
+    with closing(events):
+        for event in events:
+            yield event
+            if isinstance(event, Started):
+                yield Text(prompt)
+
+
+def account(events: Events, prompt: str, limit: int | None) -> Events:
+    """Complete the usage by estimate, and say `length` where the limit was reached."""
+    said = 0
+    with closing(events):
+        for event in events:
+            if isinstance(event, Text):
+                said += len(event.text)
+            if isinstance(event, Done):
+                told = event.usage.completion_tokens
+                reached = limit is not None and told is not None and told >= limit
+                usage = complete(event.usage, len(prompt), said)
+                event = Done("length" if reached else event.finish_reason, usage)
+            yield event
+
+
+def complete(usage: Usage, prompt: int, said: int) -> Usage:
+    """Estimate what Replicate did not count."""
+    asked, answered = usage.prompt_tokens, usage.completion_tokens
+    return Usage(
+        -(-prompt // CHARACTERS_PER_TOKEN) if asked is None else asked,
+        -(-said // CHARACTERS_PER_TOKEN) if answered is None else answered,
+        usage.reasoning_tokens,
+        is_estimate=asked is None or answered is None,
+    )
+
+
+# == Streams ===================================================================
+#
+# Replicate's event streams, read with http.client: this is where a proxy spends
+# its time, token by token, and httpx takes twice as much of it (performance.md).
+# A stream read to its end leaves its connection for the next one.
+
+TIMED_OUT = b":408"  # a comment that ends a stream without an end
+
+
+class ServerSent(NamedTuple):
+    event: str
+    data: str
+
+
+def server_sent(pieces: Iterable[bytes]) -> Iterator[ServerSent]:
+    """Decode an event stream (replicate-api.md 2.3), however it is cut into pieces."""
+    event, data = "", []
+    for line in split_lines(pieces):
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            data.append(value.removeprefix(b" "))
+        elif name == b"event":
+            event = value.removeprefix(b" ").decode("utf-8", "replace")
+        elif not line and (data or event):
+            yield ServerSent(event, b"\n".join(data).decode("utf-8", "replace"))
+            event, data = "", []
+        elif line.startswith(TIMED_OUT):
+            return
+
+
+def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines end in LF, CRLF or CR and, unlike those of a str, in nothing else."""
+    rest, after_cr = b"", False
+    for piece in pieces:
+        fresh = piece[1:] if after_cr and piece.startswith(b"\n") else piece
+        *lines, rest = (rest + fresh + b".").splitlines()
+        rest, after_cr = rest[:-1], piece.endswith(b"\r")
+        yield from lines
+
+
+class StreamBroken(Exception):
+    """A stream ended before its end."""
+
+
+class StreamRefused(Exception):
+    """A stream could not be had at all."""
+
+
+Answer = tuple[http.client.HTTPConnection, http.client.HTTPResponse]
+
+
+class Connections:
+    """Idle connections to the hosts that stream: the last used is taken first."""
+
+    def __init__(self, timeout: float, keep: float = 60) -> None:
+        self.timeout = timeout  # seconds without a byte
+        self.keep = keep  # seconds that a connection may be idle
+        self.idle: dict[str, deque[tuple[float, http.client.HTTPConnection]]]
+        self.idle = defaultdict(deque)
+        self.tls = ssl.create_default_context()
+
+    @contextmanager
+    def get(self, url: str, headers: dict[str, str]) -> Iterator[Iterator[bytes]]:
+        """Read a stream in pieces. Raise StreamRefused now or StreamBroken later."""
+        origin = urlsplit(url)
+        connection, response = self.ask(origin, headers)
+        try:
+            kind = response.getheader("content-type", "")
+            if response.status != 200 or not kind.startswith("text/event-stream"):
+                raise StreamRefused(f"status {response.status}, type {kind!r}")
+            yield read_pieces(response)
+        finally:
+            self.put_back(origin, connection, response)
+
+    def ask(self, url: SplitResult, headers: dict[str, str]) -> Answer:
+        """Ask on an idle connection if there is one that lives, else on a new one."""
+        if connection := self.take(url):
+            with suppress(OSError, http.client.HTTPException):
+                return ask(connection, url, headers)
+        try:
+            return ask(self.connect(url), url, headers)
+        except (OSError, http.client.HTTPException) as error:
+            raise StreamRefused(repr(error)) from error
+
+    def take(self, url: SplitResult) -> http.client.HTTPConnection | None:
+        idle = self.idle[url.netloc]
+        while idle:
+            with suppress(IndexError):  # another thread was faster
+                since, connection = idle.pop()
+                if time.monotonic() - since < self.keep:
+                    return connection
+                connection.close()
+        return None
+
+    def put_back(
+        self,
+        url: SplitResult,
+        connection: http.client.HTTPConnection,
+        response: http.client.HTTPResponse,
+    ) -> None:
+        """Keep the connection if the stream's last bytes are here already."""
+        with suppress(OSError, http.client.HTTPException, ValueError):
+            if connection.sock and not response.isclosed():
+                connection.sock.settimeout(0.001)
+                response.read1()
+            if connection.sock and response.isclosed():
+                connection.sock.settimeout(self.timeout)
+                self.idle[url.netloc].append((time.monotonic(), connection))
+                return
+        connection.close()
+
+    def connect(self, url: SplitResult) -> http.client.HTTPConnection:
+        """Through HTTPS_PROXY where the environment names one, as the SDK does."""
+        host, port = url.hostname or "", url.port
+        if url.scheme == "http":
+            return http.client.HTTPConnection(host, port, timeout=self.timeout)
+        proxy = urlsplit(urllib.request.getproxies().get("https", ""))
+        if not proxy.hostname or urllib.request.proxy_bypass(host):
+            return http.client.HTTPSConnection(
+                host, port, timeout=self.timeout, context=self.tls
+            )
+        tunnel = http.client.HTTPSConnection(
+            proxy.hostname, proxy.port, timeout=self.timeout, context=self.tls
+        )
+        tunnel.set_tunnel(host, port, headers=proxy_authorization(proxy))
+        return tunnel
+
+
+def ask(
+    connection: http.client.HTTPConnection, url: SplitResult, headers: dict[str, str]
+) -> Answer:
+    target = url._replace(scheme="", netloc="", fragment="").geturl()
+    try:
+        connection.request("GET", target or "/", headers=headers)
+        return connection, connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+
+
+def read_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    try:
+        while piece := response.read1(65536):
+            yield piece
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise StreamBroken(repr(error)) from error
+
+
+def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
+    if not proxy.username:
+        return {}
+    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
+
+
+# == Replicate =================================================================
+#
+# Replicate's API through its library, of which nothing else here knows, with
+# what it refuses in the client's terms. To add a refusal: a row in REFUSALS.
+
+TRUSTED_HOST = re.compile(r"(.+\.)?replicate\.(com|net|delivery)")
+UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
+class Refusal(NamedTuple):
+    status: int
+    code: str
+    message: str
+    headers: Mapping[str, str] = {}
+
+
+OUR_TOKEN = Refusal(
+    502,
+    "upstream_authentication",
+    "Replicate did not accept the proxy's token. Put a valid REPLICATE_API_TOKEN from "
+    "https://replicate.com/account/api-tokens into .env and start the proxy again.",
+    NO_RETRY,
+)
+UNAVAILABLE = Refusal(502, "upstream_unavailable", "Replicate could not run this.")
+REFUSALS = {
+    401: OUR_TOKEN,
+    403: OUR_TOKEN,
+    402: Refusal(
+        429,
+        "insufficient_quota",
+        "The proxy's Replicate account is out of credit. Its owner can add some at "
+        "https://replicate.com/account/billing.",
+        NO_RETRY,
+    ),
+    404: Refusal(404, "model_not_found", "Replicate does not know this model."),
+    413: Refusal(413, "invalid_value", "This is larger than Replicate takes."),
+    422: Refusal(400, "invalid_value", "The model refused an input."),
+    429: Refusal(429, "rate_limit_exceeded", "Replicate's rate limit is reached."),
+}
+
+WAITS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
+
+
+class ReplicateAPI:
+    """The SDK to create, look and cancel, and connections to stream from."""
+
+    def __init__(self, settings: Settings, patience: Patience) -> None:
+        self.token = settings.replicate_api_token.strip()
+        self.base = urlsplit(settings.replicate_base_url.rstrip("/"))
+        self.time_limit = settings.prediction_timeout
+        self.patience = patience
+        # It would repeat a create: a second bill (replicate-api.md 4.1). Few idle
+        # connections, as httpx's pool is quadratic in them (performance.md).
+        limits = httpx.Limits(
+            max_connections=None, max_keepalive_connections=10, keepalive_expiry=60
+        )
+        self.client = Replicate(
+            bearer_token=self.token,
+            base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
+            max_retries=0,
+            timeout=httpx.Timeout(patience.create, connect=patience.connect),
+            http_client=DefaultHttpxClient(limits=limits),
+        )
+        self.streams = Connections(patience.stream)
+        self.versions: dict[str, str] = {}  # of community models: owner/name -> id
+
+    def close(self) -> None:
+        self.client.close()
+
+    def create(self, order: Order, wait: bool) -> Json:
+        """A create that was refused is sent again, with a community model's version."""
+        ref = order.model.ref
+        try:
+            return self.post(order, self.versions.get(ref, ref), wait)
+        except APIError as error:
+            if error.code != "model_not_found" or not (
+                version := self.find_version(ref)
+            ):
+                raise
+        self.versions[ref] = version
+        return self.post(order, version, wait)
+
+    def post(self, order: Order, ref: str, wait: bool) -> Json:
+        options: Json = {"input": order.input, "cancel_after": f"{self.time_limit}s"}
+        if wait:
+            options["prefer"] = f"wait={self.patience.wait}"
+        create: Callable[..., Any]
+        if ref.startswith("deployments/"):
+            _, options["deployment_owner"], options["deployment_name"] = ref.split("/")
+            create = self.client.deployments.predictions.with_raw_response.create
+        else:
+            options["version"] = ref
+            create = self.client.predictions.with_raw_response.create
+        with self.failures_told(order):
+            return read_object_of(create(**options), needs="id")
+
+    def find_version(self, ref: str) -> str | None:
+        """The newest version of a community model, or None if it is none."""
+        owner, _, name = ref.partition("/")
+        if not re.fullmatch(NAME, name) or ref in self.versions:
+            return None
+        with suppress(APIError), self.failures_told():
+            found = self.client.models.with_raw_response.get(
+                model_owner=owner, model_name=name
+            )
+            version = read_object_of(found).get("latest_version") or {}
+            return version.get("id")
+        return None
+
+    def look(self, id: str) -> Json:
+        with self.failures_told():
+            answer = self.client.predictions.with_raw_response.get(prediction_id=id)
+            return read_object_of(answer)
+
+    def cancel(self, id: str) -> None:
+        with self.failures_told():
+            self.client.predictions.with_raw_response.cancel(prediction_id=id)
+
+    def account(self) -> Json:
+        with self.failures_told():
+            return read_object_of(self.client.account.with_raw_response.get())
+
+    def open_stream(self, url: str) -> AbstractContextManager[Iterator[bytes]]:
+        headers = {
+            "Authorization": f"Bearer {self.token}",
+            "Accept": "text/event-stream",
+            "Cache-Control": "no-store",
+        }
+        return self.streams.get(url, headers)
+
+    def may_stream_from(self, url: str) -> bool:
+        """The token goes to Replicate's hosts alone, whatever an answer says."""
+        host = urlsplit(url).hostname or ""
+        return host == self.base.hostname or bool(TRUSTED_HOST.fullmatch(host))
+
+    @contextmanager
+    def failures_told(self, order: Order | None = None) -> Iterator[None]:
+        """Turn what the SDK raises into the client's terms (design: errors)."""
+        try:
+            yield
+        except APIStatusError as error:
+            raise refusal(error, order, self.token) from None
+        except (ReplicateError, httpx.HTTPError, NoObject) as error:
+            if isinstance(error.__cause__, UNSENT):
+                message = "Replicate can't be reached from the proxy. Try again later."
+                raise APIError(502, message, code="upstream_unavailable") from None
+            raise APIError(
+                504,
+                "Replicate gave no answer that can be understood. It may be running "
+                "this all the same, so trying again may cost twice.",
+                code="upstream_unavailable",
+                headers=NO_RETRY,
+            ) from error
+
+
+class NoObject(ValueError):
+    """A 2xx answer that is not a JSON object: a failure of Replicate's."""
+
+
+def read_object_of(answer: Any, needs: str = "") -> Json:
+    try:
+        body = answer.json()
+    except ValueError as error:
+        raise NoObject(str(error)) from error
+    if not isinstance(body, dict) or (needs and not body.get(needs)):
+        raise NoObject(f"no object with {needs!r} in it")
+    return body
+
+
+def refusal(error: APIStatusError, order: Order | None, secret: str) -> APIError:
+    status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+    detail = str(body.get("detail") or body.get("title") or "").strip()
+    invalid = body.get("invalid_fields")
+    if status == 422 and not invalid and "version" in f"{body.get('title')} {detail}":
+        status = 404
+    row = REFUSALS.get(status, UNAVAILABLE)
+    headers = dict(row.headers)
+    if status == 429 and (seconds := retry_after(error, body, detail)):
+        headers["retry-after"] = seconds
+    said = (
+        f" Replicate says: {detail}" if detail else f" Replicate's status was {status}."
+    )
+    return APIError(
+        row.status,
+        row.message + said.replace(secret, "…"),
+        code=row.code,
+        param=invalid_param(invalid, order) if status == 422 else None,
+        headers=headers,
+    )
+
+
+def invalid_param(invalid: Any, order: Order | None) -> str | None:
+    """OpenAI's name of the first input that Replicate refused."""
+    with suppress(LookupError, TypeError, AttributeError):
+        name = str(invalid[0]["field"]).removeprefix("input.")
+        return order.names.get(name, name) if order else name
+    return None
+
+
+def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
+    """Seconds to wait, wherever they are told (replicate-api.md 3.1)."""
+    headers = error.response.headers
+    words = next((m[1] for m in (re.search(w, detail) for w in WAITS) if m), None)
+    told = (
+        headers.get("retry-after"),
+        body.get("retry_after"),
+        words,
+        headers.get("ratelimit-reset"),
+    )
+    return next((str(t) for t in told if re.fullmatch(r"\d{1,6}", str(t))), None)
+
+
+# == Upstream ==================================================================
+#
+# Predictions, each followed to its end or cancelled. To add a way for one to
+# fail: a row in FAILURES.
+
+TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
+
+# By the text of a failed prediction's error (replicate-api.md 3.2), first match.
+FAILURES = (
+    (
+        r"\(E003\)|\(E004\)|\(code: PA\)|\(E98\d\d\)",
+        Refusal(
+            503, "upstream_unavailable", "Replicate could not run this now.", RETRY
+        ),
+    ),
+    (
+        r"\(E005\)|(?i:nsfw)",
+        Refusal(400, "content_policy_violation", "The model refused this content."),
+    ),
+    (
+        r"(?i)context (length|window|size)|\btoo long\b|too many tokens",
+        Refusal(400, "context_length_exceeded", "This is too long for the model."),
+    ),
+    (r"", Refusal(502, "prediction_failed", "The prediction failed.", NO_RETRY)),
+)
+COUNTS = {
+    "prompt_tokens": r"Input token count: (\d+)",
+    "completion_tokens": r"Output token count: (\d+)",
+    "reasoning_tokens": r"Reasoning tokens: (\d+)",
+}
+TEXT_KEYS = {"text", "output", "content"}  # of an output that is an object
+METRICS = {
+    "prompt_tokens": "input_token_count",
+    "completion_tokens": "output_token_count",
+}
+
+
+class Upstream:
+    """Replicate as a source of events."""
+
+    def __init__(self, api: ReplicateAPI, patience: Patience) -> None:
+        self.api = api
+        self.patience = patience
+
+    def run(self, order: Order, *, wait: bool) -> Events:
+        """Create a prediction and tell what it does; `wait` if all of it is wanted."""
+        prediction = Prediction(self, order, self.api.create(order, wait), waited=wait)
+        try:
+            yield Started(prediction.id, order.model.ref)
+            yield from prediction.texts()
+            yield prediction.end()
+        finally:
+            prediction.cancel()
+
+
+class Prediction:
+    """A prediction that is followed: how it was last seen, and what was told of it."""
+
+    def __init__(
+        self, upstream: Upstream, order: Order, seen: Json, *, waited: bool
+    ) -> None:
+        self.api = upstream.api
+        self.patience = upstream.patience
+        self.order = order
+        self.id = str(seen["id"])
+        self.seen = seen
+        self.seen_at = time.monotonic()
+        self.deadline = self.seen_at + upstream.api.time_limit + self.patience.grace
+        self.told: list[str] = []
+        self.is_late = waited  # to its stream, which may have begun without us
+        self.said_done = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.seen.get("status") in TERMINAL
+
+    @property
+    def has_time(self) -> bool:
+        return time.monotonic() < self.deadline
+
+    @property
+    def output(self) -> str:
+        return output_text(self.seen.get("output"))
+
+    @property
+    def stream_url(self) -> str:
+        """Where it streams text; "" if it does not, or not where the token may go."""
+        url = str((self.seen.get("urls") or {}).get("stream") or "")
+        is_text = "/v1/files/" not in url  # which is a file's bytes
+        streams = self.order.model.config.supports_streaming
+        return url if streams and is_text and self.api.may_stream_from(url) else ""
+
+    def texts(self) -> Iterator[Text]:
+        """Tell its output as it comes, by its stream or by looks, until it is over."""
+        patience = self.patience
+        while self.stream_url and not self.is_over and self.has_time:
+            if not (yield from self.listen()):
+                break
+            self.is_late = True
+            time.sleep(patience.poll)
+        pause = patience.settle if self.said_done else patience.poll
+        while not self.is_over and self.has_time:
+            yield from self.rest()
+            time.sleep(pause)
+            pause = min(pause * 1.5, patience.poll_most)
+            self.look()
+        yield from self.rest(at_end=True)
+
+    def listen(self) -> Generator[Text, None, bool]:
+        """Tell what its stream says, then look; True if it is worth opening again."""
+        worth = True
+        try:
+            with self.api.open_stream(self.stream_url) as pieces:
+                for event, data in server_sent(pieces):
+                    if event == "done":
+                        worth = False
+                        self.hear_done(data)
+                        self.look()  # while the stream's last bytes arrive
+                        return False
+                    if event == "output" and data:
+                        if not self.fits(data):
+                            return False
+                        self.told.append(data)
+                        yield Text(data)
+                    if not self.has_time:
+                        break
+        except StreamRefused as error:
+            worth = False
+            log.info("prediction=%s is polled: %s", self.id, error)
+        except StreamBroken as error:
+            log.info("prediction=%s broken stream: %s", self.id, error)
+        self.look()
+        return worth and not self.output
+
+    def hear_done(self, data: str) -> None:
+        """Its record may lag behind its stream, but not for long."""
+        if "reason" not in data:
+            self.said_done = True
+            self.deadline = time.monotonic() + self.patience.grace
+
+    def fits(self, data: str) -> bool:
+        """Whether a stream opened late says what the output has at this place.
+
+        Replicate seems to replay a stream from its start, but says so nowhere
+        (replicate-api.md 2.3): what does not fit is dropped, and looks go on.
+        """
+        if self.is_late and not self.told:
+            self.look()
+        at = sum(map(len, self.told)) if self.is_late else 0
+        known = self.output[at : at + len(data)] if self.is_late else ""
+        self.is_late = bool(known)
+        return data.startswith(known)
+
+    def look(self) -> None:
+        """See how it stands. A look that fails does no harm unless all do, for long."""
+        try:
+            self.seen = self.api.look(self.id)
+            self.seen_at = time.monotonic()
+        except APIError as error:
+            log.info("prediction=%s can't be seen: %s", self.id, error)
+            if time.monotonic() - self.seen_at > self.patience.blind:
+                message = f"Replicate tells nothing of the prediction any more: {error}"
+                raise APIError(
+                    502, message, code="upstream_unavailable", headers=NO_RETRY
+                ) from None
+
+    def rest(self, *, at_end: bool = False) -> Iterator[Text]:
+        """Tell what of its output was not told yet."""
+        if at_end or self.order.model.config.supports_streaming:
+            new = remainder(self.output, "".join(self.told))
+            if new:
+                self.told.append(new)
+                yield Text(new)
+
+    def end(self) -> Done:
+        """Tell the end. Raise APIError if it is not a good one."""
+        status = self.seen.get("status")
+        if status == "failed":
+            raise failure(str(self.seen.get("error") or ""), self.api.token)
+        lost = self.seen.get("data_removed") and not self.told
+        if lost or not (status == "succeeded" or self.said_done):
+            raise APIError(
+                504,
+                "Replicate ended the prediction before it had finished. The most that "
+                f"the proxy allows one is {self.api.time_limit} s "
+                "(PREDICTION_TIMEOUT).",
+                code="prediction_timeout",
+                headers=NO_RETRY,
+            )
+        return Done("stop", read_usage(self.seen))
+
+    def cancel(self) -> None:
+        """Stop the bill, if it is not over."""
+        if not self.is_over and not self.said_done:
+            try:
+                self.api.cancel(self.id)
+            except APIError as error:
+                log.warning("prediction=%s can't be cancelled: %s", self.id, error)
+
+
+def remainder(output: str, told: str) -> str:
+    """What follows in the output after what was told of it.
+
+    A carriage return can't travel in an event stream: there it is a line's end.
+    """
+    for text in (output, output.replace("\r\n", "\n").replace("\r", "\n")):
+        if text.startswith(told):
+            return text[len(told) :]
+    return ""
+
+
+def output_text(output: Any) -> str:
+    """The text in an output of any form (replicate-api.md 1.5)."""
+    if output is None or isinstance(output, str):
+        return output or ""
+    if isinstance(output, list):
+        return "".join(map(output_text, output))
+    if isinstance(output, dict) and (named := TEXT_KEYS & output.keys()):
+        return output_text(output[min(named)])
+    return json.dumps(output, ensure_ascii=False)
+
+
+def read_usage(seen: Json) -> Usage:
+    """From the metrics, else from the lines that some models log (1.4)."""
+    metrics, logs = seen.get("metrics") or {}, str(seen.get("logs") or "")
+    logged = {name: re.findall(row, logs) for name, row in COUNTS.items()}
+    counts = {name: int(found[-1]) for name, found in logged.items() if found}
+    for name, key in METRICS.items():
+        if isinstance(metrics.get(key), (int, float)):
+            counts[name] = int(metrics[key])
+    return Usage(
+        counts.get("prompt_tokens"),
+        counts.get("completion_tokens"),
+        counts.get("reasoning_tokens", 0),
+    )
+
+
+def failure(text: str, secret: str) -> APIError:
+    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
+    said = f" The model says: {text}" if text else ""
+    message = row.message + said.replace(secret, "…")
+    return APIError(row.status, message, code=row.code, headers=row.headers)
+
+
+# == Replies ===================================================================
+#
+# An OpenAI object is told by two pure functions: an event's chunks, and the
+# whole. They say the same. Keys stand in the order of the real API's answers
+# (openai-contract.md 3 to 6), with its nulls.
+
+Told = Iterable[tuple[int, Event]]  # each event with the index of its choice
+Chunks = Generator[list[Json], None, None]
+ALPHABET = string.ascii_letters + string.digits
+
+
+class Head(NamedTuple):
+    """What all chunks of a reply share."""
+
+    id: str
+    created: int
+    model: str
+    with_usage: bool  # every chunk then has a place for it
+
+
+class Choice(NamedTuple):
+    text: str
+    finish_reason: str
+
+
+class Form(NamedTuple):
+    """How an operation tells events."""
+
+    prefix: str
+    chunks: Callable[[Event, int, Head], list[Json]]
+    usage_chunk: Callable[[Usage, Head], Json]
+    whole: Callable[[Sequence[Choice], Usage, Head], Json]
+
+
+def random_id(prefix: str, length: int) -> str:
+    return prefix + "".join(secrets.choice(ALPHABET) for _ in range(length))
+
+
+def usage_object(usage: Usage) -> Json:
+    asked, answered = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    return {
+        "prompt_tokens": asked,
+        "completion_tokens": answered,
+        "total_tokens": asked + answered,
+        "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning_tokens,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }
+
+
+def add(usages: Iterable[Usage]) -> Usage:
+    asked, answered, reasoning, estimates = map(sum, zip(*usages, strict=True))
+    return Usage(asked, answered, reasoning, bool(estimates))
+
+
+def chat_chunk(head: Head, choices: list[Json], usage: Json | None = None) -> Json:
+    chunk = {
+        "id": head.id,
+        "object": "chat.completion.chunk",
+        "created": head.created,
+        "model": head.model,
+        "service_tier": "default",
+        "system_fingerprint": None,
+        "choices": choices,
+    }
+    return {**chunk, "usage": usage} if head.with_usage else chunk
+
+
+def chat_choice(index: int, delta: Json, finish_reason: str | None = None) -> Json:
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": None,
+        "finish_reason": finish_reason,
+    }
+
+
+def chat_chunks(event: Event, index: int, head: Head) -> list[Json]:
+    match event:
+        case Started():
+            first = {"role": "assistant", "content": "", "refusal": None}
+            return [chat_chunk(head, [chat_choice(index, first)])]
+        case Text(text):
+            return [chat_chunk(head, [chat_choice(index, {"content": text})])]
+        case Done(finish_reason):
+            return [chat_chunk(head, [chat_choice(index, {}, finish_reason)])]
+
+
+def chat_usage_chunk(usage: Usage, head: Head) -> Json:
+    return chat_chunk(head, [], usage_object(usage))
+
+
+def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json:
+    return {
+        "id": head.id,
+        "object": "chat.completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": [
+            {
+                "index": index,
+                "message": {
+                    "role": "assistant",
+                    "content": choice.text,
+                    "refusal": None,
+                    "annotations": [],
+                },
+                "logprobs": None,
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(choices)
+        ],
+        "usage": usage_object(usage),
+        "service_tier": "default",
+        "system_fingerprint": None,
+    }
+
+
+def text_chunk(head: Head, choices: list[Json], usage: Json | None = None) -> Json:
+    chunk = {
+        "id": head.id,
+        "object": "text_completion",
+        "created": head.created,
+        "choices": choices,
+        "model": head.model,
+    }
+    return {**chunk, "usage": usage} if head.with_usage else chunk
+
+
+def text_choice(index: int, text: str, finish_reason: str | None = None) -> Json:
+    return {
+        "text": text,
+        "index": index,
+        "logprobs": None,
+        "finish_reason": finish_reason,
+    }
+
+
+def text_chunks(event: Event, index: int, head: Head) -> list[Json]:
+    match event:
+        case Started():
+            return []
+        case Text(text):
+            return [text_chunk(head, [text_choice(index, text)])]
+        case Done(finish_reason):
+            return [text_chunk(head, [text_choice(index, "", finish_reason)])]
+
+
+def text_usage_chunk(usage: Usage, head: Head) -> Json:
+    return text_chunk(head, [], usage_object(usage))
+
+
+def text_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json:
+    return {
+        "id": head.id,
+        "object": "text_completion",
+        "created": head.created,
+        "model": head.model,
+        "choices": [text_choice(i, *choice) for i, choice in enumerate(choices)],
+        "usage": usage_object(usage),
+    }
+
+
+CHAT_FORM = Form("chatcmpl-", chat_chunks, chat_usage_chunk, chat_completion)
+TEXT_FORM = Form("cmpl-", text_chunks, text_usage_chunk, text_completion)
+
+
+def tell_in_chunks(told: Told, form: Form, head: Head) -> Chunks:
+    """Tell events as they come."""
+    usages = []
+    for index, event in told:
+        if isinstance(event, Done):
+            usages.append(event.usage)
+        yield form.chunks(event, index, head)
+    if head.with_usage:
+        yield [form.usage_chunk(add(usages), head)]
+
+
+def tell_at_once(told: Told, form: Form, head: Head) -> Json:
+    """Tell events when the last has come."""
+    texts: dict[int, list[str]] = defaultdict(list)
+    ends: dict[int, Done] = {}
+    for index, event in told:
+        if isinstance(event, Text):
+            texts[index].append(event.text)
+        if isinstance(event, Done):
+            ends[index] = event
+    choices = [Choice("".join(texts[i]), ends[i].finish_reason) for i in sorted(ends)]
+    return form.whole(choices, add(end.usage for end in ends.values()), head)
+
+
+def model_object(id: str, ref: str, created: int) -> Json:
+    owner = ref.removeprefix("deployments/").partition("/")[0]
+    return {"id": id, "object": "model", "created": created, "owned_by": owner}
+
+
+# == Endpoints =================================================================
+#
+# One function per OpenAI operation, under OpenAI's name for it, and one row per
+# path. To add one: a row in ENDPOINTS, and its function. `answer` has no socket
+# in it.
+
+
+class Proxy(NamedTuple):
+    """What lasts as long as the server."""
+
+    settings: Settings
+    models: CatalogueFile
+    upstream: Upstream
+
+
+class Call(NamedTuple):
+    """What lasts as long as one call. All but the notes stays as it is."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]  # names in lower case
+    read: Callable[[], bytes]  # the body, when somebody with a key wants it
+    notes: Json  # what the log will say of this call
+
+
+class Reply(NamedTuple):
+    body: Json | Chunks | None
+    status: int = 200
+    headers: Mapping[str, str] = {}
+
+
+def check_health(proxy: Proxy, call: Call) -> Reply:
+    return Reply({"status": "ok", "version": __version__})
+
+
+def list_models(proxy: Proxy, call: Call) -> Reply:
+    catalogue = proxy.models.current()
+    rows = [model_object(*row, catalogue.created) for row in catalogue.mappings.items()]
+    return Reply({"object": "list", "data": rows})
+
+
+def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
+    catalogue = proxy.models.current()
+    model = find_model(replace(catalogue, default_model=None), id)
+    return Reply(model_object(id, model.ref, catalogue.created))
+
+
+def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
+    body = check_body(call, CHAT, model_id)
+    model = find_model(proxy.models.current(), body["model"])
+    return tell(proxy, call, body, [chat_order(body, model)], CHAT_FORM)
+
+
+def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
+    body = check_body(call, COMPLETION, model_id)
+    model = find_model(proxy.models.current(), body["model"])
+    given = body["prompt"]
+    prompts = [given] if isinstance(given, str) else given
+    orders = [completion_order(body, model, prompt) for prompt in prompts]
+    return tell(proxy, call, body, orders, TEXT_FORM)
+
+
+def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
+    body = read_json(call)
+    if model_id:
+        body["model"] = model_id
+    require(body.get("model"), "you must provide a model parameter")
+    call.notes["model"] = str(body["model"])
+    checked = check(body, params)
+    only_streamed = (
+        "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+    )
+    allowed = checked["stream"] or body.get("stream_options") is None
+    require(allowed, only_streamed, param="stream_options")
+    return checked
+
+
+def read_json(call: Call) -> Json:
+    """Numbers that JSON has no word for are refused, though Python would read them."""
+    try:
+        body = json.loads(call.read(), parse_constant=refuse, parse_float=finite)
+    except (ValueError, RecursionError):
+        kind = call.headers.get("content-type", "application/json")
+        if "json" not in kind:
+            raise unsupported_content_type(kind) from None
+        raise APIError(400, NOT_JSON) from None
+    require(isinstance(body, dict), NOT_JSON)
+    return dict(body)
+
+
+NOT_JSON = (
+    "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
+    "object, but what was sent was not valid JSON or no object."
+)
+
+
+def unsupported_content_type(kind: str) -> APIError:
+    return APIError(
+        400,
+        f"Unsupported content type: '{kind}'. This API method only accepts "
+        "'application/json' requests. Please send one with the header "
+        "'Content-Type: application/json'.",
+        code="unsupported_content_type",
+    )
+
+
+def refuse(constant: str) -> float:
+    raise ValueError(constant)
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    return number if isfinite(number) else refuse(text)
+
+
+def tell(
+    proxy: Proxy, call: Call, body: Json, orders: list[Order], form: Form
+) -> Reply:
+    """Tell events as they come if the client asked to stream, else all at once."""
+    head = Head(
+        id=random_id(form.prefix, 29),
+        created=int(time.time()),
+        model=body["model"],
+        with_usage=bool(body["stream_options"].get("include_usage")),
+    )
+    model = orders[0].model
+    call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
+    told = noted(in_turn([shape(proxy, order, body) for order in orders]), call.notes)
+    if body["stream"]:
+        return Reply(tell_in_chunks(told, form, head))
+    with closing(told):
+        return Reply(tell_at_once(told, form, head))
+
+
+def shape(proxy: Proxy, order: Order, body: Json) -> Events:
+    """Run an order, and do to its answer what the model can't."""
+    events = proxy.upstream.run(order, wait=not body["stream"])
+    if order.cut:
+        events = cut_after(events, order.cut)
+    if stops := list(filter(None, body["stop"])):
+        events = stop_at(events, stops)
+    events = account(events, order.prompt, order.limit)
+    return echo(events, order.prompt) if body.get("echo") else events
+
+
+def in_turn(runs: Sequence[Events]) -> Generator[tuple[int, Event], None, None]:
+    """Run one after another, each the choice of that index."""
+    for index, events in enumerate(runs):
+        with closing(events):
+            for event in events:
+                yield index, event
+
+
+def noted(
+    told: Generator[tuple[int, Event], None, None], notes: Json
+) -> Generator[tuple[int, Event], None, None]:
+    """Note down for the log what passes by."""
+    with closing(told):
+        for index, event in told:
+            match event:
+                case Started(prediction):
+                    notes["predictions"].append(prediction)
+                case Text():
+                    notes.setdefault("first_text_at", time.monotonic())
+                case Done(_, usage):
+                    notes["usages"].append(usage)
+            yield index, event
+
+
+class Endpoint(NamedTuple):
+    method: str
+    path: str  # without the /v1 that all of them may have; * is an id
+    operation: Callable[..., Reply]
+    is_open: Callable[[Call], bool] = lambda call: False
+
+
+def always(call: Call) -> bool:
+    return True
+
+
+def without_key(call: Call) -> bool:
+    """Without any key, but not with a wrong one: programs check theirs like this."""
+    return given_key(call) is None
+
+
+ENDPOINTS = [
+    Endpoint("GET", "/health", check_health, is_open=always),
+    Endpoint("GET", "/models", list_models, is_open=without_key),
+    Endpoint("GET", "/models/*", retrieve_model),
+    Endpoint("POST", "/chat/completions", create_chat_completion),
+    Endpoint("POST", "/completions", create_completion),
+    Endpoint("POST", "/engines/*/chat/completions", create_chat_completion),
+    Endpoint("POST", "/engines/*/completions", create_completion),
+]
+
+
+def answer(proxy: Proxy, call: Call) -> Reply:
+    """Raise APIError where the client is at fault, or Replicate, or time."""
+    if call.method == "OPTIONS":
+        return Reply(None, 204, preflight(call))
+    endpoint, ids = find_endpoint(call.method, call.path)
+    if not endpoint.is_open(call):
+        authorize(call, proxy.settings.api_keys)
+    return endpoint.operation(proxy, call, *ids)
+
+
+def find_endpoint(method: str, path: str) -> tuple[Endpoint, list[str]]:
+    """Find by path, with all that clients do to it (openai-contract.md 1.1)."""
+    wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
+    found = [
+        (endpoint, list(match.groups()))
+        for endpoint in ENDPOINTS
+        if (match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted))
+    ]
+    if not found:
+        message = (
+            f"Unknown request URL: {method} {path}. Please check the URL for typos."
+        )
+        raise APIError(404, message, code="unknown_url")
+    for endpoint, ids in found:
+        if endpoint.method == ("GET" if method == "HEAD" else method):
+            return endpoint, ids
+    allowed = ", ".join(endpoint.method for endpoint, _ in found)
+    raise APIError(
+        405,
+        f"Not allowed to {method} on {path}. Only {allowed} requests are accepted.",
+        code="method_not_supported",
+        headers={"allow": allowed},
+    )
+
+
+def authorize(call: Call, keys: Iterable[str]) -> None:
+    given = given_key(call)
+    if given is None:
+        raise APIError(401, NO_KEY)
+    right = [compare_digest(given.encode(), key.encode()) for key in keys]
+    if not any(right):
+        message = (
+            "Incorrect API key provided. It has to be one of the proxy's own keys, "
+        )
+        raise APIError(401, message + WHOSE_KEY, code="invalid_api_key")
+
+
+WHOSE_KEY = (
+    "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
+)
+NO_KEY = (
+    "You didn't provide an API key. You need to provide it in an Authorization header "
+    f"using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are {WHOSE_KEY}"
+)
+
+
+def given_key(call: Call) -> str | None:
+    scheme, _, key = call.headers.get("authorization", "").strip().partition(" ")
+    if scheme:
+        return key.strip() if scheme.lower() == "bearer" else ""
+    return call.headers.get("api-key")
+
+
+CORS = {
+    "access-control-allow-origin": "*",
+    "access-control-expose-headers": "x-request-id, retry-after, openai-processing-ms,"
+    " x-should-retry, x-replicate-prediction-id, x-replicate-model",
+}
+
+
+def preflight(call: Call) -> dict[str, str]:
+    asked = call.headers.get("access-control-request-headers", "")
+    return {
+        "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
+        "access-control-allow-headers": asked or "authorization, content-type",
+        "access-control-max-age": "86400",
+        "vary": "access-control-request-headers",
+    }
+
+
+# == HTTP ======================================================================
+#
+# Requests as they come over a socket. http.server's parser takes bare line
+# feeds, folded lines and two lengths, which let one request hide in another
+# behind a load balancer; this one takes what RFC 9112 allows and nothing else.
+
+MAX_HEAD = 65536
+READ_SIZE = 65536
+SMALL = 65536  # a body that is rather read and forgotten than the connection closed
+REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) HTTP/1\.([01])")
+HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
+ONCE = frozenset(("content-length", "transfer-encoding", "host", "authorization"))
+
+
+class Gone(Exception):
+    """The client has left: nobody is there to be told anything."""
+
+
+class Reading(io.RawIOBase):
+    """What a client sends, with a deadline for all of it and not for each byte."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.deadline = 0.0
+
+    def within(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raise Gone, or 408 after the deadline."""
+        try:
+            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            return self.sock.recv_into(buffer)
+        except TimeoutError:
+            raise bad_request("it came too slowly", 408) from None
+        except OSError as error:
+            raise Gone from error
+
+
+class Request(NamedTuple):
+    method: str
+    target: str
+    minor: int  # of HTTP/1.x
+    headers: dict[str, str]
+
+    @property
+    def keeps_alive(self) -> bool:
+        asked = self.headers.get("connection", "").lower()
+        return self.minor == 1 and "close" not in asked
+
+    @property
+    def path(self) -> str:
+        """Of a target in any of its forms, without the query."""
+        return re.sub(r"^\w+://[^/?]*", "", self.target).partition("?")[0]
+
+
+def bad_request(message: str, status: int = 400) -> APIError:
+    return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
+
+
+def read_head(stream: io.BufferedReader[Reading]) -> list[bytes]:
+    """Read the lines up to the empty one."""
+    lines: list[bytes] = []
+    left = MAX_HEAD
+    while line := stream.readline(left + 1):
+        left -= len(line)
+        if left < 0:
+            raise bad_request(f"its head is larger than {MAX_HEAD} bytes", 431)
+        if not line.endswith(b"\r\n"):
+            raise bad_request("a line of its head does not end in CR LF")
+        if line != b"\r\n":
+            lines.append(line[:-2])
+        elif lines:
+            return lines
+    raise bad_request("its head has no end")
+
+
+def parse_head(lines: Sequence[bytes]) -> Request:
+    first = REQUEST_LINE.fullmatch(lines[0])
+    if not first:
+        raise bad_request("the request line is not METHOD target HTTP/1.1")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        match = HEADER.fullmatch(line)
+        if not match:
+            raise bad_request("a header is not of the form Name: value")
+        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1")
+        if name in headers and name in ONCE:
+            raise bad_request(f"it has two headers {name}")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    method, target = first[1].decode("ascii"), first[2].decode("latin-1")
+    return Request(method, target, int(first[3]), headers)
+
+
+class Body:
+    """The body of a request, which is read when somebody wants it."""
+
+    def __init__(
+        self, request: Request, stream: io.BufferedReader[Reading], limit: int
+    ) -> None:
+        self.stream = stream
+        self.limit = limit
+        self.is_chunked = is_chunked(request)
+        self.length = read_length(request)
+        self.is_read = not self.is_chunked and not self.length
+        self.is_awaited = request.headers.get("expect", "").lower() == "100-continue"
+
+    def read(self) -> bytes:
+        if self.is_chunked:
+            body = b"".join(self.read_chunks())
+        elif self.length is None:
+            raise bad_request("a body needs a Content-Length", 411)
+        elif self.length > self.limit:
+            raise self.too_large(self.length)
+        else:
+            body = self.read_exactly(self.length)
+        self.is_read = True
+        return body
+
+    def read_exactly(self, length: int) -> bytes:
+        data = self.stream.read(length)
+        if len(data) < length:
+            raise bad_request("its body stops early")
+        return data
+
+    def read_chunks(self) -> Iterator[bytes]:
+        total = 0
+        while size := self.read_size():
+            total += size
+            if total > self.limit:
+                raise self.too_large(total)
+            yield self.read_exactly(size)
+            if self.read_exactly(2) != b"\r\n":
+                raise bad_request("a chunk is longer than it says")
+        read_trailers(self.stream)
+
+    def read_size(self) -> int:
+        match = re.fullmatch(
+            rb"([0-9A-Fa-f]{1,8})(;[ -~]*)?\r\n", self.stream.readline(1024)
+        )
+        if not match:
+            raise bad_request("a chunk has no size")
+        return int(match[1], 16)
+
+    def too_large(self, size: int) -> APIError:
+        message = f"Maximum content size limit ({self.limit}) exceeded ({size} bytes)."
+        return APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
+
+    def forget(self) -> bool:
+        """Read what nobody wanted if it is little; else the connection must close."""
+        if (
+            not self.is_read
+            and not self.is_awaited
+            and (self.length or SMALL + 1) <= SMALL
+        ):
+            with suppress(APIError, OSError):
+                self.read()
+        return self.is_read
+
+
+def read_trailers(stream: io.BufferedReader[Reading]) -> None:
+    left = MAX_HEAD
+    while (line := stream.readline(left)) != b"\r\n":
+        left -= len(line)
+        if not line.endswith(b"\r\n") or left <= 0:
+            raise bad_request("its trailers have no end")
+
+
+def read_length(request: Request) -> int | None:
+    length = request.headers.get("content-length")
+    if length is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise bad_request("its Content-Length is not a number")
+    return int(length)
+
+
+def is_chunked(request: Request) -> bool:
+    """Of two ways to tell a body's length, which could differ, neither is taken."""
+    coding = request.headers.get("transfer-encoding")
+    if coding is None:
+        return False
+    if "content-length" in request.headers or request.minor == 0:
+        raise bad_request("its length is told in two ways, or in one it may not use")
+    if coding.lower() != "chunked":
+        raise bad_request("its Transfer-Encoding is not just chunked", 501)
+    return True
+
+
+# == Server ====================================================================
+#
+# Sockets and threads are those of http.server. What it says itself is not: it
+# answers in HTML, and sends a head and its body apart.
+
+DONE_FRAME = b"data: [DONE]\n\n"
+
+
+class Exchange:
+    """One call on a connection, from its first line to its line in the log."""
+
+    def __init__(
+        self, server: Server, reading: Reading, stream: io.BufferedReader[Reading]
+    ) -> None:
+        self.proxy = server.proxy
+        self.patience = server.patience
+        self.reading = reading
+        self.stream = stream
+        self.id = f"req_{secrets.token_hex(16)}"
+        self.began = time.monotonic()
+        self.request = Request("-", "-", 0, {})
+        self.body: Body | None = None
+        self.notes: Json = {"predictions": [], "usages": []}
+        self.status = 0  # once it is sent
+        self.keep = False  # the connection, for another call
+
+    def run(self) -> bool:
+        """Serve one call; say whether the connection can carry another."""
+        try:
+            if not self.is_asked():
+                return False
+            self.serve(read_head(self.stream))
+        except Gone:
+            self.keep = False
+            self.notes["error"] = "client_gone"
+        except Exception as error:
+            with suppress(Gone):
+                self.send_error(as_api_error(error))
+        self.log()
+        return self.keep and self.body is not None and self.body.forget()
+
+    def is_asked(self) -> bool:
+        """Wait for a call; from its first byte on, the client has to hurry."""
+        self.reading.within(self.patience.idle)
+        with suppress(APIError, Gone):
+            if self.stream.peek(1):
+                self.began = time.monotonic()
+                self.reading.within(self.patience.request)
+                return True
+        return False
+
+    def serve(self, lines: Sequence[bytes]) -> None:
+        self.request = request = parse_head(lines)
+        self.body = Body(request, self.stream, self.proxy.settings.max_body_bytes)
+        self.keep = request.keeps_alive
+        call = Call(
+            request.method, request.path, request.headers, self.read_body, self.notes
+        )
+        reply = answer(self.proxy, call)
+        if isinstance(reply.body, Generator):
+            self.send_chunks(reply.body)
+        else:
+            self.send_object(reply.status, reply.body, reply.headers)
+
+    def read_body(self) -> bytes:
+        assert self.body
+        if self.body.is_awaited:
+            self.body.is_awaited = False
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self.body.read()
+
+    def send_object(
+        self, status: int, body: Json | None, headers: Mapping[str, str]
+    ) -> None:
+        data = b"" if body is None else encode(body, indent=2) + b"\n"
+        kind = {"content-type": "application/json"} if data else {}
+        length = {"content-length": str(len(data))} if status != 204 else {}
+        head = self.head(status, {**kind, **length, **headers})
+        self.write(head if self.request.method == "HEAD" else head + data)
+
+    def send_error(self, error: APIError) -> None:
+        self.notes["error"] = error.code or error.status
+        self.send_object(error.status, error.body, error.headers)
+
+    def send_chunks(self, chunks: Chunks) -> None:
+        """Send server-sent events, each as it comes.
+
+        The status line waits until the prediction has said something: until then
+        its failure has a status of its own.
+        """
+        with closing(chunks):
+            first = frames(next(chunks)) + frames(next(chunks))
+            self.write(self.head(200, self.stream_headers()) + self.piece(first))
+            for data in self.tell(chunks):
+                self.write(self.piece(data))
+            self.write(self.piece(b""))
+
+    def tell(self, chunks: Chunks) -> Iterator[bytes]:
+        """Encode chunks; an error, too late for a status, is the last of them."""
+        try:
+            yield from filter(None, map(frames, chunks))
+        except Exception as error:
+            failure = as_api_error(error)
+            self.notes["error"] = failure.code or failure.status
+            yield frame(failure.body)
+        yield DONE_FRAME
+
+    def stream_headers(self) -> dict[str, str]:
+        kind = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",  # or nginx would hold the tokens back
+        }
+        if self.request.minor:
+            return {**kind, "transfer-encoding": "chunked"}
+        return kind
+
+    def piece(self, data: bytes) -> bytes:
+        """A piece of a body of unknown length; an empty one ends it."""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.request.minor else data
+
+    def head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        self.status = status
+        told = {
+            "date": formatdate(usegmt=True),
+            **headers,
+            "x-request-id": self.id,
+            "openai-version": "2020-10-01",
+            "openai-processing-ms": str(self.elapsed_ms()),
+            "x-replicate-model": self.notes.get("ref", ""),
+            "x-replicate-prediction-id": ", ".join(self.notes["predictions"]),
+            **CORS,
+            "connection": "" if self.keep else "close",
+        }
+        lines = [f"{name}: {printable(value)}" for name, value in told.items() if value]
+        reason = http.client.responses.get(status, "")
+        return "\r\n".join([f"HTTP/1.1 {status} {reason}", *lines, "", ""]).encode(
+            "latin-1", "replace"
+        )
+
+    def write(self, data: bytes) -> None:
+        try:
+            self.reading.sock.settimeout(self.patience.write)
+            self.reading.sock.sendall(data)
+        except OSError as error:
+            raise Gone from error
+
+    def elapsed_ms(self) -> int:
+        return round((time.monotonic() - self.began) * 1000)
+
+    def log(self) -> None:
+        """One line per call: nothing of a key, a token or what was said."""
+        notes = self.notes
+        usage = add(notes["usages"]) if notes["usages"] else None
+        first = notes.get("first_text_at")
+        row = {
+            "method": self.request.method,
+            "path": self.request.path,
+            "status": self.status or 499,
+            "model": notes.get("model"),
+            "ref": notes.get("ref"),
+            "prediction": ",".join(notes["predictions"]),
+            "tokens_in": usage and usage.prompt_tokens,
+            "tokens_out": usage and usage.completion_tokens,
+            "estimated": "yes" if usage and usage.is_estimate else None,
+            "first_token_ms": first and round((first - self.began) * 1000),
+            "ms": self.elapsed_ms(),
+            "error": notes.get("error"),
+            "request_id": self.id,
+        }
+        pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
+        log.info("%s", " ".join(pairs))
+
+
+def encode(body: Json, indent: int | None = None) -> bytes:
+    separators = None if indent else (",", ":")
+    text = json.dumps(body, ensure_ascii=False, indent=indent, separators=separators)
+    return text.encode("utf-8", "replace")
+
+
+def frame(chunk: Json) -> bytes:
+    return b"data: " + encode(chunk) + b"\n\n"
+
+
+def frames(chunks: list[Json]) -> bytes:
+    return b"".join(map(frame, chunks))
+
+
+def printable(value: str) -> str:
+    """A header can't carry all that a client may call a model."""
+    return re.sub(r"[^ -~]", "?", value)
+
+
+def quoted(value: Any) -> str:
+    """A value of a key=value line, in quotes where it would not stay one word."""
+    text = str(value)[:200]
+    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
+
+
+class Handler(StreamRequestHandler):
+    """A connection: its calls, one after another. It keeps nothing of any."""
+
+    disable_nagle_algorithm = True  # 44 ms a call (performance.md)
+    server: Server
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            reading = Reading(self.connection)
+            stream = io.BufferedReader(reading, READ_SIZE)
+            while Exchange(self.server, reading, stream).run():
+                pass
+
+
+class Server(ThreadingHTTPServer):
+    """`serve_forever`, `shutdown`, `server_close`, and `url` once it is made."""
+
+    daemon_threads = True
+    request_queue_size = 1024  # 5 left callers without an answer (performance.md)
+
+    def __init__(self, settings: Settings, patience: Patience) -> None:
+        settings.check()
+        models = CatalogueFile(settings.models_path, FAMILIES)
+        self.patience = patience
+        self.api = ReplicateAPI(settings, patience)
+        self.proxy = Proxy(settings, models, Upstream(self.api, patience))
+        if ":" in settings.host:
+            self.address_family = socket.AF_INET6
+        super().__init__((settings.host, settings.port), Handler)
+
+    def server_bind(self) -> None:
+        """As http.server does, but ask no DNS for our own name: that can take 30 s."""
+        TCPServer.server_bind(self)
+        self.server_name = self.proxy.settings.host
+        self.server_port = int(self.server_address[1])
+
+    @property
+    def url(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
+            self.server_name, self.server_name
+        )
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.api.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection failed")
+
+
+def make_server(settings: Settings, patience: Patience | None = None) -> Server:
+    """Raise ConfigError for settings that can't be, OSError for an address in use."""
+    return Server(settings, patience or Patience())
+
+
+# == Main ======================================================================
+#
+# The command line: what it says goes to stdout, what is logged to stderr, and
+# what keeps it from starting is a sentence there and exit code 2.
+
+DESCRIPTION = """\
+An OpenAI-compatible server in front of Replicate's models. Point any OpenAI
+client at it with base_url=http://127.0.0.1:3000/v1 and one of its own keys."""
+EPILOG = """\
+first steps:
+  python proxy.py --demo       see it work: no account, no token, no model
+  cp .env.example .env         then put your Replicate token and a key into it
+  python proxy.py --check      see whether they are right
+  python proxy.py              serve
+
+Settings come from the environment, then from .env beside this file; the flags
+above override both. .env.example lists all of them, models.json the models."""
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--demo", action="store_true", help="serve a stand-in for Replicate's models")
+    add("--host", help="address to serve on (HOST, 127.0.0.1)")
+    add("--port", help="port to serve on (PORT, 3000; 0: any free one)")
+    add("--models", metavar="FILE", help="which models there are (MODELS_PATH)")
+    add("--env-file", metavar="FILE", help="settings to read instead of .env")
+    add("--check", action="store_true", help="say whether the settings work, and exit")
+    add("--reload", action="store_true", help="start again when a file changes")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser.parse_args(arguments)
+
+
+def read_settings(
+    options: argparse.Namespace,
+    environ: Mapping[str, str],
+    override: Mapping[str, str],
+) -> Settings:
+    flags = {"HOST": options.host, "PORT": options.port, "MODELS_PATH": options.models}
+    return Settings.from_environ(
+        {
+            **read_env(options.env_file),
+            **{name: value for name, value in environ.items() if value},
+            **{name: value for name, value in flags.items() if value is not None},
+            **override,
+        }
+    )
+
+
+def read_env(path: str | None) -> dict[str, str]:
+    """Read the file that was named, or .env beside this one if there is one."""
+    file = Path(path) if path else HERE / ".env"
+    if not path and not file.exists():
+        return {}
+    try:
+        return read_env_file(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{file} can't be used: {error}") from None
+
+
+@contextmanager
+def stand_in(demo: bool) -> Iterator[dict[str, str]]:
+    """Play Replicate inside this process; give the settings that lead there."""
+    if not demo:
+        yield {}
+        return
+    try:
+        from fake_replicate import FakeReplicate
+    except ModuleNotFoundError:
+        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.") from None
+    with FakeReplicate(default="demo") as fake:
+        yield {
+            "REPLICATE_API_TOKEN": fake.token,
+            "REPLICATE_BASE_URL": fake.base_url,
+            "PROXY_API_KEY": "demo",
+        }
+
+
+def open_server(settings: Settings) -> Server:
+    try:
+        return make_server(settings)
+    except (OSError, OverflowError) as error:
+        where = f"{settings.host}:{settings.port}"
+        remedy = "Choose another address with --host and --port, or HOST and PORT."
+        raise ConfigError(
+            f"Nothing can be served on {where}: {error}. {remedy}"
+        ) from None
+
+
+def serve(settings: Settings, key: str) -> int:
+    server = open_server(settings)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(
+            number, lambda *_: threading.Thread(target=server.shutdown).start()
+        )
+    models = len(server.proxy.models.current().mappings)
+    print(f"Serving {models} models on {server.url}/v1. Try this:\n")
+    print(f"  {curl_line(server.url, key)}\n", flush=True)
+    server.serve_forever()
+    server.server_close()
+    return 0
+
+
+def curl_line(url: str, key: str) -> str:
+    return (
+        f"curl -N {url}/v1/chat/completions"
+        f' -H "Authorization: Bearer {key}"'
+        " -H 'Content-Type: application/json' -d '"
+        '{"model": "gpt-4o", "stream": true, '
+        '"messages": [{"role": "user", "content": "Hello!"}]}\''
+    )
+
+
+def key_source(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    """A shell's way to the key, so that what is printed works and does not hold it."""
+    if options.demo:
+        return "demo"
+    if environ.get("PROXY_API_KEY"):
+        return "${PROXY_API_KEY%%,*}"
+    file = shlex.quote(str(Path(options.env_file or HERE / ".env").resolve()))
+    return f"$(. {file}; echo ${{PROXY_API_KEY%%,*}})"
+
+
+def check_all(settings: Settings) -> int:
+    """Say what was found of the settings, the models and the token."""
+    settings.check()
+    catalogue = CatalogueFile(settings.models_path, FAMILIES).current()
+    print(f"settings  are right: {settings}")
+    print(f"models    {len(catalogue.mappings)} in {settings.models_path}, ", end="")
+    print(f"and {catalogue.default_model or 'none'} for any other name")
+    with closing(ReplicateAPI(settings, Patience())) as api:
+        try:
+            account = api.account()
+        except APIError as error:
+            raise ConfigError(str(error)) from None
+    print(
+        f"token     works: {account.get('type')} {account.get('username')} of Replicate"
+    )
+    return 0
+
+
+def run_again_and_again(arguments: Sequence[str], watched: Iterable[Path]) -> int:
+    """Run the program as a child, and anew whenever a file has changed."""
+    command = [sys.executable, str(HERE / "proxy.py"), *arguments]
+    while True:
+        before = stamps(watched)
+        with subprocess.Popen(command) as child:
+            try:
+                while stamps(watched) == before:
+                    time.sleep(0.3)
+            except KeyboardInterrupt:
+                return child.wait()
+            print("A file has changed: starting again.", file=sys.stderr)
+            child.terminate()
+
+
+def stamps(files: Iterable[Path]) -> list[float]:
+    return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
+
+
+def log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter(
+            "time=%(asctime)s level=%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"
+        )
+    )
+    log.addHandler(handler)
+    log.setLevel(level.upper())
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse_arguments(arguments)
+    if options.reload:
+        models = Path(options.models or HERE / "models.json")
+        watched = [HERE / "proxy.py", Path(options.env_file or HERE / ".env"), models]
+        rest = [argument for argument in arguments if argument != "--reload"]
+        return run_again_and_again(rest, watched)
+    try:
+        with stand_in(options.demo) as override:
+            settings = read_settings(options, os.environ, override)
+            if options.check:
+                return check_all(settings)
+            settings.check()
+            log_to_stderr(settings.log_level)
+            return serve(settings, key_source(options, os.environ))
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"proxy.py: {problem}", file=sys.stderr)
+        return 1 if options.check else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
