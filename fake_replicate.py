@@ -1,0 +1,1606 @@
+"""Replicate's HTTP API, played over loopback by one file.
+
+    python fake_replicate.py --port 4000    serve, and tell what can be played
+    with FakeReplicate() as fake: ...       the same, inside another program
+
+Point any client of Replicate at `fake.base_url`. No model runs: what happens is
+a scenario, a row of SCENARIOS, and a model whose owner is `fake` chooses it by
+name. `version: "fake/out-of-credit"` is refused for want of credit; every
+other model plays `fake.default`.
+
+    client                                          a scenario, an input
+      |           call                                       |
+      +--> Server ----> Endpoints ---> Account ---> Predictions
+      |           reply                                      |
+      +<-- Server <---- Endpoints <--------------------------+
+      |           frames                                     |
+      +<-- Server <---- (a second port) <--- Wires <---------+
+
+A prediction is a function of its age: creating, waiting, looking it up and
+following its stream all read the same timeline, and none of them drives it.
+
+Each section uses only names from those above it. The facts about Replicate,
+and what is not known of it, are in replicate-api.md, by whose sections the
+comments go.
+
+    Replies      what a request is answered
+    Wires        what may become of a stream between its events and its bytes
+    Texts        what the models say
+    Scenarios    what can happen: one row per case
+    Models       what is told of a model: one row per model
+    Predictions  a scenario, an input and a moment of birth
+    Account      all that exists at this Replicate, and all it has been asked
+    Endpoints    one row per path, one function per operation
+    Server       sockets and HTTP
+    Stand-in     the two servers and their account, as a context manager
+    Main         the program
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import codecs
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import operator
+import os
+import random
+import re
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from http.client import responses
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain, filterfalse, islice
+from typing import Any, NamedTuple, TypeVar
+
+Json = dict[str, Any]
+Found = TypeVar("Found")
+
+FOREVER = 1e6  # seconds; a lock cannot wait much longer on every system
+ALWAYS = sys.maxsize
+
+# == Replies ===================================================================
+# The bodies are those of replicate-api.md 3.1; those of 403 and 409 are not
+# known, and have the form of the others.
+
+JSON_TYPE = "application/json; charset=UTF-8"
+PROBLEM_TYPE = "application/problem+json"
+HTML_TYPE = "text/html; charset=UTF-8"
+EVENT_TYPE = "text/event-stream"
+
+
+class Reply(NamedTuple):
+    """An answer; an iterator of frames as its body is sent as it comes."""
+
+    status: int
+    body: Any = None
+    type: str = JSON_TYPE
+    headers: Mapping[str, str] = {}
+
+
+class Refusal(Exception):
+    """A reply that can be raised."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply.body)
+        self.reply = reply
+
+
+def problem(status: int, detail: str, title: str = "", **more: Any) -> Reply:
+    body = {"title": title, "detail": detail, "status": status, **more}
+    told = {name: value for name, value in body.items() if value != ""}
+    return Reply(status, told, PROBLEM_TYPE)
+
+
+def throttled(words: str = "", header: str = "", **more: Any) -> Reply:
+    reply = problem(429, f"Request was throttled.{words}", **more)
+    return reply._replace(headers={"Retry-After": header} if header else {})
+
+
+def page(status: int, title: str) -> Reply:
+    html = f"<html><head><title>{title}</title></head><body>{title}</body></html>"
+    return Reply(status, html.encode(), HTML_TYPE)
+
+
+def invalid_input(problems: Sequence[tuple[str, str, str]]) -> Reply:
+    """Rows of type, field, description, as in replicate-api.md 3.1."""
+    detail = "".join(f"- {name or '(root)'}: {text}\n" for _, name, text in problems)
+    keys = ("type", "field", "description")
+    fields = [dict(zip(keys, row, strict=True)) for row in problems]
+    return problem(422, detail, "Input validation failed", invalid_fields=fields)
+
+
+RESET = Reply(0)  # no answer at all: the connection is reset
+NOT_FOUND = problem(404, "The requested resource could not be found.")
+NO_TOKEN = problem(401, "You did not pass an authentication token", "Unauthenticated")
+BAD_TOKEN = problem(
+    401, "You did not pass a valid authentication token", "Unauthenticated"
+)
+NO_VERSION = problem(
+    422,
+    "The specified version does not exist (or perhaps you don't have permission to"
+    " use it?)",
+    "Invalid version or not permitted",
+)
+NO_CREDIT = problem(
+    402,
+    "You have insufficient credit to run this model. Go to"
+    " https://replicate.com/account/billing#billing to purchase credit. Once you"
+    " purchase credit, please wait a few minutes before trying again.",
+    "Insufficient credit",
+)
+LOW_CREDIT = (
+    " Your rate limit for creating predictions is reduced to 6 requests per minute"
+    " with a burst of 1 requests while you have less than $5.0 in credit. Your rate"
+    " limit resets in ~7s."
+)
+TOO_HOT = ("number_lte", "input.temperature", "Must be less than or equal to 5")
+BUSY = problem(503, "Service unavailable", "Service Unavailable")
+BAD_GATEWAY = page(502, "502 Bad Gateway")
+BROKEN = problem(500, "Internal server error", "Internal Server Error")
+
+
+class Fault(NamedTuple):
+    """What befalls a request: a silence, then another reply than its own."""
+
+    reply: Reply | None = None  # None: its own
+    wait: float = 0
+    done: bool = False  # whether what was asked for is done first
+    times: int = ALWAYS
+
+
+NO_FAULT = Fault(times=0)
+
+# == Wires =====================================================================
+# A frame is the bytes of one event (2.3). A wire takes the frames of a stream
+# and gives what is sent, one write each: most say the same in another form, some
+# break off. To add one: a function from frames to bytes.
+
+Frames = Iterator[bytes]
+Wire = Callable[[Frames], Frames]
+
+TIME_OUT = b":408: 408 Request Timeout\n\n"
+
+
+class Cut(Exception):
+    """The connection ends in the middle of what it was saying."""
+
+
+class Reset(Cut):
+    """So it does, and with a TCP reset."""
+
+
+class Silence(Cut):
+    """Nothing more is said, and the connection stays."""
+
+
+def frame(event: str, data: str, id: str = "") -> bytes:
+    named = f"event: {event}\nid: {id}" if id else f"event: {event}"
+    lines = data.replace("\n", "\ndata: ")
+    return f"{named}\ndata: {lines}\n\n".encode()
+
+
+def is_done(frame: bytes) -> bool:
+    return frame.startswith(b"event: done")
+
+
+def without_done(frames: Frames) -> Frames:
+    return filterfalse(is_done, frames)
+
+
+def done_alone(frames: Frames) -> Frames:
+    return filter(is_done, frames)
+
+
+def replacing(old: bytes, new: bytes) -> Wire:
+    return lambda frames: (re.sub(old, new, sent) for sent in frames)
+
+
+def before_each(other: bytes) -> Wire:
+    return lambda frames: (other + sent for sent in frames)
+
+
+def in_groups(size: int) -> Wire:
+    def wire(frames: Frames) -> Frames:
+        while sent := b"".join(islice(frames, size)):
+            yield sent
+
+    return wire
+
+
+def byte_by_byte(frames: Frames) -> Frames:
+    return (sent[i : i + 1] for sent in frames for i in range(len(sent)))
+
+
+def unsteady(frames: Frames) -> Frames:
+    for sent in frames:
+        time.sleep(random.uniform(0, 0.03))
+        yield sent
+
+
+def ends_after(
+    count: int, last: bytes = b"", how: type[Exception] | None = None
+) -> Wire:
+    """So many events, a last word, and an end: a clean one if not told how."""
+
+    def wire(frames: Frames) -> Frames:
+        yield from islice(frames, count)
+        yield last
+        if how:
+            raise how
+
+    return wire
+
+
+def cut_in_utf8(frames: Frames) -> Frames:
+    for sent in frames:
+        if wide := re.search(rb"[\x80-\xff]", sent):
+            yield sent[: wide.end()]
+            raise Cut
+        yield sent
+
+
+# == Texts =====================================================================
+# What models say, token by token: the same always, or a function of the input.
+# An empty token comes first and last, as it often does (1.5). At the end, what
+# stands in the record of a prediction: failures (3.2), counts, odd outputs.
+
+Text = Sequence[str]
+
+
+def cut_up(text: str) -> Text:
+    return tuple(text.split("|"))
+
+
+HELLO = cut_up("|Hello|!| How| can| I| help| you|?|")
+SIX = cut_up("One| two| three| four| five| six.")
+WIDE = cut_up("Gr|\u00fc\u00dfe| aus| \U0001f3d4\ufe0f| Z\u00fcrich|.")
+THINKING = cut_up("<think>|They| greet| me.|\n|</think>|\n\n|Hello|.")
+ODD = cut_up(
+    "| leads| and trails |\n|\n\n|line\u2028separator|next\u0085line|form\x0cfeed|"
+    "https://example.com/a| |data:text/plain,b|\n|: a colon|\ndata: c\n|event: done\n|"
+    "\U0001f600|e\u0301|\t| "
+)
+ENDLESS = ("on ",) * 180_000
+
+
+def counting(count: int) -> Text:
+    return tuple(f"{n} " for n in range(1, count + 1))
+
+
+def echo(input: Json) -> Text:
+    return re.findall(r".{1,16}", json.dumps(input))
+
+
+LIMIT = re.compile(r"max_(new_|completion_|output_)?tokens|max_length")
+
+
+def limit(input: Json, default: int) -> int:
+    limits = (value for name, value in input.items() if LIMIT.fullmatch(name))
+    return next(limits, default)
+
+
+def to_the_limit(input: Json) -> Text:
+    return ("word ",) * limit(input, 16)
+
+
+class Stamps(list[str]):
+    """Tokens that say when, in ns, each was first looked at: that is, sent."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not super().__getitem__(index):
+            self[index] = f"{time.time_ns()} "
+        return super().__getitem__(index)
+
+
+def stamps(input: Json) -> Text:
+    return Stamps([""] * 50)
+
+
+NO_MODEL = (
+    "This is the built-in demonstration: no model ran, and nothing left this machine."
+    " What would have reached Replicate:"
+)
+
+
+def demonstrate(input: Json) -> Text:
+    lines = [NO_MODEL, *(f"{name}: {brief(value)}" for name, value in input.items())]
+    return re.findall(r"\s*\S+", "\n\n".join(lines))[: limit(input, ALWAYS)]
+
+
+def brief(value: Any) -> str:
+    """One input as people read it: messages a line each, nothing very long."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return "".join(f"\n- {brief_message(item)}" for item in value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 600 else text[:600] + " ..."
+
+
+def brief_message(message: Json) -> str:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text", f"[{part.get('type')}]") for part in parts]
+    return f"{message.get('role')}: {brief(' '.join(map(str, texts)))}"
+
+
+INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
+DIRECTOR = "Director: unexpected error handling prediction (E9828)"
+NO_ACCOUNT = "The account's billing hard limit has been reached. (E001)"
+OVERLOADED = (
+    "Service is currently unavailable due to high demand. Please try again later."
+    " (E003)"
+)
+UNAVAILABLE = "Service is temporarily unavailable. Please try again later. (E004)"
+FLAGGED = (
+    "The input or output was flagged as sensitive. Please try again with different"
+    " inputs. (E005) (uIJ6l3ruRD)"
+)
+TOO_LONG = (
+    "Your prompt is too long: 9001 tokens, but this model's maximum context length is"
+    " 8192 tokens."
+)
+COUNTS = (
+    "Input token count: {input_token_count}\nOutput token count: {output_token_count}\n"
+)
+MORE_COUNTS = f"Model variant: gpt-5.1\n{COUNTS}- Reasoning tokens: 5\nTTFT: 0.22s\n"
+
+
+def with_text(tokens: list[str]) -> Json:
+    return {"text": "".join(tokens)}
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)
+
+
+# == Scenarios =================================================================
+# What can happen, one row per case; the row's name is what stands after
+# `fake/`. To add one: a row; where no column tells the difference, a column.
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One case. Every default is what usually happens; times are in seconds."""
+
+    why: str
+    # what is said, and how it is put down
+    text: Text | Callable[[Json], Text] = HELLO
+    form: Callable[[list[str]], Any] = list  # what its output is made of tokens
+    counts: bool = True  # whether metrics count the tokens
+    logs: str | None = ""
+    removed: bool = False  # whether input and output are gone at the end
+    # the timeline
+    boot: float = 0
+    pace: float = 0
+    late: float = 0  # how much longer than the stream the record says it runs
+    hold: float = 60  # how long `Prefer: wait` is honoured at most
+    deadline: float = FOREVER  # as if `Cancel-After` had said so
+    # the end
+    after: int | None = None  # so many tokens; None: all
+    running: str = "processing"
+    end: str | None = "succeeded"  # None: it never comes
+    error: str | None = None
+    # the transport
+    on_create: Fault = NO_FAULT
+    on_look: Fault = NO_FAULT
+    on_cancel: Fault = NO_FAULT
+    on_stream: Fault = NO_FAULT
+    stream_url: str = "{streams}/v1/streams/{key}"  # "": the model cannot stream
+    wire: Wire = iter
+    spoils: int = ALWAYS  # how many readings of the stream go over the wire
+    replays: bool = True  # whether a later reading starts from the first token
+
+
+def whole(why: str, form: Callable[[list[str]], Any]) -> Scenario:
+    """An output that is no list comes at the end, and without a stream (1.5)."""
+    return Scenario(why, form=form, stream_url="")
+
+
+def lengthy(why: str, **columns: Any) -> Scenario:
+    return Scenario(f"{why}; 500 tokens in 10 s", counting(500), pace=0.02, **columns)
+
+
+def failed(why: str, error: str) -> Scenario:
+    return Scenario(f"fails: {why}", end="failed", error=error, after=0)
+
+
+def refused(reply: Reply, how: str = "", times: int = ALWAYS) -> Scenario:
+    why = f"the create is answered {reply.status}{how}"
+    return Scenario(why, on_create=Fault(reply, times=times))
+
+
+def wired(why: str, wire: Wire) -> Scenario:
+    return Scenario(f"odd text, {why}", ODD, wire=wire, pace=0.002)
+
+
+def ruined(why: str, wire: Wire) -> Scenario:
+    """The stream goes wrong; the prediction goes on, and succeeds."""
+    return Scenario(f"the stream {why}", SIX, wire=wire, pace=0.02)
+
+
+def broken(why: str, wire: Wire, text: Text = SIX) -> Scenario:
+    """The same, but the stream is well when it is read again."""
+    return dataclasses.replace(ruined(why, wire), text=text, spoils=1)
+
+
+def cut(count: int, why: str, replays: bool) -> Scenario:
+    row = broken(f"is cut after {count} tokens, {why}", ends_after(count, how=Cut))
+    return dataclasses.replace(row, replays=replays)
+
+
+SCENARIOS = {
+    # it succeeds
+    "hello": Scenario("greets at once"),
+    "demo": Scenario(
+        "says that no model ran, and repeats what it was asked",
+        demonstrate,
+        boot=0.3,
+        pace=1 / 30,
+    ),
+    "echo": Scenario("says the JSON of its input", echo),
+    "slow": Scenario("20 tokens, 50 ms apart", counting(20), pace=0.05),
+    "story": Scenario("50 tokens, 20 ms apart", counting(50), pace=0.02),
+    "stamped": Scenario(
+        "50 tokens, 20 ms apart: the times they were sent, in ns", stamps, pace=0.02
+    ),
+    "firehose": Scenario("2,000 tokens as fast as can be", counting(2000)),
+    "endless": Scenario("a token every 20 ms, for an hour", ENDLESS, pace=0.02),
+    "cold": Scenario("boots for 2 s", boot=2),
+    "very-cold": Scenario("boots for an hour", boot=3600),
+    "silence": Scenario("succeeds without a word", ()),
+    "length": Scenario("as many tokens as the input allows, or 16", to_the_limit),
+    "thinking": Scenario("thinks aloud between <think> and </think>", THINKING),
+    "odd-text": Scenario("all that a decoder may stumble over", ODD),
+    # how its record tells that
+    "string-output": whole("the output is a string; no stream", "".join),
+    "object-output": whole("the output is an object with text", with_text),
+    "nested-output": whole("the output is a list of objects", lambda t: [with_text(t)]),
+    "null-output": whole("the output is null", lambda t: None),
+    "number-output": whole("the output is 42", lambda t: 42),
+    "no-stream": Scenario("the output is a list, but no stream", stream_url=""),
+    "counts-in-logs": Scenario("tokens counted in logs", counts=False, logs=COUNTS),
+    "reasoning-in-logs": Scenario(
+        "reasoning tokens counted in logs", counts=False, logs=MORE_COUNTS
+    ),
+    "no-counts": Scenario("no token counts at all", counts=False),
+    "null-logs": Scenario("the logs are null", logs=None),
+    "empty-error": Scenario('the error of a success is ""', error=""),
+    "data-removed": Scenario("at the end, input and output are gone", removed=True),
+    "wait-processing": Scenario(
+        "Prefer: wait is answered `processing`, with all the output", late=0.3
+    ),
+    "wait-ran-out": Scenario("Prefer: wait runs out at once", boot=0.2, hold=0),
+    "late-end": Scenario("`processing` for 0.5 s after the end", late=0.5),
+    "unknown-status": Scenario(
+        "`pondering`, for ever", running="pondering", late=FOREVER
+    ),
+    # it does not succeed
+    "stuck": Scenario("`processing` for ever, without a word", after=0, end=None),
+    "interrupted": failed("infrastructure", INTERRUPTED),
+    "director": failed("infrastructure", DIRECTOR),
+    "e001": failed("the vendor's account", NO_ACCOUNT),
+    "e003": failed("the vendor is overloaded", OVERLOADED),
+    "e004": failed("the vendor is down", UNAVAILABLE),
+    "flagged": failed("moderation", FLAGGED),
+    "nsfw": failed("safety checker", "NSFW content detected. Try another prompt."),
+    "oom": failed("out of memory", "CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "too-long": failed("the prompt is too long", TOO_LONG),
+    "failed": failed("in the model's own words", "list index out of range"),
+    "failed-late": Scenario(
+        "fails after 3 tokens", SIX, pace=0.02, after=3, end="failed", error="it broke"
+    ),
+    "canceled": Scenario(
+        "canceled by Replicate after 3 tokens", SIX, pace=0.02, after=3, end="canceled"
+    ),
+    "aborted": Scenario("aborted before it ran", boot=0.05, after=0, end="aborted"),
+    "deadline": lengthy("canceled after 0.3 s", deadline=0.3),
+    "deadline-cold": lengthy("aborted after 0.3 s", deadline=0.3, boot=9),
+    # it is not created, or not only
+    "unauthenticated": refused(BAD_TOKEN),
+    "out-of-credit": refused(NO_CREDIT),
+    "forbidden": refused(problem(403, "You may not run this model.")),
+    "not-found": refused(NOT_FOUND),
+    "conflict": refused(problem(409, "Conflict")),
+    "no-version": refused(NO_VERSION, ": no such version"),
+    "bad-input": refused(invalid_input([TOO_HOT]), ": the temperature"),
+    "throttled-header": refused(throttled(header="7"), ", Retry-After: 7"),
+    "throttled-body": refused(throttled(retry_after=7), ", retry_after: 7"),
+    "throttled-text": refused(throttled(LOW_CREDIT), ", 7s in words"),
+    "throttled-bare": refused(throttled(), ", ratelimit-reset alone"),
+    "throttled-once": refused(throttled(header="1"), " the first time", times=1),
+    "busy-503": refused(BUSY),
+    "busy-once": refused(BUSY, " the first time", times=1),
+    "broken-500": refused(BROKEN),
+    "html-502": refused(BAD_GATEWAY, ", in HTML"),
+    "not-json": refused(page(201, "Welcome"), ", in HTML"),
+    "json-list": refused(Reply(201, ["surprise"]), ", with a list"),
+    "reset-before": Scenario("the create is reset", on_create=Fault(RESET)),
+    "reset-after": Scenario("created, then reset", on_create=Fault(RESET, done=True)),
+    "hang-before": Scenario("the create hangs", on_create=Fault(wait=FOREVER)),
+    "hang": Scenario("created, then hangs", on_create=Fault(wait=FOREVER, done=True)),
+    "slow-create": lengthy(
+        "created, told 1 s later", on_create=Fault(wait=1, done=True)
+    ),
+    # other requests go wrong
+    "get-500-once": Scenario("the first look is 500", on_look=Fault(BROKEN, times=1)),
+    "get-502-once": Scenario(
+        "the first look is 502", on_look=Fault(BAD_GATEWAY, times=1)
+    ),
+    "get-reset-once": Scenario(
+        "the first look is reset", on_look=Fault(RESET, times=1)
+    ),
+    "get-404": Scenario("every look is 404, as if expired", on_look=Fault(NOT_FOUND)),
+    "cancel-500": lengthy("cannot be cancelled", on_cancel=Fault(BROKEN)),
+    "cancel-slow": lengthy("a cancel takes 2 s", on_cancel=Fault(wait=2)),
+    "stream-404": Scenario("the stream is 404", on_stream=Fault(NOT_FOUND)),
+    "stream-500": Scenario("the stream is 500", on_stream=Fault(BROKEN)),
+    "stream-html": Scenario("the stream is HTML", on_stream=Fault(page(200, "Hi"))),
+    "stream-reset-once": Scenario(
+        "the first reading of the stream is reset", on_stream=Fault(RESET, times=1)
+    ),
+    "stream-elsewhere": Scenario(
+        "the stream is said to be on a foreign host",
+        stream_url="https://evil.example/v1/{key}",
+    ),
+    # the same events on other wires
+    "crlf": wired("lines end in CR LF", replacing(b"\n", b"\r\n")),
+    "cr": wired("lines end in CR", replacing(b"\n", b"\r")),
+    "comments": wired("comments between events", before_each(b": hi\n\n:\n")),
+    "unknown-events": wired("events unheard of", before_each(frame("ping", "{}"))),
+    "logs-events": wired("events of logs", before_each(frame("logs", "one\ntwo"))),
+    "no-ids": wired("no ids", replacing(rb"\nid: [^\n]*", b"")),
+    "no-space": wired("no space after :", replacing(rb"(?m)^(\w+): (?! )", rb"\1:")),
+    "bom": wired("a byte order mark", lambda frames: chain([codecs.BOM_UTF8], frames)),
+    "byte-by-byte": wired("every byte by itself", byte_by_byte),
+    "in-threes": wired("three events a write", in_groups(3)),
+    "one-segment": wired("all in one write", in_groups(ALWAYS)),
+    "unsteady": wired("with 30 ms of jitter", unsteady),
+    # the stream breaks, the prediction does not
+    **{f"cut-{n}": cut(n, "then replays", True) for n in range(6)},
+    **{f"cut-live-{n}": cut(n, "then does not replay", False) for n in range(6)},
+    "cut-in-event": broken("is cut within event 3", ends_after(2, b"event: o", Cut)),
+    "cut-in-utf8": broken("is cut within a character", cut_in_utf8, WIDE),
+    "reset-midway": broken("is reset after 2 tokens", ends_after(2, how=Reset)),
+    "timeout-408": broken("times out after 2 tokens", ends_after(2, TIME_OUT)),
+    "timeout-408-cold": broken("times out before the first", ends_after(0, TIME_OUT)),
+    "silent-stream": ruined("falls silent after 2 tokens", ends_after(2, how=Silence)),
+    "no-done": ruined("ends without done", without_done),
+    "never-said": ruined("says done, and nothing else", done_alone),
+}
+
+# == Models ====================================================================
+# What GET /v1/models says (1.6). A row's fields are in the notation of
+# replicate-api.md 5, so that they can be copied from there.
+
+SHA = re.compile(r"[0-9a-f]{64}")
+FIELD = re.compile(
+    r"(?P<name>\w+)(?P<required>\*?) (?P<type>\[?\w+\]?)(?P<enum> [\w, ]+?)?"
+    r"(?: ?=(?P<default>.+?))?(?: \[(?P<minimum>\S*?)\.\.(?P<maximum>\S*)\])?"
+)
+TYPES: dict[str, Json] = {
+    "str": {"type": "string"},
+    "int": {"type": "integer"},
+    "float": {"type": "number"},
+    "bool": {"type": "boolean"},
+    "obj": {"type": "object"},
+    "uri": {"type": "string", "format": "uri"},
+    "[str]": {"type": "array", "items": {"type": "string"}},
+    "[obj]": {"type": "array", "items": {"type": "object"}},
+    "[uri]": {"type": "array", "items": {"type": "string", "format": "uri"}},
+}
+OUTPUT = {
+    "type": "array",
+    "items": {"type": "string"},
+    "title": "Output",
+    "x-cog-array-type": "iterator",
+    "x-cog-array-display": "concatenate",
+}
+
+
+def make_model(ref: str, fields: str | None = None, official: bool = True) -> Json:
+    owner, _, name = ref.partition("/")
+    return {
+        "url": f"https://replicate.com/{ref}",
+        "owner": owner,
+        "name": name,
+        "description": "A stand-in: no model runs.",
+        "visibility": "public",
+        "run_count": 1,
+        "is_official": official,
+        "latest_version": None if fields is None else make_version(ref, fields),
+        **dict.fromkeys(("github_url", "paper_url", "license_url"), None),
+        **dict.fromkeys(("cover_image_url", "default_example"), None),
+    }
+
+
+def make_version(ref: str, fields: str) -> Json:
+    return {
+        "id": hashlib.sha256(ref.encode()).hexdigest(),
+        "created_at": "2025-01-01T00:00:00.000000Z",
+        "cog_version": "0.14.0",
+        "openapi_schema": {
+            "openapi": "3.0.2",
+            "info": {"title": "Cog", "version": "0.1.0"},
+            "paths": {},
+            "components": {"schemas": make_schemas(fields)},
+        },
+    }
+
+
+def make_schemas(fields: str) -> dict[str, Json]:
+    rows = [find_field(text) for text in " ".join(fields.split()).split("; ")]
+    schemas: dict[str, Json] = {"Output": OUTPUT}
+    schemas |= {row["name"]: make_enum(row) for row in rows if row["enum"]}
+    schemas["Input"] = {
+        "type": "object",
+        "title": "Input",
+        "required": [row["name"] for row in rows if row["required"]],
+        "properties": {row["name"]: make_field(i, row) for i, row in enumerate(rows)},
+    }
+    return schemas
+
+
+def find_field(text: str) -> dict[str, str]:
+    match = FIELD.fullmatch(text)
+    assert match, f"not in the notation of replicate-api.md 5: {text}"
+    return match.groupdict("")
+
+
+def make_enum(row: Mapping[str, str]) -> Json:
+    values = row["enum"].strip().split(", ")
+    return {"type": "string", "title": row["name"], "enum": values, "description": ""}
+
+
+def make_field(order: int, row: Mapping[str, str]) -> Json:
+    refers = {"allOf": [{"$ref": f"#/components/schemas/{row['name']}"}]}
+    made = dict(refers if row["enum"] else TYPES[row["type"]])
+    numbers = ("default", "minimum", "maximum")
+    made |= {name: json.loads(row[name]) for name in numbers if row[name]}
+    return {**made, "title": row["name"].capitalize(), "x-order": order}
+
+
+class Rule(NamedTuple):
+    """A keyword of JSON Schema, and what is said of a value that breaks it."""
+
+    type: str
+    holds: Callable[[Any, Any], bool]
+    text: str
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
+def is_kind(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    return isinstance(value, KINDS[kind])
+
+
+# The one recorded wording ("prompt is required", 3.1) is gojsonschema's, so the
+# others are taken from there too.
+RULES = {
+    "type": Rule("invalid_type", is_kind, "Invalid type. Expected: {}"),
+    "enum": Rule(
+        "enum", lambda value, enum: value in enum, "Must be one of the following: {}"
+    ),
+    "minimum": Rule("number_gte", operator.ge, "Must be greater than or equal to {}"),
+    "maximum": Rule("number_lte", operator.le, "Must be less than or equal to {}"),
+}
+
+
+def check_input(input: Json, schemas: dict[str, Json]) -> None:
+    """Refuse what Replicate refuses; fields of unknown names pass (1.6)."""
+    known = schemas.get("Input", {})
+    fields = known.get("properties", {})
+    problems = [
+        ("required", "input", f"{name} is required")
+        for name in known.get("required", [])
+        if name not in input
+    ]
+    for name in [name for name in fields if name in input]:
+        problems += check_field(name, input[name], fields[name], schemas)
+    if problems:
+        raise Refusal(invalid_input(problems))
+
+
+def check_field(
+    name: str, value: Any, schema: Json, schemas: dict[str, Json]
+) -> list[tuple[str, str, str]]:
+    if "allOf" in schema:
+        schema = schemas[schema["allOf"][0]["$ref"].rpartition("/")[2]]
+    for keyword, rule in RULES.items():
+        if keyword in schema and not rule.holds(value, schema[keyword]):
+            text = rule.text.format(schema[keyword])
+            return [(rule.type, f"input.{name}", text)]
+    return []
+
+
+PLAIN = """
+    prompt str; system_prompt str; max_tokens int =512; temperature float =0.7;
+    top_p float =0.9; stop_sequences str; seed int; image uri
+"""
+MODEL_FIELDS = {
+    "meta/llama-2-7b-chat": """
+        prompt* str; system_prompt str ="You are a helpful, respectful and honest
+        assistant."; max_new_tokens int =128 [1..]; min_new_tokens int =-1 [-1..];
+        temperature float =0.7 [0.01..5]; top_p float =0.95 [0..1];
+        top_k int =-1 [-1..]; repetition_penalty float =1.15 [0..];
+        stop_sequences str; seed int; debug bool =false
+    """,
+    "meta/meta-llama-3-8b-instruct": """
+        prompt str =""; min_tokens int =0; max_tokens int =512;
+        temperature float =0.6; top_p float =0.9; top_k int =50;
+        presence_penalty float =1.15; frequency_penalty float =0.2;
+        prompt_template str ="{prompt}"
+    """,
+    "openai/gpt-4o": """
+        prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
+        temperature float =1 [0..2]; max_completion_tokens int =4096;
+        top_p float =1 [0..1]; frequency_penalty float =0 [-2..2];
+        presence_penalty float =0 [-2..2]
+    """,
+    "anthropic/claude-4-sonnet": """
+        prompt* str; image uri; system_prompt str =""; max_tokens int =8192
+        [1024..64000]; max_image_resolution float =0.5 [0.001..2];
+        extended_thinking bool =false; thinking_budget_tokens int =1024 [1024..64000]
+    """,
+    "google/gemini-2.5-flash": """
+        prompt* str; images [uri] =[]; videos [uri] =[]; system_instruction str;
+        temperature float =1 [0..2]; top_p float =0.95 [0..1];
+        max_output_tokens int =65535 [1..65535]; thinking_budget int [0..24576];
+        dynamic_thinking bool =false
+    """,
+    "ibm-granite/granite-3.3-8b-instruct": """
+        prompt str; messages [obj] =[]; documents [obj] =[]; tools [obj] =[];
+        tool_choice str; response_format obj; system_prompt str; chat_template str;
+        add_generation_prompt bool =true; chat_template_kwargs obj ={};
+        min_tokens int =0; max_tokens int; max_completion_tokens int;
+        temperature float =0.6; top_p float =0.9; top_k int =50;
+        presence_penalty float =0; frequency_penalty float =0; stop [str] =[];
+        seed int; stream bool =false
+    """,
+    # a placeholder of a schema, as some official models have (1.6)
+    "snowflake/snowflake-arctic-instruct": "name str; name_file uri",
+    # nobody's: a model that no client has heard of, with rarer names for its fields
+    "acme/parrot": """
+        prompt* str; system_instruction str; max_length int =256 [1..1024];
+        temperature float =0.5 [0..1]; temp float; stop [str] =[]; images [uri] =[];
+        tone enum kind, gruff ="kind"; random_seed int
+    """,
+    "someone/llama-tuned": """
+        prompt* str; system_prompt str =""; max_new_tokens int =256 [1..4096];
+        temperature float =0.8 [0.01..5]; stop_sequences str
+    """,
+}
+COMMUNITY = {"someone/llama-tuned"}
+MODELS = {
+    ref: make_model(ref, fields, official=ref not in COMMUNITY)
+    for ref, fields in MODEL_FIELDS.items()
+}
+
+# == Predictions ===============================================================
+# Nothing happens in a prediction: what is seen of it follows from its age.
+# Only a cancel changes it, by saying when it stopped.
+
+REASONS = {"failed": "error", "canceled": "canceled", "aborted": "canceled"}  # 2.3
+
+
+def random_name(length: int) -> str:
+    name = base64.b32encode(os.urandom(length))[:length]
+    return name.decode().lower()
+
+
+def iso(moment: float, digits: int = 6) -> str:
+    to_seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
+    return f"{to_seconds}.{int(moment % 1 * 10**digits):0{digits}}Z"
+
+
+@dataclass(eq=False)
+class Prediction:
+    """A scenario played to an input."""
+
+    scenario: Scenario
+    ref: str
+    version: str
+    input: Json
+    pace: float
+    deadline: float
+    id: str = field(default_factory=lambda: random_name(26))
+    key: str = field(default_factory=lambda: random_name(52))
+    urls: Json = field(default_factory=dict)
+    created: float = field(default_factory=time.time)
+    born: float = field(default_factory=time.perf_counter)
+    readings: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    halted: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        scenario, text = self.scenario, self.scenario.text
+        self.tokens: Text = text(self.input) if callable(text) else text
+        self.count = len(self.tokens) if scenario.after is None else scenario.after
+        finish = scenario.boot + self.count * self.pace
+        self.finish = FOREVER if scenario.end is None else finish
+        self.stopped_at = self.deadline
+        self.stopped_as = "canceled" if self.deadline > scenario.boot else "aborted"
+
+    @property
+    def age(self) -> float:
+        return time.perf_counter() - self.born
+
+    @property
+    def status(self) -> str:
+        return self.status_at(self.age)
+
+    def ending(self, late: float = 0) -> tuple[float, str]:
+        """At which age it ends, and how; the record may be late to tell."""
+        if self.stopped_at < self.finish + late:
+            return self.stopped_at, self.stopped_as
+        return self.finish + late, self.scenario.end or ""
+
+    def is_over(self, age: float) -> bool:
+        return age >= self.ending(self.scenario.late)[0] and age > 0
+
+    def status_at(self, age: float) -> str:
+        if self.is_over(age):
+            return self.ending(self.scenario.late)[1]
+        return self.scenario.running if age > self.scenario.boot else "starting"
+
+    def told(self, age: float) -> int:
+        """How many tokens there are at that age."""
+        ran = min(age, self.ending()[0]) - self.scenario.boot
+        if age <= self.scenario.boot or ran < 0:
+            return 0
+        return min(self.count, int(ran / self.pace) + 1) if self.pace else self.count
+
+    def cancel(self) -> None:
+        """Stop now, if it has not ended (not known of an ended one: 1.4)."""
+        age = self.age
+        if age < self.ending(self.scenario.late)[0]:
+            self.stopped_at, self.stopped_as = age, "canceled"
+            self.halted.set()
+
+    def wait_until(self, age: float, pause: Callable[[float], None]) -> bool:
+        """Wait for that age; False if the end is sooner. `pause` watches the client."""
+        while (left := min(age, self.ending()[0]) - self.age) > 0:
+            if not self.halted.wait(min(left, 1)) and left > 1:
+                pause(0.001)
+        return age <= self.ending()[0]
+
+    def spoken(self, age: float) -> list[str]:
+        return [self.tokens[index] for index in range(self.told(age))]
+
+    def output(self, age: float) -> Any:
+        """A list grows; anything else comes at the end."""
+        spoken, succeeded = self.spoken(age), self.status_at(age) == "succeeded"
+        if self.scenario.form is list:
+            return spoken if spoken or succeeded else None
+        return self.scenario.form(spoken) if succeeded else None
+
+    def record(self, age: float) -> Json:
+        """The prediction object (1.4): at birth its time has fewer digits."""
+        over = self.is_over(age)
+        gone = over and self.scenario.removed
+        record = {
+            "id": self.id,
+            "model": self.ref,
+            "version": self.version,
+            "input": {} if gone else self.input,
+            "output": None if gone else self.output(age),
+            "logs": "",
+            "error": None,
+            "status": self.status_at(age),
+            "source": "api",
+            "data_removed": gone,
+            "created_at": iso(self.created, 6 if age else 3),
+            "urls": self.urls,
+        }
+        if self.deadline < FOREVER:
+            record["deadline"] = iso(self.created + self.deadline)
+        if min(age, self.ending()[0]) > self.scenario.boot:
+            record["started_at"] = iso(self.created + self.scenario.boot)
+        return record | self.closing(age) if over else record
+
+    def closing(self, age: float) -> Json:
+        """What only the record of an ended prediction has."""
+        scenario, (ended, status) = self.scenario, self.ending(self.scenario.late)
+        metrics: Json = {"predict_time": max(ended - scenario.boot, 0.0)}
+        metrics["total_time"] = float(ended)
+        closing: Json = {"completed_at": iso(self.created + ended), "metrics": metrics}
+        if status == scenario.end:
+            closing["error"] = scenario.error
+        if status == "succeeded":
+            counts = self.counts(age)
+            metrics |= counts if scenario.counts else {}
+            closing["logs"] = scenario.logs and scenario.logs.format(**counts)
+        return closing
+
+    def counts(self, age: float) -> dict[str, int]:
+        """Words given, and tokens told that are not empty."""
+        given = len(" ".join(strings(self.input)).split())
+        told = sum(map(bool, self.spoken(age)))
+        return {"input_token_count": given, "output_token_count": told}
+
+    def reading(self, pause: Callable[[float], None]) -> Frames:
+        """The stream, as the scenario's wire carries this reading of it."""
+        self.readings += 1
+        live = self.readings > 1 and not self.scenario.replays
+        frames = self.frames(self.told(self.age) if live else 0, pause)
+        spoiled = self.readings <= self.scenario.spoils
+        return self.scenario.wire(frames) if spoiled else frames
+
+    def frames(self, first: int, pause: Callable[[float], None]) -> Frames:
+        boot, second = self.scenario.boot, int(self.created)
+        for index in range(first, self.count):
+            if not self.wait_until(boot + index * self.pace, pause):
+                break
+            yield frame("output", self.tokens[index], f"{second}:{index}")
+        self.wait_until(self.finish, pause)
+        yield from self.last_frames()
+
+    def last_frames(self) -> Frames:
+        """They have no id (2.3)."""
+        status = self.ending()[1]
+        if status == "failed":
+            yield frame("error", json.dumps({"detail": self.scenario.error}))
+        reason = {"reason": REASONS[status]} if status in REASONS else {}
+        yield frame("done", json.dumps(reason))
+
+
+# == Account ===================================================================
+# All that exists here. Tests look at it, and may add to it, at any time.
+
+
+class Call(NamedTuple):
+    """A request, and a way to wait that ends when its client leaves."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any
+    pause: Callable[[float], None]
+
+
+class Seen(NamedTuple):
+    """What tests see of a request: names of headers are in lower case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any  # JSON if it says so, else bytes, or None
+    at: float  # time.monotonic()
+
+
+@dataclass(frozen=True)
+class FakeFile:
+    content: bytes
+    content_type: str
+    filename: str
+    created: float = field(default_factory=time.time)
+
+
+class Account:
+    """All that the stand-in knows and remembers."""
+
+    file_limit = 100 * 2**20
+    kept = 1000  # how many predictions are remembered when nothing is recorded
+
+    def __init__(
+        self, token: str, default: str, pace: float | None, record: bool
+    ) -> None:
+        self.token = token
+        self.default = default
+        self.pace = pace
+        self.record = record
+        self.base_url = ""
+        self.stream_origin = ""
+        self.scenarios = dict(SCENARIOS)
+        self.models = dict(MODELS)
+        self.seen: list[Seen] = []
+        self.predictions: dict[str, Prediction] = {}
+        self.streams: dict[str, Prediction] = {}
+        self.cancels: list[str] = []
+        self.files: dict[str, FakeFile] = {}
+        self.faults: Counter[str] = Counter()
+        self.changed = threading.Condition()
+
+    def creates(self) -> list[Seen]:
+        """The requests that tried to create a prediction, whatever came of them."""
+        tried = [seen for seen in self.seen if seen.method == "POST"]
+        return [seen for seen in tried if seen.path.endswith("/predictions")]
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 5.0) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"still not so after {timeout} s")
+            with self.changed:
+                self.changed.wait(0.01)
+
+    def announce(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def note(self, call: Call) -> None:
+        if self.record:
+            self.seen.append(Seen(*call[:4], time.monotonic()))
+            self.announce()
+
+    def choose(self, ref: str) -> str:
+        """The name of the scenario that a ref plays."""
+        owner, _, name = ref.partition("/")
+        chosen = name.partition(":")[0] if owner == "fake" else self.default
+        if chosen not in self.scenarios:
+            raise Refusal(NO_VERSION)
+        return chosen
+
+    def find_model(self, name: str) -> Json:
+        """A model of any name there is, but of the owner `missing`."""
+        owner, _, scenario = name.partition("/")
+        if name in self.models:
+            return self.models[name]
+        if owner == "missing" or (owner == "fake" and scenario not in self.scenarios):
+            raise Refusal(NOT_FOUND)
+        return make_model(name, PLAIN if owner == "fake" else None)
+
+    def find_version(self, ref: str) -> Json:
+        """The model that POST /predictions runs for a ref (1.2)."""
+        name, _, version = ref.partition(":")
+        if SHA.fullmatch(ref):
+            return self.find_owner(ref)
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or not self.choose(name):
+            raise Refusal(NO_VERSION)
+        model = self.find_model(name)
+        if not version and not model["is_official"]:
+            raise Refusal(NOT_FOUND)
+        if version and name in self.models and version != version_id(model):
+            raise Refusal(NO_VERSION)
+        return model
+
+    def find_owner(self, version: str) -> Json:
+        for model in self.models.values():
+            if version_id(model) == version:
+                return model
+        raise Refusal(NO_VERSION)
+
+    def add(self, prediction: Prediction) -> Prediction:
+        urls = {"get": f"{self.base_url}/predictions/{prediction.id}"}
+        urls["cancel"] = f"{urls['get']}/cancel"
+        urls["web"] = f"https://replicate.com/p/{prediction.id}"
+        if url := prediction.scenario.stream_url:
+            urls["stream"] = url.format(streams=self.stream_origin, key=prediction.key)
+        prediction.urls = urls
+        self.predictions[prediction.id] = prediction
+        self.streams[prediction.key] = prediction
+        if not self.record and len(self.predictions) > self.kept:
+            self.forget_one()
+        self.announce()
+        return prediction
+
+    def forget_one(self) -> None:
+        """The oldest prediction, if it is over."""
+        oldest = next(iter(self.predictions.values()))
+        if oldest.is_over(oldest.age):
+            self.predictions.pop(oldest.id, None)
+            self.streams.pop(oldest.key, None)
+
+
+def version_id(model: Json) -> str | None:
+    version = model.get("latest_version") or {}
+    return version.get("id")
+
+
+# == Endpoints =================================================================
+# One function per operation. To add one: a function, and a row of ENDPOINTS or,
+# for the second port, of STREAM_ENDPOINTS.
+
+
+def suffer(
+    fault: Fault, count: Counter[str], name: str, call: Call, work: Callable[[], Reply]
+) -> Reply:
+    """Do the work, so far as the fault lets it."""
+    if count[name] >= fault.times:
+        return work()
+    count[name] += 1
+    own = work() if fault.done else None
+    if fault.wait:
+        call.pause(fault.wait)
+    return fault.reply or own or work()
+
+
+def create_prediction(account: Account, call: Call) -> Reply:
+    body = check_body(call.body, {"version", "input"})
+    return create(account, call, account.find_version(str(body["version"])))
+
+
+def create_model_prediction(
+    account: Account, call: Call, owner: str, name: str
+) -> Reply:
+    """For official models alone; a community model is not found (1.6)."""
+    check_body(call.body, {"input"})
+    model = account.find_model(f"{owner}/{name}")
+    if not model["is_official"]:
+        raise Refusal(NOT_FOUND)
+    return create(account, call, model)
+
+
+def create_deployed(account: Account, call: Call, owner: str, name: str) -> Reply:
+    check_body(call.body, {"input"})
+    return create(account, call, account.find_model(f"{owner}/{name}"))
+
+
+def check_body(body: Any, required: set[str]) -> Json:
+    """Refuse unknown keys (1.2; the status of that is not known)."""
+    if not isinstance(body, dict):
+        raise Refusal(problem(400, "The request body is not a JSON object."))
+    known = {"stream", "webhook", "webhook_events_filter"} | required
+    problems = [
+        ("required", "", f"{key} is required") for key in sorted(required - body.keys())
+    ]
+    for key in sorted(body.keys() - known):
+        text = f"Additional property {key} is not allowed"
+        problems.append(("additional_property_not_allowed", "", text))
+    if not isinstance(body.get("input", {}), dict):
+        problems.append(("invalid_type", "input", "Invalid type. Expected: object"))
+    if problems:
+        raise Refusal(invalid_input(problems))
+    return body
+
+
+def create(account: Account, call: Call, model: Json) -> Reply:
+    check_input(call.body["input"], input_schemas(model))
+    name = account.choose(f"{model['owner']}/{model['name']}")
+    scenario = account.scenarios[name]
+    work = functools.partial(begin, account, call, model, scenario)
+    return suffer(scenario.on_create, account.faults, name, call, work)
+
+
+def input_schemas(model: Json) -> dict[str, Json]:
+    version = model.get("latest_version") or {}
+    schema = version.get("openapi_schema") or {}
+    schemas: dict[str, Json] = schema.get("components", {}).get("schemas", {})
+    return schemas
+
+
+def begin(account: Account, call: Call, model: Json, scenario: Scenario) -> Reply:
+    """A prediction that is waited for is told as it then is (1.3)."""
+    pace = scenario.pace if account.pace is None else account.pace
+    deadline = min(scenario.deadline, seconds(call.headers.get("cancel-after")))
+    ref = f"{model['owner']}/{model['name']}"
+    version = "hidden" if model["is_official"] else str(version_id(model))
+    prediction = account.add(
+        Prediction(scenario, ref, version, call.body["input"], pace, deadline)
+    )
+    preference = call.headers.get("prefer", "")
+    if not (match := re.fullmatch(r"wait(?:=(\d+))?", preference)):
+        return Reply(201, prediction.record(0))
+    held = min(int(match[1] or 60), scenario.hold)
+    prediction.wait_until(min(held, prediction.finish), call.pause)
+    told = prediction.age >= prediction.ending()[0]
+    record = prediction.record(prediction.age)
+    headers = {"Preference-Applied": preference}
+    return Reply(201 if told else 202, record, headers=headers)
+
+
+def seconds(duration: str | None) -> float:
+    """`Cancel-After` (1.3); that it is 5 s at least is for tests not enforced."""
+    if not duration:
+        return FOREVER
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", duration)
+    if not match:
+        raise Refusal(problem(422, f"Cancel-After: {duration!r} is no duration"))
+    hours, minutes, rest = (int(group or 0) for group in match.groups())
+    return hours * 3600 + minutes * 60 + rest
+
+
+def list_predictions(account: Account, call: Call) -> Reply:
+    latest = [*account.predictions.values()][:-101:-1]
+    records = [prediction.record(prediction.age) for prediction in latest]
+    return Reply(200, {"next": None, "previous": None, "results": records})
+
+
+def look_up(account: Account, call: Call, id: str) -> Reply:
+    prediction = find(account.predictions, id)
+    fault = prediction.scenario.on_look
+    return suffer(fault, prediction.faults, "look", call, lambda: tell(prediction))
+
+
+def cancel(account: Account, call: Call, id: str) -> Reply:
+    prediction = find(account.predictions, id)
+    account.cancels.append(id)
+    account.announce()
+    fault = prediction.scenario.on_cancel
+    return suffer(fault, prediction.faults, "cancel", call, lambda: stop(prediction))
+
+
+def stop(prediction: Prediction) -> Reply:
+    prediction.cancel()
+    return tell(prediction)
+
+
+def tell(prediction: Prediction) -> Reply:
+    return Reply(200, prediction.record(prediction.age))
+
+
+def find(rows: Mapping[str, Found], key: str) -> Found:
+    if key not in rows:
+        raise Refusal(NOT_FOUND)
+    return rows[key]
+
+
+def retrieve_model(account: Account, call: Call, owner: str, name: str) -> Reply:
+    return Reply(200, account.find_model(f"{owner}/{name}"))
+
+
+def retrieve_version(
+    account: Account, call: Call, owner: str, name: str, id: str
+) -> Reply:
+    """Official models list no versions (1.6)."""
+    model = account.find_model(f"{owner}/{name}")
+    if model["is_official"] or version_id(model) != id:
+        raise Refusal(NOT_FOUND)
+    return Reply(200, model["latest_version"])
+
+
+def retrieve_account(account: Account, call: Call) -> Reply:
+    row = {"type": "user", "username": "fake", "name": "A stand-in"}
+    return Reply(200, {**row, "github_url": None, "avatar_url": None})
+
+
+def create_file(account: Account, call: Call) -> Reply:
+    file = read_upload(call.headers.get("content-type", ""), call.body)
+    if len(file.content) > account.file_limit:
+        raise Refusal(problem(413, "The file is too large."))
+    id = random_name(26)
+    account.files[id] = file
+    return Reply(201, file_object(account, id))
+
+
+def read_upload(content_type: str, body: Any) -> FakeFile:
+    """The part `content` of a multipart body."""
+    boundary = re.search(r'boundary="?([^";]+)', content_type)
+    parts = body.split(f"--{boundary[1]}".encode()) if boundary and body else []
+    for part in parts:
+        lines, _, content = part.partition(b"\r\n\r\n")
+        if b'name="content"' in lines:
+            kind = re.search(r"(?i)content-type: *([^\r]+)", lines.decode())
+            name = re.search(r'filename="([^"]*)"', lines.decode())
+            type = kind[1] if kind else "application/octet-stream"
+            return FakeFile(content[:-2], type, name[1] if name else "")
+    raise Refusal(invalid_input([("required", "", "content is required")]))
+
+
+def file_object(account: Account, id: str) -> Json:
+    file = find(account.files, id)
+    sha256 = hashlib.sha256(file.content).hexdigest()
+    return {
+        "id": id,
+        "name": file.filename,
+        "content_type": file.content_type,
+        "size": len(file.content),
+        "etag": sha256[:32],
+        "checksums": {"sha256": sha256, "md5": sha256[:32]},
+        "metadata": {},
+        "created_at": iso(file.created),
+        "expires_at": iso(file.created + 24 * 3600),
+        "urls": {"get": f"{account.base_url}/files/{id}"},
+    }
+
+
+def retrieve_file(account: Account, call: Call, id: str) -> Reply:
+    return Reply(200, file_object(account, id))
+
+
+def download_file(account: Account, call: Call, id: str) -> Reply:
+    file = find(account.files, id)
+    return Reply(200, file.content, file.content_type)
+
+
+def delete_file(account: Account, call: Call, id: str) -> Reply:
+    find(account.files, id)
+    account.files.pop(id, None)
+    return Reply(204, b"")
+
+
+def follow(account: Account, call: Call, key: str) -> Reply:
+    prediction = find(account.streams, key)
+    headers = {"Cache-Control": "no-store"}
+
+    def work() -> Reply:
+        return Reply(200, prediction.reading(call.pause), EVENT_TYPE, headers)
+
+    fault = prediction.scenario.on_stream
+    return suffer(fault, prediction.faults, "stream", call, work)
+
+
+class Endpoint(NamedTuple):
+    method: str
+    path: str  # `*` is an argument of the operation
+    operation: Callable[..., Reply]
+    limit: int = 3000  # requests a minute (1.7); told in headers, never enforced
+
+
+ENDPOINTS = (
+    Endpoint("POST", "/v1/predictions", create_prediction, 600),
+    Endpoint("POST", "/v1/models/*/*/predictions", create_model_prediction, 600),
+    Endpoint("POST", "/v1/deployments/*/*/predictions", create_deployed, 600),
+    Endpoint("GET", "/v1/predictions", list_predictions),
+    Endpoint("GET", "/v1/predictions/*", look_up),
+    Endpoint("POST", "/v1/predictions/*/cancel", cancel),
+    Endpoint("GET", "/v1/models/*/*", retrieve_model),
+    Endpoint("GET", "/v1/models/*/*/versions/*", retrieve_version),
+    Endpoint("GET", "/v1/account", retrieve_account),
+    Endpoint("POST", "/v1/files", create_file),
+    Endpoint("GET", "/v1/files/*", retrieve_file),
+    Endpoint("GET", "/v1/files/*/download", download_file),
+    Endpoint("DELETE", "/v1/files/*", delete_file),
+)
+STREAM_ENDPOINTS = (Endpoint("GET", "/v1/streams/*", follow),)
+
+
+def answer(account: Account, endpoints: Sequence[Endpoint], call: Call) -> Reply:
+    account.note(call)
+    limit = 3000
+    try:
+        authorize(account, call.headers.get("authorization"))
+        endpoint, args = find_endpoint(endpoints, call)
+        limit = endpoint.limit
+        reply = endpoint.operation(account, call, *args)
+    except Refusal as refusal:
+        reply = refusal.reply
+    rate = {"ratelimit-remaining": str(limit - 1), "ratelimit-reset": "1"}
+    return reply._replace(headers={**rate, **reply.headers})
+
+
+def authorize(account: Account, given: str | None) -> None:
+    if not given:
+        raise Refusal(NO_TOKEN)
+    if given != f"Bearer {account.token}":
+        raise Refusal(BAD_TOKEN)
+
+
+def find_endpoint(
+    endpoints: Sequence[Endpoint], call: Call
+) -> tuple[Endpoint, list[str]]:
+    for endpoint in endpoints:
+        pattern = re.escape(endpoint.path).replace(r"\*", "([^/]+)")
+        match = re.fullmatch(pattern, call.path)
+        if match and call.method == endpoint.method:
+            return endpoint, [*match.groups()]
+    raise Refusal(NOT_FOUND)
+
+
+# == Server ====================================================================
+# Two of it, each with its own endpoints. A thread per connection, which blocks
+# wherever the timeline, or a fault, makes its client wait.
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # 5 leave most of 200 clients at once without answer
+    allow_reuse_port = False  # two on one port would share its clients
+
+    def __init__(
+        self, account: Account, endpoints: Sequence[Endpoint], address: tuple[str, int]
+    ) -> None:
+        self.account = account
+        self.endpoints = endpoints
+        self.connections: set[socket.socket] = set()
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Bind, and ask no DNS for our name, as HTTPServer's own does."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_port = self.server_address[1]
+
+    def serve(self) -> None:
+        self.serve_forever(poll_interval=0.02)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close at once: a shutdown before it would spoil a reset."""
+        self.connections.discard(request)
+        self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients may leave at any time."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+    def stop(self) -> None:
+        """End all connections, then what their threads wait for, then wait for them."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for prediction in list(self.account.predictions.values()):
+            prediction.cancel()
+        deadline = time.monotonic() + 2
+        while self.connections and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+
+def head(reply: Reply, framing: str, value: object) -> bytes:
+    """By hand, as the head then goes out in one write with its body."""
+    headers = {framing: value, "Content-Type": reply.type, **reply.headers}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    phrase = responses.get(reply.status, "")  # Cloudflare has codes of its own
+    return f"HTTP/1.1 {reply.status} {phrase}\r\n{lines}\r\n".encode()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Lives as long as a connection, and keeps nothing between its calls."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it holds a kept-alive reply for 44 ms
+
+    def respond(self) -> None:
+        server = self.server
+        try:
+            self.send(answer(server.account, server.endpoints, self.read_call()))
+        except Cut as cut:
+            self.close_connection = True
+            if isinstance(cut, Silence):
+                self.pause(FOREVER)
+            if isinstance(cut, Reset):
+                self.arm_reset()
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_QUERY = respond
+
+    def read_call(self) -> Call:
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        body: Any = self.rfile.read(int(headers.get("content-length") or 0)) or None
+        if body and "json" in headers.get("content-type", ""):
+            with contextlib.suppress(ValueError):
+                body = json.loads(body)
+        path = self.path.partition("?")[0]
+        return Call(self.command, path, headers, body, self.pause)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep; if the client leaves, ConnectionError."""
+        self.connection.settimeout(seconds)
+        try:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError
+        except TimeoutError:
+            pass
+        finally:
+            self.connection.settimeout(None)
+
+    def arm_reset(self) -> None:
+        """Have the close that follows send RST: what it has still to say is 0 s."""
+        linger = struct.pack("ii", 1, 0)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    def send(self, reply: Reply) -> None:
+        if not reply.status:
+            raise Reset
+        if isinstance(reply.body, Iterator):
+            self.wfile.write(head(reply, "Transfer-Encoding", "chunked"))
+            self.send_frames(reply.body)
+        else:
+            body = reply.body
+            sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.wfile.write(head(reply, "Content-Length", len(sent)) + sent)
+
+    def send_frames(self, frames: Frames) -> None:
+        """One write each. An empty one would end the body."""
+        send = self.connection.sendall
+        for sent in filter(None, frames):
+            send(b"%x\r\n%b\r\n" % (len(sent), sent))
+        send(b"0\r\n\r\n")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+# == Stand-in ==================================================================
+# The one name most programs need.
+
+
+class FakeReplicate(Account):
+    """Replicate, between start and stop."""
+
+    def __init__(
+        self,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str = "r8_fake",
+        default: str = "hello",
+        pace: float | None = None,
+        record: bool = True,
+    ) -> None:
+        super().__init__(token, default, pace, record)
+        self.host = host
+        self.port = port
+        self.servers: list[Server] = []
+
+    def start(self) -> FakeReplicate:
+        api = Server(self, ENDPOINTS, (self.host, self.port))
+        streams = Server(self, STREAM_ENDPOINTS, (self.host, 0))
+        self.base_url = f"http://{self.host}:{api.server_port}/v1"
+        self.stream_origin = f"http://{self.host}:{streams.server_port}"
+        self.servers = [api, streams]
+        for server in self.servers:
+            threading.Thread(target=server.serve, daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        for server in self.servers:
+            server.stop()
+        self.servers = []
+
+    def __enter__(self) -> FakeReplicate:
+        return self if self.servers else self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+# == Main ======================================================================
+
+
+def tell_scenarios(scenarios: Mapping[str, Scenario]) -> str:
+    return "\n".join(f"  fake/{name:18}  {row.why}" for name, row in scenarios.items())
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Play Replicate's HTTP API over loopback: no model runs.",
+        epilog=f"models, each a scenario:\n{tell_scenarios(SCENARIOS)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=4000, help="4000; 0: any free one")
+    parser.add_argument("--token", default="r8_fake", help="what clients must show")
+    parser.add_argument(
+        "--default",
+        default="hello",
+        choices=SCENARIOS,
+        metavar="SCENARIO",
+        help="what models not of the owner `fake` play",
+    )
+    parser.add_argument("--pace", type=float, help="seconds between tokens, always")
+    return parser.parse_args()
+
+
+def main() -> None:
+    fake = FakeReplicate(record=False, **vars(read_arguments()))
+    with fake, contextlib.suppress(KeyboardInterrupt):
+        print("Models, and what each of them plays:\n")
+        print(tell_scenarios(fake.scenarios))
+        print(f"\nREPLICATE_BASE_URL={fake.base_url}")
+        print(f"REPLICATE_API_TOKEN={fake.token}", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
