@@ -72,6 +72,7 @@ from functools import partial
 from hmac import compare_digest
 from http.server import ThreadingHTTPServer
 from math import isfinite
+from operator import gt, lt
 from pathlib import Path
 from socketserver import StreamRequestHandler, TCPServer
 from typing import Any, NamedTuple
@@ -237,9 +238,12 @@ class Settings:
             "REPLICATE_API_TOKEN": "Get one at https://replicate.com/account/api-tokens",
             "PROXY_API_KEY": "Make one with: openssl rand -hex 32",
         }
-        values = {name: getattr(self, name.lower()).strip() for name in remedies}
+        values = {
+            "REPLICATE_API_TOKEN": [self.replicate_api_token.strip()],
+            "PROXY_API_KEY": self.api_keys or [""],
+        }
         for name, remedy in remedies.items():
-            if fault := secret_fault(values[name]):
+            if fault := next(filter(None, map(secret_fault, values[name])), None):
                 yield f"{name} {fault}. {remedy} and put it into .env."
 
     def range_problems(self) -> Iterator[str]:
@@ -264,6 +268,7 @@ class Patience(NamedTuple):
     idle: float = 75  # for the next call on a connection
     request: float = 60  # for all of a request to arrive
     write: float = 30  # for a client to take what it is sent
+    linger: float = 5  # for it to hear our last word before the connection closes
 
 
 def secret_fault(value: str) -> str:
@@ -299,7 +304,9 @@ def read_env_file(text: str) -> dict[str, str]:
 # changed. To add a model: a row in models.json. To add a key: a row in CONFIG.
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-REF = re.compile(rf"(?:deployments/)?{NAME}/{NAME}|{NAME}/{NAME}:{NAME}|[0-9a-f]{{64}}")
+REF = re.compile(
+    rf"deployments/{NAME}/{NAME}|(?!deployments/){NAME}/{NAME}(:{NAME})?|[0-9a-f]{{64}}"
+)
 
 
 class ModelConfig(NamedTuple):
@@ -333,8 +340,8 @@ class Catalogue:
         return Model(id, ref, self.configs.get(ref, ModelConfig()), is_default)
 
 
-def is_number(value: Any, low: float = float("-inf")) -> bool:
-    return isinstance(value, (int, float)) and value is not True and value >= low
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def is_range(value: Any) -> bool:
@@ -371,7 +378,8 @@ def read_catalogue(text: str, families: Iterable[str], created: int = 0) -> Cata
         where = f'$.mappings["{path}"]' if path else "$.default_model"
         expect(isinstance(ref, str) and REF.fullmatch(ref), where, "owner/name")
     configs = read_object(root, "model_configs")
-    read = {ref: read_config(ref, row, set(families)) for ref, row in configs.items()}
+    names = list(families)
+    read = {ref: read_config(ref, row, names) for ref, row in configs.items()}
     return Catalogue(mappings, default, read, created)
 
 
@@ -381,7 +389,7 @@ def read_object(root: Json, key: str) -> Json:
     return dict(value)
 
 
-def read_config(ref: str, row: Any, families: set[str]) -> ModelConfig:
+def read_config(ref: str, row: Any, families: Sequence[str]) -> ModelConfig:
     where = f'$.model_configs["{ref}"]'
     expect(isinstance(row, dict), where, "an object")
     row = {key: value for key, value in row.items() if not key.startswith("_")}
@@ -517,8 +525,11 @@ SAMPLING = {
     "presence_penalty": Param(NUMBER, -2, 2),
     "frequency_penalty": Param(NUMBER, -2, 2),
     "max_tokens": Param(INTEGER, 1),
+    "max_completion_tokens": Param(INTEGER, 1),
     "stop": Param((str, list), 0, 64, default=[], items=STRING),
     "seed": Param(INTEGER, -(2**63), 2**63 - 1),
+    "reasoning_effort": Param(STRING, choices=EFFORTS),
+    "verbosity": Param(STRING, choices=VERBOSITIES),
     "n": Param(refused=ONE_CHOICE, choices=(1,)),
     "logit_bias": Param(
         refused="Token ids mean nothing to Replicate's models.", choices=({},)
@@ -545,9 +556,6 @@ MESSAGE = {
 CHAT = {
     **SAMPLING,
     "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
-    "max_completion_tokens": Param(INTEGER, 1),
-    "reasoning_effort": Param(STRING, choices=EFFORTS),
-    "verbosity": Param(STRING, choices=VERBOSITIES),
     "logprobs": Param(refused=NO_LOGPROBS, choices=(False,)),
     "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
     "tools": Param(refused=NO_TOOLS, choices=([],)),
@@ -566,7 +574,7 @@ CHAT = {
 
 COMPLETION = {
     **SAMPLING,
-    "prompt": Param((str, list), 1, 128, default="<|endoftext|>", items=STRING),
+    "prompt": Param((str, list), 1, 128, default=["<|endoftext|>"], items=STRING),
     "max_tokens": Param(INTEGER, 1, default=16),
     "echo": Param(BOOLEAN, default=False),
     "suffix": Param(
@@ -614,6 +622,8 @@ def check_param(path: str, value: Any, param: Param) -> Any:
         check_refused(path, value, param)
         return param.default
     check_kind(path, value, param.kinds)
+    if isinstance(value, str) and param.items == STRING:
+        value = [value]  # one string stands for an array of one
     if param.choices:
         check_choice(path, value, param.choices)
     if isinstance(value, NUMBER):
@@ -655,10 +665,10 @@ def check_choice(path: str, value: str, choices: Sequence[str]) -> None:
 def check_number(path: str, value: float, param: Param) -> None:
     noun = "integer" if param.kinds == INTEGER else "decimal"
     for side, short, sign, bound, beyond in (
-        ("below minimum", "below_min", ">=", param.low, float.__lt__),
-        ("above maximum", "above_max", "<=", param.high, float.__gt__),
+        ("below minimum", "below_min", ">=", param.low, lt),
+        ("above maximum", "above_max", "<=", param.high, gt),
     ):
-        if bound is not None and beyond(float(value), float(bound)):
+        if bound is not None and beyond(value, bound):
             expected = f"Expected a value {sign} {bound}, but got {value} instead."
             message = f"Invalid '{path}': {noun} {side} value. {expected}"
             raise APIError(400, message, code=f"{noun}_{short}_value", param=path)
@@ -966,7 +976,7 @@ def order(
 def tame(body: Json, config: ModelConfig) -> Json:
     """The parameters after the operator's word on them in models.json."""
     limits = [
-        body.get("max_completion_tokens") or body["max_tokens"],
+        body["max_completion_tokens"] or body["max_tokens"],
         config.max_tokens,
     ]
     temperature = body["temperature"]
@@ -992,6 +1002,8 @@ def fit(value: Any, field: Field) -> Any:
     if field.choices:
         scale = EFFORTS.index
         return min(field.choices, key=lambda choice: abs(scale(choice) - scale(value)))
+    if isinstance(value, list):
+        value = list(filter(None, value))
     if field.joined:  # a stop string that holds the separator can't be sent
         return field.joined.join(item for item in value if field.joined not in item)
     return clamp(value, field.low, field.high) if isinstance(value, NUMBER) else value
@@ -1235,18 +1247,24 @@ class Connections:
                 return
         connection.close()
 
+    def close(self) -> None:
+        for idle in list(self.idle.values()):
+            while idle:
+                with suppress(IndexError):
+                    idle.pop()[1].close()
+
     def connect(self, url: SplitResult) -> http.client.HTTPConnection:
         """Through HTTPS_PROXY where the environment names one, as the SDK does."""
         host, port = url.hostname or "", url.port
         if url.scheme == "http":
             return http.client.HTTPConnection(host, port, timeout=self.timeout)
-        proxy = urlsplit(urllib.request.getproxies().get("https", ""))
-        if not proxy.hostname or urllib.request.proxy_bypass(host):
+        proxy = find_proxy(host)
+        if not proxy.hostname:
             return http.client.HTTPSConnection(
                 host, port, timeout=self.timeout, context=self.tls
             )
         tunnel = http.client.HTTPSConnection(
-            proxy.hostname, proxy.port, timeout=self.timeout, context=self.tls
+            proxy.hostname, proxy.port or 80, timeout=self.timeout, context=self.tls
         )
         tunnel.set_tunnel(host, port, headers=proxy_authorization(proxy))
         return tunnel
@@ -1270,6 +1288,15 @@ def read_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
             yield piece
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise StreamBroken(repr(error)) from error
+
+
+def find_proxy(host: str) -> SplitResult:
+    """Find the proxy on the way to a host, if there is one: http unless it says so."""
+    told = urllib.request.getproxies()
+    url = told.get("https") or told.get("all") or ""
+    if urllib.request.proxy_bypass(host):
+        url = ""
+    return urlsplit(url if "://" in url else f"//{url}")
 
 
 def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
@@ -1347,6 +1374,7 @@ class ReplicateAPI:
 
     def close(self) -> None:
         self.client.close()
+        self.streams.close()
 
     def create(self, order: Order, wait: bool) -> Json:
         """A create that was refused is sent again, with a community model's version."""
@@ -1991,9 +2019,7 @@ def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Repl
 def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, COMPLETION, model_id)
     model = find_model(proxy.models.current(), body["model"])
-    given = body["prompt"]
-    prompts = [given] if isinstance(given, str) else given
-    orders = [completion_order(body, model, prompt) for prompt in prompts]
+    orders = [completion_order(body, model, prompt) for prompt in body["prompt"]]
     return tell(proxy, call, body, orders, TEXT_FORM)
 
 
@@ -2013,9 +2039,12 @@ def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
 
 
 def read_json(call: Call) -> Json:
-    """Numbers that JSON has no word for are refused, though Python would read them."""
+    """What JSON has no word for is refused, though Python would read it."""
     try:
-        body = json.loads(call.read(), parse_constant=refuse, parse_float=finite)
+        data = call.read()
+        body = json.loads(data, parse_constant=refuse, parse_float=finite)
+        if b"\\ud" in data.lower():  # "\ud800" alone is half a character
+            json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         kind = call.headers.get("content-type", "application/json")
         if "json" not in kind:
@@ -2157,7 +2186,7 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, list[str]]:
     for endpoint, ids in found:
         if endpoint.method == ("GET" if method == "HEAD" else method):
             return endpoint, ids
-    allowed = ", ".join(endpoint.method for endpoint, _ in found)
+    allowed = ", ".join(sorted({endpoint.method for endpoint, _ in found}))
     raise APIError(
         405,
         f"Not allowed to {method} on {path}. Only {allowed} requests are accepted.",
@@ -2321,15 +2350,18 @@ class Body:
         self.is_read = not self.is_chunked and not self.length
         self.is_awaited = request.headers.get("expect", "").lower() == "100-continue"
 
+    def check(self) -> None:
+        """Refuse it by the length it is said to have, before it is asked for."""
+        if self.length is None and not self.is_chunked:
+            raise bad_request("a body needs a Content-Length", 411)
+        if self.length and self.length > self.limit:
+            raise self.too_large(self.length)
+
     def read(self) -> bytes:
         if self.is_chunked:
             body = b"".join(self.read_chunks())
-        elif self.length is None:
-            raise bad_request("a body needs a Content-Length", 411)
-        elif self.length > self.limit:
-            raise self.too_large(self.length)
         else:
-            body = self.read_exactly(self.length)
+            body = self.read_exactly(self.length or 0)
         self.is_read = True
         return body
 
@@ -2362,13 +2394,15 @@ class Body:
         message = f"Maximum content size limit ({self.limit}) exceeded ({size} bytes)."
         return APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
+    @property
+    def is_passable(self) -> bool:
+        """Whether another call can follow: nothing is unread, or little."""
+        is_little = self.length is not None and self.length <= SMALL
+        return self.is_read or (is_little and not self.is_awaited)
+
     def forget(self) -> bool:
         """Read what nobody wanted if it is little; else the connection must close."""
-        if (
-            not self.is_read
-            and not self.is_awaited
-            and (self.length or SMALL + 1) <= SMALL
-        ):
+        if self.is_passable and not self.is_read:
             with suppress(APIError, OSError):
                 self.read()
         return self.is_read
@@ -2469,6 +2503,7 @@ class Exchange:
 
     def read_body(self) -> bytes:
         assert self.body
+        self.body.check()
         if self.body.is_awaited:
             self.body.is_awaited = False
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -2477,6 +2512,7 @@ class Exchange:
     def send_object(
         self, status: int, body: Json | None, headers: Mapping[str, str]
     ) -> None:
+        self.keep = self.keep and self.body is not None and self.body.is_passable
         data = b"" if body is None else encode(body, indent=2) + b"\n"
         kind = {"content-type": "application/json"} if data else {}
         length = {"content-length": str(len(data))} if status != 204 else {}
@@ -2614,6 +2650,15 @@ class Handler(StreamRequestHandler):
             stream = io.BufferedReader(reading, READ_SIZE)
             while Exchange(self.server, reading, stream).run():
                 pass
+            self.part(reading)
+
+    def part(self, reading: Reading) -> None:
+        """Hear the client out: a close with bytes unread would unsay our last word."""
+        self.connection.shutdown(socket.SHUT_WR)
+        reading.within(self.server.patience.linger)
+        with suppress(APIError, Gone):
+            while reading.read(READ_SIZE):
+                pass
 
 
 class Server(ThreadingHTTPServer):
@@ -2621,6 +2666,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 1024  # 5 left callers without an answer (performance.md)
+    allow_reuse_port = False  # some Pythons would share a port that is in use
 
     def __init__(self, settings: Settings, patience: Patience) -> None:
         settings.check()
@@ -2806,6 +2852,7 @@ def check_all(settings: Settings) -> int:
 def run_again_and_again(arguments: Sequence[str], watched: Iterable[Path]) -> int:
     """Run the program as a child, and anew whenever a file has changed."""
     command = [sys.executable, str(HERE / "proxy.py"), *arguments]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     while True:
         before = stamps(watched)
         with subprocess.Popen(command) as child:
@@ -2813,6 +2860,7 @@ def run_again_and_again(arguments: Sequence[str], watched: Iterable[Path]) -> in
                 while stamps(watched) == before:
                     time.sleep(0.3)
             except KeyboardInterrupt:
+                child.terminate()
                 return child.wait()
             print("A file has changed: starting again.", file=sys.stderr)
             child.terminate()
