@@ -19,9 +19,9 @@ other model plays `fake.default`.
 A prediction is a function of its age: creating, waiting, looking it up and
 following its stream all read the same timeline, and none of them drives it.
 
-Each section uses only names from those above it. The facts about Replicate,
-and what is not known of it, are in replicate-api.md, by whose sections the
-comments go.
+Each section uses only names from those above it. The facts about Replicate are
+those of its OpenAPI document, its docs and recorded exchanges; what nobody could
+look up is said to be a guess where it stands.
 
     Replies      what a request is answered
     Wires        what may become of a stream between its events and its bytes
@@ -71,7 +71,7 @@ FOREVER = 1e6  # seconds; a lock cannot wait much longer on every system
 ALWAYS = sys.maxsize
 
 # == Replies ===================================================================
-# The bodies are those of replicate-api.md 3.1; those of 403 and 409 are not
+# The bodies are those that were recorded or quoted; those of 403 and 409 are not
 # known, and have the form of the others.
 
 JSON_TYPE = "application/json; charset=UTF-8"
@@ -114,7 +114,7 @@ def page(status: int, title: str) -> Reply:
 
 
 def invalid_input(problems: Sequence[tuple[str, str, str]]) -> Reply:
-    """Rows of type, field, description, as in replicate-api.md 3.1."""
+    """Rows of type, field, description: what `invalid_fields` holds."""
     detail = "".join(f"- {name or '(root)'}: {text}\n" for _, name, text in problems)
     keys = ("type", "field", "description")
     fields = [dict(zip(keys, row, strict=True)) for row in problems]
@@ -163,7 +163,7 @@ class Fault(NamedTuple):
 NO_FAULT = Fault(times=0)
 
 # == Wires =====================================================================
-# A frame is the bytes of one event (2.3). A wire takes the frames of a stream
+# A frame is the bytes of one event. A wire takes the frames of a stream
 # and gives what is sent, one write each: most say the same in another form, some
 # break off. To add one: a function from frames to bytes.
 
@@ -253,8 +253,8 @@ def cut_in_utf8(frames: Frames) -> Frames:
 
 # == Texts =====================================================================
 # What models say, token by token: the same always, or a function of the input.
-# An empty token comes first and last, as it often does (1.5). At the end, what
-# stands in the record of a prediction: failures (3.2), counts, odd outputs.
+# An empty token comes first and last, as it often does. At the end, what
+# stands in the record of a prediction: failures, counts, odd outputs.
 
 Text = Sequence[str]
 
@@ -408,7 +408,7 @@ class Scenario:
 
 
 def whole(why: str, form: Callable[[list[str]], Any]) -> Scenario:
-    """An output that is no list comes at the end, and without a stream (1.5)."""
+    """An output that is no list comes at the end, and without a stream."""
     return Scenario(why, form=form, stream_url="")
 
 
@@ -585,8 +585,8 @@ SCENARIOS = {
 }
 
 # == Models ====================================================================
-# What GET /v1/models says (1.6). A row's fields are in the notation of
-# replicate-api.md 5, so that they can be copied from there.
+# What GET /v1/models says. A row's fields are written as short as can be:
+# name* type =default [minimum..maximum], where * is for a required one.
 
 SHA = re.compile(r"[0-9a-f]{64}")
 FIELD = re.compile(
@@ -658,7 +658,7 @@ def make_schemas(fields: str) -> dict[str, Json]:
 
 def find_field(text: str) -> dict[str, str]:
     match = FIELD.fullmatch(text)
-    assert match, f"not in the notation of replicate-api.md 5: {text}"
+    assert match, f"not in the notation of MODELS: {text}"
     return match.groupdict("")
 
 
@@ -712,7 +712,7 @@ RULES = {
 
 
 def check_input(input: Json, schemas: dict[str, Json]) -> None:
-    """Refuse what Replicate refuses; fields of unknown names pass (1.6)."""
+    """Refuse what Replicate refuses; fields of unknown names pass."""
     known = schemas.get("Input", {})
     fields = known.get("properties", {})
     problems = [
@@ -782,7 +782,7 @@ MODEL_FIELDS = {
         presence_penalty float =0; frequency_penalty float =0; stop [str] =[];
         seed int; stream bool =false
     """,
-    # a placeholder of a schema, as some official models have (1.6)
+    # a placeholder of a schema, as some official models have
     "snowflake/snowflake-arctic-instruct": "name str; name_file uri",
     # nobody's: a model that no client has heard of, with rarer names for its fields
     "acme/parrot": """
@@ -900,7 +900,7 @@ class Prediction:
         return self.scenario.form(spoken) if succeeded else None
 
     def record(self, age: float) -> Json:
-        """The prediction object (1.4): at birth its time has fewer digits."""
+        """The prediction object: at birth its time has fewer digits."""
         over = self.is_over(age)
         gone = over and self.scenario.removed
         record = {
@@ -961,7 +961,7 @@ class Prediction:
         yield from self.last_frames()
 
     def last_frames(self) -> Frames:
-        """They have no id (2.3)."""
+        """They have no id."""
         status = self.ending()[1]
         if status == "failed":
             yield frame("error", json.dumps({"detail": self.scenario.error}))
@@ -1066,7 +1066,7 @@ class Account:
         return make_model(name, PLAIN if owner == "fake" else None)
 
     def find_version(self, ref: str) -> Json:
-        """The model that POST /predictions runs for a ref (1.2)."""
+        """The model that POST /predictions runs for a ref."""
         name, _, version = ref.partition(":")
         if SHA.fullmatch(ref):
             return self.find_owner(ref)
@@ -1138,7 +1138,7 @@ def create_prediction(account: Account, call: Call) -> Reply:
 def create_model_prediction(
     account: Account, call: Call, owner: str, name: str
 ) -> Reply:
-    """For official models alone; a community model is not found (1.6)."""
+    """For official models alone; a community model is not found."""
     check_body(call.body, {"input"})
     model = account.find_model(f"{owner}/{name}")
     if not model["is_official"]:
@@ -1185,7 +1185,7 @@ def input_schemas(model: Json) -> dict[str, Json]:
 
 
 def begin(account: Account, call: Call, model: Json, scenario: Scenario) -> Reply:
-    """A prediction that is waited for is told as it then is (1.3)."""
+    """A prediction that is waited for is told as it then is."""
     pace = scenario.pace if account.pace is None else account.pace
     deadline = min(scenario.deadline, seconds(call.headers.get("cancel-after")))
     ref = f"{model['owner']}/{model['name']}"
@@ -1205,7 +1205,7 @@ def begin(account: Account, call: Call, model: Json, scenario: Scenario) -> Repl
 
 
 def seconds(duration: str | None) -> float:
-    """`Cancel-After` (1.3); that it is 5 s at least is for tests not enforced."""
+    """`Cancel-After`; that it is 5 s at least is for tests not enforced."""
     if not duration:
         return FOREVER
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", duration)
@@ -1257,7 +1257,7 @@ def retrieve_model(account: Account, call: Call, owner: str, name: str) -> Reply
 def retrieve_version(
     account: Account, call: Call, owner: str, name: str, id: str
 ) -> Reply:
-    """Official models list no versions (1.6)."""
+    """Official models list no versions."""
     model = account.find_model(f"{owner}/{name}")
     if model["is_official"] or version_id(model) != id:
         raise Refusal(NOT_FOUND)
@@ -1339,7 +1339,7 @@ class Endpoint(NamedTuple):
     method: str
     path: str  # `*` is an argument of the operation
     operation: Callable[..., Reply]
-    limit: int = 3000  # requests a minute (1.7); told in headers, never enforced
+    limit: int = 3000  # requests a minute; told in headers, never enforced
 
 
 ENDPOINTS = (

@@ -27,12 +27,14 @@ Each section uses only names from those above it.
     Families    how each kind of model is asked: one row per family
     Inputs      a call in the terms of its model
     Events      what a prediction is seen to do, and what shapes its text
+    Flights     how a call in the air is made to stop
     Streams     server-sent events as Replicate sends them
     Replicate   its API, and nothing but this section knows its library
     Upstream    predictions, each followed to its end or cancelled
     Replies     events told as OpenAI objects, whole or in chunks
     Endpoints   one row per path, one function per OpenAI operation
     HTTP        requests as they come over a socket, read strictly
+    Watching    hang-ups noticed, and silences broken
     Server      connections, and calls answered on them
     Main        the program
 """
@@ -47,6 +49,7 @@ import logging
 import os
 import re
 import secrets
+import selectors
 import shlex
 import signal
 import socket
@@ -75,7 +78,7 @@ from math import isfinite
 from operator import gt, lt
 from pathlib import Path
 from socketserver import StreamRequestHandler, TCPServer
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
 try:
@@ -104,7 +107,7 @@ Json = dict[str, Any]
 # == Errors ====================================================================
 #
 # Whoever finds something wrong raises an APIError, with the remedy in its
-# message. Nothing else may reach a client (openai-contract.md 7).
+# message. Codes and words are those that api.openai.com was seen to answer.
 
 RETRY = {"x-should-retry": "true"}
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's SDKs obey it, at any status
@@ -128,7 +131,7 @@ class APIError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) < 2000 else f"{message[:2000]}…")
         self.status = status
         self.code = code
         self.param = param
@@ -168,8 +171,8 @@ def as_api_error(error: Exception) -> APIError:
 
 # == Settings ==================================================================
 #
-# Nothing else reads the environment. To add one: a field here, with its range
-# if it is a number, and its line in .env.example.
+# Nothing else reads the environment, but for its HTTPS_PROXY. To add one: a
+# field here, with its range if it is a number, and its line in .env.example.
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 PLACEHOLDER = re.compile(r"(r8_)?(your|changeme|change-me|xxx)|<.*>", re.IGNORECASE)
@@ -199,9 +202,12 @@ class Settings:
     port: int = field(default=3000, metadata={"range": (0, 65535)})
     models_path: str = str(HERE / "models.json")
     replicate_base_url: str = "https://api.replicate.com/v1"
-    # 5 s to 24 h is what Replicate takes in Cancel-After (replicate-api.md 1.3).
+    # Cancel-After takes 5 s to 24 h (Replicate's docs, "Create a prediction").
     prediction_timeout: int = field(default=600, metadata={"range": (5, 86400)})
     max_body_bytes: int = field(default=25 * 2**20, metadata={"range": (1, 2**31)})
+    max_concurrent_calls: int = field(default=1000, metadata={"range": (1, 10**6)})
+    write_timeout: int = field(default=30, metadata={"range": (1, 3600)})
+    shutdown_grace: int = field(default=25, metadata={"range": (0, 3600)})
     log_level: str = "INFO"
 
     @classmethod
@@ -228,8 +234,8 @@ class Settings:
         problems = [*self.secret_problems(), *self.range_problems()]
         if self.log_level.upper() not in LOG_LEVELS:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
-        if urlsplit(self.replicate_base_url).scheme not in ("http", "https"):
-            problems.append("REPLICATE_BASE_URL must begin with https:// or http://.")
+        if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
+            problems.append("REPLICATE_BASE_URL must be of the form https://host/v1.")
         if problems:
             raise ConfigError(*problems)
 
@@ -266,9 +272,13 @@ class Patience(NamedTuple):
     blind: float = 30  # of looks that fail, before a prediction counts as lost
     grace: float = 10  # beyond the deadline, for Replicate to end it by itself
     idle: float = 75  # for the next call on a connection
-    request: float = 60  # for all of a request to arrive
-    write: float = 30  # for a client to take what it is sent
-    linger: float = 5  # for it to hear our last word before the connection closes
+    head: float = 20  # for all of a request's head to arrive …
+    body: float = 120  # … and for all of its body
+    hold: float = 3  # before a stream's status line goes out, whatever comes after
+    keep_alive: float = 15  # of silence before a stream says that it lives
+    tick: float = 0.2  # between looks at which streams are silent
+    farewell: float = 5  # for calls that are broken off to say so
+    linger: float = 2  # for a client to hear our last word before we close
 
 
 def secret_fault(value: str) -> str:
@@ -340,6 +350,10 @@ class Catalogue:
         return Model(id, ref, self.configs.get(ref, ModelConfig()), is_default)
 
 
+def is_ref(value: Any) -> bool:
+    return isinstance(value, str) and bool(REF.fullmatch(value))
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -374,9 +388,9 @@ def read_catalogue(text: str, families: Iterable[str], created: int = 0) -> Cata
         expect(key.startswith("_"), f"$.{key}", f"one of {', '.join(sorted(known))}")
     default = root.get("default_model")
     mappings = read_object(root, "mappings")
-    for path, ref in [*mappings.items(), *([("", default)] if default else [])]:
-        where = f'$.mappings["{path}"]' if path else "$.default_model"
-        expect(isinstance(ref, str) and REF.fullmatch(ref), where, "owner/name")
+    for name, ref in mappings.items():
+        expect(is_ref(ref), f'$.mappings["{name}"]', "owner/name")
+    expect(default is None or is_ref(default), "$.default_model", "owner/name")
     configs = read_object(root, "model_configs")
     names = list(families)
     read = {ref: read_config(ref, row, names) for ref, row in configs.items()}
@@ -480,7 +494,7 @@ def unknown_model(id: str, why: str = "") -> APIError:
 
 class Param(NamedTuple):
     kinds: tuple[type, ...] = ()
-    low: float | None = None  # of a number; of an array, its length
+    low: float | None = None  # of a number; of a string or an array, its length
     high: float | None = None
     default: Any = None
     choices: tuple[Any, ...] = ()
@@ -515,9 +529,9 @@ STREAM_OPTIONS = {
 }
 
 # Shared by chat and text completions. OpenAI's limit of stop strings is 4, but
-# SillyTavern and Continue send more to servers like this (openai-contract.md 2).
+# SillyTavern and Continue send more to servers like this.
 SAMPLING = {
-    "model": Param(STRING),
+    "model": Param(STRING, 1, 256),
     "stream": Param(BOOLEAN, default=False),
     "stream_options": Param(OBJECT, default={}, each=STREAM_OPTIONS),
     "temperature": Param(NUMBER, 0, 2),
@@ -628,15 +642,20 @@ def check_param(path: str, value: Any, param: Param) -> Any:
         check_choice(path, value, param.choices)
     if isinstance(value, NUMBER):
         check_number(path, value, param)
-    if isinstance(value, list):
-        check_array(path, value, param)
-    return check_inside(path, value, param.each) if param.each else value
+    if isinstance(value, (str, list)):
+        check_length(path, value, param)
+    return check_inside(path, value, param)
 
 
-def check_inside(path: str, value: Any, each: Mapping[str, Param]) -> Any:
+def check_inside(path: str, value: Any, param: Param) -> Any:
     if isinstance(value, list):
-        return [check(v, each, f"{path}[{i}].") for i, v in enumerate(value)]
-    return check(value, each, f"{path}.") if isinstance(value, dict) else value
+        for index, item in enumerate(value):
+            check_kind(f"{path}[{index}]", item, param.items)
+        if each := param.each:
+            return [check(v, each, f"{path}[{i}].") for i, v in enumerate(value)]
+    if isinstance(value, dict) and param.each:
+        return check(value, param.each, f"{path}.")
+    return value
 
 
 def check_refused(path: str, value: Any, param: Param) -> None:
@@ -674,25 +693,27 @@ def check_number(path: str, value: float, param: Param) -> None:
             raise APIError(400, message, code=f"{noun}_{short}_value", param=path)
 
 
-def check_array(path: str, value: list[Any], param: Param) -> None:
-    low, high = param.low or 0, param.high or float("inf")
-    empty = (
-        f"Invalid '{path}': empty array. Expected an array with minimum length {low}."
-    )
-    require(len(value) >= low, empty, code="empty_array", param=path)
+def check_length(path: str, value: str | list[Any], param: Param) -> None:
+    """Hold a string or an array to the row's bounds, as far as it has any."""
+    noun = "array" if isinstance(value, list) else "string"
+    low, high, size = param.low or 0, param.high or float("inf"), len(value)
+    a = KINDS[type(value)]
     expected = (
-        f"Expected an array with maximum length {high}, but got {len(value)} instead."
+        f"Expected {a} with minimum length {low}, but got an empty {noun} instead."
     )
-    too_long = f"Invalid '{path}': array too long. {expected}"
-    require(len(value) <= high, too_long, code="array_above_max_length", param=path)
-    for index, item in enumerate(value):
-        check_kind(f"{path}[{index}]", item, param.items or (type(item),))
+    message = f"Invalid '{path}': empty {noun}. {expected}"
+    require(size >= low, message, code=f"empty_{noun}", param=path)
+    expected = (
+        f"Expected {a} with maximum length {high}, but got {a} with length {size}"
+    )
+    message = f"Invalid '{path}': {noun} too long. {expected} instead."
+    require(size <= high, message, code=f"{noun}_above_max_length", param=path)
 
 
 # == Families ==================================================================
 #
 # A family is how a kind of model is asked: how it wants the messages laid out
-# and what it calls each parameter (replicate-api.md 5.1). The map is an
+# and what it calls each parameter, by its page on Replicate. The map is an
 # allow-list: what it leaves out is not sent. To add a family: a row, and a
 # layout if none fits; the first row whose pattern matches owner/name counts.
 
@@ -719,7 +740,7 @@ class Family(NamedTuple):
 
 
 def text_of(content: str | list[Json]) -> str:
-    """The text of a message; its parts (openai-contract.md 2) follow without a gap."""
+    """The text of a message; its parts follow one another without a gap."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content)
@@ -935,6 +956,9 @@ def find_family(model: Model) -> Family:
 # known of it to tell its answer.
 
 
+LONGEST = 6 * 2**20  # users report that Replicate interrupts what is larger
+
+
 class Order(NamedTuple):
     """What Replicate is to run."""
 
@@ -944,6 +968,7 @@ class Order(NamedTuple):
     prompt: str  # the text in it, to estimate tokens by
     limit: int | None  # of tokens, as it was sent
     cut: int | None  # of tokens, where the client's limit is below the model's least
+    echo: bool = False  # say the prompt before the answer
 
 
 def chat_order(body: Json, model: Model) -> Order:
@@ -955,12 +980,17 @@ def chat_order(body: Json, model: Model) -> Order:
 
 def completion_order(body: Json, model: Model, prompt: str) -> Order:
     family = find_family(model)
-    return order(body, model, family, {"prompt": prompt, **family.raw}, prompt)
+    laid_out = {"prompt": prompt, **family.raw}
+    asked = order(body, model, family, laid_out, prompt)
+    return asked._replace(echo=body["echo"])
 
 
 def order(
     body: Json, model: Model, family: Family, laid_out: Json, prompt: str
 ) -> Order:
+    too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
+    short_enough = len(prompt) <= LONGEST
+    require(short_enough, too_long, code="context_length_exceeded", param="messages")
     asked = tame(body, model.config)
     input = {**laid_out, **fit_all(asked, family.fields), **model.config.input}
     names = {field.name: name for name, field in family.fields.items()}
@@ -1102,12 +1132,13 @@ def cut_after(events: Events, tokens: int) -> Events:
 
 
 def echo(events: Events, prompt: str) -> Events:
-    """Say the prompt before the answer."""
+    """Say the prompt before the answer, once there is one."""
     with closing(events):
         for event in events:
-            yield event
-            if isinstance(event, Started):
+            if prompt and not isinstance(event, Started):
                 yield Text(prompt)
+                prompt = ""
+            yield event
 
 
 def account(events: Events, prompt: str, limit: int | None) -> Events:
@@ -1136,10 +1167,60 @@ def complete(usage: Usage, prompt: int, said: int) -> Usage:
     )
 
 
+# == Flights ===================================================================
+#
+# A call in the air: whoever works for it may simply block, as a hang-up or the
+# end of the server wakes it and raises in it. That is what cancels predictions.
+
+
+class Gone(Exception):
+    """The client has left: nobody is there to be told anything."""
+
+
+class Flight:
+    """Why a call has to stop, once it has, and how to wake those who work for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+        self.cause: Exception = Gone()
+        self.wakers: list[Callable[[], None]] = []
+
+    def stop(self, cause: Exception) -> None:
+        with self.lock:
+            if self.stopped.is_set():
+                return
+            self.cause = cause
+            self.stopped.set()
+            for wake in self.wakers:
+                wake()
+
+    def check(self) -> None:
+        """Raise the cause if the call has to stop."""
+        if self.stopped.is_set():
+            raise self.cause
+
+    def sleep(self, seconds: float) -> None:
+        self.stopped.wait(seconds)
+        self.check()
+
+    @contextmanager
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Have `wake` called, in the meantime, if the call has to stop."""
+        with self.lock:
+            self.check()
+            self.wakers.append(wake)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.wakers.remove(wake)
+
+
 # == Streams ===================================================================
 #
 # Replicate's event streams, read with http.client: this is where a proxy spends
-# its time, token by token, and httpx takes twice as much of it (performance.md).
+# its time, token by token, and httpx took twice as much of it when measured.
 # A stream read to its end leaves its connection for the next one.
 
 TIMED_OUT = b":408"  # a comment that ends a stream without an end
@@ -1151,7 +1232,7 @@ class ServerSent(NamedTuple):
 
 
 def server_sent(pieces: Iterable[bytes]) -> Iterator[ServerSent]:
-    """Decode an event stream (replicate-api.md 2.3), however it is cut into pieces."""
+    """Decode an event stream (Replicate's docs, "Streaming"), however it is cut up."""
     event, data = "", []
     for line in split_lines(pieces):
         name, _, value = line.partition(b":")
@@ -1190,15 +1271,19 @@ Answer = tuple[http.client.HTTPConnection, http.client.HTTPResponse]
 class Connections:
     """Idle connections to the hosts that stream: the last used is taken first."""
 
-    def __init__(self, timeout: float, keep: float = 60) -> None:
-        self.timeout = timeout  # seconds without a byte
+    def __init__(
+        self, patience: Patience, tls: ssl.SSLContext, keep: float = 60
+    ) -> None:
+        self.patience = patience
+        self.tls = tls
         self.keep = keep  # seconds that a connection may be idle
         self.idle: dict[str, deque[tuple[float, http.client.HTTPConnection]]]
         self.idle = defaultdict(deque)
-        self.tls = ssl.create_default_context()
 
     @contextmanager
-    def get(self, url: str, headers: dict[str, str]) -> Iterator[Iterator[bytes]]:
+    def get(
+        self, url: str, headers: dict[str, str], flight: Flight
+    ) -> Iterator[Iterator[bytes]]:
         """Read a stream in pieces. Raise StreamRefused now or StreamBroken later."""
         origin = urlsplit(url)
         connection, response = self.ask(origin, headers)
@@ -1206,7 +1291,8 @@ class Connections:
             kind = response.getheader("content-type", "")
             if response.status != 200 or not kind.startswith("text/event-stream"):
                 raise StreamRefused(f"status {response.status}, type {kind!r}")
-            yield read_pieces(response)
+            with flight.waking(partial(shut, connection.sock)):
+                yield read_pieces(response)
         finally:
             self.put_back(origin, connection, response)
 
@@ -1214,9 +1300,9 @@ class Connections:
         """Ask on an idle connection if there is one that lives, else on a new one."""
         if connection := self.take(url):
             with suppress(OSError, http.client.HTTPException):
-                return ask(connection, url, headers)
+                return ask(connection, url, headers, self.patience.stream)
         try:
-            return ask(self.connect(url), url, headers)
+            return ask(self.connect(url), url, headers, self.patience.stream)
         except (OSError, http.client.HTTPException) as error:
             raise StreamRefused(repr(error)) from error
 
@@ -1242,7 +1328,6 @@ class Connections:
                 connection.sock.settimeout(0.001)
                 response.read1()
             if connection.sock and response.isclosed():
-                connection.sock.settimeout(self.timeout)
                 self.idle[url.netloc].append((time.monotonic(), connection))
                 return
         connection.close()
@@ -1257,29 +1342,44 @@ class Connections:
         """Through HTTPS_PROXY where the environment names one, as the SDK does."""
         host, port = url.hostname or "", url.port
         if url.scheme == "http":
-            return http.client.HTTPConnection(host, port, timeout=self.timeout)
+            return http.client.HTTPConnection(host, port, timeout=self.patience.connect)
         proxy = find_proxy(host)
         if not proxy.hostname:
             return http.client.HTTPSConnection(
-                host, port, timeout=self.timeout, context=self.tls
+                host, port, timeout=self.patience.connect, context=self.tls
             )
         tunnel = http.client.HTTPSConnection(
-            proxy.hostname, proxy.port or 80, timeout=self.timeout, context=self.tls
+            proxy.hostname,
+            proxy.port or 80,
+            timeout=self.patience.connect,
+            context=self.tls,
         )
         tunnel.set_tunnel(host, port, headers=proxy_authorization(proxy))
         return tunnel
 
 
 def ask(
-    connection: http.client.HTTPConnection, url: SplitResult, headers: dict[str, str]
+    connection: http.client.HTTPConnection,
+    url: SplitResult,
+    headers: dict[str, str],
+    timeout: float,
 ) -> Answer:
     target = url._replace(scheme="", netloc="", fragment="").geturl()
     try:
+        if not connection.sock:
+            connection.connect()
+        connection.sock.settimeout(timeout)
         connection.request("GET", target or "/", headers=headers)
         return connection, connection.getresponse()
     except BaseException:
         connection.close()
         raise
+
+
+def shut(sock: socket.socket) -> None:
+    """End a read in another thread: plainly, as TLS would take its state apart."""
+    with suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def read_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -1357,19 +1457,20 @@ class ReplicateAPI:
         self.base = urlsplit(settings.replicate_base_url.rstrip("/"))
         self.time_limit = settings.prediction_timeout
         self.patience = patience
-        # It would repeat a create: a second bill (replicate-api.md 4.1). Few idle
-        # connections, as httpx's pool is quadratic in them (performance.md).
+        # Few idle connections, as httpx's pool is quadratic in them: a create took
+        # 0.5 ms with one of them and 14 ms with 200. No retries: a second bill.
         limits = httpx.Limits(
             max_connections=None, max_keepalive_connections=10, keepalive_expiry=60
         )
+        tls = httpx.create_ssl_context()  # takes 20 ms: one for all
         self.client = Replicate(
             bearer_token=self.token,
             base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
             max_retries=0,
             timeout=httpx.Timeout(patience.create, connect=patience.connect),
-            http_client=DefaultHttpxClient(limits=limits),
+            http_client=DefaultHttpxClient(limits=limits, verify=tls),
         )
-        self.streams = Connections(patience.stream)
+        self.streams = Connections(patience, tls)
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
 
     def close(self) -> None:
@@ -1379,15 +1480,17 @@ class ReplicateAPI:
     def create(self, order: Order, wait: bool) -> Json:
         """A create that was refused is sent again, with a community model's version."""
         ref = order.model.ref
+        known = self.versions.get(ref, ref)
         try:
-            return self.post(order, self.versions.get(ref, ref), wait)
+            return self.post(order, known, wait)
         except APIError as error:
-            if error.code != "model_not_found" or not (
-                version := self.find_version(ref)
-            ):
+            if error.code != "model_not_found":
                 raise
-        self.versions[ref] = version
-        return self.post(order, version, wait)
+            newest = self.find_version(ref)
+            if newest in (None, known):
+                raise
+        self.versions[ref] = newest
+        return self.post(order, newest, wait)
 
     def post(self, order: Order, ref: str, wait: bool) -> Json:
         options: Json = {"input": order.input, "cancel_after": f"{self.time_limit}s"}
@@ -1406,7 +1509,7 @@ class ReplicateAPI:
     def find_version(self, ref: str) -> str | None:
         """The newest version of a community model, or None if it is none."""
         owner, _, name = ref.partition("/")
-        if not re.fullmatch(NAME, name) or ref in self.versions:
+        if not re.fullmatch(NAME, name):
             return None
         with suppress(APIError), self.failures_told():
             found = self.client.models.with_raw_response.get(
@@ -1429,22 +1532,26 @@ class ReplicateAPI:
         with self.failures_told():
             return read_object_of(self.client.account.with_raw_response.get())
 
-    def open_stream(self, url: str) -> AbstractContextManager[Iterator[bytes]]:
+    def open_stream(
+        self, url: str, flight: Flight
+    ) -> AbstractContextManager[Iterator[bytes]]:
         headers = {
             "Authorization": f"Bearer {self.token}",
             "Accept": "text/event-stream",
             "Cache-Control": "no-store",
         }
-        return self.streams.get(url, headers)
+        return self.streams.get(url, headers, flight)
 
     def may_stream_from(self, url: str) -> bool:
         """The token goes to Replicate's hosts alone, whatever an answer says."""
-        host = urlsplit(url).hostname or ""
-        return host == self.base.hostname or bool(TRUSTED_HOST.fullmatch(host))
+        asked = urlsplit(url)
+        trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
+        ours = asked.hostname == self.base.hostname
+        return ours or bool(trusted and asked.scheme == "https")
 
     @contextmanager
     def failures_told(self, order: Order | None = None) -> Iterator[None]:
-        """Turn what the SDK raises into the client's terms (design: errors)."""
+        """Turn what the SDK raises into the client's terms."""
         try:
             yield
         except APIStatusError as error:
@@ -1507,7 +1614,7 @@ def invalid_param(invalid: Any, order: Order | None) -> str | None:
 
 
 def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
-    """Seconds to wait, wherever they are told (replicate-api.md 3.1)."""
+    """Seconds to wait, wherever they are told: Replicate has used all four places."""
     headers = error.response.headers
     words = next((m[1] for m in (re.search(w, detail) for w in WAITS) if m), None)
     told = (
@@ -1526,7 +1633,8 @@ def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
 
 TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
 
-# By the text of a failed prediction's error (replicate-api.md 3.2), first match.
+# By the text of a failed prediction's error (Replicate's docs, "Error codes"); the
+# first that matches counts.
 FAILURES = (
     (
         r"\(E003\)|\(E004\)|\(code: PA\)|\(E98\d\d\)",
@@ -1563,10 +1671,13 @@ class Upstream:
         self.api = api
         self.patience = patience
 
-    def run(self, order: Order, *, wait: bool) -> Events:
+    def run(self, order: Order, flight: Flight, *, wait: bool) -> Events:
         """Create a prediction and tell what it does; `wait` if all of it is wanted."""
-        prediction = Prediction(self, order, self.api.create(order, wait), waited=wait)
+        flight.check()
+        seen = self.api.create(order, wait)
+        prediction = Prediction(self, order, flight, seen, waited=wait)
         try:
+            flight.check()
             yield Started(prediction.id, order.model.ref)
             yield from prediction.texts()
             yield prediction.end()
@@ -1578,11 +1689,18 @@ class Prediction:
     """A prediction that is followed: how it was last seen, and what was told of it."""
 
     def __init__(
-        self, upstream: Upstream, order: Order, seen: Json, *, waited: bool
+        self,
+        upstream: Upstream,
+        order: Order,
+        flight: Flight,
+        seen: Json,
+        *,
+        waited: bool,
     ) -> None:
         self.api = upstream.api
         self.patience = upstream.patience
         self.order = order
+        self.flight = flight
         self.id = str(seen["id"])
         self.seen = seen
         self.seen_at = time.monotonic()
@@ -1618,40 +1736,45 @@ class Prediction:
             if not (yield from self.listen()):
                 break
             self.is_late = True
-            time.sleep(patience.poll)
+            self.flight.sleep(patience.poll)
         pause = patience.settle if self.said_done else patience.poll
         while not self.is_over and self.has_time:
             yield from self.rest()
-            time.sleep(pause)
+            self.flight.sleep(pause)
             pause = min(pause * 1.5, patience.poll_most)
             self.look()
         yield from self.rest(at_end=True)
 
     def listen(self) -> Generator[Text, None, bool]:
         """Tell what its stream says, then look; True if it is worth opening again."""
-        worth = True
         try:
-            with self.api.open_stream(self.stream_url) as pieces:
-                for event, data in server_sent(pieces):
-                    if event == "done":
-                        worth = False
-                        self.hear_done(data)
-                        self.look()  # while the stream's last bytes arrive
-                        return False
-                    if event == "output" and data:
-                        if not self.fits(data):
-                            return False
-                        self.told.append(data)
-                        yield Text(data)
-                    if not self.has_time:
-                        break
+            with self.api.open_stream(self.stream_url, self.flight) as pieces:
+                if not (yield from self.hear(pieces)):
+                    return False
         except StreamRefused as error:
-            worth = False
             log.info("prediction=%s is polled: %s", self.id, error)
+            return False
         except StreamBroken as error:
+            self.flight.check()
             log.info("prediction=%s broken stream: %s", self.id, error)
         self.look()
-        return worth and not self.output
+        return not self.output
+
+    def hear(self, pieces: Iterable[bytes]) -> Generator[Text, None, bool]:
+        """Tell its words; False if they came to their end, or are not its words."""
+        for event, data in server_sent(pieces):
+            if event == "done":
+                self.hear_done(data)
+                self.look()  # while the stream's last bytes arrive
+                return False
+            if event == "output" and data:
+                if not self.fits(data):
+                    return False
+                self.told.append(data)
+                yield Text(data)
+            if not self.has_time:
+                break
+        return True
 
     def hear_done(self, data: str) -> None:
         """Its record may lag behind its stream, but not for long."""
@@ -1662,8 +1785,8 @@ class Prediction:
     def fits(self, data: str) -> bool:
         """Whether a stream opened late says what the output has at this place.
 
-        Replicate seems to replay a stream from its start, but says so nowhere
-        (replicate-api.md 2.3): what does not fit is dropped, and looks go on.
+        Replicate seems to replay a stream from its start, but does not say so
+        in its docs: what does not fit is dropped, and looks go on.
         """
         if self.is_late and not self.told:
             self.look()
@@ -1698,13 +1821,13 @@ class Prediction:
         status = self.seen.get("status")
         if status == "failed":
             raise failure(str(self.seen.get("error") or ""), self.api.token)
-        lost = self.seen.get("data_removed") and not self.told
-        if lost or not (status == "succeeded" or self.said_done):
+        if self.seen.get("data_removed") and not self.told:
+            raise failure("Its output was removed before it was seen.", self.api.token)
+        if status != "succeeded" and not self.said_done:
             raise APIError(
                 504,
-                "Replicate ended the prediction before it had finished. The most that "
-                f"the proxy allows one is {self.api.time_limit} s "
-                "(PREDICTION_TIMEOUT).",
+                "Replicate ended the prediction before it had finished. It may take "
+                f"{self.api.time_limit} s at the most (PREDICTION_TIMEOUT).",
                 code="prediction_timeout",
                 headers=NO_RETRY,
             )
@@ -1731,7 +1854,7 @@ def remainder(output: str, told: str) -> str:
 
 
 def output_text(output: Any) -> str:
-    """The text in an output of any form (replicate-api.md 1.5)."""
+    """The text in an output: a list of strings, a string, an object with text in it."""
     if output is None or isinstance(output, str):
         return output or ""
     if isinstance(output, list):
@@ -1742,7 +1865,7 @@ def output_text(output: Any) -> str:
 
 
 def read_usage(seen: Json) -> Usage:
-    """From the metrics, else from the lines that some models log (1.4)."""
+    """From the metrics, else from the lines that some models log."""
     metrics, logs = seen.get("metrics") or {}, str(seen.get("logs") or "")
     logged = {name: re.findall(row, logs) for name, row in COUNTS.items()}
     counts = {name: int(found[-1]) for name, found in logged.items() if found}
@@ -1767,7 +1890,7 @@ def failure(text: str, secret: str) -> APIError:
 #
 # An OpenAI object is told by two pure functions: an event's chunks, and the
 # whole. They say the same. Keys stand in the order of the real API's answers
-# (openai-contract.md 3 to 6), with its nulls.
+# as they were recorded, with its nulls.
 
 Told = Iterable[tuple[int, Event]]  # each event with the index of its choice
 Chunks = Generator[list[Json], None, None]
@@ -1963,6 +2086,20 @@ def model_object(id: str, ref: str, created: int) -> Json:
     return {"id": id, "object": "model", "created": created, "owned_by": owner}
 
 
+def encode(body: Json, indent: int | None = None) -> bytes:
+    separators = None if indent else (",", ":")
+    text = json.dumps(body, ensure_ascii=False, indent=indent, separators=separators)
+    return text.encode("utf-8", "replace")
+
+
+def frame(chunk: Json) -> bytes:
+    return b"data: " + encode(chunk) + b"\n\n"
+
+
+def frames(chunks: list[Json]) -> bytes:
+    return b"".join(map(frame, chunks))
+
+
 # == Endpoints =================================================================
 #
 # One function per OpenAI operation, under OpenAI's name for it, and one row per
@@ -1985,6 +2122,7 @@ class Call(NamedTuple):
     path: str
     headers: Mapping[str, str]  # names in lower case
     read: Callable[[], bytes]  # the body, when somebody with a key wants it
+    flight: Flight
     notes: Json  # what the log will say of this call
 
 
@@ -2006,7 +2144,11 @@ def list_models(proxy: Proxy, call: Call) -> Reply:
 
 def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
     catalogue = proxy.models.current()
-    model = find_model(replace(catalogue, default_model=None), id)
+    try:
+        model = find_model(replace(catalogue, default_model=None), id)
+    except APIError as error:
+        error.param = "model"
+        raise
     return Reply(model_object(id, model.ref, catalogue.created))
 
 
@@ -2042,7 +2184,12 @@ def read_json(call: Call) -> Json:
     """What JSON has no word for is refused, though Python would read it."""
     try:
         data = call.read()
-        body = json.loads(data, parse_constant=refuse, parse_float=finite)
+        body = json.loads(
+            data,
+            parse_constant=refuse,
+            parse_float=finite,
+            object_pairs_hook=without_twins,
+        )
         if b"\\ud" in data.lower():  # "\ud800" alone is half a character
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
@@ -2070,8 +2217,13 @@ def unsupported_content_type(kind: str) -> APIError:
     )
 
 
-def refuse(constant: str) -> float:
+def refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
+
+
+def without_twins(pairs: list[tuple[str, Any]]) -> Json:
+    """Of two keys of a name, another reader might take the other."""
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else refuse("a key")
 
 
 def finite(text: str) -> float:
@@ -2091,22 +2243,23 @@ def tell(
     )
     model = orders[0].model
     call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
-    told = noted(in_turn([shape(proxy, order, body) for order in orders]), call.notes)
+    runs = [shape(proxy, call, order, body) for order in orders]
+    told = noted(in_turn(runs), call.notes)
     if body["stream"]:
         return Reply(tell_in_chunks(told, form, head))
     with closing(told):
         return Reply(tell_at_once(told, form, head))
 
 
-def shape(proxy: Proxy, order: Order, body: Json) -> Events:
+def shape(proxy: Proxy, call: Call, order: Order, body: Json) -> Events:
     """Run an order, and do to its answer what the model can't."""
-    events = proxy.upstream.run(order, wait=not body["stream"])
+    events = proxy.upstream.run(order, call.flight, wait=not body["stream"])
     if order.cut:
         events = cut_after(events, order.cut)
     if stops := list(filter(None, body["stop"])):
         events = stop_at(events, stops)
     events = account(events, order.prompt, order.limit)
-    return echo(events, order.prompt) if body.get("echo") else events
+    return echo(events, order.prompt) if order.echo else events
 
 
 def in_turn(runs: Sequence[Events]) -> Generator[tuple[int, Event], None, None]:
@@ -2171,7 +2324,7 @@ def answer(proxy: Proxy, call: Call) -> Reply:
 
 
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, list[str]]:
-    """Find by path, with all that clients do to it (openai-contract.md 1.1)."""
+    """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
     wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
     found = [
         (endpoint, list(match.groups()))
@@ -2247,15 +2400,10 @@ def preflight(call: Call) -> dict[str, str]:
 # behind a load balancer; this one takes what RFC 9112 allows and nothing else.
 
 MAX_HEAD = 65536
-READ_SIZE = 65536
 SMALL = 65536  # a body that is rather read and forgotten than the connection closed
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) HTTP/1\.([01])")
 HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
 ONCE = frozenset(("content-length", "transfer-encoding", "host", "authorization"))
-
-
-class Gone(Exception):
-    """The client has left: nobody is there to be told anything."""
 
 
 class Reading(io.RawIOBase):
@@ -2264,6 +2412,7 @@ class Reading(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.deadline = 0.0
+        self.is_idle = True  # between two calls
 
     def within(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
@@ -2348,6 +2497,7 @@ class Body:
         self.is_chunked = is_chunked(request)
         self.length = read_length(request)
         self.is_read = not self.is_chunked and not self.length
+        self.is_begun = False
         self.is_awaited = request.headers.get("expect", "").lower() == "100-continue"
 
     def check(self) -> None:
@@ -2358,6 +2508,7 @@ class Body:
             raise self.too_large(self.length)
 
     def read(self) -> bytes:
+        self.is_begun = True
         if self.is_chunked:
             body = b"".join(self.read_chunks())
         else:
@@ -2398,14 +2549,23 @@ class Body:
     def is_passable(self) -> bool:
         """Whether another call can follow: nothing is unread, or little."""
         is_little = self.length is not None and self.length <= SMALL
-        return self.is_read or (is_little and not self.is_awaited)
+        return self.is_read or (is_little and not self.is_awaited and not self.is_begun)
 
     def forget(self) -> bool:
         """Read what nobody wanted if it is little; else the connection must close."""
         if self.is_passable and not self.is_read:
-            with suppress(APIError, OSError):
+            with suppress(APIError, Gone):
                 self.read()
         return self.is_read
+
+
+def linger(reading: Reading, seconds: float) -> None:
+    """Take in for a moment what is still being sent: a reset would undo our reply."""
+    with suppress(OSError, APIError, Gone):
+        reading.sock.shutdown(socket.SHUT_WR)
+        reading.within(seconds)
+        while reading.readinto(bytearray(SMALL)):
+            pass
 
 
 def read_trailers(stream: io.BufferedReader[Reading]) -> None:
@@ -2437,12 +2597,194 @@ def is_chunked(request: Request) -> bool:
     return True
 
 
+def reply_head(status: int, headers: Mapping[str, str]) -> bytes:
+    """A header can't carry all that a client may call a model: the rest becomes ?."""
+    lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
+    for name, value in headers.items():
+        if value:
+            lines.append(f"{name}: {re.sub('[^ -~]', '?', value)}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # or nginx would hold the tokens back
+}
+STREAM_CHUNKED = {**STREAM_HEADERS, "transfer-encoding": "chunked"}
+
+
+# == Watching ==================================================================
+#
+# One thread looks after the calls in flight, so that the threads which follow
+# predictions may simply block: it notices who hangs up, and breaks silences.
+
+DONE_FRAME = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
+
+
+class Telling:
+    """A streamed reply on the wire: its call writes it, the watcher keeps it alive.
+
+    Its status line waits until there is something to tell, but not for ever.
+    """
+
+    def __init__(
+        self, sock: socket.socket, head: Callable[[], bytes], chunked: bool
+    ) -> None:
+        self.sock = sock
+        self.head = head
+        self.chunked = chunked
+        self.lock = threading.Lock()
+        self.held = b""  # what is to go before anything else
+        self.is_open = False
+        self.is_over = False
+        self.last = time.monotonic()
+
+    def hold(self, data: bytes) -> None:
+        """Say this with what comes next."""
+        with self.lock:
+            self.held += self.piece(data)
+
+    def write(self, data: bytes, end: bytes = b"") -> None:
+        """Raise Gone if the client has left, or does not read."""
+        with self.lock:
+            self.is_over = bool(end)
+            try:
+                self.sock.sendall(self.take(data) + end)
+            except OSError as error:
+                raise Gone from error
+
+    def end(self, data: bytes) -> None:
+        self.write(data, b"0\r\n\r\n" if self.chunked else b"")
+
+    def take(self, data: bytes) -> bytes:
+        """What is due on the wire now, up to this."""
+        head = b"" if self.is_open else self.head()
+        due = head + self.held + self.piece(data)
+        self.is_open, self.held, self.last = True, b"", time.monotonic()
+        return due
+
+    def piece(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data
+
+    def close(self) -> bool:
+        """Leave the socket alone from now on; True if no status line went out."""
+        with self.lock:
+            self.is_over = True
+            return not self.is_open
+
+    def break_silence(self, patience: Patience, write_timeout: float) -> None:
+        """Send a sign of life if it is time, and no more of it than goes at once."""
+        limit = patience.keep_alive if self.is_open else patience.hold
+        if time.monotonic() - self.last < limit:
+            return
+        if self.lock.acquire(blocking=False):  # else its call is writing
+            try:
+                if not self.is_over:
+                    self.sock.settimeout(0)
+                    due = self.take(KEEP_ALIVE)
+                    self.held = due[send_at_once(self.sock, due) :]
+                    self.sock.settimeout(write_timeout)
+            finally:
+                self.lock.release()
+
+
+def send_at_once(sock: socket.socket, data: bytes) -> int:
+    try:
+        return sock.send(data)
+    except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
+        return 0
+
+
+class Watcher(threading.Thread):
+    """Stops the flights of clients that hang up, and breaks the silence of others."""
+
+    def __init__(self, patience: Patience, write_timeout: float) -> None:
+        super().__init__(name="watcher", daemon=True)
+        self.patience = patience
+        self.write_timeout = write_timeout
+        self.lock = threading.Lock()
+        self.selector = selectors.DefaultSelector()
+        self.tellings: set[Telling] = set()
+        self.is_stopped = False
+        self.bell, self.ear = socket.socketpair()  # ends a wait; and some need one
+        self.selector.register(self.ear, selectors.EVENT_READ)
+
+    @contextmanager
+    def kept_alive(self, telling: Telling) -> Iterator[None]:
+        self.tellings.add(telling)
+        try:
+            yield
+        finally:
+            self.tellings.discard(telling)
+            telling.close()
+
+    def run(self) -> None:
+        while not self.is_stopped:
+            try:
+                self.go_round()
+            except Exception:  # all calls depend on this thread
+                log.exception("the watcher failed")
+
+    def go_round(self) -> None:
+        for key, _ in self.selector.select(self.patience.tick):
+            if key.fileobj is not self.ear:
+                self.look(cast(socket.socket, key.fileobj), key.data)
+        for telling in list(self.tellings):
+            telling.break_silence(self.patience, self.write_timeout)
+
+    def watch(self, sock: socket.socket, flight: Flight) -> None:
+        with self.lock, suppress(OSError, ValueError):
+            self.selector.register(sock, selectors.EVENT_READ, flight)
+
+    def forget(self, sock: socket.socket) -> None:
+        with self.lock, suppress(OSError, ValueError, KeyError):
+            self.selector.unregister(sock)
+
+    def look(self, sock: socket.socket, flight: Flight) -> None:
+        """See why a socket can be read: its end, or a call that comes too early.
+
+        Nobody else reads it, as long as it is watched, so that this never blocks.
+        """
+        with self.lock, suppress(KeyError, ValueError):
+            self.selector.unregister(sock)
+            if has_ended(sock):
+                flight.stop(Gone())
+
+    def stop(self) -> None:
+        self.is_stopped = True
+        self.bell.send(b"!")
+        self.join()
+        for end in (self.bell, self.ear, self.selector):
+            end.close()
+
+
+def has_ended(sock: socket.socket) -> bool:
+    try:
+        return not sock.recv(1, socket.MSG_PEEK)
+    except OSError:
+        return True
+
+
 # == Server ====================================================================
 #
 # Sockets and threads are those of http.server. What it says itself is not: it
 # answers in HTML, and sends a head and its body apart.
 
-DONE_FRAME = b"data: [DONE]\n\n"
+TOO_MANY = "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
+STOPPING = "is being stopped"
+
+
+def overloaded(why: str) -> APIError:
+    message = f"The proxy {why}. Try again in a moment."
+    return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
+
+
+def quoted(value: Any) -> str:
+    """A value of a key=value line, in quotes where it would not stay one word."""
+    text = str(value)[:200]
+    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
 
 
 class Exchange:
@@ -2451,10 +2793,10 @@ class Exchange:
     def __init__(
         self, server: Server, reading: Reading, stream: io.BufferedReader[Reading]
     ) -> None:
-        self.proxy = server.proxy
-        self.patience = server.patience
+        self.server = server
         self.reading = reading
         self.stream = stream
+        self.flight = Flight()
         self.id = f"req_{secrets.token_hex(16)}"
         self.began = time.monotonic()
         self.request = Request("-", "-", 0, {})
@@ -2465,10 +2807,10 @@ class Exchange:
 
     def run(self) -> bool:
         """Serve one call; say whether the connection can carry another."""
+        if not self.is_asked():
+            return False
         try:
-            if not self.is_asked():
-                return False
-            self.serve(read_head(self.stream))
+            self.serve(parse_head(read_head(self.stream)))
         except Gone:
             self.keep = False
             self.notes["error"] = "client_gone"
@@ -2476,38 +2818,55 @@ class Exchange:
             with suppress(Gone):
                 self.send_error(as_api_error(error))
         self.log()
-        return self.keep and self.body is not None and self.body.forget()
+        self.server.dismiss(self)
+        return self.can_go_on()
 
     def is_asked(self) -> bool:
         """Wait for a call; from its first byte on, the client has to hurry."""
-        self.reading.within(self.patience.idle)
+        self.reading.within(self.server.patience.idle)
+        self.reading.is_idle = True
         with suppress(APIError, Gone):
             if self.stream.peek(1):
                 self.began = time.monotonic()
-                self.reading.within(self.patience.request)
+                self.reading.within(self.server.patience.head)
+                self.reading.is_idle = False
                 return True
         return False
 
-    def serve(self, lines: Sequence[bytes]) -> None:
-        self.request = request = parse_head(lines)
-        self.body = Body(request, self.stream, self.proxy.settings.max_body_bytes)
+    def serve(self, request: Request) -> None:
+        settings = self.server.proxy.settings
+        self.request = request
+        self.body = Body(request, self.stream, settings.max_body_bytes)
         self.keep = request.keeps_alive
         call = Call(
-            request.method, request.path, request.headers, self.read_body, self.notes
+            method=request.method,
+            path=request.path,
+            headers=request.headers,
+            read=self.read_body,
+            flight=self.flight,
+            notes=self.notes,
         )
-        reply = answer(self.proxy, call)
+        if self.server.is_stopping:
+            raise overloaded(STOPPING)
+        reply = answer(self.server.proxy, call)
+        self.reading.sock.settimeout(settings.write_timeout)
         if isinstance(reply.body, Generator):
             self.send_chunks(reply.body)
         else:
             self.send_object(reply.status, reply.body, reply.headers)
 
     def read_body(self) -> bytes:
+        """Read it from one who may ask, if there is room; from then on, be watchful."""
         assert self.body
         self.body.check()
+        self.server.admit(self)
+        self.reading.within(self.server.patience.body)
         if self.body.is_awaited:
             self.body.is_awaited = False
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self.body.read()
+        body = self.body.read()
+        self.server.watcher.watch(self.reading.sock, self.flight)
+        return body
 
     def send_object(
         self, status: int, body: Json | None, headers: Mapping[str, str]
@@ -2521,44 +2880,34 @@ class Exchange:
 
     def send_error(self, error: APIError) -> None:
         self.notes["error"] = error.code or error.status
+        if self.body is None or not self.body.is_passable:
+            self.keep = False
         self.send_object(error.status, error.body, error.headers)
 
     def send_chunks(self, chunks: Chunks) -> None:
-        """Send server-sent events, each as it comes.
+        """Send server-sent events, each as it comes, and a failure as the last of them.
 
-        The status line waits until the prediction has said something: until then
-        its failure has a status of its own.
+        As long as there is no status line, a failure is raised: it has its own.
         """
-        with closing(chunks):
-            first = frames(next(chunks)) + frames(next(chunks))
-            self.write(self.head(200, self.stream_headers()) + self.piece(first))
-            for data in self.tell(chunks):
-                self.write(self.piece(data))
-            self.write(self.piece(b""))
-
-    def tell(self, chunks: Chunks) -> Iterator[bytes]:
-        """Encode chunks; an error, too late for a status, is the last of them."""
-        try:
-            yield from filter(None, map(frames, chunks))
-        except Exception as error:
-            failure = as_api_error(error)
-            self.notes["error"] = failure.code or failure.status
-            yield frame(failure.body)
-        yield DONE_FRAME
-
-    def stream_headers(self) -> dict[str, str]:
-        kind = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",  # or nginx would hold the tokens back
-        }
-        if self.request.minor:
-            return {**kind, "transfer-encoding": "chunked"}
-        return kind
-
-    def piece(self, data: bytes) -> bytes:
-        """A piece of a body of unknown length; an empty one ends it."""
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.request.minor else data
+        chunked = self.request.minor > 0
+        head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
+        telling = Telling(self.reading.sock, head, chunked)
+        last = b""
+        with closing(chunks), self.server.watcher.kept_alive(telling):
+            try:
+                telling.hold(frames(next(chunks)))
+                for batch in chunks:
+                    if batch:
+                        telling.write(frames(batch))
+            except Gone:
+                raise
+            except Exception as error:
+                if telling.close():
+                    raise
+                failure = as_api_error(error)
+                self.notes["error"] = failure.code or failure.status
+                last = frame(failure.body)
+            telling.end(last + DONE_FRAME)
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status
@@ -2571,20 +2920,24 @@ class Exchange:
             "x-replicate-model": self.notes.get("ref", ""),
             "x-replicate-prediction-id": ", ".join(self.notes["predictions"]),
             **CORS,
-            "connection": "" if self.keep else "close",
+            "connection": "" if self.keep and not self.server.is_stopping else "close",
         }
-        lines = [f"{name}: {printable(value)}" for name, value in told.items() if value]
-        reason = http.client.responses.get(status, "")
-        return "\r\n".join([f"HTTP/1.1 {status} {reason}", *lines, "", ""]).encode(
-            "latin-1", "replace"
-        )
+        return reply_head(status, told)
 
     def write(self, data: bytes) -> None:
         try:
-            self.reading.sock.settimeout(self.patience.write)
+            self.reading.sock.settimeout(self.server.proxy.settings.write_timeout)
             self.reading.sock.sendall(data)
         except OSError as error:
             raise Gone from error
+
+    def can_go_on(self) -> bool:
+        """Whether the connection stands at the beginning of another call."""
+        if self.body and self.keep and not self.server.is_stopping:
+            return self.body.forget()
+        if not self.body or not self.body.is_read:
+            linger(self.reading, self.server.patience.linger)
+        return False
 
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)
@@ -2613,59 +2966,28 @@ class Exchange:
         log.info("%s", " ".join(pairs))
 
 
-def encode(body: Json, indent: int | None = None) -> bytes:
-    separators = None if indent else (",", ":")
-    text = json.dumps(body, ensure_ascii=False, indent=indent, separators=separators)
-    return text.encode("utf-8", "replace")
-
-
-def frame(chunk: Json) -> bytes:
-    return b"data: " + encode(chunk) + b"\n\n"
-
-
-def frames(chunks: list[Json]) -> bytes:
-    return b"".join(map(frame, chunks))
-
-
-def printable(value: str) -> str:
-    """A header can't carry all that a client may call a model."""
-    return re.sub(r"[^ -~]", "?", value)
-
-
-def quoted(value: Any) -> str:
-    """A value of a key=value line, in quotes where it would not stay one word."""
-    text = str(value)[:200]
-    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
-
-
 class Handler(StreamRequestHandler):
     """A connection: its calls, one after another. It keeps nothing of any."""
 
-    disable_nagle_algorithm = True  # 44 ms a call (performance.md)
+    disable_nagle_algorithm = True  # or a kept-alive call takes 44 ms
     server: Server
 
     def handle(self) -> None:
-        with suppress(OSError):
-            reading = Reading(self.connection)
-            stream = io.BufferedReader(reading, READ_SIZE)
+        reading = Reading(self.connection)
+        stream = io.BufferedReader(reading)
+        self.server.readings.add(reading)
+        try:
             while Exchange(self.server, reading, stream).run():
                 pass
-            self.part(reading)
-
-    def part(self, reading: Reading) -> None:
-        """Hear the client out: a close with bytes unread would unsay our last word."""
-        self.connection.shutdown(socket.SHUT_WR)
-        reading.within(self.server.patience.linger)
-        with suppress(APIError, Gone):
-            while reading.read(READ_SIZE):
-                pass
+        finally:
+            self.server.readings.discard(reading)
 
 
 class Server(ThreadingHTTPServer):
     """`serve_forever`, `shutdown`, `server_close`, and `url` once it is made."""
 
     daemon_threads = True
-    request_queue_size = 1024  # 5 left callers without an answer (performance.md)
+    request_queue_size = 1024  # of 200 callers at once, 5 left 100 without an answer
     allow_reuse_port = False  # some Pythons would share a port that is in use
 
     def __init__(self, settings: Settings, patience: Patience) -> None:
@@ -2676,6 +2998,12 @@ class Server(ThreadingHTTPServer):
         self.proxy = Proxy(settings, models, Upstream(self.api, patience))
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
+        self.watcher = Watcher(patience, settings.write_timeout)
+        self.changed = threading.Condition()
+        self.calls: set[Exchange] = set()  # in flight
+        self.readings: set[Reading] = set()  # of all connections
+        self.is_stopping = False
+        self.watcher.start()
         super().__init__((settings.host, settings.port), Handler)
 
     def server_bind(self) -> None:
@@ -2691,9 +3019,40 @@ class Server(ThreadingHTTPServer):
         )
         return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
 
+    def admit(self, exchange: Exchange) -> None:
+        with self.changed:
+            if len(self.calls) >= self.proxy.settings.max_concurrent_calls:
+                raise overloaded(TOO_MANY)
+            self.calls.add(exchange)
+
+    def dismiss(self, exchange: Exchange) -> None:
+        self.watcher.forget(exchange.reading.sock)
+        with self.changed:
+            self.calls.discard(exchange)
+            self.changed.notify_all()
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        super().serve_forever(poll_interval)
+
     def server_close(self) -> None:
+        """Stop listening, let the calls in flight finish, and break off the rest."""
         super().server_close()
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        for reading in list(self.readings):
+            if reading.is_idle:
+                shut(reading.sock)
+        self.await_calls(self.proxy.settings.shutdown_grace)
+        for exchange in list(self.calls):
+            exchange.flight.stop(overloaded(STOPPING))
+        self.await_calls(self.patience.farewell)
+        self.watcher.stop()
         self.api.close()
+
+    def await_calls(self, seconds: float) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: not self.calls, seconds)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
@@ -2799,25 +3158,36 @@ def open_server(settings: Settings) -> Server:
 
 def serve(settings: Settings, key: str) -> int:
     server = open_server(settings)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            number, lambda *_: threading.Thread(target=server.shutdown).start()
-        )
-    models = len(server.proxy.models.current().mappings)
-    print(f"Serving {models} models on {server.url}/v1. Try this:\n")
-    print(f"  {curl_line(server.url, key)}\n", flush=True)
+    stop_on_signals(server)
+    models = server.proxy.models.current()
+    print(f"Serving {len(models.mappings)} models on {server.url}/v1. Try this:\n")
+    print(f"  {curl_line(server.url, key, models)}\n", flush=True)
     server.serve_forever()
+    log.info("stopping calls=%d", len(server.calls))
     server.server_close()
     return 0
 
 
-def curl_line(url: str, key: str) -> str:
+def stop_on_signals(server: Server) -> None:
+    """The first stops the server gently, another one at once."""
+
+    def stop(number: int, _: Any) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda number, _: os._exit(128 + number))
+        threading.Thread(target=server.shutdown, daemon=True).start()
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, stop)
+
+
+def curl_line(url: str, key: str, models: Catalogue) -> str:
+    model = next(iter(models.mappings), models.default_model or "owner/name")
+    hello = [{"role": "user", "content": "Hello!"}]
+    body = json.dumps({"model": model, "stream": True, "messages": hello})
     return (
         f"curl -N {url}/v1/chat/completions"
         f' -H "Authorization: Bearer {key}"'
-        " -H 'Content-Type: application/json' -d '"
-        '{"model": "gpt-4o", "stream": true, '
-        '"messages": [{"role": "user", "content": "Hello!"}]}\''
+        f" -H 'Content-Type: application/json' -d {shlex.quote(body)}"
     )
 
 
@@ -2884,7 +3254,9 @@ def log_to_stderr(level: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     if options.reload:
-        models = Path(options.models or HERE / "models.json")
+        models = Path(
+            options.models or os.environ.get("MODELS_PATH") or HERE / "models.json"
+        )
         watched = [HERE / "proxy.py", Path(options.env_file or HERE / ".env"), models]
         rest = [argument for argument in arguments if argument != "--reload"]
         return run_again_and_again(rest, watched)

@@ -1,26 +1,48 @@
 """The same banners as in proxy.py, in the same order; at the end, the file itself."""
 
 import ast
+import asyncio
+import http.client
 import inspect
 import json
 import os
 import re
+import select
+import shutil
+import signal
+import socket
+import socketserver
 import statistics
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import httpx
+import openai
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as trying
 from hypothesis import strategies as st
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from replicate import APIStatusError
 
 import proxy
+from fake_replicate import SCENARIOS, FakeReplicate
+from proxy import Done, Started, Text, Usage
 
 HERE = Path(proxy.__file__).parent
 SOURCE = Path(proxy.__file__).read_text(encoding="utf-8")
 
-thoroughly = settings(max_examples=300, deadline=None, database=None)
+thoroughly = trying(max_examples=300, deadline=None, database=None)
 
 
 def table(names, rows):
@@ -28,6 +50,289 @@ def table(names, rows):
     return pytest.mark.parametrize(
         names, [pytest.param(*row, id=why) for why, *row in rows]
     )
+
+
+KEY = "sk-of-the-proxy"
+TOKEN = "r8_of_the_operator"
+AUTHORIZATION = {"authorization": f"Bearer {KEY}"}
+PATIENCE = proxy.Patience(
+    create=2,
+    wait=1,
+    stream=0.5,
+    poll=0.05,
+    poll_most=0.1,
+    settle=0.02,
+    blind=3,
+    grace=1,
+    idle=5,
+    head=1,
+    body=1,
+    tick=0.02,
+    linger=2,
+)
+MODELS = {
+    "mappings": {
+        "gpt-4o": "fake/hello",
+        "team/chat": "fake/echo",
+        "llama": "meta/llama-2-7b-chat",
+        "deployed": "deployments/fake/hello",
+    },
+    "default_model": "fake/hello",
+    "model_configs": {
+        "fake/length": {"family": "llama-2"},
+        "fake/unstreamed": {"supports_streaming": False},
+        "someone/llama-tuned": {"family": "llama-2"},
+    },
+}
+HI = [{"role": "user", "content": "Hi"}]
+FOUR_KEYS = {"message", "type", "param", "code"}
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict  # names in lower case
+    body: bytes
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def error(self):
+        assert self.json.keys() == {"error"}
+        assert self.json["error"].keys() == FOUR_KEYS
+        assert re.fullmatch("req_[0-9a-f]{32}", self.headers["x-request-id"])
+        assert self.headers["access-control-allow-origin"] == "*"
+        return self.json["error"]
+
+    @property
+    def chunks(self):
+        """Of a stream; an error frame is the last of them."""
+        *frames, done, after = self.body.decode().split("\n\n")
+        assert (done, after) == ("data: [DONE]", "")
+        return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+    @property
+    def streamed_text(self):
+        choices = [c for chunk in self.chunks for c in chunk.get("choices", [])]
+        return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
+class FakeUpstream:
+    """Plays events, raises what is an exception among them, and remembers."""
+
+    def __init__(self, *script):
+        self.script = script
+        self.asked = []
+        self.closed = 0
+
+    def run(self, order, flight, *, wait):
+        self.asked.append((order, wait))
+        try:
+            for event in self.script:
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            self.closed += 1
+
+
+@contextmanager
+def serving(settings, patience=PATIENCE):
+    server = proxy.make_server(settings, patience)
+    thread = threading.Thread(target=server.serve_forever, args=[0.01])
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def connect(server, timeout=10):
+    return http.client.HTTPConnection(server.server_name, server.server_port, timeout)
+
+
+def read(connection):
+    response = connection.getresponse()
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return Answer(response.status, headers, response.read())
+
+
+def send(server, method, path, body=None, headers=AUTHORIZATION):
+    data = json.dumps(body) if isinstance(body, dict) else body
+    with closing(connect(server)) as connection:
+        connection.request(method, path, data, headers)
+        return read(connection)
+
+
+def chat(server, scenario, **body):
+    """Ask a model of the stand-in, which plays the scenario of its name."""
+    asked = {"model": f"fake/{scenario}", "messages": HI, **body}
+    return send(server, "POST", "/v1/chat/completions", asked)
+
+
+@pytest.fixture(scope="module")
+def replicate():
+    with FakeReplicate(token=TOKEN) as fake:
+        yield fake
+
+
+@pytest.fixture
+def fake(replicate):
+    """The stand-in for Replicate, which has forgotten the tests before."""
+    for seen in (replicate.seen, replicate.cancels, replicate.faults):
+        seen.clear()
+    return replicate
+
+
+@pytest.fixture(scope="module")
+def settings(replicate, tmp_path_factory):
+    models = tmp_path_factory.mktemp("models") / "models.json"
+    models.write_text(json.dumps(MODELS))
+    return proxy.Settings(
+        replicate_api_token=TOKEN,
+        proxy_api_key=f"{KEY},sk-of-another",
+        port=0,
+        models_path=str(models),
+        replicate_base_url=replicate.base_url,
+    )
+
+
+@pytest.fixture(scope="module")
+def server(settings):
+    with serving(settings) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def api(settings):
+    with closing(proxy.ReplicateAPI(settings, PATIENCE)) as api:
+        yield api
+
+
+@pytest.fixture
+def offline(settings):
+    """A proxy whose Upstream is a script."""
+    models = proxy.CatalogueFile(settings.models_path, proxy.FAMILIES)
+    return lambda *script: proxy.Proxy(settings, models, FakeUpstream(*script))
+
+
+def call(method, target, body=None, headers=AUTHORIZATION):
+    path = proxy.Request(method, target, 1, {}).path
+    data = json.dumps(body).encode()
+    notes = {"predictions": [], "usages": []}
+    return proxy.Call(method, path, headers, lambda: data, proxy.Flight(), notes)
+
+
+def order(ref):
+    config = proxy.ModelConfig(supports_streaming=ref != "fake/unstreamed")
+    model = proxy.Model("a-model", ref, config)
+    return proxy.Order(model, {"prompt": "Hi"}, {}, "Hi", None, None)
+
+
+def whys(table):
+    return [row[0] for row in table]
+
+
+QUICK = PATIENCE._replace(create=1.5, stream=0.3, blind=0.5, hold=0.2, keep_alive=0.1)
+
+
+@contextmanager
+def fronting(fake, patience=QUICK, **changes):
+    """A server in front of a stand-in, with settings and a patience of its own."""
+    given = {
+        "replicate_api_token": fake.token,
+        "replicate_base_url": fake.base_url,
+        "proxy_api_key": "key",
+        "port": 0,
+        "shutdown_grace": 0,
+        **changes,
+    }
+    server = proxy.make_server(proxy.Settings(**given), patience)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def lasting():
+    with FakeReplicate() as fake, fronting(fake) as server:
+        yield fake, server
+
+
+@pytest.fixture
+def watched():
+    with FakeReplicate() as fake, fronting(fake) as server:
+        fake.scenarios["cool"] = replace(fake.scenarios["cold"], boot=0.7)
+        yield fake, server
+
+
+def wait_until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def chat_bytes(model, **more):
+    body = {"model": model, "messages": HI, **more}
+    data = json.dumps(body).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+def dial_port(port):
+    return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+
+def dial(server):
+    return dial_port(server.server_port)
+
+
+def start_call(server, model, **more):
+    sock = dial(server)
+    sock.sendall(chat_bytes(model, **more))
+    return sock
+
+
+def read_all(sock):
+    """What comes until the other side closes."""
+    data = b""
+    with suppress(ConnectionResetError):
+        while piece := sock.recv(65536):
+            data += piece
+    return data
+
+
+def read_until(sock, mark):
+    data = b""
+    while mark not in data:
+        piece = sock.recv(65536)
+        assert piece, data
+        data += piece
+    return data
+
+
+def reset(sock):
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+def said(answer):
+    """The text in the chunks of a streamed answer."""
+    chunks = re.findall(rb"^data: (\{.*\})$", answer, re.M)
+    deltas = [json.loads(c)["choices"][0]["delta"] for c in chunks]
+    return "".join(delta.get("content", "") for delta in deltas)
 
 
 # == Errors ====================================================================
@@ -145,25 +450,43 @@ NEITHER_SECRET_IS_REAL = (
     "PROXY_API_KEY is still the placeholder. "
     "Make one with: openssl rand -hex 32 and put it into .env.",
 )
-TOKEN, KEY = "your_replicate_api_token_here", "your_secure_proxy_api_key_here"
+NO_TOKEN_YET, NO_KEY_YET = (
+    "your_replicate_api_token_here",
+    "your_secure_proxy_api_key_here",
+)
 
 
 @table(
     "name, value, fault",
     [
         ("no token", "replicate_api_token", " ", "is missing."),
-        ("a placeholder", "replicate_api_token", TOKEN, "is still the placeholder."),
+        (
+            "a placeholder",
+            "replicate_api_token",
+            NO_TOKEN_YET,
+            "is still the placeholder.",
+        ),
         ("two lines", "replicate_api_token", "r8_a\nb", "has a character no header"),
         ("no key", "proxy_api_key", "", "is missing."),
         ("a comma and no key", "proxy_api_key", " , ", "is missing."),
-        ("a placeholder too", "proxy_api_key", KEY, "is still the placeholder."),
-        ("the second of two", "proxy_api_key", f"a,{KEY}", "is still the placeholder."),
+        ("a placeholder too", "proxy_api_key", NO_KEY_YET, "is still the placeholder."),
+        (
+            "the second of two",
+            "proxy_api_key",
+            f"a,{NO_KEY_YET}",
+            "is still the placeholder.",
+        ),
         ("no ASCII", "proxy_api_key", "a,schlüssel", "has a character no header"),
         ("a port", "port", 65536, "must be a number from 0 to 65535."),
         ("a time", "prediction_timeout", 4, "must be a number from 5 to 86400."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
-        ("an address", "replicate_base_url", "api.x/v1", "must begin with https://"),
+        (
+            "an address",
+            "replicate_base_url",
+            "api.x/v1",
+            "must be of the form https://",
+        ),
     ],
 )
 def test_check_says_one_sentence_per_problem(name, value, fault):
@@ -175,7 +498,9 @@ def test_check_says_one_sentence_per_problem(name, value, fault):
 
 def test_check_says_how_to_get_the_secrets():
     with pytest.raises(proxy.ConfigError) as caught:
-        proxy.Settings(replicate_api_token=TOKEN, proxy_api_key=KEY).check()
+        proxy.Settings(
+            replicate_api_token=NO_TOKEN_YET, proxy_api_key=NO_KEY_YET
+        ).check()
     assert caught.value.problems == NEITHER_SECRET_IS_REAL
 
 
@@ -203,7 +528,7 @@ def test_settings_do_not_show_their_secrets():
 # == Catalogue =================================================================
 
 VERSION = "0123456789abcdef" * 4
-MODELS = {
+LISTED = {
     "mappings": {"gpt-4": "meta/llama-2-70b-chat", "mine": "deployments/me/mine"},
     "default_model": "meta/llama-2-7b-chat",
     "model_configs": {
@@ -221,8 +546,8 @@ def read_models(models, families=("o", "gpt", "llama", "claude")):
 
 
 def test_a_file_in_the_old_form_works():
-    catalogue = read_models(MODELS)
-    assert catalogue.mappings == MODELS["mappings"]
+    catalogue = read_models(LISTED)
+    assert catalogue.mappings == LISTED["mappings"]
     assert catalogue.default_model == "meta/llama-2-7b-chat"
     assert catalogue.configs == {
         "meta/llama-2-7b-chat": proxy.ModelConfig(4096, [0.1, 2.0], True)
@@ -249,12 +574,12 @@ def test_every_key_may_be_left_out_and_comments_put_in():
     ],
 )
 def test_a_name_is_found_by_mapping_or_by_form(id, ref):
-    model = proxy.find_model(read_models(MODELS), id)
+    model = proxy.find_model(read_models(LISTED), id)
     assert (model.id, model.ref, model.is_default) == (id, ref, False)
 
 
 def test_another_name_is_the_default_with_its_config():
-    assert proxy.find_model(read_models(MODELS), "o9") == proxy.Model(
+    assert proxy.find_model(read_models(LISTED), "o9") == proxy.Model(
         "o9",
         "meta/llama-2-7b-chat",
         proxy.ModelConfig(4096, [0.1, 2.0], True),
@@ -400,7 +725,7 @@ def test_the_models_that_are_shipped_can_be_asked():
 
 # == Parameters ================================================================
 
-HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+ANY_CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
 
 
@@ -455,7 +780,7 @@ def refusal_of(body, params):
     ],
 )
 def test_check_refuses(given, code, param):
-    error = refusal_of({**HELLO, **given}, proxy.CHAT)
+    error = refusal_of({**ANY_CHAT, **given}, proxy.CHAT)
     assert (error.code, error.param) == (code, param)
 
 
@@ -514,11 +839,12 @@ REFUSED = {
     "array_above_max_length": (
         {"stop": ["a"] * 65},
         "Invalid 'stop': array too long. Expected an array with maximum length 64, but "
-        "got 65 instead.",
+        "got an array with length 65 instead.",
     ),
     "empty_array": (
         {"messages": []},
-        "Invalid 'messages': empty array. Expected an array with minimum length 1.",
+        "Invalid 'messages': empty array. Expected an array with minimum length 1, "
+        "but got an empty array instead.",
     ),
     "unsupported_parameter": (
         {"audio": {"voice": "ash"}},
@@ -531,7 +857,7 @@ REFUSED = {
 @pytest.mark.parametrize("code", REFUSED)
 def test_each_refusal_says_what_is_wrong_in_openais_words(code):
     given, message = REFUSED[code]
-    error = refusal_of({**HELLO, **given}, proxy.CHAT)
+    error = refusal_of({**ANY_CHAT, **given}, proxy.CHAT)
     assert (error.code, str(error)) == (code, message)
 
 
@@ -556,7 +882,7 @@ def test_each_refusal_says_what_is_wrong_in_openais_words(code):
     ids=str,
 )
 def test_what_asks_for_nothing_special_is_accepted(given):
-    proxy.check({**HELLO, **given}, proxy.CHAT)
+    proxy.check({**ANY_CHAT, **given}, proxy.CHAT)
 
 
 @pytest.mark.parametrize("given", [{"suffix": ""}, {"best_of": 1}, {"n": 1}], ids=str)
@@ -566,7 +892,9 @@ def test_what_asks_for_nothing_special_is_accepted_for_completions(given):
 
 def test_null_is_the_same_as_absent():
     nulls = {name: None for name in [*proxy.CHAT, *proxy.IGNORED, "min_p"]}
-    assert proxy.check({**nulls, **HELLO}, proxy.CHAT) == proxy.check(HELLO, proxy.CHAT)
+    assert proxy.check({**nulls, **ANY_CHAT}, proxy.CHAT) == proxy.check(
+        ANY_CHAT, proxy.CHAT
+    )
 
 
 def test_check_fills_in_every_parameter():
@@ -590,11 +918,11 @@ def test_check_fills_in_every_parameter():
     ],
 )
 def test_one_string_stands_for_an_array_of_one(given, expected):
-    assert proxy.check({**HELLO, "stop": given}, proxy.CHAT)["stop"] == expected
+    assert proxy.check({**ANY_CHAT, "stop": given}, proxy.CHAT)["stop"] == expected
 
 
 def test_what_openai_does_not_document_is_no_error():
-    proxy.check({**HELLO, "min_p": 0.1, "chat_template_kwargs": {}}, proxy.CHAT)
+    proxy.check({**ANY_CHAT, "min_p": 0.1, "chat_template_kwargs": {}}, proxy.CHAT)
 
 
 NOT_OPENAIS = {"top_k", "min_tokens", "repetition_penalty"}
@@ -811,7 +1139,7 @@ def test_messages_are_laid_out_as_the_family_wants_them(family, messages, expect
 
 def chat_order(ref, given, **config):
     model = proxy.Model("", ref, proxy.ModelConfig(**config))
-    return proxy.chat_order(proxy.check({**HELLO, **given}, proxy.CHAT), model)
+    return proxy.chat_order(proxy.check({**ANY_CHAT, **given}, proxy.CHAT), model)
 
 
 def chat_input(ref, **given):
@@ -958,7 +1286,7 @@ def test_a_model_of_no_family_is_given_the_transcript_alone():
             {"prompt": "Hello", "max_new_tokens": 4096},
         ),
         ("a long one is left alone", "google/gemini-2.5-flash", {"prompt": "Hello"}),
-        ("effort is left to the model", "openai/gpt-5", HELLO),
+        ("effort is left to the model", "openai/gpt-5", ANY_CHAT),
     ],
 )
 def test_what_nobody_asked_for_is_not_sent(ref, expected):
@@ -1068,12 +1396,12 @@ def test_a_prompt_is_sent_as_it_is(ref, expected):
 
 # == Events ====================================================================
 
-STARTED = proxy.Started("p1", "meta/llama-2-7b-chat")
+BEGUN = proxy.Started("p1", "meta/llama-2-7b-chat")
 COUNTED = proxy.Done("stop", proxy.Usage(5, 7))
 
 
 def play(*texts, end=COUNTED):
-    yield STARTED
+    yield BEGUN
     yield from map(proxy.Text, texts)
     if isinstance(end, Exception):
         raise end
@@ -1115,12 +1443,12 @@ def test_a_stop_string_ends_the_answer_however_it_is_cut_up(text, stops, places)
 
 def test_nothing_follows_a_stop_string_but_the_end():
     events = list(proxy.stop_at(play("1, 2", ", 3. 4", "5"), [". ", ", 3"]))
-    assert events == [STARTED, proxy.Text("1, 2"), proxy.Done("stop")]
+    assert events == [BEGUN, proxy.Text("1, 2"), proxy.Done("stop")]
 
 
 def test_text_is_held_back_only_while_it_may_begin_a_stop_string():
     assert list(proxy.stop_at(play("a E", "N", "T E"), ["END"])) == [
-        STARTED,
+        BEGUN,
         proxy.Text("a "),
         proxy.Text("ENT "),
         proxy.Text("E"),
@@ -1156,7 +1484,7 @@ def test_an_answer_is_cut_after_so_many_tokens_of_four_characters(texts, expecte
 
 def test_echo_says_the_prompt_first():
     assert list(proxy.echo(play("b"), "a")) == [
-        STARTED,
+        BEGUN,
         proxy.Text("a"),
         proxy.Text("b"),
         COUNTED,
@@ -1206,7 +1534,7 @@ SHAPES = {
 def test_events_that_are_left_early_are_closed(shape):
     events = play("a", "b")  # held here, or counting references would close them
     shaped = shape(events)
-    assert next(shaped) == STARTED
+    assert next(shaped) == BEGUN
     shaped.close()
     assert inspect.getgeneratorstate(events) == inspect.GEN_CLOSED
 
@@ -1222,6 +1550,31 @@ def test_an_answer_that_is_cut_short_closes_its_events(name):
 def test_a_failure_passes_through(shape):
     with pytest.raises(proxy.APIError, match="No"):
         list(shape(play("a", end=proxy.APIError(502, "No"))))
+
+
+# == Flights ===================================================================
+
+
+def test_a_flight_that_stops_wakes_who_sleeps_and_raises_its_cause():
+    flight = proxy.Flight()
+    with ThreadPoolExecutor() as pool:
+        sleeper = pool.submit(flight.sleep, 60)
+        flight.stop(proxy.Gone("first"))
+        flight.stop(proxy.Gone("second"))
+        with pytest.raises(proxy.Gone, match="first"):
+            sleeper.result(timeout=5)
+
+
+def test_a_flight_wakes_those_it_may_and_only_while_they_work():
+    flight, woken = proxy.Flight(), []
+    with flight.waking(lambda: woken.append("early")):
+        pass
+    with flight.waking(lambda: woken.append("late")):
+        flight.stop(proxy.Gone())
+    assert woken == ["late"]
+    with pytest.raises(proxy.Gone), flight.waking(lambda: woken.append("never")):
+        pass
+    assert woken == ["late"]
 
 
 # == Streams ===================================================================
@@ -1306,6 +1659,2706 @@ def test_an_event_is_told_as_soon_as_its_bytes_are_here():
         raise AssertionError("more was read than the first event needs")
 
     assert next(proxy.server_sent(pieces())) == ("", "a")
+
+
+class StreamHost(socketserver.ThreadingTCPServer):
+    """Says the same to each request, and counts who connects."""
+
+    daemon_threads = True
+
+    def __init__(self, says, hangs_up=False):
+        self.says = says
+        self.hangs_up = hangs_up
+        self.connected = 0
+        super().__init__(("127.0.0.1", 0), StreamHandler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1/streams/x?y=z"
+
+
+class StreamHandler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.server.connected += 1
+        for line in self.rfile:
+            if line == b"\r\n":
+                self.wfile.write(self.server.says)
+                if self.server.hangs_up:
+                    return
+
+
+@contextmanager
+def hosting(says, hangs_up=False):
+    with StreamHost(says, hangs_up) as host:
+        thread = threading.Thread(target=host.serve_forever, args=[0.01])
+        thread.start()
+        try:
+            yield host
+        finally:
+            host.shutdown()
+            thread.join()
+
+
+def stream_of(*pieces, end=b"0\r\n\r\n", kind=b"text/event-stream", status=b"200 OK"):
+    head = b"HTTP/1.1 %b\r\ncontent-type: %b\r\n" % (status, kind)
+    chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
+    return head + b"transfer-encoding: chunked\r\n\r\n" + b"".join(chunks) + end
+
+
+TLS = httpx.create_ssl_context()
+
+
+def connections_for(seconds, keep=60):
+    return proxy.Connections(proxy.Patience(stream=seconds), TLS, keep)
+
+
+def read_stream(connections, url):
+    with connections.get(url, {}, proxy.Flight()) as pieces:
+        return b"".join(pieces)
+
+
+def test_streams_in_turn_share_a_connection():
+    with (
+        hosting(stream_of(b"data: a\n\n", b"data: b\n\n")) as host,
+        closing(connections_for(5)) as connections,
+    ):
+        streams = [read_stream(connections, host.url) for _ in range(20)]
+        assert set(streams) == {b"data: a\n\ndata: b\n\n"}
+        assert host.connected <= 2
+
+
+def test_a_stale_connection_is_replaced_silently():
+    with (
+        hosting(stream_of(b"data: a\n\n"), hangs_up=True) as host,
+        closing(connections_for(5)) as connections,
+    ):
+        streams = [read_stream(connections, host.url) for _ in range(3)]
+        assert streams == [b"data: a\n\n"] * 3
+        assert host.connected == 3
+
+
+def test_a_connection_idle_for_too_long_is_not_used_again():
+    with (
+        hosting(stream_of(b"data: a\n\n")) as host,
+        closing(connections_for(5, keep=0)) as connections,
+    ):
+        assert [read_stream(connections, host.url) for _ in range(2)]
+        assert host.connected == 2
+
+
+def test_a_stream_that_was_left_leaves_nothing_to_the_next():
+    with (
+        hosting(stream_of(*[b"data: a\n\n"] * 5)) as host,
+        closing(connections_for(5)) as connections,
+    ):
+        for _ in range(2):
+            with connections.get(host.url, {}, proxy.Flight()) as pieces:
+                assert next(pieces) == b"data: a\n\n"
+        assert not any(connections.idle.values())
+
+
+REFUSED_STREAMS = [
+    ("a status", stream_of(status=b"404 Not Found"), "status 404"),
+    ("a type", stream_of(b"<html>", kind=b"text/html"), "type 'text/html'"),
+    ("no answer", b"", "RemoteDisconnected"),
+    ("no HTTP", b"SSH-2.0-OpenSSH\r\n", "BadStatusLine"),
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "says", "told"), REFUSED_STREAMS, ids=whys(REFUSED_STREAMS)
+)
+def test_what_is_no_stream_is_refused(why, says, told):
+    with (
+        hosting(says, hangs_up=True) as host,
+        closing(connections_for(5)) as connections,
+        pytest.raises(proxy.StreamRefused, match=told),
+    ):
+        read_stream(connections, host.url)
+
+
+def test_a_stream_is_refused_where_nobody_listens():
+    with (
+        closing(connections_for(5)) as connections,
+        pytest.raises(proxy.StreamRefused, match="ConnectionRefusedError"),
+    ):
+        read_stream(connections, f"http://127.0.0.1:{free_port()}/")
+
+
+BROKEN_STREAMS = [
+    ("it is cut", True, "IncompleteRead"),
+    ("it falls silent", False, "timed out"),
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "hangs_up", "told"), BROKEN_STREAMS, ids=whys(BROKEN_STREAMS)
+)
+def test_a_stream_that_ends_before_its_end_is_broken(why, hangs_up, told):
+    with (
+        hosting(stream_of(b"data: a\n\n", end=b"ff\r\nda"), hangs_up) as host,
+        closing(connections_for(0.2)) as connections,
+        connections.get(host.url, {}, proxy.Flight()) as pieces,
+    ):
+        assert next(pieces).startswith(b"data: a\n\n")
+        with pytest.raises(proxy.StreamBroken, match=told):
+            list(pieces)
+
+
+AUTHORIZED = {"Proxy-Authorization": "Basic bWU6cEBzcw=="}
+PROXIES = [
+    ("none", {}, ("stream.replicate.com", 443, None)),
+    (
+        "https_proxy",
+        {"https_proxy": "http://corp:3128"},
+        ("corp", 3128, "stream.replicate.com"),
+    ),
+    (
+        "with a name and a password",
+        {"HTTPS_PROXY": "http://me:p%40ss@corp:3128"},
+        ("corp", 3128, "stream.replicate.com"),
+    ),
+    (
+        "without its scheme and port",
+        {"https_proxy": "corp"},
+        ("corp", 80, "stream.replicate.com"),
+    ),
+    (
+        "all_proxy",
+        {"all_proxy": "http://corp:3128"},
+        ("corp", 3128, "stream.replicate.com"),
+    ),
+    (
+        "no_proxy",
+        {"https_proxy": "http://corp:3128", "no_proxy": "replicate.com"},
+        ("stream.replicate.com", 443, None),
+    ),
+    (
+        "only http_proxy",
+        {"http_proxy": "http://corp:3128"},
+        ("stream.replicate.com", 443, None),
+    ),
+]
+
+
+@pytest.mark.parametrize(("why", "environ", "expected"), PROXIES, ids=whys(PROXIES))
+def test_streams_go_through_the_proxy_of_the_environment(
+    monkeypatch, why, environ, expected
+):
+    for name in ("https", "http", "all", "no"):
+        monkeypatch.setenv(f"{name}_proxy", environ.get(f"{name}_proxy", ""))
+        monkeypatch.setenv(f"{name}_proxy".upper(), "")
+    for name, value in environ.items():
+        monkeypatch.delenv(name.lower())
+        monkeypatch.setenv(name, value)
+    url = proxy.urlsplit("https://stream.replicate.com/v1/streams/x")
+    tunnel = connections_for(5).connect(url)
+    assert (tunnel.host, tunnel.port, tunnel._tunnel_host) == expected
+    wanted = AUTHORIZED if "me:" in str(environ) else {}
+    sent = {name: tunnel._tunnel_headers.get(name) for name in wanted}
+    assert sent == wanted
+
+
+def test_closing_ends_what_is_idle():
+    with hosting(stream_of(b"data: a\n\n")) as host:
+        connections = connections_for(5)
+        read_stream(connections, host.url)
+        [(_, idle)] = connections.idle[proxy.urlsplit(host.url).netloc]
+        connections.close()
+        assert idle.sock is None
+
+
+# == Replicate =================================================================
+
+AGAIN_IN_7 = {"retry-after": "7"}
+NEVER = {"x-should-retry": "false"}
+REFUSALS = [
+    ("unauthenticated", 502, "upstream_authentication", NEVER),
+    ("forbidden", 502, "upstream_authentication", NEVER),
+    ("out-of-credit", 429, "insufficient_quota", NEVER),
+    ("not-found", 404, "model_not_found", {}),
+    ("no-version", 404, "model_not_found", {}),
+    ("bad-input", 400, "invalid_value", {}),
+    ("throttled-header", 429, "rate_limit_exceeded", AGAIN_IN_7),
+    ("throttled-body", 429, "rate_limit_exceeded", AGAIN_IN_7),
+    ("throttled-text", 429, "rate_limit_exceeded", AGAIN_IN_7),
+    ("throttled-bare", 429, "rate_limit_exceeded", {"retry-after": "1"}),
+    ("broken-500", 502, "upstream_unavailable", {}),
+    ("html-502", 502, "upstream_unavailable", {}),
+    ("busy-503", 502, "upstream_unavailable", {}),
+    ("conflict", 502, "upstream_unavailable", {}),  # and never 409
+    ("reset-before", 504, "upstream_unavailable", NEVER),
+    ("reset-after", 504, "upstream_unavailable", NEVER),
+    ("not-json", 504, "upstream_unavailable", NEVER),
+    ("json-list", 504, "upstream_unavailable", NEVER),
+]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize(
+    ("scenario", "status", "code", "headers"), REFUSALS, ids=whys(REFUSALS)
+)
+def test_what_replicate_refuses_is_told_in_openai_terms(
+    fake, server, scenario, status, code, headers, stream
+):
+    answer = chat(server, scenario, stream=stream)
+    told = {name: answer.headers.get(name) for name in ("retry-after", *NEVER)}
+    assert (answer.status, answer.error["code"]) == (status, code)
+    assert {name: value for name, value in told.items() if value} == headers
+    assert TOKEN not in f"{answer.headers} {answer.body}"
+    # One that was not found is looked up, for the version of a community model.
+    assert 1 <= len(fake.creates()) <= (2 if status == 404 else 1)
+
+
+def test_replicate_out_of_reach_is_told_and_may_be_tried_again(settings):
+    nowhere = f"http://127.0.0.1:{free_port()}/v1"
+    with serving(replace(settings, replicate_base_url=nowhere)) as server:
+        answer = chat(server, "hello")
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+    assert "x-should-retry" not in answer.headers
+
+
+def test_a_refused_input_is_named_as_the_client_knows_it(fake, server):
+    body = {"model": "someone/llama-tuned", "messages": HI, "max_tokens": 5000}
+    answer = send(server, "POST", "/v1/chat/completions", body)
+    assert answer.status == 400
+    assert answer.error["param"] == "max_tokens"
+    assert "max_new_tokens: Must be less than or equal to 4096" in str(answer.error)
+
+
+def test_a_token_in_what_replicate_says_is_struck_out(api):
+    response = httpx.Response(401, request=httpx.Request("POST", "http://replicate"))
+    error = APIStatusError("", response=response, body={"detail": f"{TOKEN} is bad"})
+    assert str(proxy.refusal(error, None, TOKEN)).endswith("… is bad")
+
+
+WAITS = [
+    ("a date is not", {"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT"}, {}, None),
+    ("less than nothing is not", {"retry-after": "-1"}, {}, None),
+    ("a null is not", {}, {"retry_after": None}, None),
+    ("the body before the rate", {"ratelimit-reset": "1"}, {"retry_after": 9}, "9"),
+    ("the words of the docs", {}, {"detail": "available in 1 second."}, "1"),
+    ("nowhere", {}, {}, None),
+]
+
+
+@pytest.mark.parametrize(("why", "headers", "body", "seconds"), WAITS, ids=whys(WAITS))
+def test_a_wait_is_told_only_in_seconds(why, headers, body, seconds):
+    request = httpx.Request("POST", "http://replicate")
+    response = httpx.Response(429, headers=headers, request=request)
+    error = APIStatusError("", response=response, body=body)
+    assert proxy.refusal(error, None, TOKEN).headers.get("retry-after") == seconds
+
+
+CREATES = [
+    ("a stream", "fake/hello", True, "/v1/predictions", None),
+    ("a whole", "fake/hello", False, "/v1/predictions", "wait=1"),
+    ("a version", "fake/hello:" + "0" * 64, True, "/v1/predictions", None),
+    (
+        "a deployment",
+        "deployments/fake/hello",
+        True,
+        "/v1/deployments/fake/hello/predictions",
+        None,
+    ),
+    (
+        "a deployment, whole",
+        "deployed",
+        False,
+        "/v1/deployments/fake/hello/predictions",
+        "wait=1",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "model", "stream", "path", "prefer"), CREATES, ids=whys(CREATES)
+)
+def test_every_create_has_a_deadline_and_a_whole_waits(
+    fake, server, why, model, stream, path, prefer
+):
+    body = {"model": model, "messages": HI, "stream": stream}
+    assert send(server, "POST", "/v1/chat/completions", body).status == 200
+    [create] = fake.creates()
+    assert create.path == path
+    assert create.headers["cancel-after"] == "600s"
+    assert create.headers.get("prefer") == prefer
+    assert create.headers["authorization"] == f"Bearer {TOKEN}"
+
+
+def test_a_community_model_is_looked_up_once_and_run_by_its_version(fake, settings):
+    body = {"model": "someone/llama-tuned", "messages": HI}
+    with serving(settings) as server:
+        for _ in range(3):
+            assert send(server, "POST", "/v1/chat/completions", body).status == 200
+    version = fake.models["someone/llama-tuned"]["latest_version"]["id"]
+    asked = [create.body["version"] for create in fake.creates()]
+    assert asked == ["someone/llama-tuned", *[version] * 3]
+    looks = [s for s in fake.seen if s.path == "/v1/models/someone/llama-tuned"]
+    assert len(looks) == 1
+
+
+def test_a_model_that_nobody_has_is_unknown(fake, server):
+    body = {"model": "missing/model", "messages": HI}
+    answer = send(server, "POST", "/v1/chat/completions", body)
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+
+
+STREAM_HOSTS = [
+    ("https://stream.replicate.com/v1/streams/x", True),
+    ("https://stream-b.svc.rno2.c.replicate.net/v1/streams/x", True),
+    ("https://replicate.delivery/x", True),
+    ("http://127.0.0.1:1/v1/streams/x", True),  # where the settings say it is
+    ("http://localhost:1/v1/streams/x", False),
+    ("https://evil.example/v1/streams/x", False),
+    ("https://replicate.com.evil.example/", False),
+    ("https://evilreplicate.com/", False),
+    ("https://stream.replicate.com@evil.example/", False),
+    ("https://evil.example/?stream.replicate.com", False),
+    ("/v1/streams/x", False),
+]
+
+
+@pytest.mark.parametrize(("url", "expected"), STREAM_HOSTS, ids=whys(STREAM_HOSTS))
+def test_the_token_goes_to_hosts_of_replicate_alone(api, url, expected):
+    assert api.may_stream_from(url) is expected
+
+
+def test_the_token_is_not_sent_where_an_answer_merely_says(fake, server):
+    with hosting(stream_of(b"event: output\ndata: evil\n\n")) as host:
+        elsewhere = host.url.replace("127.0.0.1", "localhost")
+        row = replace(SCENARIOS["stream-elsewhere"], stream_url=elsewhere)
+        fake.scenarios["stream-to-localhost"] = row
+        answer = chat(server, "stream-to-localhost", stream=True)
+        assert answer.streamed_text == "Hello! How can I help you?"
+        assert host.connected == 0
+
+
+# == Upstream ==================================================================
+
+HELLO = "Hello! How can I help you?"
+SIX = "One two three four five six."
+WIDE = "Grüße aus \U0001f3d4\ufe0f Zürich."
+ODD = (
+    " leads and trails \n\n\nline\u2028separatornext\u0085lineform\x0cfeed"
+    "https://example.com/a data:text/plain,b\n: a colon\ndata: c\nevent: done\n"
+    "\U0001f600e\u0301\t "
+)
+WIRES = "crlf cr comments unknown-events logs-events no-ids no-space bom byte-by-byte"
+BREAKS = "cut-in-event reset-midway timeout-408 timeout-408-cold silent-stream no-done"
+
+# A scenario, what its answer is, and its usage: tokens in, out, and thought.
+SAID = [
+    ("hello", HELLO, (1, 8, 0)),
+    ("echo", '{"prompt": "Hi"}', (1, 1, 0)),
+    ("slow", "".join(f"{n} " for n in range(1, 21)), (1, 20, 0)),
+    ("cold", HELLO, (1, 8, 0)),
+    ("silence", "", (1, 0, 0)),
+    ("thinking", "<think>They greet me.\n</think>\n\nHello.", (1, 9, 0)),
+    ("firehose", "".join(f"{n} " for n in range(1, 2001)), (1, 2000, 0)),
+    ("odd-text", ODD, (1, 18, 0)),
+    # the forms of output
+    ("string-output", HELLO, (1, 8, 0)),
+    ("object-output", HELLO, (1, 8, 0)),
+    ("nested-output", HELLO, (1, 8, 0)),
+    ("null-output", "", (1, 8, 0)),
+    ("number-output", "42", (1, 8, 0)),
+    ("no-stream", HELLO, (1, 8, 0)),
+    # usage, from metrics, else logs, else by estimate
+    ("counts-in-logs", HELLO, (1, 8, 0)),
+    ("reasoning-in-logs", HELLO, (1, 8, 5)),
+    ("no-counts", HELLO, (1, 7, 0)),
+    ("null-logs", HELLO, (1, 8, 0)),
+    ("empty-error", HELLO, (1, 8, 0)),
+    ("get-404", HELLO, None),  # by the stream alone, or by the create
+    # a record that lags behind
+    ("wait-processing", HELLO, (1, 8, 0)),
+    ("wait-ran-out", HELLO, (1, 8, 0)),
+    ("late-end", HELLO, (1, 8, 0)),
+    ("unknown-status", HELLO, (1, 7, 0)),
+    ("get-500-once", HELLO, (1, 8, 0)),
+    ("get-502-once", HELLO, (1, 8, 0)),
+    ("get-reset-once", HELLO, (1, 8, 0)),
+    # streams that can't be had, are odd, or break
+    ("stream-404", HELLO, (1, 8, 0)),
+    ("stream-500", HELLO, (1, 8, 0)),
+    ("stream-html", HELLO, (1, 8, 0)),
+    ("stream-reset-once", HELLO, (1, 8, 0)),
+    ("stream-elsewhere", HELLO, (1, 8, 0)),
+    *[(wire, ODD, (1, 18, 0)) for wire in WIRES.split()],
+    *[(wire, ODD, (1, 18, 0)) for wire in ("in-threes", "one-segment", "unsteady")],
+    *[(f"cut-{n}", SIX, (1, 6, 0)) for n in range(6)],
+    *[(f"cut-live-{n}", SIX, (1, 6, 0)) for n in range(6)],
+    *[(wire, SIX, (1, 6, 0)) for wire in BREAKS.split()],
+    ("never-said", SIX, (1, 6, 0)),
+    ("cut-in-utf8", WIDE, (1, 6, 0)),
+]
+
+AGAIN = {"x-should-retry": "true"}
+FAILED = [
+    ("interrupted", 503, "upstream_unavailable", AGAIN),
+    ("director", 503, "upstream_unavailable", AGAIN),
+    ("e003", 503, "upstream_unavailable", AGAIN),
+    ("e004", 503, "upstream_unavailable", AGAIN),
+    ("e001", 502, "prediction_failed", NEVER),
+    ("flagged", 400, "content_policy_violation", {}),
+    ("nsfw", 400, "content_policy_violation", {}),
+    ("too-long", 400, "context_length_exceeded", {}),
+    ("oom", 502, "prediction_failed", NEVER),
+    ("failed", 502, "prediction_failed", NEVER),
+    ("aborted", 504, "prediction_timeout", NEVER),
+    ("deadline-cold", 504, "prediction_timeout", NEVER),
+    ("hang-before", 504, "upstream_unavailable", NEVER),
+    ("hang", 504, "upstream_unavailable", NEVER),
+]
+BROKEN_OFF = [
+    ("failed-late", 502, "prediction_failed", "One two three"),
+    ("canceled", 504, "prediction_timeout", "One two three"),
+    ("deadline", 504, "prediction_timeout", "1 2 3 "),
+]
+PLAYED = {row[0] for row in [*SAID, *FAILED, *BROKEN_OFF]}
+ELSEWHERE = {row[0] for row in REFUSALS} | {
+    *("throttled-once", "busy-once"),  # for clients that try again: Clients
+    *("endless", "cancel-500", "length", "data-removed", "demo"),  # below
+    *("story", "stamped"),  # for measuring
+    *("very-cold", "stuck", "slow-create", "cancel-slow"),  # for hang-ups
+}
+
+
+class Play(NamedTuple):
+    answers: dict  # by scenario, and whether it streamed
+    creates: list
+    cancels: list
+
+
+@pytest.fixture(scope="module")
+def played(replicate, server):
+    """All scenarios, streamed and whole, at once."""
+    replicate.seen.clear()
+    replicate.cancels.clear()
+    rows = [(scenario, stream) for scenario in PLAYED for stream in (True, False)]
+    options = {"stream_options": {"include_usage": True}}
+
+    def play(scenario, stream):
+        more = options if stream else {}
+        return chat(server, scenario, stream=stream, **more)
+
+    with ThreadPoolExecutor(24) as pool:
+        answers = pool.map(lambda row: play(*row), rows)
+    creates, cancels = replicate.creates(), list(replicate.cancels)
+    return Play(dict(zip(rows, answers, strict=True)), creates, cancels)
+
+
+def test_every_scenario_is_played():
+    assert SCENARIOS.keys() == PLAYED | ELSEWHERE
+
+
+def counts(usage):
+    thought = usage["completion_tokens_details"]["reasoning_tokens"]
+    return usage["prompt_tokens"], usage["completion_tokens"], thought
+
+
+@pytest.mark.parametrize(("scenario", "text", "usage"), SAID, ids=whys(SAID))
+def test_an_answer_is_what_the_prediction_said(played, scenario, text, usage):
+    whole, streamed = (played.answers[scenario, stream] for stream in (False, True))
+    *chunks, end, last = streamed.chunks
+    [choice] = whole.json["choices"]
+    assert choice["message"]["content"] == text
+    assert streamed.streamed_text == text
+    assert choice["finish_reason"] == "stop"
+    assert end["choices"][0]["finish_reason"] == "stop"
+    if usage:
+        assert counts(whole.json["usage"]) == usage
+        assert counts(last["usage"]) == usage
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize(
+    ("scenario", "status", "code", "headers"), FAILED, ids=whys(FAILED)
+)
+def test_a_failure_before_any_text_is_a_status(
+    played, scenario, status, code, headers, stream
+):
+    answer = played.answers[scenario, stream]
+    assert (answer.status, answer.error["code"]) == (status, code)
+    told = {name: answer.headers.get(name) for name in NEVER}
+    assert {name: value for name, value in told.items() if value} == headers
+
+
+@pytest.mark.parametrize(
+    ("scenario", "status", "code", "text"), BROKEN_OFF, ids=whys(BROKEN_OFF)
+)
+def test_a_failure_after_some_text_is_the_last_frame(
+    played, scenario, status, code, text
+):
+    whole, streamed = (played.answers[scenario, stream] for stream in (False, True))
+    assert (whole.status, whole.error["code"]) == (status, code)
+    assert (streamed.status, streamed.streamed_text[: len(text)]) == (200, text)
+    assert streamed.chunks[-1] == whole.json
+    assert not any("error" in chunk for chunk in streamed.chunks[:-1])
+
+
+def test_a_call_creates_one_prediction_and_cancels_none_that_ended(played):
+    creates = Counter(create.body["version"] for create in played.creates)
+    assert creates == {f"fake/{scenario}": 2 for scenario in PLAYED}
+    assert played.cancels == []
+
+
+def test_a_model_that_does_not_stream_is_told_in_one_piece(fake, api):
+    fake.scenarios["unstreamed"] = SCENARIOS["no-done"]
+    events = list(
+        proxy.Upstream(api, PATIENCE).run(
+            order("fake/unstreamed"), proxy.Flight(), wait=0
+        )
+    )
+    assert events[1:] == [Text(SIX), Done("stop", Usage(1, 6))]
+    assert not any("/streams/" in seen.path for seen in fake.seen)
+
+
+def test_a_stream_opened_late_that_starts_anywhere_loses_nothing(fake, server):
+    """It is cut before the first token, and some are told while it is opened again."""
+    fake.scenarios["late"] = replace(SCENARIOS["cut-live-0"], boot=0.03)
+    assert chat(server, "late", stream=True).streamed_text == SIX
+
+
+def test_a_prediction_whose_output_is_gone_is_no_empty_answer(fake, server):
+    assert chat(server, "data-removed", stream=True).streamed_text == HELLO
+    assert chat(server, "data-removed").status == 502
+
+
+def test_as_many_tokens_as_were_allowed_end_for_their_length(fake, server):
+    for stream in (True, False):
+        answer = chat(server, "length", max_tokens=3, stream=stream)
+        choice = (answer.chunks[-1] if stream else answer.json)["choices"][0]
+        assert choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5], ids="after {} events".format)
+def test_events_closed_early_cancel_the_prediction_once(fake, api, count):
+    events = proxy.Upstream(api, PATIENCE).run(
+        order("fake/endless"), proxy.Flight(), wait=False
+    )
+    started, *_ = [next(events) for _ in range(count)]
+    events.close()
+    assert fake.cancels == [started.prediction]
+    assert fake.predictions[started.prediction].status == "canceled"
+
+
+def test_a_prediction_that_is_over_is_not_cancelled(fake, api):
+    events = proxy.Upstream(api, PATIENCE).run(
+        order("fake/hello"), proxy.Flight(), wait=False
+    )
+    while not isinstance(next(events), Done):
+        pass
+    events.close()
+    assert fake.cancels == []
+
+
+def test_a_cancel_that_fails_harms_nobody(fake, api, caplog):
+    events = proxy.Upstream(api, PATIENCE).run(
+        order("fake/cancel-500"), proxy.Flight(), wait=False
+    )
+    started = next(events)
+    events.close()
+    assert fake.cancels == [started.prediction]
+    assert "can't be cancelled" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_stop_string_cancels_once(fake, server, stream):
+    answer = chat(server, "endless", stop=["on on"], stream=stream)
+    if stream:
+        assert answer.streamed_text == ""
+        assert answer.chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        assert answer.json["choices"][0]["finish_reason"] == "stop"
+    assert fake.cancels == [answer.headers["x-replicate-prediction-id"]]
+
+
+def test_a_prediction_that_never_ends_ends_by_our_own_deadline():
+    patience = QUICK._replace(grace=-4.5)
+    with (
+        FakeReplicate() as fake,
+        fronting(fake, patience, prediction_timeout=5) as server,
+    ):
+        with start_call(server, "fake/stuck") as sock:
+            answer = read_until(sock, b"prediction_timeout")
+        fake.wait_for(lambda: len(fake.cancels) == 1)
+    assert b'"code":"prediction_timeout"' in answer or b"504" in answer
+
+
+# The openai client retries twice. It may where no prediction exists, or one failed
+# for a reason that passes: how often it asks to create, and how many it is billed.
+CREATED = [
+    ("hello", 1, 1),
+    ("out-of-credit", 1, 0),
+    ("unauthenticated", 1, 0),
+    ("bad-input", 1, 0),
+    ("reset-after", 1, 1),
+    ("hang", 1, 1),
+    ("not-json", 1, 0),
+    ("json-list", 1, 0),
+    ("failed", 1, 1),
+    ("flagged", 1, 1),
+    ("canceled", 1, 1),
+    ("aborted", 1, 1),
+    ("interrupted", 3, 3),
+    ("e003", 3, 3),
+    ("throttled-once", 2, 1),
+    ("busy-once", 2, 1),
+    ("broken-500", 3, 0),
+]
+
+
+def test_a_client_that_retries_does_not_pay_twice():
+    with FakeReplicate() as fake, fronting(fake) as server:
+
+        def ask(row):
+            with (
+                openai.OpenAI(base_url=f"{server.url}/v1", api_key="key") as client,
+                suppress(openai.APIError),
+            ):
+                client.chat.completions.create(model=f"fake/{row[0]}", messages=HI)
+
+        with ThreadPoolExecutor(len(CREATED)) as pool:
+            list(pool.map(ask, CREATED))
+        asked = Counter(seen.body["version"] for seen in fake.creates())
+        billed = Counter(p.record(0)["model"] for p in fake.predictions.values())
+    assert [
+        (n, asked[f"fake/{n}"], billed[f"fake/{n}"]) for n, *_ in CREATED
+    ] == CREATED
+
+
+# == Replies ===================================================================
+
+HEAD = proxy.Head("chatcmpl-1", 1700000000, "gpt-4o", with_usage=False)
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 2,
+    "total_tokens": 5,
+    "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+    "completion_tokens_details": {
+        "reasoning_tokens": 1,
+        "audio_tokens": 0,
+        "accepted_prediction_tokens": 0,
+        "rejected_prediction_tokens": 0,
+    },
+}
+
+
+def chat_chunk(delta, finish_reason=None):
+    choice = {"index": 0, "delta": delta, "logprobs": None}
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1700000000,
+        "model": "gpt-4o",
+        "service_tier": "default",
+        "system_fingerprint": None,
+        "choices": [{**choice, "finish_reason": finish_reason}],
+    }
+
+
+def text_chunk(text, finish_reason=None):
+    choice = {"text": text, "index": 0, "logprobs": None}
+    return {
+        "id": "chatcmpl-1",
+        "object": "text_completion",
+        "created": 1700000000,
+        "choices": [{**choice, "finish_reason": finish_reason}],
+        "model": "gpt-4o",
+    }
+
+
+FIRST = {"role": "assistant", "content": "", "refusal": None}
+STARTED = Started("p1", "fake/hello")
+DONE = Done("stop", Usage(3, 2, 1))
+TOLD = [
+    ("chat starts", proxy.CHAT_FORM, STARTED, [chat_chunk(FIRST)]),
+    ("chat says", proxy.CHAT_FORM, Text("ä\n"), [chat_chunk({"content": "ä\n"})]),
+    ("chat ends", proxy.CHAT_FORM, DONE, [chat_chunk({}, "stop")]),
+    ("text starts", proxy.TEXT_FORM, STARTED, []),
+    ("text says", proxy.TEXT_FORM, Text("ä\n"), [text_chunk("ä\n")]),
+    ("text ends", proxy.TEXT_FORM, DONE, [text_chunk("", "stop")]),
+]
+
+
+@pytest.mark.parametrize(("why", "form", "event", "chunks"), TOLD, ids=whys(TOLD))
+def test_an_event_is_told_in_chunks(why, form, event, chunks):
+    told = form.chunks(event, 0, HEAD)
+    assert json.dumps(told) == json.dumps(chunks)  # in the order of the real API
+
+
+def test_a_chat_is_told_at_once():
+    told = [(0, STARTED), (0, Text("Hello")), (0, Text("!")), (0, DONE)]
+    whole = proxy.tell_at_once(told, proxy.CHAT_FORM, HEAD)
+    message = {"role": "assistant", "content": "Hello!", "refusal": None}
+    choice = {"index": 0, "message": {**message, "annotations": []}, "logprobs": None}
+    assert json.dumps(whole) == json.dumps(
+        {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1700000000,
+            "model": "gpt-4o",
+            "choices": [{**choice, "finish_reason": "stop"}],
+            "usage": USAGE,
+            "service_tier": "default",
+            "system_fingerprint": None,
+        }
+    )
+
+
+def test_texts_are_told_at_once_each_at_its_index():
+    told = [(0, Text("a")), (0, DONE), (1, Text("b")), (1, Done("length", Usage(1, 1)))]
+    whole = proxy.tell_at_once(told, proxy.TEXT_FORM, HEAD)
+    assert json.dumps(whole["choices"]) == json.dumps(
+        [
+            {"text": "a", "index": 0, "logprobs": None, "finish_reason": "stop"},
+            {"text": "b", "index": 1, "logprobs": None, "finish_reason": "length"},
+        ]
+    )
+    assert counts(whole["usage"]) == (4, 3, 1)
+
+
+@pytest.mark.parametrize("form", [proxy.CHAT_FORM, proxy.TEXT_FORM])
+def test_usage_is_in_a_last_chunk_of_its_own_and_null_before(form):
+    told = [(0, STARTED), (0, Text("a")), (0, DONE)]
+    with_usage = HEAD._replace(with_usage=True)
+    *before, last = sum(proxy.tell_in_chunks(told, form, with_usage), [])
+    assert {json.dumps(chunk["usage"]) for chunk in before} == {"null"}
+    assert (last["choices"], last["usage"]) == ([], USAGE)
+    plain = sum(proxy.tell_in_chunks(told, form, HEAD), [])
+    assert not any("usage" in chunk for chunk in plain)
+
+
+TEXTS = st.lists(st.builds(Text, st.text(max_size=5)), max_size=6)
+COUNTS = st.none() | st.integers(0, 99)
+USAGES = st.builds(Usage, COUNTS, COUNTS, st.integers(0, 9))
+ENDS = st.builds(Done, st.sampled_from(["stop", "length"]), USAGES)
+PATHS_OF_TEXT = st.sampled_from(["/v1/chat/completions", "/v1/completions"])
+
+
+@trying(max_examples=60, deadline=None)
+@given(path=PATHS_OF_TEXT, texts=TEXTS, end=ENDS, data=st.data())
+def test_a_stream_and_a_whole_say_the_same(path, texts, end, data):
+    stops = data.draw(st.lists(st.text("ab0", min_size=1, max_size=2), max_size=2))
+    body = {"model": "gpt-4o", "messages": HI, "prompt": ["x", "y"], "stop": stops}
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    upstream = FakeUpstream(STARTED, *texts, end)
+    models = NamedModels(proxy.Catalogue({"gpt-4o": "fake/hello"}, None, {}))
+    answerer = proxy.Proxy(proxy.Settings(proxy_api_key=KEY), models, upstream)
+    whole = proxy.answer(answerer, call("POST", path, body)).body
+    streamed = proxy.answer(answerer, call("POST", path, {**body, **streaming})).body
+    assert folded(sum(streamed, [])) == outcome(whole)
+
+
+class NamedModels(NamedTuple):
+    """A catalogue that needs no file."""
+
+    catalogue: object
+
+    def current(self):
+        return self.catalogue
+
+
+def outcome(whole):
+    texts = {
+        c["index"]: c.get("text", c.get("message", {}).get("content"))
+        for c in whole["choices"]
+    }
+    ends = {choice["index"]: choice["finish_reason"] for choice in whole["choices"]}
+    return texts, ends, whole["usage"]
+
+
+def folded(chunks):
+    """What a client makes of chunks."""
+    texts, ends = {}, {}
+    for choice in [choice for chunk in chunks for choice in chunk["choices"]]:
+        index, delta = choice["index"], choice.get("delta", {})
+        piece = choice.get("text", delta.get("content", ""))
+        texts[index] = texts.get(index, "") + piece
+        if choice["finish_reason"]:
+            assert index not in ends
+            ends[index] = choice["finish_reason"]
+    return texts, ends, chunks[-1]["usage"]
+
+
+# == Endpoints =================================================================
+
+ASKED = {"model": "gpt-4o", "messages": HI, "prompt": "Hi"}
+SCRIPT = (STARTED, Text("Hello"), Done("stop", Usage(1, 1)))
+PATHS = [
+    ("as documented", "POST", "/v1/chat/completions", "chat.completion"),
+    ("two slashes", "POST", "/v1//chat/completions", "chat.completion"),
+    ("a slash at the end", "POST", "/v1/chat/completions/", "chat.completion"),
+    ("no /v1", "POST", "/chat/completions", "chat.completion"),
+    ("a query", "POST", "/v1/chat/completions?api-version=1", "chat.completion"),
+    ("a whole URL", "POST", "http://x:1/v1/chat/completions", "chat.completion"),
+    ("an engine", "POST", "/v1/engines/gpt-4o/chat/completions", "chat.completion"),
+    ("an engine's text", "POST", "/v1/engines/a%2Fb/completions", "text_completion"),
+    ("texts", "POST", "/v1/completions", "text_completion"),
+    ("models", "GET", "/v1/models", "list"),
+    ("models, with all at once", "GET", "//models/?limit=5", "list"),
+    ("a model", "GET", "/v1/models/gpt-4o", "model"),
+    ("a model with a slash", "GET", "/v1/models/team/chat", "model"),
+    ("a model with %2F", "GET", "/v1/models/team%2Fchat", "model"),
+]
+
+
+@pytest.mark.parametrize(("why", "method", "path", "kind"), PATHS, ids=whys(PATHS))
+def test_a_path_is_found_whatever_clients_do_to_it(offline, why, method, path, kind):
+    reply = proxy.answer(offline(*SCRIPT), call(method, path, ASKED))
+    assert (reply.status, reply.body["object"]) == (200, kind)
+
+
+UNKNOWN = [
+    ("no such path", "POST", "/v1/nothing", 404, "unknown_url", None),
+    ("the root", "GET", "/", 404, "unknown_url", None),
+    ("/v1 itself", "GET", "/v1", 404, "unknown_url", None),
+    ("in capitals", "GET", "/v1/Models", 404, "unknown_url", None),
+    ("up and down", "GET", "/v1/../models", 404, "unknown_url", None),
+    ("GET a chat", "GET", "/v1/chat/completions", 405, "method_not_supported", "POST"),
+    ("POST models", "POST", "/v1/models", 405, "method_not_supported", "GET"),
+    ("DELETE a model", "DELETE", "/v1/models/x", 405, "method_not_supported", "GET"),
+    (
+        "GET an engine",
+        "GET",
+        "/v1/engines/x/chat/completions",
+        405,
+        "method_not_supported",
+        "POST",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "method", "path", "status", "code", "allow"), UNKNOWN, ids=whys(UNKNOWN)
+)
+def test_a_path_or_method_we_lack_is_told(
+    offline, why, method, path, status, code, allow
+):
+    with pytest.raises(proxy.APIError) as caught:
+        proxy.answer(offline(), call(method, path, ASKED))
+    error = caught.value
+    assert (error.status, error.code, error.headers.get("allow")) == (
+        status,
+        code,
+        allow,
+    )
+    assert error.body["error"]["type"] == "invalid_request_error"
+    assert f"{method} " in str(error) and path in str(error)
+
+
+CHAT_PATH, MODELS_PATH = "/v1/chat/completions", "/v1/models"
+KEYS = [
+    ("the key", "POST", CHAT_PATH, {"authorization": f"Bearer {KEY}"}, 200, None),
+    (
+        "another key",
+        "POST",
+        CHAT_PATH,
+        {"authorization": "Bearer sk-of-another"},
+        200,
+        None,
+    ),
+    (
+        "the scheme in capitals",
+        "POST",
+        CHAT_PATH,
+        {"authorization": f"BEARER  {KEY} "},
+        200,
+        None,
+    ),
+    ("as Azure has it", "POST", CHAT_PATH, {"api-key": KEY}, 200, None),
+    ("none", "POST", CHAT_PATH, {}, 401, None),
+    (
+        "a wrong one",
+        "POST",
+        CHAT_PATH,
+        {"authorization": "Bearer x"},
+        401,
+        "invalid_api_key",
+    ),
+    ("a wrong api-key", "POST", CHAT_PATH, {"api-key": "x"}, 401, "invalid_api_key"),
+    (
+        "the start of one",
+        "POST",
+        CHAT_PATH,
+        {"authorization": f"Bearer {KEY[:-1]}"},
+        401,
+        "invalid_api_key",
+    ),
+    (
+        "all of them",
+        "POST",
+        CHAT_PATH,
+        {"authorization": f"Bearer {KEY},sk-of-another"},
+        401,
+        "invalid_api_key",
+    ),
+    (
+        "nothing after Bearer",
+        "POST",
+        CHAT_PATH,
+        {"authorization": "Bearer "},
+        401,
+        "invalid_api_key",
+    ),
+    (
+        "another scheme",
+        "POST",
+        CHAT_PATH,
+        {"authorization": f"Basic {KEY}"},
+        401,
+        "invalid_api_key",
+    ),
+    (
+        "no ASCII",
+        "POST",
+        CHAT_PATH,
+        {"authorization": "Bearer \xff"},
+        401,
+        "invalid_api_key",
+    ),
+    (
+        "Replicate's token",
+        "POST",
+        CHAT_PATH,
+        {"authorization": f"Bearer {TOKEN}"},
+        401,
+        "invalid_api_key",
+    ),
+    ("none for the models", "GET", MODELS_PATH, {}, 200, None),
+    (
+        "a wrong one for the models",
+        "GET",
+        MODELS_PATH,
+        {"authorization": "Bearer x"},
+        401,
+        "invalid_api_key",
+    ),
+    ("none for a model", "GET", "/v1/models/gpt-4o", {}, 401, None),
+    (
+        "a wrong one for the health",
+        "GET",
+        "/health",
+        {"authorization": "Bearer x"},
+        200,
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "method", "path", "headers", "status", "code"), KEYS, ids=whys(KEYS)
+)
+def test_a_key_is_wanted(offline, why, method, path, headers, status, code):
+    asked = call(method, path, ASKED, headers)
+    if status == 200:
+        assert proxy.answer(offline(*SCRIPT), asked).status == 200
+        return
+    with pytest.raises(proxy.APIError) as caught:
+        proxy.answer(offline(), asked)
+    assert (caught.value.status, caught.value.code) == (status, code)
+
+
+def test_a_body_is_not_read_for_one_without_a_key(offline):
+    asked = call("POST", CHAT_PATH, headers={})._replace(read=pytest.fail)
+    with pytest.raises(proxy.APIError, match="didn't provide an API key"):
+        proxy.answer(offline(), asked)
+
+
+def test_models_are_listed_as_openai_lists_them(offline):
+    answerer = offline()
+    created = answerer.models.current().created
+    listed = proxy.answer(answerer, call("GET", "/v1/models")).body
+    assert created > 1_700_000_000
+    assert json.dumps(listed) == json.dumps(
+        {
+            "object": "list",
+            "data": [
+                {"id": id, "object": "model", "created": created, "owned_by": owner}
+                for id, owner in (
+                    ("gpt-4o", "fake"),
+                    ("team/chat", "fake"),
+                    ("llama", "meta"),
+                    ("deployed", "fake"),
+                )
+            ],
+        }
+    )
+    for row in listed["data"]:
+        path = f"/v1/models/{row['id']}"
+        assert proxy.answer(answerer, call("GET", path)).body == row
+
+
+def test_a_model_that_is_neither_mapped_nor_a_ref_is_not_there(offline):
+    with pytest.raises(proxy.APIError) as caught:
+        proxy.answer(offline(), call("GET", "/v1/models/gpt-9"))
+    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
+
+
+def test_health_needs_neither_a_key_nor_replicate(offline):
+    reply = proxy.answer(offline(), call("GET", "/health", headers={}))
+    assert reply.body == {"status": "ok", "version": proxy.__version__}
+
+
+def test_prompts_are_run_in_turn_each_a_choice(offline):
+    answerer = offline(*SCRIPT)
+    body = {"model": "llama", "prompt": ["a", "b", "c"], "echo": True}
+    whole = proxy.answer(answerer, call("POST", "/v1/completions", body)).body
+    assert [(c["index"], c["text"]) for c in whole["choices"]] == [
+        (0, "aHello"),
+        (1, "bHello"),
+        (2, "cHello"),
+    ]
+    asked = [order.input for order, _ in answerer.upstream.asked]
+    assert [input["prompt"] for input in asked] == ["a", "b", "c"]
+    assert {input["max_new_tokens"] for input in asked} == {16}
+    assert counts(whole["usage"]) == (3, 3, 0)
+
+
+UNFIT = [
+    ("suffix", {"suffix": "end"}, "suffix", "unsupported_parameter"),
+    ("logprobs", {"logprobs": 1}, "logprobs", "unsupported_parameter"),
+    ("no logprobs", {"logprobs": 0}, "logprobs", "unsupported_parameter"),
+    ("two choices", {"n": 2}, "n", "unsupported_parameter"),
+    ("the best of two", {"best_of": 2}, "best_of", "unsupported_parameter"),
+    ("token ids", {"prompt": [1, 2]}, "prompt[0]", "invalid_type"),
+    ("lists of token ids", {"prompt": [[1], [2]]}, "prompt[0]", "invalid_type"),
+    ("no prompts", {"prompt": []}, "prompt", "empty_array"),
+]
+
+
+@pytest.mark.parametrize(("why", "more", "param", "code"), UNFIT, ids=whys(UNFIT))
+def test_completions_refuse(offline, why, more, param, code):
+    answerer = offline(*SCRIPT)
+    body = {"model": "gpt-4o", "prompt": "Hi", **more}
+    with pytest.raises(proxy.APIError) as caught:
+        proxy.answer(answerer, call("POST", "/v1/completions", body))
+    error = caught.value
+    assert (error.status, error.param, error.code) == (400, param, code)
+    assert answerer.upstream.asked == []
+
+
+SHAPED = [
+    ("as it is", {}, (Text("Hello"),), "Hello", "stop"),
+    ("to a stop string", {"stop": "l"}, (Text("Hello"),), "He", "stop"),
+    (
+        "a stop string in pieces",
+        {"stop": ["lo"]},
+        (*map(Text, "Hello"),),
+        "Hel",
+        "stop",
+    ),
+    ("an empty stop string", {"stop": ""}, (Text("Hello"),), "Hello", "stop"),
+    (
+        "to fewer tokens than the model takes",
+        {"model": "anthropic/claude-4-sonnet", "max_tokens": 1},
+        (Text("Hello"),),
+        "Hell",
+        "length",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "more", "texts", "text", "finish_reason"), SHAPED, ids=whys(SHAPED)
+)
+def test_an_answer_is_cut(offline, why, more, texts, text, finish_reason):
+    answerer = offline(STARTED, *texts, Done("stop"))
+    body = {"model": "gpt-4o", "messages": HI, **more}
+    [choice] = proxy.answer(answerer, call("POST", CHAT_PATH, body)).body["choices"]
+    assert choice["message"]["content"] == text
+    assert choice["finish_reason"] == finish_reason
+    assert answerer.upstream.closed == 1
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_upstream_is_told_whether_all_is_wanted(offline, stream):
+    answerer = offline(*SCRIPT)
+    reply = proxy.answer(answerer, call("POST", CHAT_PATH, {**ASKED, "stream": stream}))
+    assert list(reply.body)
+    [(_, wait)] = answerer.upstream.asked
+    assert wait is not stream
+
+
+def test_a_reply_that_is_left_closes_the_events(offline):
+    answerer = offline(*SCRIPT)
+    reply = proxy.answer(answerer, call("POST", CHAT_PATH, {**ASKED, "stream": True}))
+    next(reply.body)
+    reply.body.close()
+    assert answerer.upstream.closed == 1
+
+
+def test_any_origin_may_ask_with_any_header(offline):
+    wanted = "authorization, x-stainless-retry-count"
+    headers = {"access-control-request-headers": wanted}
+    reply = proxy.answer(offline(), call("OPTIONS", "/v1/any", headers=headers))
+    assert (reply.status, reply.body) == (204, None)
+    assert reply.headers["access-control-allow-headers"] == wanted
+    assert reply.headers["access-control-allow-methods"] == "GET, POST, DELETE, OPTIONS"
+
+
+# == HTTP ======================================================================
+
+
+def exchange(server, raw, half_close=False):
+    """All that a connection says to these bytes before it closes."""
+    address = (server.server_name, server.server_port)
+    with socket.create_connection(address, timeout=10) as sock:
+        sock.sendall(raw)
+        if half_close:
+            sock.shutdown(socket.SHUT_WR)
+        return b"".join(iter(partial(sock.recv, 65536), b""))
+
+
+def parse(raw):
+    """The answer at the start of these bytes, and what follows it."""
+    head, _, rest = raw.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    length = int(headers.get("content-length", len(rest)))
+    return Answer(int(first.split()[1]), headers, rest[:length]), rest[length:]
+
+
+def request(*headers, body=b"", method=b"POST", path=b"/v1/chat/completions"):
+    lines = [b"%b %b HTTP/1.1" % (method, path), b"host: x", *headers]
+    key = b"authorization: Bearer " + KEY.encode()
+    return b"\r\n".join([*lines, key, b"", body])
+
+
+CLOSE = b"connection: close"
+CHUNKED = b"transfer-encoding: chunked"
+CHAT = json.dumps({"model": "fake/hello", "messages": HI}).encode()
+
+
+def length(size):
+    return b"content-length: %d" % size
+
+
+MALFORMED = [
+    ("no request line", b"hello\r\n\r\n", 400),
+    ("another version", b"GET /health HTTP/2.0\r\n\r\n", 400),
+    ("the first version", b"GET /health\r\n\r\n", 400),
+    ("a space in the target", b"GET /health HTTP/1.1 HTTP/1.1\r\n\r\n", 400),
+    ("a bare LF", b"GET /health HTTP/1.1\n\n", 400),
+    ("a bare CR", request(b"a: b\rc: d"), 400),
+    ("a folded header", request(b"a: b\r\n c"), 400),
+    ("a NUL", request(b"a: b\0c"), 400),
+    ("a space before the colon", request(b"a : b"), 400),
+    ("no colon", request(b"a"), 400),
+    ("no name", request(b": b"), 400),
+    ("two lengths", request(length(2), length(2), body=b"{}"), 400),
+    ("two lengths in one", request(b"content-length: 2, 2", body=b"{}"), 400),
+    ("two hosts", request(b"host: y"), 400),
+    ("two keys", request(b"authorization: Bearer x"), 400),
+    (
+        "a length and chunks",
+        request(length(2), CHUNKED, body=b"2\r\n{}\r\n0\r\n\r\n"),
+        400,
+    ),
+    ("a length below 0", request(b"content-length: -1"), 400),
+    ("a length with a sign", request(b"content-length: +2", body=b"{}"), 400),
+    ("a length in words", request(b"content-length: two"), 400),
+    ("a length of 30 digits", request(b"content-length: " + b"9" * 30), 400),
+    ("a length beyond the limit", request(length(10**9)), 413),
+    ("another coding", request(b"transfer-encoding: gzip, chunked"), 501),
+    ("no length", request(CLOSE), 411),
+    ("a head beyond the limit", request(b"a: " + b"b" * 70_000), 431),
+    ("a head of many lines", request(*[b"a: b"] * 20_000), 431),
+    ("no size of a chunk", request(CHUNKED, body=b"{}\r\n0\r\n\r\n"), 400),
+    ("a size below 0", request(CHUNKED, body=b"-2\r\n{}\r\n0\r\n\r\n"), 400),
+    ("a chunk beyond its size", request(CHUNKED, body=b"1\r\n{}\r\n0\r\n\r\n"), 400),
+    ("chunks beyond the limit", request(CHUNKED, body=b"7fffffff\r\n"), 413),
+    ("a trailer that is none", request(CHUNKED, body=b"0\r\na: b\n\r\n"), 400),
+]
+
+
+@pytest.mark.parametrize(("why", "raw", "status"), MALFORMED, ids=whys(MALFORMED))
+def test_what_is_not_http_is_refused_and_the_connection_closed(
+    server, why, raw, status
+):
+    answer, rest = parse(exchange(server, raw))
+    assert (answer.status, rest) == (status, b"")
+    assert ("is not HTTP" in answer.error["message"]) is (status != 413)
+    assert TOKEN not in str(answer) and KEY not in str(answer)
+
+
+SLOW = [
+    ("a head", b"GET /health HT"),
+    ("a body", request(length(9), body=b"{}")),
+    ("a chunk", request(CHUNKED, body=b"9\r\n{}")),
+]
+
+
+@pytest.mark.parametrize(("why", "raw"), SLOW, ids=whys(SLOW))
+def test_what_does_not_come_in_time_is_refused(settings, why, raw):
+    with serving(settings, PATIENCE._replace(head=0.2, body=0.2)) as server:
+        answer, rest = parse(exchange(server, raw))
+    assert (answer.status, rest) == (408, b"")
+    assert "too slowly" in answer.error["message"]
+
+
+def test_the_time_is_for_all_of_a_request_and_not_for_each_byte(settings):
+    with (
+        serving(settings, PATIENCE._replace(head=0.2, body=0.2)) as server,
+        socket.create_connection(server.server_address, timeout=5) as sock,
+    ):
+        sock.sendall(b"GET /health HTTP/1.1\r\na: ")
+        for _ in range(500):
+            if select.select([sock], [], [], 0.01)[0]:
+                break
+            sock.sendall(b"b")
+        else:
+            pytest.fail("it is still read after 5 s")
+        assert sock.recv(12) == b"HTTP/1.1 408"
+
+
+def test_a_connection_nobody_uses_is_closed_without_a_word(settings):
+    with serving(settings, PATIENCE._replace(idle=0.1)) as server:
+        assert exchange(server, b"") == b""
+
+
+def test_a_body_that_stops_early_is_refused(server):
+    raw = request(length(9), body=b"{}")
+    answer, _ = parse(exchange(server, raw, half_close=True))
+    assert (answer.status, answer.error["code"]) == (400, None)
+
+
+WELL_FORMED = [
+    ("a length", request(CLOSE, length(len(CHAT)), body=CHAT)),
+    ("an empty line before it", b"\r\n" + request(CLOSE, length(len(CHAT)), body=CHAT)),
+    (
+        "blanks around a value",
+        request(b"Connection:\t close ", length(len(CHAT)), body=CHAT),
+    ),
+    (
+        "chunks, extended, and trailers",
+        request(
+            CLOSE,
+            b"Transfer-Encoding: Chunked",
+            body=b"A;x=y\r\n%b\r\n%x\r\n%b\r\n0\r\nx: y\r\n\r\n"
+            % (CHAT[:10], len(CHAT) - 10, CHAT[10:]),
+        ),
+    ),
+    (
+        "HTTP/1.0",
+        request(length(len(CHAT)), body=CHAT).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("why", "raw"), WELL_FORMED, ids=whys(WELL_FORMED))
+def test_what_is_http_is_taken(server, why, raw):
+    answer, rest = parse(exchange(server, raw))
+    assert (answer.status, rest) == (200, b"")
+    assert answer.json["choices"][0]["message"]["content"] == HELLO
+    assert answer.headers["connection"] == "close"
+
+
+def test_a_stream_over_http_1_0_is_not_chunked(server):
+    body = CHAT[:-1] + b', "stream": true}'
+    raw = request(length(len(body)), body=body).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    answer, _ = parse(exchange(server, raw))
+    assert "transfer-encoding" not in answer.headers
+    assert answer.streamed_text == HELLO
+
+
+def test_a_client_that_expects_it_is_told_to_continue(server):
+    raw = request(CLOSE, length(len(CHAT)), b"expect: 100-continue", body=CHAT)
+    went_on, rest = parse(exchange(server, raw))
+    assert (went_on.status, went_on.headers) == (100, {})
+    assert rest == b""
+    assert went_on.body.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+def test_one_who_expects_to_be_refused_need_not_send_a_body(server):
+    raw = request(length(10**9), b"expect: 100-continue")
+    answer, rest = parse(exchange(server, raw))
+    assert (answer.status, rest) == (413, b"")
+
+
+def test_a_body_nobody_wanted_is_not_the_next_request(server):
+    hidden = request(method=b"GET", path=b"/v1/models/team/chat")
+    unread = request(length(len(hidden)), path=b"/v1/nothing", body=hidden)
+    follows = request(CLOSE, method=b"GET", path=b"/v1/models/gpt-4o")
+    first, rest = parse(exchange(server, unread + follows))
+    second, rest = parse(rest)
+    assert (first.status, second.status, rest) == (404, 200, b"")
+    assert second.json["id"] == "gpt-4o"
+
+
+def test_a_large_body_nobody_wanted_closes_the_connection(server):
+    hidden = request(method=b"GET", path=b"/v1/models/team/chat") * 1000
+    raw = request(length(len(hidden)), path=b"/v1/nothing", body=hidden)
+    answer, rest = parse(exchange(server, raw))
+    assert (answer.status, rest) == (404, b"")
+    assert answer.headers["connection"] == "close"
+
+
+LARGE = [
+    ("with the key", AUTHORIZATION, 413),
+    ("without a key", {}, 401),
+]
+
+
+@pytest.mark.parametrize(("why", "headers", "status"), LARGE, ids=whys(LARGE))
+def test_one_who_sends_too_much_hears_why(settings, why, headers, status):
+    with serving(replace(settings, max_body_bytes=1000)) as server:
+        for _ in range(5):  # it would be luck where the connection is just closed
+            answer = send(server, "POST", CHAT_PATH, b" " * 3_000_000, headers)
+            assert (answer.status, answer.error["param"]) == (status, None)
+            assert answer.headers["connection"] == "close"
+
+
+SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+DATA = b'{"model":"fake/hello","messages":[{"role":"user","content":"Hi"}]}'
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n"
+UNSAFE = [
+    (
+        "length and chunks",
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"0\r\n\r\n",
+    ),
+    ("two lengths", b"Content-Length: 5\r\nContent-Length: 6\r\n", b"abcdef"),
+    ("two lengths in one", b"Content-Length: 5, 5\r\n", b"abcde"),
+    ("a negative length", b"Content-Length: -1\r\n", b""),
+    ("a signed length", b"Content-Length: +5\r\n", b"abcde"),
+    ("a length without end", b"Content-Length: " + b"9" * 30 + b"\r\n", b""),
+    (
+        "a coding that is not ours",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"0\r\n\r\n",
+    ),
+    ("chunked hidden by a tab", b"Transfer-Encoding:\x0bchunked\r\n", b"0\r\n\r\n"),
+    ("a blank before the colon", b"Transfer-Encoding : chunked\r\n", b"0\r\n\r\n"),
+    ("a folded header", b"X-A: b\r\n c\r\nContent-Length: 0\r\n", b""),
+    ("a bare line feed", b"X-A: b\nContent-Length: 0\r\n", b""),
+    ("a bare carriage return", b"X-A: b\rX: c\r\nContent-Length: 0\r\n", b""),
+    ("a NUL byte", b"X-A: \x00\r\nContent-Length: 0\r\n", b""),
+    ("a chunk without a size", b"Transfer-Encoding: chunked\r\n", b"\r\n\r\n"),
+    ("a negative chunk", b"Transfer-Encoding: chunked\r\n", b"-1\r\n\r\n"),
+    (
+        "a chunk longer than it says",
+        b"Transfer-Encoding: chunked\r\n",
+        b"1\r\nabc\r\n0\r\n\r\n",
+    ),
+    (
+        "a chunk that ends in a line feed",
+        b"Transfer-Encoding: chunked\r\n",
+        b"1\na\n0\n\n",
+    ),
+    (
+        "trailers without end",
+        b"Transfer-Encoding: chunked\r\n",
+        b"0\r\n" + b"a: b\r\n" * 20000,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"), [u[1:] for u in UNSAFE], ids=[u[0] for u in UNSAFE]
+)
+def test_a_request_that_could_hide_another_is_refused_and_ends_the_connection(
+    lasting, headers, body
+):
+    _, server = lasting
+    with dial(server) as sock:
+        sock.sendall(POST + headers + b"\r\n" + body + SMUGGLED)
+        answer = read_all(sock)
+    assert answer.count(b"HTTP/1.1 ") == 1, answer
+    assert re.match(rb"HTTP/1.1 (400|413|501) ", answer)
+    assert b'"type": "invalid_request_error"' in answer or b'"server_error"' in answer
+    assert b"connection: close" in answer
+
+
+def test_chunks_with_extensions_and_trailers_are_read(lasting):
+    _, server = lasting
+    chunks = b"%x;a=b\r\n%b\r\n0\r\nX-T: t\r\n\r\n" % (len(DATA), DATA)
+    with dial(server) as sock:
+        sock.sendall(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + SMUGGLED)
+        answer = read_until(sock, b'"object": "list"')
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+
+
+# == Watching ==================================================================
+
+LEAVES = [  # a scenario, whether it is streamed, and what is heard before
+    ("slow-create", True, None),  # before the create has returned
+    ("very-cold", True, b"200 OK"),  # in a cold start
+    ("endless", True, b"content"),  # in mid-stream
+    ("endless", False, None),  # in a whole answer
+    ("very-cold", False, None),
+    ("stuck", True, b"200 OK"),
+]
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
+def test_a_client_that_hangs_up_stops_the_bill_once(watched, leave):
+    fake, server = watched
+    calls = [start_call(server, f"fake/{n}", stream=s) for n, s, _ in LEAVES]
+    fake.wait_for(lambda: len(fake.predictions) == len(LEAVES))
+    for sock, (*_, heard) in zip(calls, LEAVES, strict=True):
+        if heard:
+            read_until(sock, heard)
+        leave(sock)
+    wait_until(lambda: not server.calls and not server.readings)
+    assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
+def test_a_cancel_follows_a_hang_up_within_a_second(watched):
+    fake, server = watched
+    sock = start_call(server, "fake/very-cold", stream=True)
+    fake.wait_for(lambda: len(fake.predictions) == 1)
+    left = time.monotonic()
+    sock.close()
+    fake.wait_for(lambda: bool(fake.cancels))
+    assert fake.seen[-1].at - left < 1
+
+
+def test_a_hundred_clients_that_leave_at_once_are_all_noticed(watched):
+    fake, server = watched
+    socks = [start_call(server, "fake/endless", stream=n % 2 == 0) for n in range(100)]
+    fake.wait_for(lambda: len(fake.predictions) == 100, 20)
+    for sock in socks:
+        sock.close()
+    fake.wait_for(lambda: len(fake.cancels) >= 100, 20)
+    wait_until(lambda: not server.readings)
+    assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
+def test_a_half_close_is_a_hang_up(watched):
+    fake, server = watched
+    with start_call(server, "fake/endless", stream=True) as sock:
+        read_until(sock, b"content")
+        sock.shutdown(socket.SHUT_WR)
+        fake.wait_for(lambda: len(fake.cancels) == 1)
+
+
+def test_a_call_that_comes_early_is_no_hang_up(watched):
+    fake, server = watched
+    with dial(server) as sock:
+        sock.sendall(chat_bytes("fake/story", stream=True) + SMUGGLED)
+        answer = read_until(sock, b'"object": "list"')
+    assert said(answer) == "".join(fake.scenarios["story"].text)
+    assert not fake.cancels
+
+
+def test_a_finished_prediction_is_never_cancelled(watched):
+    fake, server = watched
+    sock = start_call(server, "fake/late-end", stream=True)
+    read_until(sock, b'"content":"?"')
+    sock.close()
+    wait_until(lambda: not server.calls)
+    assert not fake.cancels
+
+
+def test_a_cancel_that_is_slow_holds_no_other(watched):
+    fake, server = watched
+    row = fake.scenarios["cancel-slow"]
+    fake.scenarios["cancel-slow"] = replace(
+        row, on_cancel=row.on_cancel._replace(wait=1)
+    )
+    slow = start_call(server, "fake/cancel-slow", stream=True)
+    quick = start_call(server, "fake/endless", stream=True)
+    read_until(slow, b"content")
+    read_until(quick, b"content")
+    slow.close()
+    quick.close()
+    fake.wait_for(lambda: len(fake.cancels) == 2, 0.9)
+
+
+def test_a_cold_start_is_alive_and_then_speaks(watched):
+    fake, server = watched
+    began = time.monotonic()
+    with start_call(server, "fake/cool", stream=True) as sock:
+        head = read_until(sock, b"\r\n\r\n")
+        assert time.monotonic() - began < 1.5
+        answer = head + read_until(sock, b"[DONE]")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.count(b": keep-alive\n\n") >= 3
+    assert said(answer) == "".join(fake.scenarios["cool"].text)
+
+
+def test_the_openai_client_reads_through_a_cold_start(watched):
+    fake, server = watched
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="key") as client,
+        client.chat.completions.create(
+            model="fake/cool", messages=HI, stream=True
+        ) as chunks,
+    ):
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == "".join(fake.scenarios["cool"].text)
+
+
+def test_a_failure_after_the_status_line_went_out_is_a_frame(watched):
+    fake, server = watched
+    fake.scenarios["fails-late"] = replace(fake.scenarios["failed"], boot=1)
+    with start_call(server, "fake/fails-late", stream=True) as sock:
+        answer = read_until(sock, b"[DONE]")
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b'"code":"prediction_failed"' in answer
+
+
+def test_a_telling_sends_no_more_than_goes_at_once_and_loses_none_of_it():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        telling = proxy.Telling(ours, lambda: b"HEAD", chunked=False)
+        ours.settimeout(0)
+        fill = 0
+        with suppress(BlockingIOError):
+            while True:
+                fill += ours.send(b"." * 1024)
+        for _ in range(3):
+            telling.last = 0
+            telling.break_silence(proxy.Patience(), 5)
+        got = b""
+        writer = threading.Thread(target=telling.end, args=(b"END",))
+        writer.start()
+        while not got.endswith(b"END"):
+            got += theirs.recv(65536)
+        writer.join()
+    assert got == b"." * fill + b"HEAD" + b": keep-alive\n\n" * 3 + b"END"
+
+
+def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices():
+    flood = replace(SCENARIOS["firehose"], text=("x" * 20_000,) * 2000)
+    with FakeReplicate() as fake:
+        fake.scenarios["flood"] = flood
+        fake.scenarios["cool"] = replace(SCENARIOS["cold"], boot=0.7)
+        with fronting(fake, write_timeout=1) as server:
+            deaf = start_call(server, "fake/flood", stream=True)
+            cold = start_call(server, "fake/cool", stream=True)
+            answer = read_until(cold, b"[DONE]")
+            fake.wait_for(lambda: len(fake.cancels) == 1)
+            wait_until(lambda: not server.calls)
+            deaf.close()
+            cold.close()
+    assert answer.count(b": keep-alive\n\n") >= 3
+
+
+# == Server ====================================================================
+
+WHOLE_STREAM = (
+    b"HTTP/1.1 200 OK\r\n"
+    b"date: DATE\r\n"
+    b"content-type: text/event-stream; charset=utf-8\r\n"
+    b"cache-control: no-cache\r\n"
+    b"x-accel-buffering: no\r\n"
+    b"transfer-encoding: chunked\r\n"
+    b"x-request-id: req_ID\r\n"
+    b"openai-version: 2020-10-01\r\n"
+    b"openai-processing-ms: MS\r\n"
+    b"x-replicate-model: fake/length\r\n"
+    b"x-replicate-prediction-id: PREDICTION\r\n"
+    b"access-control-allow-origin: *\r\n"
+    b"access-control-expose-headers: x-request-id, retry-after, openai-processing-ms,"
+    b" x-should-retry, x-replicate-prediction-id, x-replicate-model\r\n"
+    b"connection: close\r\n"
+    b"\r\n"
+    b"12c\r\n"
+    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
+    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
+    b'"choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},'
+    b'"logprobs":null,"finish_reason":null}]}\n\n'
+    b"\r\n"
+    b"10f\r\n"
+    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
+    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
+    b'"choices":[{"index":0,"delta":{"content":"word "},'
+    b'"logprobs":null,"finish_reason":null}]}\n\n'
+    b"\r\n"
+    b"10f\r\n"
+    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
+    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
+    b'"choices":[{"index":0,"delta":{"content":"word "},'
+    b'"logprobs":null,"finish_reason":null}]}\n\n'
+    b"\r\n"
+    b"102\r\n"
+    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
+    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
+    b'"choices":[{"index":0,"delta":{},'
+    b'"logprobs":null,"finish_reason":"length"}]}\n\n'
+    b"\r\n"
+    b"e\r\n"
+    b"data: [DONE]\n\n"
+    b"\r\n"
+    b"0\r\n"
+    b"\r\n"
+)
+VARYING = {
+    rb"(?<=date: )\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT": b"DATE",
+    rb"(?<=processing-ms: )\d+": b"MS",
+    rb"(?<=req_)[0-9a-f]{32}": b"ID",
+    rb"(?<=chatcmpl-)[0-9A-Za-z]{29}": b"ID",
+    rb'(?<="created":)\d{10}': b"NOW",
+    rb"(?<=prediction-id: )[a-z0-9]{26}": b"PREDICTION",
+}
+
+
+def test_a_stream_is_these_bytes(server):
+    asked = {"model": "fake/length", "messages": HI, "max_tokens": 2, "stream": True}
+    body = json.dumps(asked).encode()
+    said = exchange(server, request(CLOSE, length(len(body)), body=body))
+    for pattern, word in VARYING.items():
+        said = re.sub(pattern, word, said)
+    assert said.decode() == WHOLE_STREAM.decode()
+
+
+def test_a_whole_is_pretty_json_of_a_known_length(server):
+    answer = chat(server, "echo", messages=[{"role": "user", "content": "Grüße"}])
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["content-length"] == str(len(answer.body))
+    assert answer.body.decode().startswith('{\n  "id": "chatcmpl-')
+    assert answer.body.endswith(b"}\n")
+
+
+def test_chunks_of_a_stream_share_their_id_and_time(server):
+    chunks = chat(server, "hello", stream=True).chunks
+    assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+
+
+def test_an_error_before_the_first_event_has_a_status(server):
+    answer = chat(server, "failed", stream=True)
+    assert (answer.status, answer.error["code"]) == (502, "prediction_failed")
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_an_error_after_the_first_event_is_the_last_frame(server):
+    answer = chat(server, "failed-late", stream=True)
+    assert answer.status == 200
+    assert answer.body.endswith(
+        b'data: {"error":{"message":"The prediction failed. The model says: it broke",'
+        b'"type":"server_error","param":null,"code":"prediction_failed"}}\n\n'
+        b"data: [DONE]\n\n"
+    )
+
+
+def test_a_connection_carries_many_calls_and_mixes_none(server):
+    asked = [
+        ("GET", "/health", None, 200, b'"ok"'),
+        ("POST", CHAT_PATH, {"model": "fake/hello", "stream": True}, 200, b"[DONE]"),
+        ("POST", CHAT_PATH, {"model": "fake/echo"}, 200, b"prompt"),
+        ("POST", "/v1/nothing", {"unread": "body"}, 404, b"unknown_url"),
+        ("POST", CHAT_PATH, {"model": "fake/failed", "stream": True}, 502, b"index"),
+        ("POST", CHAT_PATH, {"messages": 1, "model": "x"}, 400, b"invalid_type"),
+        ("HEAD", "/v1/models", None, 200, b""),
+        ("OPTIONS", "/v1/models", None, 204, b""),
+        ("GET", "/v1/models", None, 200, b"team/chat"),
+    ]
+    ids, sockets = set(), set()
+    with closing(connect(server)) as connection:
+        for method, path, body, status, part in asked:
+            data = body and json.dumps({"messages": HI, **body})
+            connection.request(method, path, data, AUTHORIZATION)
+            sockets.add(connection.sock)
+            answer = read(connection)
+            assert (answer.status, part in answer.body) == (status, True)
+            assert "connection" not in answer.headers
+            ids.add(answer.headers["x-request-id"])
+    assert (len(ids), len(sockets)) == (len(asked), 1)
+
+
+def test_a_head_is_that_of_a_get(server):
+    head, body = send(server, "HEAD", "/v1/models"), send(server, "GET", "/v1/models")
+    assert (head.status, head.body) == (200, b"")
+    assert head.headers["content-length"] == str(len(body.body))
+
+
+def test_errors_are_told_to_any_origin_too(server):
+    answer = send(server, "GET", "/v1/models/gpt-4o", headers={"origin": "app://x"})
+    assert answer.status == 401
+    assert answer.headers["access-control-allow-origin"] == "*"
+    exposed = answer.headers["access-control-expose-headers"]
+    assert {"x-request-id", "retry-after"} <= set(re.split(", *", exposed))
+    preflight = send(server, "OPTIONS", CHAT_PATH, headers={"origin": "app://x"})
+    assert (preflight.status, preflight.body) == (204, b"")
+    assert preflight.headers["access-control-allow-origin"] == "*"
+
+
+UNREADABLE = [
+    ("nothing", b""),
+    ("half of it", CHAT[:-1]),
+    ("something after it", CHAT + b"}"),
+    ("not an object", b"[1]"),
+    ("a null", b"null"),
+    ("deep nesting", b"[" * 100_000),
+    ("deep nesting, closed", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    ("NaN", CHAT[:-1] + b', "temperature": NaN}'),
+    ("Infinity", CHAT[:-1] + b', "temperature": -Infinity}'),
+    ("1e999", CHAT[:-1] + b', "temperature": 1e999}'),
+    ("no UTF-8", CHAT.replace(b"Hi", b"\xff")),
+    ("half a character", CHAT.replace(b"Hi", b"\\ud800")),
+    ("an integer of 5,000 digits", CHAT[:-1] + b', "seed": ' + b"9" * 5000 + b"}"),
+]
+
+
+@pytest.mark.parametrize(("why", "body"), UNREADABLE, ids=whys(UNREADABLE))
+def test_what_is_no_json_object_is_refused_and_the_connection_lives(server, why, body):
+    headers = {**AUTHORIZATION, "content-type": "application/json"}
+    with closing(connect(server)) as connection:
+        connection.request("POST", CHAT_PATH, body, headers)
+        answer = read(connection)
+        assert (answer.status, answer.error["code"]) == (400, None)
+        assert answer.error["message"].startswith("We could not parse the JSON body")
+        connection.request("GET", "/health")
+        assert read(connection).status == 200
+
+
+def test_a_form_is_told_what_is_wanted(server):
+    kind = "application/x-www-form-urlencoded"
+    headers = {**AUTHORIZATION, "content-type": kind}
+    answer = send(server, "POST", CHAT_PATH, b"model=gpt-4o", headers)
+    assert (answer.status, answer.error["code"]) == (400, "unsupported_content_type")
+    assert kind in answer.error["message"]
+
+
+def test_an_answer_of_the_default_model_says_so(server):
+    body = {"model": "gpt-9", "messages": HI}
+    answer = send(server, "POST", CHAT_PATH, body)
+    assert answer.headers["x-replicate-model"] == "fake/hello; default"
+    assert answer.json["model"] == "gpt-9"
+
+
+def test_a_header_holds_what_headers_can():
+    assert proxy.reply_head(200, {"x": "a\r\nset-cookie: b=\u00fc"}) == (
+        b"HTTP/1.1 200 OK\r\nx: a??set-cookie: b=?\r\n\r\n"
+    )
+
+
+SECRET = "what-was-said"
+LOGGED = [
+    (
+        "a whole",
+        {},
+        "method=POST path=/v1/chat/completions status=200 model=fake/echo"
+        " ref=fake/echo prediction=ID tokens_in=1 tokens_out=2 first_token_ms=N ms=N"
+        " request_id=ID",
+    ),
+    (
+        "a stream of the default model",
+        {"model": "gpt 9", "stream": True},
+        'method=POST path=/v1/chat/completions status=200 model="gpt 9"'
+        ' ref="fake/hello; default" prediction=ID tokens_in=1 tokens_out=8'
+        " first_token_ms=N ms=N request_id=ID",
+    ),
+    (
+        "an estimate",
+        {"model": "fake/no-counts"},
+        "method=POST path=/v1/chat/completions status=200 model=fake/no-counts"
+        " ref=fake/no-counts prediction=ID tokens_in=4 tokens_out=7 estimated=yes"
+        " first_token_ms=N ms=N request_id=ID",
+    ),
+    (
+        "a failure in mid-stream",
+        {"model": "fake/failed-late", "stream": True},
+        "method=POST path=/v1/chat/completions status=200 model=fake/failed-late"
+        " ref=fake/failed-late prediction=ID first_token_ms=N ms=N"
+        " error=prediction_failed request_id=ID",
+    ),
+    (
+        "a refusal",
+        {"model": "fake/unauthenticated"},
+        "method=POST path=/v1/chat/completions status=502 model=fake/unauthenticated"
+        " ref=fake/unauthenticated ms=N error=upstream_authentication request_id=ID",
+    ),
+    (
+        "a bad parameter",
+        {"temperature": SECRET},
+        "method=POST path=/v1/chat/completions status=400 model=fake/echo"
+        " ms=N error=invalid_type request_id=ID",
+    ),
+]
+
+
+@pytest.mark.parametrize(("why", "more", "line"), LOGGED, ids=whys(LOGGED))
+def test_a_call_is_a_line_in_the_log(fake, server, caplog, why, more, line):
+    caplog.set_level("INFO", "proxy")
+    said = [{"role": "user", "content": SECRET}]
+    body = {"model": "fake/echo", "messages": said, **more}
+    id = send(server, "POST", f"{CHAT_PATH}?key={SECRET}", body).headers["x-request-id"]
+    fake.wait_for(lambda: id in caplog.text)
+    [told] = [row for row in caplog.messages if id in row]
+    told = re.sub(r"_ms=\d+|\bms=\d+", lambda m: m[0].partition("=")[0] + "=N", told)
+    assert re.sub(r"(?<=request_id=)req_\w+|(?<=prediction=)\w+", "ID", told) == line
+    for secret in (KEY, TOKEN, SECRET):
+        assert secret not in caplog.text
+
+
+def test_a_wrong_key_is_logged_without_it(fake, server, caplog):
+    caplog.set_level("INFO", "proxy")
+    send(server, "GET", "/v1/models", headers={"authorization": "Bearer sk-wrong"})
+    fake.wait_for(lambda: "error=invalid_api_key" in caplog.text)
+    assert "sk-wrong" not in caplog.text
+
+
+def test_a_client_that_leaves_in_mid_stream_cancels(fake, server, caplog):
+    caplog.set_level("INFO", "proxy")
+    body = json.dumps({"model": "fake/endless", "messages": HI, "stream": True})
+    with closing(connect(server)) as connection:
+        connection.request("POST", CHAT_PATH, body, AUTHORIZATION)
+        response = connection.getresponse()
+        assert response.readline().startswith(b"data: ")
+        prediction = response.getheader("x-replicate-prediction-id")
+        response.close()
+    fake.wait_for(lambda: fake.cancels == [prediction], timeout=5)
+    fake.wait_for(lambda: "error=client_gone" in caplog.text, timeout=5)
+
+
+def test_two_servers_with_other_settings_live_in_one_process(fake, settings, tmp_path):
+    models = tmp_path / "models.json"
+    models.write_text('{"mappings": {"only": "fake/echo"}}')
+    other = replace(settings, proxy_api_key="other", models_path=str(models))
+    with serving(settings) as one, serving(other) as two:
+        for server, key, status in (
+            (one, KEY, 200),
+            (one, "other", 401),
+            (two, KEY, 401),
+            (two, "other", 200),
+        ):
+            headers = {"authorization": f"Bearer {key}"}
+            answer = send(server, "GET", "/v1/models", headers=headers)
+            assert answer.status == status
+        assert [row["id"] for row in answer.json["data"]] == ["only"]
+
+
+def test_a_server_that_is_closed_leaves_no_connection(fake, settings):
+    with serving(settings) as server:
+        assert chat(server, "hello", stream=True).status == 200
+        streams = server.api.streams.idle.values()
+        fake.wait_for(lambda: any(streams))
+        connections = [connection for idle in streams for _, connection in idle]
+    assert [connection.sock for connection in connections] == [None]
+    assert server.api.client.is_closed()
+
+
+UNFIT_SETTINGS = [
+    ("no token", {"replicate_api_token": ""}, "REPLICATE_API_TOKEN is missing"),
+    ("no key", {"proxy_api_key": ""}, "PROXY_API_KEY is missing"),
+    ("no such file", {"models_path": "/nowhere"}, "/nowhere can't be used"),
+    ("a port beyond", {"port": 65536}, "PORT must be a number from 0 to 65535"),
+    ("no URL", {"replicate_base_url": "replicate.com"}, "REPLICATE_BASE_URL must"),
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "given", "told"), UNFIT_SETTINGS, ids=whys(UNFIT_SETTINGS)
+)
+def test_a_server_is_not_made_of_bad_settings(settings, why, given, told):
+    with pytest.raises(proxy.ConfigError, match=told):
+        proxy.make_server(replace(settings, **given))
+
+
+def test_an_address_in_use_is_an_os_error(settings, server):
+    with pytest.raises(OSError, match="in use"):
+        proxy.make_server(replace(settings, port=server.server_port))
+
+
+URLS = [
+    ("127.0.0.1", "http://127.0.0.1:"),
+    ("0.0.0.0", "http://127.0.0.1:"),
+    ("::1", "http://[::1]:"),
+]
+
+
+@pytest.mark.parametrize(("host", "url"), URLS, ids=whys(URLS))
+def test_a_server_tells_its_url(settings, host, url):
+    try:
+        server = proxy.make_server(replace(settings, host=host))
+    except OSError as error:
+        pytest.skip(f"no {host} on this machine: {error}")
+    with closing(server.socket):
+        assert server.url == f"{url}{server.server_port}"
+        server.server_close()
+
+
+def test_beyond_its_limit_a_server_says_so_at_once_and_its_health_still_answers():
+    with FakeReplicate() as fake, fronting(fake, max_concurrent_calls=2) as server:
+        busy = [start_call(server, "fake/endless", stream=True) for _ in range(2)]
+        wait_until(lambda: len(server.calls) == 2)
+        with start_call(server, "fake/hello") as sock, dial(server) as health:
+            refused = read_until(sock, b"overloaded")
+            health.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            healthy = read_until(health, b'"ok"')
+        for sock in busy:
+            sock.close()
+        wait_until(lambda: not server.calls)
+        with start_call(server, "fake/hello") as sock:
+            assert read_until(sock, b"usage").startswith(b"HTTP/1.1 200")
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 1\r\n" in refused
+    assert healthy.startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_idle_connection_ends_and_does_not_count():
+    patience = QUICK._replace(idle=0.3)
+    with (
+        FakeReplicate() as fake,
+        fronting(fake, patience, max_concurrent_calls=1) as server,
+        dial(server) as idle,
+        start_call(server, "fake/hello") as sock,
+    ):
+        assert read_until(sock, b"usage").startswith(b"HTTP/1.1 200")
+        assert idle.recv(1) == b""
+
+
+def test_a_server_that_closes_lets_calls_finish():
+    with FakeReplicate() as fake, ExitStack() as stack:
+        server = stack.enter_context(fronting(fake, shutdown_grace=20))
+        idle = stack.enter_context(dial(server))
+        sock = stack.enter_context(start_call(server, "fake/story", stream=True))
+        read_until(sock, b"content")
+        server.shutdown()
+        closing = threading.Thread(target=server.server_close)
+        closing.start()
+        assert idle.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            wait_until(lambda: dial(server).close())
+        answer = read_all(sock)
+        closing.join()
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert b'"error"' not in answer
+        assert not fake.cancels
+
+
+def test_a_server_that_closes_tells_those_that_last_too_long():
+    with FakeReplicate() as fake, fronting(fake) as server:
+        streamed = start_call(server, "fake/endless", stream=True)
+        whole = start_call(server, "fake/very-cold")
+        read_until(streamed, b"content")
+        fake.wait_for(lambda: len(fake.predictions) == 2)
+        server.shutdown()
+        server.server_close()
+        tail, refusal = read_all(streamed), read_all(whole)
+        streamed.close()
+        whole.close()
+        assert b'"code":"overloaded"' in tail and b"data: [DONE]" in tail
+        assert refusal.startswith(b"HTTP/1.1 503 ")
+        assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
+HOSTILE_JSON = [
+    ("nested too deep", b'{"model":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    ("not closed", b'{"a":' * 100_000),
+    ("an endless integer", b'{"model":"x","seed":' + b"9" * 100_000 + b"}"),
+    ("a key twice", b'{"model":"x","model":"y","messages":[]}'),
+    ("a long name", b'{"model":"' + b"x" * 20_000_000 + b'","messages":1}'),
+    (
+        "a long role",
+        b'{"model":"x","messages":[{"role":"' + b"x" * 20_000_000 + b'"}]}',
+    ),
+    (
+        "a long text",
+        b'{"model":"x","messages":[{"role":"user","content":"'
+        + b"x" * 20_000_000
+        + b'"}]}',
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "body", [h[1] for h in HOSTILE_JSON], ids=[h[0] for h in HOSTILE_JSON]
+)
+def test_hostile_json_is_refused_quickly_and_briefly(lasting, body):
+    fake, server = lasting
+    before = len(fake.creates())
+    with dial(server) as sock:
+        sock.sendall(
+            POST + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+        )
+        sock.sendall(body)
+        answer = read_all(sock)
+    assert answer.startswith(b"HTTP/1.1 400 "), answer[:200]
+    assert len(answer) < 3000
+    assert len(fake.creates()) == before
+
+
+NAMES = ["../account", "a/../../account", "a/b\r\nX: y", "a/b%00", "a/b?x=y", "a/b#c"]
+NAMES += ["deployments/../account", "/a/b", "a/b/", "a//b", "a/b:c/d", "\x00", " a/b"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_name_can_not_leave_its_place(lasting, tmp_path, name):
+    fake, _ = lasting
+    models = tmp_path / "models.json"
+    models.write_text('{"mappings": {}}')
+    with (
+        fronting(fake, models_path=str(models)) as server,
+        start_call(server, name) as sock,
+    ):
+        answer = read_until(sock, b'"code"')
+    assert answer.startswith(b"HTTP/1.1 404 ")
+
+
+ATOMS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20),
+    st.sampled_from(["user", "system", "stop", "text", [], {}, [""], ["a", 1]]),
+)
+VALUES = st.recursive(
+    ATOMS,
+    lambda v: (
+        st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=8), v, max_size=3)
+    ),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from([*proxy.CHAT, *proxy.IGNORED, "prompt", "echo", "unheard-of"])
+
+
+@given(
+    path=st.sampled_from(
+        ["/v1/chat/completions", "/v1/completions", "/v1/models/x", "/v1/x"]
+    ),
+    changes=st.dictionaries(FIELDS, VALUES, max_size=4),
+    cut=st.integers(0, 400),
+    junk=st.binary(max_size=6),
+    keep=st.booleans(),
+)
+@trying(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_mutated_requests_get_an_openai_error_or_a_right_answer(
+    lasting, path, changes, cut, junk, keep
+):
+    _, server = lasting
+    body = json.loads(DATA) | {"prompt": "Hi", "stream": False} | changes
+    data = json.dumps(body).encode()
+    if not keep:
+        data = data[:cut] + junk + data[cut:]
+    client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    with closing(client):
+        client.request("POST", path, data, {"Authorization": "Bearer key"})
+        with client.getresponse() as answer:
+            told = answer.read()
+    assert answer.status < 500, told
+    if answer.status != 200:
+        assert set(json.loads(told)["error"]) == {"message", "type", "param", "code"}
+    elif not told.startswith(b"data: "):
+        assert json.loads(told)["object"] in ("chat.completion", "text_completion")
+
+
+@given(junk=st.binary(max_size=60), at=st.integers(0, 200), drop=st.integers(0, 5))
+@trying(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+def test_mutated_bytes_get_an_openai_error_or_a_right_answer(lasting, junk, at, drop):
+    _, server = lasting
+    head = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(DATA)
+    request = head + DATA
+    with dial(server) as sock:
+        sock.sendall(request[:at] + junk + request[at + drop :])
+        sock.shutdown(socket.SHUT_WR)
+        answer = read_all(sock)
+    for body in re.findall(rb'\{\n  "error".*?\n\}\n', answer, re.S):
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+    assert not answer or re.match(rb"HTTP/1.1 (100|200|4\d\d|501) ", answer), answer
+
+
+SLOW_ROWS = re.compile("hang|very-cold|endless|stuck|unknown-status|slow|cancel-|cold")
+
+
+def test_no_secret_is_told_on_any_path(caplog):
+    token, key = "r8_s3cr3tT0ken", "s3cr3tKey"
+    caplog.set_level("DEBUG")
+    heard = b""
+    with FakeReplicate(token=token) as fake:
+        fake.scenarios["tells"] = replace(
+            fake.scenarios["failed"], error=f"bad {token}"
+        )
+        names = [n for n, row in fake.scenarios.items() if not SLOW_ROWS.match(n)]
+        with fronting(fake, proxy_api_key=key) as server:
+            for path, bearer in [
+                ("/v1/models", key + "x"),
+                ("/x", key),
+                ("/v1/models/%00", key),
+            ]:
+                client = http.client.HTTPConnection(
+                    "127.0.0.1", server.server_port, timeout=10
+                )
+                with closing(client):
+                    client.request(
+                        "GET", path, headers={"Authorization": f"Bearer {bearer}"}
+                    )
+                    with client.getresponse() as answer:
+                        heard += answer.read() + str(answer.headers).encode()
+
+            def ask(name):
+                with dial(server) as sock:
+                    request = chat_bytes(f"fake/{name}", stream=True)
+                    request = request.replace(b"Bearer key", b"Bearer " + key.encode())
+                    sock.sendall(
+                        request.replace(b"Host: x", b"Host: x\r\nConnection: close")
+                    )
+                    return read_all(sock)
+
+            with ThreadPoolExecutor(16) as pool:
+                heard += b"".join(pool.map(ask, names))
+    for secret in (token, key):
+        assert secret.encode() not in heard
+        assert secret not in caplog.text
+    assert caplog.text and heard
+
+
+LOAD = """
+import sys, time
+sys.path.insert(0, {folder!r})
+from fake_replicate import FakeReplicate
+with FakeReplicate(record=False) as fake:
+    print(fake.base_url, fake.token, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def process(command, **more):
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **more)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@contextmanager
+def apart():
+    """A stand-in and a proxy, each a process of its own: its port and its id."""
+    folder = str(HERE)
+    script = [sys.executable, "-c", LOAD.format(folder=folder)]
+    with process(script, stdin=subprocess.PIPE) as fake:
+        base_url, token = fake.stdout.readline().split()
+        environ = {
+            "PATH": os.environ["PATH"],
+            "REPLICATE_API_TOKEN": token,
+            "REPLICATE_BASE_URL": base_url,
+            "PROXY_API_KEY": "key",
+            "LOG_LEVEL": "ERROR",
+        }
+        command = [sys.executable, os.path.join(folder, "proxy.py"), "--port", "0"]
+        with process(command, env=environ) as child:
+            port = int(re.search(r":(\d+)/v1", child.stdout.readline())[1])
+            yield port, child
+
+
+def resources(pid):
+    """Threads, and resident memory in MB."""
+    with open(f"/proc/{pid}/status") as file:
+        found = dict(re.findall(r"^(Threads|VmRSS):\s+(\d+)", file.read(), re.M))
+    return int(found["Threads"]), int(found["VmRSS"]) / 1024
+
+
+async def read_stamped(port, lateness):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(chat_bytes("fake/stamped", stream=True))
+    tokens = 0
+    async for line in reader:
+        now = time.time_ns()
+        if stamp := re.search(rb'"content":"(\d+) "', line):
+            tokens += 1
+            lateness.append((now - int(stamp[1])) / 1e6)
+        if line.startswith(b"data: [DONE]"):
+            break
+    writer.close()
+    await writer.wait_closed()
+    return tokens
+
+
+async def call_often(port, times):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    good = 0
+    for _ in range(times):
+        writer.write(chat_bytes("fake/hello"))
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(re.search(rb"content-length: (\d+)", head)[1])
+        body = await reader.readexactly(length)
+        good += head.startswith(b"HTTP/1.1 200") and b"chat.completion" in body
+    writer.close()
+    await writer.wait_closed()
+    return good
+
+
+@pytest.mark.load
+def test_five_hundred_streams_at_once_all_arrive_and_none_starves():
+    lateness = []
+
+    async def drive(port):
+        streams = [read_stamped(port, lateness) for _ in range(500)]
+        return await asyncio.wait_for(asyncio.gather(*streams), 35)
+
+    with apart() as (port, child):
+        assert asyncio.run(call_often_alone(port)) == 20
+        threads, memory = resources(child.pid)
+        assert asyncio.run(drive(port)) == [50] * 500
+        wait_until(lambda: resources(child.pid)[0] <= threads)
+        assert resources(child.pid)[1] < memory + 60
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 0
+    lateness.sort()
+    assert lateness[int(len(lateness) * 0.99)] < 250
+
+
+async def call_often_alone(port):
+    return await call_often(port, 20)
+
+
+@pytest.mark.load
+def test_two_thousand_calls_over_fifty_connections_all_arrive():
+    async def drive(port):
+        return await asyncio.gather(*(call_often(port, 40) for _ in range(50)))
+
+    with apart() as (port, _):
+        assert asyncio.run(drive(port)) == [40] * 50
+
+
+# == Clients ===================================================================
+
+
+@pytest.fixture
+def client(server):
+    with client_of(server) as client:
+        yield client
+
+
+def client_of(server, key=KEY, retries=0):
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key=key, max_retries=retries, timeout=10
+    )
+
+
+def test_openai_chats(client):
+    answer = client.chat.completions.create(model="gpt-4o", messages=HI)
+    assert answer.choices[0].message.content == HELLO
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == 9
+    assert re.fullmatch("req_[0-9a-f]{32}", answer._request_id)
+
+
+def test_openai_streams(client):
+    chunks = list(
+        client.chat.completions.create(
+            model="gpt-4o",
+            messages=HI,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert pieces == [
+        *("", "Hello", "!", " How", " can", " I", " help", " you", "?", None)
+    ]
+    assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_openai_folds_a_stream_into_an_answer(client):
+    with client.chat.completions.stream(model="gpt-4o", messages=HI) as stream:
+        answer = stream.get_final_completion()
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.choices[0].message.content == HELLO
+
+
+def test_openai_completes(client):
+    answer = client.completions.create(model="gpt-4o", prompt=["Hi", "Ho"])
+    assert [choice.text for choice in answer.choices] == [HELLO, HELLO]
+    stream = client.completions.create(model="gpt-4o", prompt="Hi", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == HELLO
+
+
+def test_openai_lists_and_retrieves_models(client):
+    listed = [model.id for model in client.models.list()]
+    assert listed == ["gpt-4o", "team/chat", "llama", "deployed"]
+    assert client.models.retrieve("team/chat").owned_by == "fake"
+    assert client.models.retrieve("some/model").id == "some/model"
+
+
+def test_openai_raises_for_a_wrong_key(server):
+    with (
+        client_of(server, "sk-wrong") as client,
+        pytest.raises(openai.AuthenticationError, match="PROXY_API_KEY") as caught,
+    ):
+        client.models.list()
+    assert caught.value.code == "invalid_api_key"
+
+
+def test_openai_raises_for_an_unknown_model(settings, tmp_path):
+    models = tmp_path / "models.json"
+    models.write_text('{"mappings": {}}')
+    with (
+        serving(replace(settings, models_path=str(models))) as server,
+        client_of(server) as client,
+        pytest.raises(openai.NotFoundError, match="`gpt-9` does not exist") as caught,
+    ):
+        client.chat.completions.create(model="gpt-9", messages=HI)
+    assert caught.value.code == "model_not_found"
+
+
+def test_openai_raises_for_a_bad_parameter(client):
+    with pytest.raises(openai.BadRequestError, match="expected a string") as caught:
+        client.chat.completions.create(model="gpt-4o", messages=[{"role": 7}])
+    assert caught.value.param == "messages[0].role"
+    assert caught.value.code == "invalid_type"
+
+
+def test_openai_raises_for_a_rate_limit(fake, client):
+    with pytest.raises(openai.RateLimitError) as caught:
+        client.chat.completions.create(model="fake/throttled-header", messages=HI)
+    assert caught.value.response.headers["retry-after"] == "7"
+    assert len(fake.creates()) == 1
+
+
+def test_openai_raises_for_an_error_in_mid_stream(client):
+    stream = client.chat.completions.create(
+        model="fake/failed-late", messages=HI, stream=True
+    )
+    with pytest.raises(openai.APIError, match="it broke"):
+        list(stream)
+
+
+RETRIES = [
+    ("busy-once", 2, None),
+    ("interrupted", 2, openai.InternalServerError),
+    ("failed", 1, openai.InternalServerError),
+    ("out-of-credit", 1, openai.RateLimitError),
+    ("unauthenticated", 1, openai.InternalServerError),
+    ("reset-after", 1, openai.InternalServerError),
+    ("flagged", 1, openai.BadRequestError),
+]
+
+
+@pytest.mark.parametrize(("scenario", "creates", "error"), RETRIES, ids=whys(RETRIES))
+def test_openai_tries_again_where_it_helps(fake, server, scenario, creates, error):
+    expected = pytest.raises(error) if error else closing(fake.servers[0].socket.dup())
+    with client_of(server, retries=1) as client, expected:
+        client.chat.completions.create(model=f"fake/{scenario}", messages=HI)
+    assert len(fake.creates()) == creates
+
+
+def test_openai_works_asynchronously(server):
+    async def ask():
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
+        ) as client:
+            stream = await client.chat.completions.create(
+                model="gpt-4o", messages=HI, stream=True
+            )
+            return [chunk.choices[0].delta.content async for chunk in stream]
+
+    assert "".join(filter(None, asyncio.run(ask()))) == HELLO
+
+
+def test_answers_are_of_openai_types_to_the_letter(server):
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    text = {"model": "gpt-4o", "prompt": "Hi"}
+    chunks = chat(server, "hello", **usage).chunks
+    pieces = send(server, "POST", "/v1/completions", {**text, **usage}).chunks
+    for piece in pieces[:-2]:  # null before the end, against the specification
+        assert piece["choices"][0].pop("finish_reason") is None
+        piece["choices"][0]["finish_reason"] = "stop"
+    listed = send(server, "GET", "/v1/models").json["data"]
+    for type, objects in (
+        (ChatCompletion, [chat(server, "hello").json]),
+        (ChatCompletionChunk, chunks),
+        (Completion, [send(server, "POST", "/v1/completions", text).json, *pieces]),
+        (Model, listed),
+    ):
+        for told in objects:
+            read = type.model_validate(told, strict=True)
+            assert read.model_extra in ({}, None)
+
+
+# == Main ======================================================================
+
+SETTINGS = {row.name.upper() for row in fields(proxy.Settings)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A copy of the program, which no .env and no test can spoil."""
+    folder = tmp_path_factory.mktemp("program")
+    for name in ("proxy.py", "models.json", "fake_replicate.py"):
+        shutil.copy(Path(proxy.__file__).with_name(name), folder)
+    return folder
+
+
+def environment(given):
+    foreign = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in SETTINGS and not name.startswith(("REPLICATE_", "PROXY_"))
+    }
+    return {**foreign, **given}
+
+
+def settings_for(fake):
+    return {
+        "REPLICATE_API_TOKEN": TOKEN,
+        "REPLICATE_BASE_URL": fake.base_url,
+        "PROXY_API_KEY": KEY,
+        "PORT": "0",
+    }
+
+
+def start(folder, *arguments, environ):
+    return subprocess.Popen(
+        [sys.executable, str(folder / "proxy.py"), *arguments],
+        cwd=folder,
+        env=environment(environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(folder, *arguments, environ):
+    """Exit code, stdout and stderr."""
+    with start(folder, *arguments, environ=environ) as program:
+        told = program.communicate(timeout=20)
+        return program.returncode, *told
+
+
+@contextmanager
+def started(folder, *arguments, environ):
+    """The program as it serves, and the lines it has printed until then."""
+    with start(folder, *arguments, environ=environ) as program:
+        watchdog = threading.Timer(20, end_group, [program])
+        watchdog.start()
+        try:
+            yield program, read_start(program)
+        finally:
+            end_group(program)
+            watchdog.cancel()
+
+
+def read_start(program):
+    """The URL and the line to try it with."""
+    url, _, line, _ = [program.stdout.readline().strip() for _ in range(4)]
+    found = re.search(r"Serving \d+ models on (\S+)/v1\. Try this:", url)
+    assert found, program.stderr.read()
+    return found[1], line
+
+
+def end_group(program):
+    with suppress(ProcessLookupError):
+        os.killpg(program.pid, signal.SIGKILL)
+
+
+def is_healthy(url):
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+    return False
+
+
+def free_port():
+    """One that nothing listens on, nor will soon."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_the_program_tells_its_version_and_how_to_use_it(folder):
+    assert run(folder, "--version", environ={}) == (
+        0,
+        f"proxy.py {proxy.__version__}\n",
+        "",
+    )
+    code, told, _ = run(folder, "--help", environ={})
+    assert code == 0
+    for flag in ("--demo", "--check", "--reload", "--env-file FILE", "--port PORT"):
+        assert flag in told
+
+
+NO_TOKEN = "proxy.py: REPLICATE_API_TOKEN is missing. Get one at https://replicate.com"
+NO_KEY = "proxy.py: PROXY_API_KEY is missing. Make one with: openssl rand -hex 32"
+SET = {"REPLICATE_API_TOKEN": "r8_x", "PROXY_API_KEY": "x"}
+PROBLEMS = [
+    ("nothing is set", [], {}, [NO_TOKEN, NO_KEY]),
+    (
+        "placeholders",
+        [],
+        {"REPLICATE_API_TOKEN": "r8_your_token", "PROXY_API_KEY": "changeme"},
+        [
+            "proxy.py: REPLICATE_API_TOKEN is still the placeholder.",
+            "proxy.py: PROXY_API_KEY is still the placeholder.",
+        ],
+    ),
+    (
+        "wrong numbers",
+        [],
+        {**SET, "PORT": "http", "PREDICTION_TIMEOUT": "10m"},
+        [
+            "proxy.py: PORT must be a number, not 'http'.",
+            "proxy.py: PREDICTION_TIMEOUT must be a number, not '10m'.",
+        ],
+    ),
+    (
+        "a number out of range",
+        ["--port", "70000"],
+        SET,
+        ["proxy.py: PORT must be a number from 0 to 65535."],
+    ),
+    ("no models", ["--models", "/nowhere"], SET, ["proxy.py: /nowhere can't be used:"]),
+    ("no env file", ["--env-file", "/nowhere"], SET, ["proxy.py: /nowhere can't be"]),
+]
+
+
+CHECKS = [
+    ("all is well", {}, 0, "token     works: user fake of Replicate"),
+    ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
+    ("a wrong token", {"REPLICATE_API_TOKEN": "r8_x"}, 1, "did not accept the proxy's"),
+    ("nobody there", {"REPLICATE_BASE_URL": "http://127.0.0.1:9"}, 1, "be reached"),
+]
+ENV_FILES = [
+    ("a .env", [], {}, "port=0, models_path="),
+    ("a .env, to the end", [], {}, "log_level='ERROR'"),
+    ("the environment", [], {"LOG_LEVEL": "DEBUG", "PORT": ""}, "log_level='DEBUG'"),
+    ("another file", ["--env-file", "other"], {}, "log_level='WARNING'"),
+    ("a flag", ["--port", "4000"], {"PORT": "5000"}, "port=4000, models_path="),
+]
+
+
+@pytest.fixture(scope="module")
+def ended(folder, replicate, tmp_path_factory):
+    """How the program ended in each row of the tables above: a few at a time."""
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("with-env") / "copy")
+    right = settings_for(replicate)
+    lines = [f'{name}="{value}"' for name, value in right.items()]
+    (copy / ".env").write_text("\n".join([*lines, "LOG_LEVEL=ERROR # for now"]))
+    (copy / "other").write_text("\n".join([*lines, "export LOG_LEVEL='WARNING'"]))
+    rows = [
+        *[(why, folder, given, environ) for why, given, environ, _ in PROBLEMS],
+        *[(why, folder, ["--check"], {**right, **given}) for why, given, *_ in CHECKS],
+        *[(why, copy, ["--check", *a], environ) for why, a, environ, _ in ENV_FILES],
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        ends = pool.map(lambda row: run(row[1], *row[2], environ=row[3]), rows)
+    return dict(zip(whys(rows), ends, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("why", "arguments", "environ", "told"), PROBLEMS, ids=whys(PROBLEMS)
+)
+def test_what_keeps_it_from_starting_is_a_sentence(
+    ended, why, arguments, environ, told
+):
+    code, out, err = ended[why]
+    assert (code, out) == (2, "")
+    lines = err.splitlines()
+    assert len(lines) == len(told), err
+    for line, start in zip(lines, told, strict=True):
+        assert line.startswith(start)
+
+
+def test_wrong_models_are_told_by_their_path(folder, tmp_path):
+    models = tmp_path / "models.json"
+    models.write_text('{"mappings": {"gpt-4o": "gpt-4o"}}')
+    environ = {**SET, "MODELS_PATH": str(models)}
+    _, _, err = run(folder, environ=environ)
+    assert err == (
+        f"proxy.py: {models} can't be used: "
+        '$.mappings["gpt-4o"]: expected owner/name.\n'
+    )
+
+
+def test_a_port_in_use_is_told(folder, server):
+    arguments = ["--port", str(server.server_port)]
+    code, _, err = run(folder, *arguments, environ=SET)
+    assert code == 2
+    assert "in use" in err and "--port" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(("why", "given", "code", "told"), CHECKS, ids=whys(CHECKS))
+def test_check_says_whether_it_would_work(ended, why, given, code, told):
+    returned, out, err = ended[why]
+    assert (returned, told in out + err) == (code, True)
+    assert "Traceback" not in err
+    assert TOKEN not in out + err and KEY not in out + err
+
+
+@pytest.mark.parametrize(
+    ("why", "arguments", "environ", "told"), ENV_FILES, ids=whys(ENV_FILES)
+)
+def test_settings_come_from(ended, why, arguments, environ, told):
+    """The environment wins over a file, and a flag over both."""
+    code, out, err = ended[why]
+    assert (code, err) == (0, "")
+    assert told in out
+
+
+def test_the_demo_works_as_its_line_says_and_ends_when_told(folder):
+    if not shutil.which("curl") and os.environ.get("CI") != "true":
+        pytest.skip("no curl here")
+    with started(folder, "--demo", "--port", "0", environ={}) as (program, (url, line)):
+        assert line.startswith(f"curl -N {url}/v1/chat/completions")
+        pasted = subprocess.run(
+            ["sh", "-c", line], capture_output=True, timeout=20, env=environment({})
+        )
+        answer = Answer(200, {}, pasted.stdout)
+        assert "no model ran" in answer.streamed_text
+        assert "Hello!" in answer.streamed_text
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(timeout=10) == 0
+
+
+def test_the_line_to_try_finds_the_key_in_the_env_file(folder, replicate, tmp_path):
+    file = tmp_path / "my settings"
+    lines = [f"{name}={value}" for name, value in settings_for(replicate).items()]
+    file.write_text("\n".join(lines))
+    with started(folder, "--env-file", str(file), environ={}) as (_, (url, line)):
+        assert KEY not in line
+        key = re.search(r'-H "Authorization: Bearer (.*?)" -H', line)[1]
+        command = ["sh", "-c", f'echo "{key}"']
+        said = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert said.stdout.strip() == KEY
+        assert is_healthy(url)
+
+
+def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    environ = settings_for(replicate)
+    with started(copy, "--reload", environ=environ) as (program, (url, line)):
+        assert "${PROXY_API_KEY%%,*}" in line and KEY not in line
+        for name in ("models.json", "proxy.py"):
+            assert is_healthy(url)
+            with (copy / name).open("a") as file:
+                file.write("\n")
+            before, (url, _) = url, read_start(program)
+            assert not is_healthy(before)
+        program.terminate()
+        assert program.wait(timeout=10) == 0
+        assert not is_healthy(url)
+
+
+def test_a_second_signal_ends_the_program_at_once():
+    with (
+        apart() as (port, child),
+        socket.create_connection(("127.0.0.1", port)) as sock,
+    ):
+        sock.sendall(chat_bytes("fake/endless", stream=True))
+        read_until(sock, b"content")
+        child.send_signal(signal.SIGTERM)
+        wait_until(lambda: is_refused(port))
+        assert child.poll() is None  # it waits for the call
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(5) == 128 + signal.SIGTERM
+
+
+def is_refused(port):
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", port)).close()
+        return False
+    return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_call_finish(number):
+    with apart() as (port, child):
+        with dial_port(port) as sock:
+            sock.sendall(chat_bytes("fake/story", stream=True))
+            answer = read_until(sock, b"content")
+            child.send_signal(number)
+            answer += read_all(sock)
+        assert child.wait(5) == 0
+    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
 # == The file ==================================================================
