@@ -27,11 +27,13 @@ Each section uses only names from those above it.
     Families    how each kind of model is asked: one row per family
     Inputs      a call in the terms of its model
     Events      what a prediction is seen to do, and what shapes its text
+    Thoughts    reasoning told apart from the answer
     Flights     how a call in the air is made to stop
     Streams     server-sent events as Replicate sends them
     Replicate   its API, and nothing but this section knows its library
     Upstream    predictions, each followed to its end or cancelled
     Replies     events told as OpenAI objects, whole or in chunks
+    Choices     the predictions of one call, side by side
     Endpoints   one row per path, one function per OpenAI operation
     HTTP        requests as they come over a socket, read strictly
     Watching    hang-ups noticed, and silences broken
@@ -77,6 +79,7 @@ from http.server import ThreadingHTTPServer
 from math import isfinite
 from operator import gt, lt
 from pathlib import Path
+from queue import SimpleQueue
 from socketserver import StreamRequestHandler, TCPServer
 from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -521,7 +524,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
 NO_TOOLS = "This proxy does not pass tools on."
-ONE_CHOICE = "This proxy makes one choice per call."
+ALL_CHOICES = "All choices are returned, with n."
 
 STREAM_OPTIONS = {
     "include_usage": Param(BOOLEAN, default=False),
@@ -544,7 +547,7 @@ SAMPLING = {
     "seed": Param(INTEGER, -(2**63), 2**63 - 1),
     "reasoning_effort": Param(STRING, choices=EFFORTS),
     "verbosity": Param(STRING, choices=VERBOSITIES),
-    "n": Param(refused=ONE_CHOICE, choices=(1,)),
+    "n": Param(INTEGER, 1, 8, default=1),
     "logit_bias": Param(
         refused="Token ids mean nothing to Replicate's models.", choices=({},)
     ),
@@ -595,7 +598,7 @@ COMPLETION = {
         refused="Replicate's models don't fill in the middle.", choices=("",)
     ),
     "logprobs": Param(refused=NO_LOGPROBS),
-    "best_of": Param(refused=ONE_CHOICE, choices=(1,)),
+    "best_of": Param(refused=ALL_CHOICES, choices=(1,)),
 }
 
 IGNORED = frozenset(
@@ -613,6 +616,55 @@ IGNORED = frozenset(
         "prompt_cache_retention",
     )
 )
+
+
+def read_json(data: bytes, kind: str) -> Json:
+    """What JSON has no word for is refused, though Python would read it."""
+    try:
+        body = json.loads(
+            data,
+            parse_constant=refuse,
+            parse_float=finite,
+            object_pairs_hook=without_twins,
+        )
+        if b"\\ud" in data.lower():  # "\ud800" alone is half a character
+            json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        if "json" not in kind:
+            raise unsupported_content_type(kind) from None
+        raise APIError(400, NOT_JSON) from None
+    require(isinstance(body, dict), NOT_JSON)
+    return dict(body)
+
+
+NOT_JSON = (
+    "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
+    "object, but what was sent was not valid JSON or no object."
+)
+
+
+def unsupported_content_type(kind: str) -> APIError:
+    return APIError(
+        400,
+        f"Unsupported content type: '{kind}'. This API method only accepts "
+        "'application/json' requests. Please send one with the header "
+        "'Content-Type: application/json'.",
+        code="unsupported_content_type",
+    )
+
+
+def refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def without_twins(pairs: list[tuple[str, Any]]) -> Json:
+    """Of two keys of a name, another reader might take the other."""
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else refuse("a key")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    return number if isfinite(number) else refuse(text)
 
 
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
@@ -1046,8 +1098,8 @@ def clamp(value: Any, low: float | None, high: float | None) -> Any:
 
 # == Events ====================================================================
 #
-# The narrow waist: one Started, any number of Texts, then one Done; or it is
-# cut short by an APIError. Upstream makes events and Replies tells them. What
+# The narrow waist: one Started, any number of Thoughts and Texts, then one Done;
+# or it is cut short by an APIError. Upstream makes events and Replies tells them. What
 # shapes an answer in between is a function from events to events; it closes
 # the events it reads when it is closed, as that is what cancels a prediction.
 
@@ -1073,13 +1125,18 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Thought:
+    text: str  # of its reasoning
+
+
+@dataclass(frozen=True)
 class Done:
     finish_reason: str
     usage: Usage = Usage()
 
 
 CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
-Event = Started | Text | Done
+Event = Started | Thought | Text | Done
 Events = Generator[Event, None, None]
 
 
@@ -1146,7 +1203,7 @@ def account(events: Events, prompt: str, limit: int | None) -> Events:
     said = 0
     with closing(events):
         for event in events:
-            if isinstance(event, Text):
+            if isinstance(event, (Thought, Text)):
                 said += len(event.text)
             if isinstance(event, Done):
                 told = event.usage.completion_tokens
@@ -1165,6 +1222,87 @@ def complete(usage: Usage, prompt: int, said: int) -> Usage:
         usage.reasoning_tokens,
         is_estimate=asked is None or answered is None,
     )
+
+
+# == Thoughts ==================================================================
+#
+# Reasoning models write what they think between <think> and </think>, before
+# the answer; the templates of some have written the first tag themselves. It is
+# told apart from the answer, as the field reasoning_content that clients read.
+
+OPENING, CLOSING = "<think>", "</think>"
+THINKERS = re.compile(r"(?i).*(deepseek-r1|thinking|reasoner|qwq|magistral).*")
+
+
+def part_thoughts(events: Events, thinks: bool) -> Events:
+    """Part thoughts from the answer; `thinks`: it may begin without the first tag."""
+    inside = Tagged(begun=thinks)
+    with closing(events):
+        for event in events:
+            if isinstance(event, Text):
+                yield from inside.hear(event.text)
+            else:
+                if isinstance(event, Done):
+                    yield from inside.end(event.finish_reason)
+                yield event
+
+
+class Tagged:
+    """How far one answer has come: before its thoughts, in them, or after."""
+
+    def __init__(self, begun: bool) -> None:
+        self.begun = begun
+        self.held = ""
+        self.thought = ""  # as far as no tag has shown that it is one
+        self.tell: Callable[[str], Iterator[Event]] = self.before
+
+    def hear(self, text: str) -> Iterator[Event]:
+        held, self.held = self.held + text, ""
+        yield from self.tell(held)
+
+    def before(self, text: str) -> Iterator[Event]:
+        """Hold what may be the first tag, or space before it."""
+        start = text.lstrip()
+        if start.startswith(OPENING):
+            self.begun, self.tell = False, self.within
+            yield from self.within(start.removeprefix(OPENING))
+        elif OPENING.startswith(start):
+            self.held = text
+        else:
+            self.tell = self.within if self.begun else self.after
+            yield from self.tell(text)
+
+    def within(self, text: str) -> Iterator[Event]:
+        thought, tag, answer = text.partition(CLOSING)
+        if not tag:
+            keep = overhang(text, [CLOSING])
+            thought, self.held = text[: len(text) - keep], text[len(text) - keep :]
+        if self.begun and not tag:
+            self.thought += thought
+        if thought:
+            yield Thought(thought)
+        if tag:
+            self.tell = self.between
+            yield from self.between(answer)
+
+    def between(self, text: str) -> Iterator[Event]:
+        """The lines between thoughts and answer belong to neither."""
+        if text := text.lstrip():
+            self.tell = self.after
+            yield Text(text)
+
+    def after(self, text: str) -> Iterator[Event]:
+        if text:
+            yield Text(text)
+
+    def end(self, finish_reason: str) -> Iterator[Event]:
+        """Tell what was held. Thoughts without any tag were the answer after all."""
+        held, self.held = self.held, ""
+        within = self.tell == self.within
+        if held:
+            yield Thought(held) if within else Text(held)
+        if within and self.begun and finish_reason != "length":
+            yield Text(self.thought + held)
 
 
 # == Flights ===================================================================
@@ -1892,7 +2030,7 @@ def failure(text: str, secret: str) -> APIError:
 # whole. They say the same. Keys stand in the order of the real API's answers
 # as they were recorded, with its nulls.
 
-Told = Iterable[tuple[int, Event]]  # each event with the index of its choice
+Told = Generator[tuple[int, Event], None, None]  # with the index of its choice
 Chunks = Generator[list[Json], None, None]
 ALPHABET = string.ascii_letters + string.digits
 
@@ -1909,6 +2047,7 @@ class Head(NamedTuple):
 class Choice(NamedTuple):
     text: str
     finish_reason: str
+    thought: str = ""
 
 
 class Form(NamedTuple):
@@ -1972,6 +2111,8 @@ def chat_chunks(event: Event, index: int, head: Head) -> list[Json]:
         case Started():
             first = {"role": "assistant", "content": "", "refusal": None}
             return [chat_chunk(head, [chat_choice(index, first)])]
+        case Thought(text):
+            return [chat_chunk(head, [chat_choice(index, {"reasoning_content": text})])]
         case Text(text):
             return [chat_chunk(head, [chat_choice(index, {"content": text})])]
         case Done(finish_reason):
@@ -1980,6 +2121,18 @@ def chat_chunks(event: Event, index: int, head: Head) -> list[Json]:
 
 def chat_usage_chunk(usage: Usage, head: Head) -> Json:
     return chat_chunk(head, [], usage_object(usage))
+
+
+def chat_message(choice: Choice) -> Json:
+    message: Json = {
+        "role": "assistant",
+        "content": choice.text,
+        "refusal": None,
+        "annotations": [],
+    }
+    if choice.thought:
+        message["reasoning_content"] = choice.thought
+    return message
 
 
 def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json:
@@ -1991,12 +2144,7 @@ def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json
         "choices": [
             {
                 "index": index,
-                "message": {
-                    "role": "assistant",
-                    "content": choice.text,
-                    "refusal": None,
-                    "annotations": [],
-                },
+                "message": chat_message(choice),
                 "logprobs": None,
                 "finish_reason": choice.finish_reason,
             }
@@ -2030,7 +2178,7 @@ def text_choice(index: int, text: str, finish_reason: str | None = None) -> Json
 
 def text_chunks(event: Event, index: int, head: Head) -> list[Json]:
     match event:
-        case Started():
+        case Started() | Thought():
             return []
         case Text(text):
             return [text_chunk(head, [text_choice(index, text)])]
@@ -2048,7 +2196,10 @@ def text_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json
         "object": "text_completion",
         "created": head.created,
         "model": head.model,
-        "choices": [text_choice(i, *choice) for i, choice in enumerate(choices)],
+        "choices": [
+            text_choice(index, choice.text, choice.finish_reason)
+            for index, choice in enumerate(choices)
+        ],
         "usage": usage_object(usage),
     }
 
@@ -2070,15 +2221,20 @@ def tell_in_chunks(told: Told, form: Form, head: Head) -> Chunks:
 
 def tell_at_once(told: Told, form: Form, head: Head) -> Json:
     """Tell events when the last has come."""
-    texts: dict[int, list[str]] = defaultdict(list)
-    ends: dict[int, Done] = {}
+    by_choice: dict[int, list[Event]] = defaultdict(list)
     for index, event in told:
-        if isinstance(event, Text):
-            texts[index].append(event.text)
-        if isinstance(event, Done):
-            ends[index] = event
-    choices = [Choice("".join(texts[i]), ends[i].finish_reason) for i in sorted(ends)]
-    return form.whole(choices, add(end.usage for end in ends.values()), head)
+        by_choice[index].append(event)
+    choices = [fold(by_choice[index]) for index in sorted(by_choice)]
+    ends = (event for events in by_choice.values() for event in events)
+    usage = add(event.usage for event in ends if isinstance(event, Done))
+    return form.whole(choices, usage, head)
+
+
+def fold(events: Sequence[Event]) -> Choice:
+    text = "".join(event.text for event in events if isinstance(event, Text))
+    thought = "".join(event.text for event in events if isinstance(event, Thought))
+    ends = [event.finish_reason for event in events if isinstance(event, Done)]
+    return Choice(text, ends[-1], thought)
 
 
 def model_object(id: str, ref: str, created: int) -> Json:
@@ -2098,6 +2254,82 @@ def frame(chunk: Json) -> bytes:
 
 def frames(chunks: list[Json]) -> bytes:
     return b"".join(map(frame, chunks))
+
+
+# == Choices ===================================================================
+#
+# The predictions of one call, side by side: those of n choices, or of several
+# prompts. Each runs in a thread of its own, on a flight that stops with the
+# call's, or when one of them fails.
+
+AT_ONCE = 8  # predictions of one call
+Run = Callable[[Flight], Events]
+
+
+def side_by_side(runs: Sequence[Run], flight: Flight) -> Told:
+    """Tell each event with the index of its run; choice 0 begins."""
+    if len(runs) == 1:
+        with closing(runs[0](flight)) as events:
+            yield from ((0, event) for event in events)
+        return
+    branch = Flight()
+    with flight.waking(lambda: branch.stop(flight.cause)):
+        yield from led_by_the_first(gathered(runs, branch))
+
+
+def gathered(runs: Sequence[Run], branch: Flight) -> Told:
+    """Gather events as they come; the first error stops all."""
+    heard: SimpleQueue[tuple[int, Event] | Exception | None] = SimpleQueue()
+    jobs = iter(enumerate(runs))
+    work = partial(drive, jobs, branch, heard.put, threading.Lock())
+    threads = [threading.Thread(target=work) for _ in runs[:AT_ONCE]]
+    for thread in threads:
+        thread.start()
+    try:
+        at_work = len(threads)
+        while at_work:
+            item = heard.get()
+            if isinstance(item, Exception):
+                raise item
+            at_work -= item is None
+            if item is not None:
+                yield item
+    finally:
+        branch.stop(Gone())
+        for thread in threads:
+            thread.join()
+
+
+def drive(
+    jobs: Iterator[tuple[int, Run]],
+    branch: Flight,
+    tell: Callable[[tuple[int, Event] | Exception | None], None],
+    lock: threading.Lock,
+) -> None:
+    """Run one after another, until there are none left."""
+    try:
+        while True:
+            with lock:
+                index, run = next(jobs, (-1, None))
+            if run is None:
+                return tell(None)
+            with closing(run(branch)) as events:
+                for event in events:
+                    tell((index, event))
+    except Exception as error:
+        tell(error)
+
+
+def led_by_the_first(told: Told) -> Told:
+    """Hold what comes before choice 0 has begun: some clients count on its lead."""
+    early: list[tuple[int, Event]] = []
+    with closing(told):
+        for index, event in told:
+            early.append((index, event))
+            if index == 0:
+                break
+        yield from sorted(early, key=lambda item: item[0] != 0)
+        yield from told
 
 
 # == Endpoints =================================================================
@@ -2155,18 +2387,31 @@ def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
 def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, CHAT, model_id)
     model = find_model(proxy.models.current(), body["model"])
-    return tell(proxy, call, body, [chat_order(body, model)], CHAT_FORM)
+    orders = [chat_order(variant, model) for variant in variants(body)]
+    return tell(proxy, call, body, orders, CHAT_FORM)
 
 
 def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, COMPLETION, model_id)
     model = find_model(proxy.models.current(), body["model"])
-    orders = [completion_order(body, model, prompt) for prompt in body["prompt"]]
+    orders = [
+        completion_order(variant, model, prompt)
+        for prompt in body["prompt"]
+        for variant in variants(body)
+    ]
     return tell(proxy, call, body, orders, TEXT_FORM)
 
 
+def variants(body: Json) -> list[Json]:
+    """The body of each of n choices, which must not all have the same seed."""
+    if body["seed"] is None:
+        return [body] * body["n"]
+    return [{**body, "seed": body["seed"] + i} for i in range(body["n"])]
+
+
 def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
-    body = read_json(call)
+    kind = call.headers.get("content-type", "application/json")
+    body = read_json(call.read(), kind)
     if model_id:
         body["model"] = model_id
     require(body.get("model"), "you must provide a model parameter")
@@ -2178,57 +2423,6 @@ def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
     allowed = checked["stream"] or body.get("stream_options") is None
     require(allowed, only_streamed, param="stream_options")
     return checked
-
-
-def read_json(call: Call) -> Json:
-    """What JSON has no word for is refused, though Python would read it."""
-    try:
-        data = call.read()
-        body = json.loads(
-            data,
-            parse_constant=refuse,
-            parse_float=finite,
-            object_pairs_hook=without_twins,
-        )
-        if b"\\ud" in data.lower():  # "\ud800" alone is half a character
-            json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        kind = call.headers.get("content-type", "application/json")
-        if "json" not in kind:
-            raise unsupported_content_type(kind) from None
-        raise APIError(400, NOT_JSON) from None
-    require(isinstance(body, dict), NOT_JSON)
-    return dict(body)
-
-
-NOT_JSON = (
-    "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
-    "object, but what was sent was not valid JSON or no object."
-)
-
-
-def unsupported_content_type(kind: str) -> APIError:
-    return APIError(
-        400,
-        f"Unsupported content type: '{kind}'. This API method only accepts "
-        "'application/json' requests. Please send one with the header "
-        "'Content-Type: application/json'.",
-        code="unsupported_content_type",
-    )
-
-
-def refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
-
-
-def without_twins(pairs: list[tuple[str, Any]]) -> Json:
-    """Of two keys of a name, another reader might take the other."""
-    return dict(pairs) if len(dict(pairs)) == len(pairs) else refuse("a key")
-
-
-def finite(text: str) -> float:
-    number = float(text)
-    return number if isfinite(number) else refuse(text)
 
 
 def tell(
@@ -2243,17 +2437,20 @@ def tell(
     )
     model = orders[0].model
     call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
-    runs = [shape(proxy, call, order, body) for order in orders]
-    told = noted(in_turn(runs), call.notes)
+    runs = [partial(shape, proxy, order, body) for order in orders]
+    told = noted(side_by_side(runs, call.flight), call.notes)
     if body["stream"]:
         return Reply(tell_in_chunks(told, form, head))
     with closing(told):
         return Reply(tell_at_once(told, form, head))
 
 
-def shape(proxy: Proxy, call: Call, order: Order, body: Json) -> Events:
+def shape(proxy: Proxy, order: Order, body: Json, flight: Flight) -> Events:
     """Run an order, and do to its answer what the model can't."""
-    events = proxy.upstream.run(order, call.flight, wait=not body["stream"])
+    events = proxy.upstream.run(order, flight, wait=not body["stream"])
+    if "messages" in body:
+        thinks = THINKERS.fullmatch(order.model.owner_and_name)
+        events = part_thoughts(events, bool(thinks))
     if order.cut:
         events = cut_after(events, order.cut)
     if stops := list(filter(None, body["stop"])):
@@ -2262,24 +2459,14 @@ def shape(proxy: Proxy, call: Call, order: Order, body: Json) -> Events:
     return echo(events, order.prompt) if order.echo else events
 
 
-def in_turn(runs: Sequence[Events]) -> Generator[tuple[int, Event], None, None]:
-    """Run one after another, each the choice of that index."""
-    for index, events in enumerate(runs):
-        with closing(events):
-            for event in events:
-                yield index, event
-
-
-def noted(
-    told: Generator[tuple[int, Event], None, None], notes: Json
-) -> Generator[tuple[int, Event], None, None]:
+def noted(told: Told, notes: Json) -> Told:
     """Note down for the log what passes by."""
     with closing(told):
         for index, event in told:
             match event:
                 case Started(prediction):
                     notes["predictions"].append(prediction)
-                case Text():
+                case Thought() | Text():
                     notes.setdefault("first_text_at", time.monotonic())
                 case Done(_, usage):
                     notes["usages"].append(usage)

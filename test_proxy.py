@@ -770,9 +770,9 @@ def refusal_of(body, params):
         ("too low a decimal", {"top_p": -1}, "decimal_below_min_value", "top_p"),
         ("too high", {"seed": 2**63}, "integer_above_max_value", "seed"),
         ("too low", {"seed": -(2**63) - 1}, "integer_below_min_value", "seed"),
-        ("as high as can be", {"n": 10**400}, UNSUPPORTED, "n"),
-        ("several choices", {"n": 2}, UNSUPPORTED, "n"),
-        ("true is not 1", {"n": True}, UNSUPPORTED, "n"),
+        ("too many choices", {"n": 9}, "integer_above_max_value", "n"),
+        ("choices without end", {"n": 10**400}, "integer_above_max_value", "n"),
+        ("true is not 1", {"n": True}, "invalid_type", "n"),
         ("0 is not false", {"logprobs": 0}, UNSUPPORTED, "logprobs"),
         ("JSON", {"response_format": {"type": "json_object"}}, UNSUPPORTED, FORMAT),
         ("sound", {"modalities": ["text", "audio"]}, UNSUPPORTED, "modalities"),
@@ -903,6 +903,7 @@ def test_check_fills_in_every_parameter():
         "stream": False,
         "stream_options": {},
         "stop": [],
+        "n": 1,
         "prompt": ["Once"],
         "max_tokens": 16,
         "echo": False,
@@ -1552,6 +1553,58 @@ def test_a_failure_passes_through(shape):
         list(shape(play("a", end=proxy.APIError(502, "No"))))
 
 
+# == Thoughts ==================================================================
+
+THOUGHT = [  # what is said, whether it may have begun already, thought, answer
+    ("no thought", "Hello.", False, "", "Hello."),
+    ("a thought", "<think>Hm.</think>Hello.", False, "Hm.", "Hello."),
+    ("lines between", "<think>\nHm.\n</think>\n\nHello.", False, "\nHm.\n", "Hello."),
+    ("space before", "\n <think>Hm.</think> Hello.", False, "Hm.", "Hello."),
+    ("an empty thought", "<think></think>Hello.", False, "", "Hello."),
+    ("nothing but a thought", "<think>Hm.</think>", False, "Hm.", ""),
+    ("a thought that breaks off", "<think>Hm, <", False, "Hm, <", ""),
+    ("a tag that is none", "<thinking>Hm.", False, "", "<thinking>Hm."),
+    ("half a tag", "<thi", False, "", "<thi"),
+    ("a tag in the answer", "It is <think>.", False, "", "It is <think>."),
+    ("an end without a beginning", "a</think>b", False, "", "a</think>b"),
+    ("space alone", " \n", False, "", " \n"),
+    ("a second thought", "<think>a</think>b<think>c", False, "a", "b<think>c"),
+    ("begun by the template", "Hm.</think>Hello.", True, "Hm.", "Hello."),
+    ("begun all the same", "<think>Hm.</think>Hello.", True, "Hm.", "Hello."),
+    ("begun and never ended", "Hello.", True, "Hello.", "Hello."),
+    ("signs of a tag", "<think>a < b </ c</think>d", False, "a < b </ c", "d"),
+]
+
+
+@pytest.mark.parametrize("cut", [list, lambda said: [said]], ids=["cut", "whole"])
+@pytest.mark.parametrize(
+    ("why", "said", "thinks", "thought", "answer"), THOUGHT, ids=whys(THOUGHT)
+)
+def test_thoughts_are_parted_from_the_answer(why, said, thinks, thought, answer, cut):
+    script = [STARTED, *map(Text, cut(said)), Done("stop")]
+    told = list(proxy.part_thoughts((event for event in script), thinks))
+    assert proxy.fold(told) == proxy.Choice(answer, "stop", thought)
+    assert (told[0], told[-1]) == (STARTED, Done("stop"))
+
+
+def test_a_thought_that_was_cut_for_its_length_is_no_answer():
+    script = [STARTED, Text("Hm"), Done("length")]
+    told = list(proxy.part_thoughts((event for event in script), True))
+    assert proxy.fold(told) == proxy.Choice("", "length", "Hm")
+
+
+@pytest.mark.parametrize(
+    ("ref", "thinks"),
+    [
+        ("deepseek-ai/deepseek-r1", True),
+        ("moonshotai/kimi-k2-thinking", True),
+        ("deepseek-ai/deepseek-v3", False),
+    ],
+)
+def test_models_that_think_are_known_by_name(ref, thinks):
+    assert bool(proxy.THINKERS.fullmatch(ref)) == thinks
+
+
 # == Flights ===================================================================
 
 
@@ -2054,7 +2107,7 @@ SAID = [
     ("slow", "".join(f"{n} " for n in range(1, 21)), (1, 20, 0)),
     ("cold", HELLO, (1, 8, 0)),
     ("silence", "", (1, 0, 0)),
-    ("thinking", "<think>They greet me.\n</think>\n\nHello.", (1, 9, 0)),
+    ("thinking", "Hello.", (1, 9, 0)),
     ("firehose", "".join(f"{n} " for n in range(1, 2001)), (1, 2000, 0)),
     ("odd-text", ODD, (1, 18, 0)),
     # the forms of output
@@ -2494,6 +2547,118 @@ def folded(chunks):
     return texts, ends, chunks[-1]["usage"]
 
 
+# == Choices ===================================================================
+
+
+def saying(*texts, prediction="p"):
+    """A run of one prediction, and whether it was closed."""
+    closed = threading.Event()
+
+    def run(flight):
+        try:
+            yield Started(prediction, "fake/hello")
+            for text in texts:
+                if text is None:
+                    flight.sleep(60)
+                elif isinstance(text, Exception):
+                    raise text
+                else:
+                    yield Text(text)
+            yield Done("stop", Usage(1, len(texts)))
+        finally:
+            closed.set()
+
+    return run, closed
+
+
+def test_choices_are_told_each_by_its_index_and_the_first_leads():
+    runs = [saying(*f"{n}abc", prediction=f"p{n}")[0] for n in range(20)]
+    told = list(proxy.side_by_side(runs, proxy.Flight()))
+    assert told[0] == (0, Started("p0", "fake/hello"))
+    for n in range(20):
+        mine = [event for index, event in told if index == n]
+        assert proxy.fold(mine).text == f"{n}abc"
+
+
+def test_a_choice_that_fails_ends_the_others():
+    failing, _ = saying("a", proxy.APIError(502, "broken"))
+    waiting, closed = saying("b", None)
+    told = proxy.side_by_side([waiting, failing], proxy.Flight())
+    with pytest.raises(proxy.APIError, match="broken"):
+        list(told)
+    assert closed.wait(5)
+
+
+def test_a_call_that_stops_ends_all_its_choices():
+    flight = proxy.Flight()
+    runs = [saying("a", None) for _ in range(3)]
+    told = proxy.side_by_side([run for run, _ in runs], flight)
+    heard = [next(told) for _ in range(6)]
+    assert len(heard) == 6
+    flight.stop(proxy.APIError(503, "stopped"))
+    with pytest.raises(proxy.APIError, match="stopped"):
+        list(told)
+    assert all(closed.wait(5) for _, closed in runs)
+
+
+def test_choices_that_are_left_are_closed():
+    runs = [saying("a", None) for _ in range(3)]
+    told = proxy.side_by_side([run for run, _ in runs], proxy.Flight())
+    next(told)
+    told.close()
+    assert all(closed.is_set() for _, closed in runs)
+
+
+def test_no_more_predictions_run_at_once_than_may():
+    at_work, most, lock = [0], [0], threading.Lock()
+
+    def run(flight):
+        with lock:
+            at_work[0] += 1
+            most[0] = max(most[0], at_work[0])
+        yield Started("p", "fake/hello")
+        flight.sleep(0.01)
+        yield Done("stop")
+        with lock:
+            at_work[0] -= 1
+
+    list(proxy.side_by_side([run] * 30, proxy.Flight()))
+    assert most[0] <= proxy.AT_ONCE
+
+
+def test_n_choices_differ_by_their_seed_and_their_usage_is_summed(offline):
+    answerer = offline(*SCRIPT)
+    body = {"model": "llama", "messages": HI, "n": 3, "seed": 7}
+    whole = proxy.answer(answerer, call("POST", "/v1/chat/completions", body)).body
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert counts(whole["usage"]) == (3, 3, 0)
+    seeds = [order.input["seed"] for order, _ in answerer.upstream.asked]
+    assert sorted(seeds) == [7, 8, 9]
+
+
+def test_openai_streams_choices_and_prompts(client, fake):
+    with client.chat.completions.create(
+        model="fake/hello", messages=HI, n=4, stream=True
+    ) as chunks:
+        told = [(c.choices[0].index, c.choices[0].delta.content) for c in chunks]
+    assert told[0] == (0, "")
+    for n in range(4):
+        assert "".join(text or "" for index, text in told if index == n) == HELLO
+    assert len(fake.creates()) == 4
+    answer = client.completions.create(model="fake/echo", prompt=["a", "b"], n=2)
+    said = [json.loads(choice.text)["prompt"] for choice in answer.choices]
+    assert said == ["a", "a", "b", "b"]
+
+
+def test_a_hang_up_cancels_all_choices(watched):
+    fake, server = watched
+    with start_call(server, "fake/endless", stream=True, n=3) as sock:
+        read_until(sock, b"content")
+        fake.wait_for(lambda: len(fake.predictions) == 3)
+    fake.wait_for(lambda: len(fake.cancels) == 3)
+    assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
 # == Endpoints =================================================================
 
 ASKED = {"model": "gpt-4o", "messages": HI, "prompt": "Hi"}
@@ -2713,7 +2878,7 @@ def test_health_needs_neither_a_key_nor_replicate(offline):
     assert reply.body == {"status": "ok", "version": proxy.__version__}
 
 
-def test_prompts_are_run_in_turn_each_a_choice(offline):
+def test_prompts_are_each_a_choice_in_their_order(offline):
     answerer = offline(*SCRIPT)
     body = {"model": "llama", "prompt": ["a", "b", "c"], "echo": True}
     whole = proxy.answer(answerer, call("POST", "/v1/completions", body)).body
@@ -2723,7 +2888,7 @@ def test_prompts_are_run_in_turn_each_a_choice(offline):
         (2, "cHello"),
     ]
     asked = [order.input for order, _ in answerer.upstream.asked]
-    assert [input["prompt"] for input in asked] == ["a", "b", "c"]
+    assert sorted(input["prompt"] for input in asked) == ["a", "b", "c"]
     assert {input["max_new_tokens"] for input in asked} == {16}
     assert counts(whole["usage"]) == (3, 3, 0)
 
@@ -2732,7 +2897,7 @@ UNFIT = [
     ("suffix", {"suffix": "end"}, "suffix", "unsupported_parameter"),
     ("logprobs", {"logprobs": 1}, "logprobs", "unsupported_parameter"),
     ("no logprobs", {"logprobs": 0}, "logprobs", "unsupported_parameter"),
-    ("two choices", {"n": 2}, "n", "unsupported_parameter"),
+    ("too many choices", {"n": 9}, "n", "integer_above_max_value"),
     ("the best of two", {"best_of": 2}, "best_of", "unsupported_parameter"),
     ("token ids", {"prompt": [1, 2]}, "prompt[0]", "invalid_type"),
     ("lists of token ids", {"prompt": [[1], [2]]}, "prompt[0]", "invalid_type"),
@@ -3935,6 +4100,19 @@ def client_of(server, key=KEY, retries=0):
     return openai.OpenAI(
         base_url=f"{server.url}/v1", api_key=key, max_retries=retries, timeout=10
     )
+
+
+def test_openai_reads_what_was_thought(client):
+    answer = client.chat.completions.create(model="fake/thinking", messages=HI)
+    assert answer.choices[0].message.content == "Hello."
+    assert answer.choices[0].message.reasoning_content == "They greet me.\n"
+    with client.chat.completions.create(
+        model="fake/thinking", messages=HI, stream=True
+    ) as chunks:
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+    thoughts = [getattr(delta, "reasoning_content", None) or "" for delta in deltas]
+    assert "".join(thoughts) == "They greet me.\n"
+    assert "".join(delta.content or "" for delta in deltas) == "Hello."
 
 
 def test_openai_chats(client):
