@@ -24,7 +24,9 @@ Each section uses only names from those above it.
     Settings    what the operator chooses, read once from the environment
     Catalogue   which models there are, read from models.json
     Parameters  what a client may ask: one row per parameter
+    Layouts     how a conversation becomes what a model reads
     Families    how each kind of model is asked: one row per family
+    Files       images and the like that come inside a message
     Inputs      a call in the terms of its model
     Events      what a prediction is seen to do, and what shapes its text
     Thoughts    reasoning told apart from the answer
@@ -62,7 +64,7 @@ import sys
 import threading
 import time
 import urllib.request
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import (
@@ -74,10 +76,12 @@ from contextlib import (
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
 from functools import partial
+from hashlib import sha256
 from hmac import compare_digest
 from http.server import ThreadingHTTPServer
+from itertools import groupby
 from math import isfinite
-from operator import gt, lt
+from operator import gt, itemgetter, lt
 from pathlib import Path
 from queue import SimpleQueue
 from socketserver import StreamRequestHandler, TCPServer
@@ -557,15 +561,31 @@ SAMPLING = {
     "repetition_penalty": Param(NUMBER, 0),
 }
 
+# A part's type names the field that it must have.
 PART = {
-    "type": Param(STRING, required=True, choices=("text",)),
-    "text": Param(STRING, required=True),
+    "type": Param(
+        STRING,
+        required=True,
+        choices=("text", "refusal", "image_url", "input_audio", "file"),
+    ),
+    "text": Param(STRING),
+    "refusal": Param(STRING),
+    "image_url": Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
+    "input_audio": Param(
+        OBJECT,
+        each={
+            "data": Param(STRING, 1, required=True),
+            "format": Param(STRING, required=True, choices=("wav", "mp3")),
+        },
+    ),
+    "file": Param(OBJECT, each={"file_data": Param(STRING, 1)}),
 }
 MESSAGE = {
     "role": Param(
         STRING, required=True, choices=("developer", "system", "user", "assistant")
     ),
     "content": Param((str, list), required=True, items=OBJECT, each=PART),
+    "name": Param(STRING, 1, 64),
     "tool_calls": Param(refused=NO_TOOLS, choices=([],)),
     "function_call": Param(refused=NO_TOOLS),
 }
@@ -710,6 +730,15 @@ def check_inside(path: str, value: Any, param: Param) -> Any:
     return value
 
 
+def check_parts(messages: list[Json]) -> None:
+    for m, message in enumerate(messages):
+        parts = message["content"] if isinstance(message["content"], list) else []
+        for n, part in enumerate(parts):
+            param = PART[part["type"]]._replace(required=True)
+            path = f"messages[{m}].content[{n}].{part['type']}"
+            check_param(path, part[part["type"]], param)
+
+
 def check_refused(path: str, value: Any, param: Param) -> None:
     message = f"Unsupported parameter: '{path}' is not supported here. {param.refused}"
     asks_for_nothing = any(type(value) is type(c) and value == c for c in param.choices)
@@ -762,50 +791,58 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
     require(size <= high, message, code=f"{noun}_above_max_length", param=path)
 
 
-# == Families ==================================================================
+# == Layouts ===================================================================
 #
-# A family is how a kind of model is asked: how it wants the messages laid out
-# and what it calls each parameter, by its page on Replicate. The map is an
-# allow-list: what it leaves out is not sent. To add a family: a row, and a
-# layout if none fits; the first row whose pattern matches owner/name counts.
+# How a conversation becomes what a kind of model reads. Nothing in a text can
+# close its turn or open another: what the layout would take for a sign of its
+# own gets a zero-width space after its first character. To add a layout: a
+# function from messages and the input (or role) for system text to inputs.
 
 Messages = list[Json]
+Turns = list[tuple[str, str]]  # each a role and a text
 
-
-class Field(NamedTuple):
-    """One input of a model: its name, and what it may be."""
-
-    name: str
-    low: float | None = None
-    high: float | None = None
-    default: Any = None  # sent when nobody named a value
-    choices: tuple[str, ...] = ()
-    joined: str = ""  # a list goes as one string, with this between
-
-
-class Family(NamedTuple):
-    pattern: str
-    lay_out: Callable[[Messages, str], Json]  # messages, system field -> input
-    system: str  # the input, or role, for system text; "": on top of the prompt
-    fields: Mapping[str, Field]
-    raw: Json = {}  # what makes the model take a prompt as it is
+LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
+LABEL_SIGNS = re.compile(r"(?m)^(User|Assistant|System):")
+LLAMA_2_SIGNS = re.compile(r"\[/?INST\]|<</?SYS>>|</?s>")
+HEADER_SIGNS = re.compile(r"<\|[^|\s]*\|>|\{(system_)?prompt\}")
+WORDS = ("text", "refusal")  # the parts of a message that are text
+AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
 
 
 def text_of(content: str | list[Json]) -> str:
     """The text of a message; its parts follow one another without a gap."""
     if isinstance(content, str):
         return content
-    return "".join(part["text"] for part in content)
+    return "".join(part.get("text") or part.get("refusal") or "" for part in content)
 
 
-def split_system(messages: Messages) -> tuple[str, list[tuple[str, str]]]:
-    """Part the system's text from the turns, each a role and a text."""
-    turns = [(message["role"], text_of(message["content"])) for message in messages]
-    told = [text for role, text in turns if role in ("system", "developer")]
-    said = [turn for turn in turns if turn[0] in ("user", "assistant")]
-    if not said:  # a lone instruction is a question too
-        return "", [("user", "\n\n".join(told))]
-    return "\n\n".join(told), said
+def defused(text: str, signs: re.Pattern[str]) -> str:
+    return signs.sub(lambda sign: f"{sign[0][0]}\u200b{sign[0][1:]}", text)
+
+
+def split_system(messages: Messages) -> tuple[str, Turns]:
+    """Part the system's first words from the turns; later ones are turns too."""
+    turns = joined(
+        (
+            "system" if message["role"] == "developer" else message["role"],
+            text_of(message["content"]),
+        )
+        for message in messages
+    )
+    if turns[0][0] != "system":
+        return "", turns
+    (_, told), *said = turns
+    return (told, said) if said else ("", [("user", told)])  # then it is the question
+
+
+def joined(turns: Iterable[tuple[str, str]]) -> Turns:
+    """Let those who speak twice in a row speak once."""
+    spoken = groupby(turns, key=itemgetter(0))
+    return [(role, "\n\n".join(text for _, text in said)) for role, said in spoken]
+
+
+def is_lone(turns: Turns) -> bool:
+    return len(turns) == 1 and turns[0][0] == "user"
 
 
 def with_system(told: str, prompt: str, system: str) -> Json:
@@ -817,30 +854,41 @@ def with_system(told: str, prompt: str, system: str) -> Json:
 def lay_out_transcript(messages: Messages, system: str) -> Json:
     """A conversation as a play is written; one lone question stays as it is."""
     told, turns = split_system(messages)
-    labels = {"user": "User", "assistant": "Assistant"}
-    lines = [f"{labels[role]}: {text}" for role, text in turns]
-    if turns[-1][0] == "user":
+    if is_lone(turns):
+        return with_system(told, turns[0][1], system)
+    lines = [f"{LABELS[role]}: {defused(text, LABEL_SIGNS)}" for role, text in turns]
+    if turns[-1][0] != "assistant":
         lines.append("Assistant:")
-    lone = len(turns) == 1 and turns[0][0] == "user"
-    return with_system(told, turns[0][1] if lone else "\n\n".join(lines), system)
+    return with_system(told, "\n\n".join(lines), system)
 
 
 def lay_out_llama_2(messages: Messages, system: str) -> Json:
     """Turns as Replicate's page for llama-2-70b-chat gives them: it wraps the rest."""
     told, turns = split_system(messages)
-    wrapped = [f"[INST] {text} [/INST]" if r == "user" else text for r, text in turns]
-    lone = len(turns) == 1 and turns[0][0] == "user"
-    return with_system(told, turns[0][1] if lone else "\n".join(wrapped), system)
+    told = defused(told, LLAMA_2_SIGNS)
+    turns = joined(
+        ("user" if role == "system" else role, defused(text, LLAMA_2_SIGNS))
+        for role, text in turns
+    )
+    if is_lone(turns):
+        return with_system(told, turns[0][1], system)
+    said = [
+        f"[INST] {text} [/INST]" if role == "user" else text for role, text in turns
+    ]
+    return with_system(told, "\n".join(said), system)
 
 
 def lay_out_headers(
     start: str, end: str, stop: str, messages: Messages, _: str
 ) -> Json:
-    """Meta's template, written out: prompt_template "{prompt}" sends it untouched."""
+    """Meta's template, written out, with the answer begun at its end."""
     told, turns = split_system(messages)
     if told:
         turns.insert(0, ("system", told))
-    parts = [f"{start}{role}{end}\n\n{text}{stop}" for role, text in turns]
+    parts = [
+        f"{start}{role}{end}\n\n{defused(text, HEADER_SIGNS)}{stop}"
+        for role, text in turns
+    ]
     if turns[-1][0] == "assistant":
         parts[-1] = parts[-1].removesuffix(stop)
     else:
@@ -859,12 +907,36 @@ lay_out_llama_4 = partial(
 def lay_out_messages(messages: Messages, system: str) -> Json:
     """The model takes messages: they are only brought to the roles that all know."""
     names = {"developer": system, "system": system}
-    return {
-        "messages": [
-            {"role": names.get(m["role"], m["role"]), "content": text_of(m["content"])}
-            for m in messages
-        ]
-    }
+    told = [
+        {
+            **message,
+            "role": names.get(message["role"], message["role"]),
+            "content": content_of(message),
+        }
+        for message in messages
+    ]
+    return {"messages": [without_nulls(message) for message in told]}
+
+
+def content_of(message: Json) -> str | list[Json]:
+    """Parts only where there is more than text: every model knows a string."""
+    content = message["content"]
+    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
+        return text_of(content)
+    return [without_nulls(part) for part in content]
+
+
+def lay_out_granite(messages: Messages, system: str) -> Json:
+    """Its template is written around the texts as they are, so they are defused."""
+    plain = [
+        {**message, "content": defused(text_of(message["content"]), HEADER_SIGNS)}
+        for message in messages
+    ]
+    return lay_out_messages(plain, system)
+
+
+def without_nulls(message: Json) -> Json:
+    return {name: value for name, value in message.items() if value is not None}
 
 
 def lay_out_items(messages: Messages, system: str) -> Json:
@@ -873,10 +945,45 @@ def lay_out_items(messages: Messages, system: str) -> Json:
     return {"input_item_list": items, **({system: told} if told else {})}
 
 
+# == Families ==================================================================
+#
+# A family is how a kind of model is asked: its layout, and what it calls each
+# parameter, by its page on Replicate. The map is an allow-list: what it leaves
+# out is not sent. To add a family: a row; the first row whose pattern matches
+# owner/name counts.
+
+
+class Field(NamedTuple):
+    """One input of a model: its name, and what it may be."""
+
+    name: str
+    low: float | None = None
+    high: float | None = None
+    default: Any = None  # sent when nobody named a value
+    choices: tuple[str, ...] = ()
+    joined: str = ""  # a list goes as one string, with this between
+
+
+class Slot(NamedTuple):
+    """Where a model takes what is attached to messages, and how many of it."""
+
+    name: str  # "": in the messages themselves
+    most: int = 1
+    as_list: bool = False
+
+
+class Family(NamedTuple):
+    pattern: str
+    lay_out: Callable[[Messages, str], Json]  # messages, system field -> input
+    system: str  # the input, or role, for system text; "": on top of the prompt
+    fields: Mapping[str, Field]
+    raw: Json = {}  # what makes the model take a prompt as it is
+    slots: Mapping[str, Slot] = {}  # by the type of part
+
+
 # Where a model's own default is short (128 to 2,048 tokens), an answer would
 # break off in the middle for programs that name no limit: ask for more.
 LONG = 4096
-AS_IT_IS = {"prompt_template": "{prompt}"}
 
 
 def same(*names: str) -> dict[str, Field]:
@@ -933,6 +1040,11 @@ GEMINI_3 = {**GEMINI, **effort("low", "high", name="thinking_level")}
 GEMINI_31 = {**GEMINI, **effort("low", "medium", "high", name="thinking_level")}
 STRUCTURED = {**GPT_5, **limit("max_output_tokens", default=None)}
 
+IN_PLACE = {"image_url": Slot("", 100)}
+ONE_IMAGE = {"image_url": Slot("image")}
+IMAGES = {"image_url": Slot("images", 10, as_list=True)}
+IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
+
 FAMILIES = {
     "llama-2": Family(
         r"meta/llama-2-.*-chat", lay_out_llama_2, "system_prompt", LLAMA_2
@@ -944,21 +1056,40 @@ FAMILIES = {
         r"meta/llama-4-.*-instruct", lay_out_llama_4, "", LLAMA, AS_IT_IS
     ),
     "gpt-5-structured": Family(
-        r"openai/gpt-5-structured", lay_out_items, "instructions", STRUCTURED
+        r"openai/gpt-5-structured",
+        lay_out_items,
+        "instructions",
+        STRUCTURED,
+        slots={"image_url": Slot("image_input", 100, as_list=True)},
     ),
     "o1-mini": Family(r"openai/o1-mini", lay_out_messages, "user", GPT_LIMIT),
-    "o-series": Family(r"openai/o\d.*", lay_out_messages, "system", O_SERIES),
-    "gpt-5-pro": Family(r"openai/gpt-5-pro", lay_out_messages, "system", GPT_5_PRO),
-    "gpt-5.1": Family(r"openai/gpt-5\.1.*", lay_out_messages, "system", GPT_51),
-    "gpt-5.2": Family(r"openai/gpt-5\.\d.*", lay_out_messages, "system", GPT_52),
-    "gpt-5": Family(r"openai/gpt-5.*", lay_out_messages, "system", GPT_5),
+    "o-series": Family(
+        r"openai/o\d.*", lay_out_messages, "system", O_SERIES, slots=IN_PLACE
+    ),
+    "gpt-5-pro": Family(
+        r"openai/gpt-5-pro", lay_out_messages, "system", GPT_5_PRO, slots=IN_PLACE
+    ),
+    "gpt-5.1": Family(
+        r"openai/gpt-5\.1.*", lay_out_messages, "system", GPT_51, slots=IN_PLACE
+    ),
+    "gpt-5.2": Family(
+        r"openai/gpt-5\.\d.*", lay_out_messages, "system", GPT_52, slots=IN_PLACE
+    ),
+    "gpt-5": Family(
+        r"openai/gpt-5.*", lay_out_messages, "system", GPT_5, slots=IN_PLACE
+    ),
+    "kimi-k2.5": Family(
+        r"moonshotai/kimi-k2\.5", lay_out_transcript, "", OPEN, slots=ONE_IMAGE
+    ),
     "open": Family(
         r"deepseek-ai/.*|openai/gpt-oss-.*|xai/grok-.*|qwen/.*|moonshotai/.*",
         lay_out_transcript,
         "",
         OPEN,
     ),
-    "gpt-4": Family(r"openai/gpt-4.*", lay_out_messages, "system", GPT_4),
+    "gpt-4": Family(
+        r"openai/gpt-4.*", lay_out_messages, "system", GPT_4, slots=IN_PLACE
+    ),
     "claude-3.5": Family(
         r"anthropic/claude-(3\.5-|4\.5-haiku).*",
         lay_out_transcript,
@@ -970,21 +1101,34 @@ FAMILIES = {
         lay_out_transcript,
         "system_prompt",
         limit("max_tokens", 1024, 64000, default=None),
+        slots=ONE_IMAGE,
     ),
     "gemini-3.1": Family(
-        r"google/gemini-3\.1.*", lay_out_transcript, "system_instruction", GEMINI_31
+        r"google/gemini-3\.1.*",
+        lay_out_transcript,
+        "system_instruction",
+        GEMINI_31,
+        slots=IMAGES_AND_SOUND,
     ),
     "gemini-3": Family(
-        r"google/gemini-3.*", lay_out_transcript, "system_instruction", GEMINI_3
+        r"google/gemini-3.*",
+        lay_out_transcript,
+        "system_instruction",
+        GEMINI_3,
+        slots=IMAGES_AND_SOUND,
     ),
     "gemini": Family(
-        r"google/gemini-.*", lay_out_transcript, "system_instruction", GEMINI
+        r"google/gemini-.*",
+        lay_out_transcript,
+        "system_instruction",
+        GEMINI,
+        slots=IMAGES,
     ),
     "granite": Family(
         r"ibm-granite/granite-3\.[012]-.*", lay_out_transcript, "system_prompt", LLAMA
     ),
     "granite-messages": Family(
-        r"ibm-granite/granite-(3\.[3-9]|[4-9]).*", lay_out_messages, "system", GRANITE
+        r"ibm-granite/granite-(3\.[3-9]|[4-9]).*", lay_out_granite, "system", GRANITE
     ),
     "mistral": Family(r"mistralai/.*", lay_out_transcript, "", LLAMA_2),
 }
@@ -1000,6 +1144,121 @@ def find_family(model: Model) -> Family:
         if re.fullmatch(family.pattern, model.owner_and_name)
     )
     return next(matching, PLAIN)
+
+
+# == Files =====================================================================
+#
+# Images and other files that come inside a message, as data: URLs. They are
+# looked at, and large ones go to Replicate's files, as Replicate asks for.
+
+LARGE = 256 * 1024  # bytes that Replicate advises a data: URL not to exceed
+DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,([A-Za-z0-9+/=_-]*)")
+SIGNATURES = {
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "gif": re.compile(rb"GIF8[79]a"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+}
+WRONG_IMAGE = (
+    "You uploaded an unsupported image. Please make sure your image is valid and has "
+    "one of the following formats: ['png', 'jpeg', 'gif', 'webp']."
+)
+
+
+class Attachment(NamedTuple):
+    kind: str  # its media type
+    content: bytes
+
+
+def read_data_url(url: str) -> Attachment | None:
+    """None for an http(s) URL, which Replicate fetches. Raise 400 for others."""
+    if re.match(r"https?://[^\s/]", url, re.IGNORECASE):
+        return None
+    match = DATA_URL.fullmatch(url)
+    require(match, WRONG_URL, code="invalid_image_url", param="messages")
+    assert match
+    try:
+        content = b64decode(match[2], validate=True)
+    except ValueError:
+        raise APIError(
+            400, WRONG_URL, code="invalid_image_url", param="messages"
+        ) from None
+    return Attachment(match[1].lower(), content)
+
+
+WRONG_URL = (
+    "This is no URL of a kind that can be used here. It has to be https://… or "
+    "data:image/png;base64,…, with the right data."
+)
+
+
+def check_image(image: Attachment) -> None:
+    """Whether it is the image that it says."""
+    kind = image.kind.removeprefix("image/").replace("jpg", "jpeg")
+    signature = SIGNATURES.get(kind)
+    is_one = signature and signature.match(image.content)
+    require(is_one, WRONG_IMAGE, code="invalid_image_format", param="messages")
+
+
+class Hosted:
+    """Which contents Replicate's files hold for us, so that each goes there once."""
+
+    def __init__(self, upload: Callable[[Attachment], str], keep: float = 1800) -> None:
+        self.upload = upload
+        self.keep = keep  # seconds; Replicate keeps a file for an hour at least
+        self.lock = threading.Lock()
+        self.urls: dict[bytes, tuple[float, str]] = {}
+
+    def host(self, url: str, *, is_image: bool) -> str:
+        """A URL for the model: the same one, or that of the file it has become."""
+        attached = read_data_url(url)
+        if attached is None:
+            return url
+        if is_image:
+            check_image(attached)
+        return self.find(attached) if len(attached.content) > LARGE else url
+
+    def find(self, attached: Attachment) -> str:
+        name, now = sha256(attached.content).digest(), time.monotonic()
+        with self.lock:
+            for old in [
+                n for n, (since, _) in self.urls.items() if now - since > self.keep
+            ]:
+                del self.urls[old]
+            known = self.urls.get(name)
+        if known:
+            return known[1]
+        url = self.upload(attached)
+        with self.lock:
+            self.urls[name] = now, url
+        return url
+
+    def host_all(self, messages: Messages) -> Messages:
+        return [{**m, "content": self.host_parts(m["content"])} for m in messages]
+
+    def host_parts(self, content: str | list[Json]) -> str | list[Json]:
+        if isinstance(content, str):
+            return content
+        return [self.host_part(part) for part in content]
+
+    def host_part(self, part: Json) -> Json:
+        if part["type"] in WORDS:
+            return part
+        is_image = part["type"] == "image_url"
+        url = self.host(url_of(part), is_image=is_image)
+        if is_image:
+            return {**part, "image_url": {**part["image_url"], "url": url}}
+        return {**part, "url": url}
+
+
+def url_of(part: Json) -> str:
+    """The URL that a part has, or what it holds as one."""
+    if part["type"] == "image_url":
+        return str(part["image_url"]["url"])
+    if part["type"] == "input_audio" and "url" not in part:
+        sound = part["input_audio"]
+        return f"data:audio/{sound['format']};base64,{sound['data']}"
+    return str(part.get("url") or part["file"]["file_data"] or "")
 
 
 # == Inputs ====================================================================
@@ -1027,6 +1286,7 @@ def chat_order(body: Json, model: Model) -> Order:
     family = find_family(model)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
     laid_out = family.lay_out(body["messages"], family.system)
+    laid_out = {**laid_out, **place(attachments(body["messages"]), family.slots)}
     return order(body, model, family, laid_out, prompt)
 
 
@@ -1053,6 +1313,48 @@ def order(
     return Order(
         model, input, names, prompt, limit, asked["max_tokens"] if short else None
     )
+
+
+def attachments(messages: Messages) -> list[tuple[str, str]]:
+    """What messages hold besides text, in order: the type of a part, and its URL."""
+    return [
+        (part["type"], url_of(part))
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] not in WORDS
+    ]
+
+
+def check_places(attached: list[tuple[str, str]], model: Model) -> None:
+    """Raise 400 for what the model does not take, or not so much of."""
+    slots = find_family(model).slots
+    for kind in {kind for kind, _ in attached}:
+        count = sum(each == kind for each, _ in attached)
+        most = slots[kind].most if kind in slots else 0
+        require(
+            count <= most,
+            f"The model `{model.id}` ({model.ref}) takes {most or 'no'} parts of type "
+            f"'{kind}', but got {count}. {ABLE.get(kind, 'No model known here does.')}",
+            code="invalid_value",
+            param="messages",
+        )
+
+
+def place(attached: list[tuple[str, str]], slots: Mapping[str, Slot]) -> Json:
+    placed: Json = {}
+    for kind, slot in slots.items():
+        urls = [url for each, url in attached if each == kind]
+        if urls and slot.name:
+            placed[slot.name] = urls if slot.as_list else urls[0]
+    return placed
+
+
+ABLE = {
+    "image_url": "openai/gpt-4o and google/gemini-2.5-flash take several images, "
+    "anthropic/claude-4.5-sonnet takes one.",
+    "input_audio": "google/gemini-3-flash takes one.",
+}
 
 
 def tame(body: Json, config: ModelConfig) -> Json:
@@ -1666,6 +1968,14 @@ class ReplicateAPI:
         with self.failures_told():
             self.client.predictions.with_raw_response.cancel(prediction_id=id)
 
+    def upload(self, attached: Attachment) -> str:
+        """Give the URL of a file of Replicate's."""
+        with self.failures_told():
+            made = self.client.files.with_raw_response.create(
+                content=("attachment", attached.content, attached.kind)
+            )
+            return str(read_object_of(made, needs="urls")["urls"]["get"])
+
     def account(self) -> Json:
         with self.failures_told():
             return read_object_of(self.client.account.with_raw_response.get())
@@ -1808,6 +2118,7 @@ class Upstream:
     def __init__(self, api: ReplicateAPI, patience: Patience) -> None:
         self.api = api
         self.patience = patience
+        self.hosted = Hosted(api.upload)
 
     def run(self, order: Order, flight: Flight, *, wait: bool) -> Events:
         """Create a prediction and tell what it does; `wait` if all of it is wanted."""
@@ -2386,7 +2697,10 @@ def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
 
 def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, CHAT, model_id)
+    check_parts(body["messages"])
     model = find_model(proxy.models.current(), body["model"])
+    check_places(attachments(body["messages"]), model)
+    body["messages"] = proxy.upstream.hosted.host_all(body["messages"])
     orders = [chat_order(variant, model) for variant in variants(body)]
     return tell(proxy, call, body, orders, CHAT_FORM)
 
