@@ -33,6 +33,7 @@ Each section uses only names from those above it.
     Flights     how a call in the air is made to stop
     Streams     server-sent events as Replicate sends them
     Replicate   its API, and nothing but this section knows its library
+    Outputs     what the record of a prediction tells
     Upstream    predictions, each followed to its end or cancelled
     Replies     events told as OpenAI objects, whole or in chunks
     Choices     the predictions of one call, side by side
@@ -53,6 +54,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import selectors
 import shlex
 import signal
@@ -176,6 +178,12 @@ def as_api_error(error: Exception) -> APIError:
     )
 
 
+def quoted(value: Any) -> str:
+    """A value of a key=value line, in quotes where it would not stay one word."""
+    text = str(value)[:200]
+    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
+
+
 # == Settings ==================================================================
 #
 # Nothing else reads the environment, but for its HTTPS_PROXY. To add one: a
@@ -270,7 +278,8 @@ class Patience(NamedTuple):
     """How long we wait for what, in seconds: for those who embed or test a server."""
 
     connect: float = 5
-    create: float = 30  # for Replicate to answer a create, a GET or a cancel
+    create: float = 30  # for Replicate to answer a create …
+    look: float = 5  # … and a GET or a cancel, which can be asked again
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
     stream: float = 60  # without a byte on an event stream
     poll: float = 1  # between looks at a prediction that does not stream …
@@ -284,7 +293,7 @@ class Patience(NamedTuple):
     hold: float = 3  # before a stream's status line goes out, whatever comes after
     keep_alive: float = 15  # of silence before a stream says that it lives
     tick: float = 0.2  # between looks at which streams are silent
-    farewell: float = 5  # for calls that are broken off to say so
+    farewell: float = 8  # for calls that are broken off to say so, after a create
     linger: float = 2  # for a client to hear our last word before we close
 
 
@@ -641,13 +650,14 @@ IGNORED = frozenset(
 def read_json(data: bytes, kind: str) -> Json:
     """What JSON has no word for is refused, though Python would read it."""
     try:
+        text = data.decode("utf-8-sig")
         body = json.loads(
-            data,
+            text,
             parse_constant=refuse,
             parse_float=finite,
             object_pairs_hook=without_twins,
         )
-        if b"\\ud" in data.lower():  # "\ud800" alone is half a character
+        if "\\ud" in text.lower():  # "\ud800" alone is half a character
             json.dumps(body, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         if "json" not in kind:
@@ -728,15 +738,6 @@ def check_inside(path: str, value: Any, param: Param) -> Any:
     if isinstance(value, dict) and param.each:
         return check(value, param.each, f"{path}.")
     return value
-
-
-def check_parts(messages: list[Json]) -> None:
-    for m, message in enumerate(messages):
-        parts = message["content"] if isinstance(message["content"], list) else []
-        for n, part in enumerate(parts):
-            param = PART[part["type"]]._replace(required=True)
-            path = f"messages[{m}].content[{n}].{part['type']}"
-            check_param(path, part[part["type"]], param)
 
 
 def check_refused(path: str, value: Any, param: Param) -> None:
@@ -1261,6 +1262,15 @@ def url_of(part: Json) -> str:
     return str(part.get("url") or part["file"]["file_data"] or "")
 
 
+def check_parts(messages: list[Json]) -> None:
+    for m, message in enumerate(messages):
+        parts = message["content"] if isinstance(message["content"], list) else []
+        for n, part in enumerate(parts):
+            param = PART[part["type"]]._replace(required=True)
+            path = f"messages[{m}].content[{n}].{part['type']}"
+            check_param(path, part[part["type"]], param)
+
+
 # == Inputs ====================================================================
 #
 # A call in the terms of its model: what Replicate is given, and what must be
@@ -1301,8 +1311,9 @@ def order(
     body: Json, model: Model, family: Family, laid_out: Json, prompt: str
 ) -> Order:
     too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
-    short_enough = len(prompt) <= LONGEST
-    require(short_enough, too_long, code="context_length_exceeded", param="messages")
+    short_enough = len(prompt.encode()) <= LONGEST
+    param = "messages" if "messages" in body else "prompt"
+    require(short_enough, too_long, code="context_length_exceeded", param=param)
     asked = tame(body, model.config)
     input = {**laid_out, **fit_all(asked, family.fields), **model.config.input}
     names = {field.name: name for name, field in family.fields.items()}
@@ -1633,7 +1644,8 @@ class Flight:
             self.cause = cause
             self.stopped.set()
             for wake in self.wakers:
-                wake()
+                with suppress(Exception):  # those after it must wake too
+                    wake()
 
     def check(self) -> None:
         """Raise the cause if the call has to stop."""
@@ -1663,6 +1675,7 @@ class Flight:
 # its time, token by token, and httpx took twice as much of it when measured.
 # A stream read to its end leaves its connection for the next one.
 
+MOST_IDLE = 100  # connections to one host
 TIMED_OUT = b":408"  # a comment that ends a stream without an end
 
 
@@ -1705,7 +1718,10 @@ class StreamRefused(Exception):
     """A stream could not be had at all."""
 
 
-Answer = tuple[http.client.HTTPConnection, http.client.HTTPResponse]
+class Answer(NamedTuple):
+    connection: http.client.HTTPConnection
+    response: http.client.HTTPResponse
+    sock: socket.socket  # which the connection forgets if it is to be closed
 
 
 class Connections:
@@ -1717,8 +1733,9 @@ class Connections:
         self.patience = patience
         self.tls = tls
         self.keep = keep  # seconds that a connection may be idle
-        self.idle: dict[str, deque[tuple[float, http.client.HTTPConnection]]]
-        self.idle = defaultdict(deque)
+        self.idle: dict[
+            tuple[str, str], deque[tuple[float, http.client.HTTPConnection]]
+        ] = defaultdict(deque)
 
     @contextmanager
     def get(
@@ -1726,51 +1743,77 @@ class Connections:
     ) -> Iterator[Iterator[bytes]]:
         """Read a stream in pieces. Raise StreamRefused now or StreamBroken later."""
         origin = urlsplit(url)
-        connection, response = self.ask(origin, headers)
+        answer = self.ask(origin, headers, flight)
         try:
-            kind = response.getheader("content-type", "")
-            if response.status != 200 or not kind.startswith("text/event-stream"):
-                raise StreamRefused(f"status {response.status}, type {kind!r}")
-            with flight.waking(partial(shut, connection.sock)):
-                yield read_pieces(response)
+            kind, status = (
+                answer.response.getheader("content-type", ""),
+                answer.response.status,
+            )
+            if status != 200 or not kind.startswith("text/event-stream"):
+                raise StreamRefused(f"status {status}, type {kind!r}")
+            with flight.waking(partial(shut, answer.sock)):
+                yield read_pieces(answer.response)
         finally:
-            self.put_back(origin, connection, response)
+            self.put_back(origin, answer)
 
-    def ask(self, url: SplitResult, headers: dict[str, str]) -> Answer:
+    def ask(self, url: SplitResult, headers: dict[str, str], flight: Flight) -> Answer:
         """Ask on an idle connection if there is one that lives, else on a new one."""
-        if connection := self.take(url):
-            with suppress(OSError, http.client.HTTPException):
-                return ask(connection, url, headers, self.patience.stream)
+        failure: Exception = StreamRefused("no way there")
+        for connection in self.ways(url):
+            connection.sock.settimeout(self.patience.stream)
+            try:
+                with flight.waking(partial(shut, connection.sock)):
+                    return ask(connection, url, headers)
+            except TimeoutError as error:
+                raise StreamBroken(repr(error)) from error
+            except (OSError, http.client.HTTPException) as error:
+                failure = error
+                flight.check()
+            except Exception:  # the call has stopped
+                connection.close()
+                raise
+        raise StreamRefused(repr(failure)) from failure
+
+    def ways(self, url: SplitResult) -> Iterator[http.client.HTTPConnection]:
+        """An idle connection if there is one, and a new one in case that it is dead."""
+        if idle := self.take(url):
+            yield idle
+        connection = self.prepare(url)
         try:
-            return ask(self.connect(url), url, headers, self.patience.stream)
+            connection.connect()
         except (OSError, http.client.HTTPException) as error:
+            connection.close()
             raise StreamRefused(repr(error)) from error
+        yield connection
 
     def take(self, url: SplitResult) -> http.client.HTTPConnection | None:
-        idle = self.idle[url.netloc]
-        while idle:
-            with suppress(IndexError):  # another thread was faster
-                since, connection = idle.pop()
-                if time.monotonic() - since < self.keep:
-                    return connection
-                connection.close()
+        idle = self.idle[url.scheme, url.netloc]
+        self.trim(idle)
+        with suppress(IndexError):  # another thread was faster
+            return idle.pop()[1]
         return None
 
-    def put_back(
-        self,
-        url: SplitResult,
-        connection: http.client.HTTPConnection,
-        response: http.client.HTTPResponse,
-    ) -> None:
+    def put_back(self, url: SplitResult, answer: Answer) -> None:
         """Keep the connection if the stream's last bytes are here already."""
+        connection, response, sock = answer
         with suppress(OSError, http.client.HTTPException, ValueError):
-            if connection.sock and not response.isclosed():
-                connection.sock.settimeout(0.001)
+            if not response.isclosed():
+                sock.settimeout(0.001)
                 response.read1()
             if connection.sock and response.isclosed():
-                self.idle[url.netloc].append((time.monotonic(), connection))
+                idle = self.idle[url.scheme, url.netloc]
+                idle.append((time.monotonic(), connection))
+                self.trim(idle)
                 return
+        response.close()
         connection.close()
+
+    def trim(self, idle: deque[tuple[float, http.client.HTTPConnection]]) -> None:
+        """Close what is too old, or too much."""
+        oldest = time.monotonic() - self.keep
+        with suppress(IndexError):
+            while idle[0][0] <= oldest or len(idle) > MOST_IDLE:
+                idle.popleft()[1].close()
 
     def close(self) -> None:
         for idle in list(self.idle.values()):
@@ -1778,7 +1821,7 @@ class Connections:
                 with suppress(IndexError):
                     idle.pop()[1].close()
 
-    def connect(self, url: SplitResult) -> http.client.HTTPConnection:
+    def prepare(self, url: SplitResult) -> http.client.HTTPConnection:
         """Through HTTPS_PROXY where the environment names one, as the SDK does."""
         host, port = url.hostname or "", url.port
         if url.scheme == "http":
@@ -1799,18 +1842,15 @@ class Connections:
 
 
 def ask(
-    connection: http.client.HTTPConnection,
-    url: SplitResult,
-    headers: dict[str, str],
-    timeout: float,
+    connection: http.client.HTTPConnection, url: SplitResult, headers: dict[str, str]
 ) -> Answer:
-    target = url._replace(scheme="", netloc="", fragment="").geturl()
+    target, sock = (
+        url._replace(scheme="", netloc="", fragment="").geturl(),
+        connection.sock,
+    )
     try:
-        if not connection.sock:
-            connection.connect()
-        connection.sock.settimeout(timeout)
         connection.request("GET", target or "/", headers=headers)
-        return connection, connection.getresponse()
+        return Answer(connection, connection.getresponse(), sock)
     except BaseException:
         connection.close()
         raise
@@ -1852,7 +1892,13 @@ def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
 # what it refuses in the client's terms. To add a refusal: a row in REFUSALS.
 
 TRUSTED_HOST = re.compile(r"(.+\.)?replicate\.(com|net|delivery)")
-UNSENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+UNSENT = (
+    httpx.ConnectError,
+    httpx.ConnectTimeout,
+    httpx.PoolTimeout,
+    httpx.ProxyError,
+    httpx.UnsupportedProtocol,
+)
 
 
 class Refusal(NamedTuple):
@@ -1944,7 +1990,7 @@ class ReplicateAPI:
             options["version"] = ref
             create = self.client.predictions.with_raw_response.create
         with self.failures_told(order):
-            return read_object_of(create(**options), needs="id")
+            return read_prediction(create(**options))
 
     def find_version(self, ref: str) -> str | None:
         """The newest version of a community model, or None if it is none."""
@@ -1961,12 +2007,16 @@ class ReplicateAPI:
 
     def look(self, id: str) -> Json:
         with self.failures_told():
-            answer = self.client.predictions.with_raw_response.get(prediction_id=id)
-            return read_object_of(answer)
+            answer = self.client.predictions.with_raw_response.get(
+                prediction_id=id, timeout=self.patience.look
+            )
+            return read_prediction(answer)
 
     def cancel(self, id: str) -> None:
         with self.failures_told():
-            self.client.predictions.with_raw_response.cancel(prediction_id=id)
+            self.client.predictions.with_raw_response.cancel(
+                prediction_id=id, timeout=self.patience.look
+            )
 
     def upload(self, attached: Attachment) -> str:
         """Give the URL of a file of Replicate's."""
@@ -1992,10 +2042,15 @@ class ReplicateAPI:
 
     def may_stream_from(self, url: str) -> bool:
         """The token goes to Replicate's hosts alone, whatever an answer says."""
-        asked = urlsplit(url)
-        trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
-        ours = asked.hostname == self.base.hostname
-        return ours or bool(trusted and asked.scheme == "https")
+        with suppress(ValueError):
+            asked = urlsplit(url)
+            if asked.hostname == self.base.hostname:
+                return asked.scheme in (self.base.scheme, "https")
+            trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
+            return bool(
+                trusted and asked.scheme == "https" and asked.port in (None, 443)
+            )
+        return False
 
     @contextmanager
     def failures_told(self, order: Order | None = None) -> Iterator[None]:
@@ -2029,6 +2084,24 @@ def read_object_of(answer: Any, needs: str = "") -> Json:
     if not isinstance(body, dict) or (needs and not body.get(needs)):
         raise NoObject(f"no object with {needs!r} in it")
     return body
+
+
+def read_prediction(answer: Any) -> Json:
+    """A prediction whose fields have their types, whatever was in them."""
+    seen = read_object_of(answer, needs="id")
+    for name, kind in PREDICTION.items():
+        if not isinstance(seen.get(name), kind):
+            seen[name] = kind()
+    return seen
+
+
+PREDICTION: dict[str, type] = {
+    "status": str,
+    "error": str,
+    "logs": str,
+    "urls": dict,
+    "metrics": dict,
+}
 
 
 def refusal(error: APIStatusError, order: Order | None, secret: str) -> APIError:
@@ -2074,12 +2147,10 @@ def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
     return next((str(t) for t in told if re.fullmatch(r"\d{1,6}", str(t))), None)
 
 
-# == Upstream ==================================================================
+# == Outputs ===================================================================
 #
-# Predictions, each followed to its end or cancelled. To add a way for one to
-# fail: a row in FAILURES.
-
-TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
+# What the record of a prediction tells: its text, its tokens and its failure.
+# To add a way for one to fail: a row in FAILURES.
 
 # By the text of a failed prediction's error (Replicate's docs, "Error codes"); the
 # first that matches counts.
@@ -2110,6 +2181,71 @@ METRICS = {
     "prompt_tokens": "input_token_count",
     "completion_tokens": "output_token_count",
 }
+
+
+def remainder(output: str, told: str) -> str | None:
+    """What follows in the output after what was told of it; None if they differ.
+
+    A carriage return can't travel in an event stream: there it is a line's end,
+    or is lost with what is left of its line.
+    """
+    if not output:
+        return ""
+    for text in (output, output.replace("\r\n", "\n").replace("\r", "\n")):
+        if text.startswith(told):
+            return text[len(told) :]
+    return rest_without_lines(output, told.replace("\n", ""))
+
+
+def rest_without_lines(output: str, told: str) -> str | None:
+    at = matched = 0
+    while matched < len(told) and at < len(output):
+        if output[at] == told[matched]:
+            matched += 1
+        elif output[at] not in "\r\n":
+            return None
+        at += 1
+    return output[at:] if matched == len(told) else None
+
+
+def output_text(output: Any) -> str:
+    """The text in an output: a list of strings, a string, an object with text in it."""
+    if output is None or isinstance(output, str):
+        return output or ""
+    if isinstance(output, list):
+        return "".join(map(output_text, output))
+    if isinstance(output, dict) and (named := TEXT_KEYS & output.keys()):
+        return output_text(output[min(named)])
+    return json.dumps(output, ensure_ascii=False)
+
+
+def read_usage(seen: Json) -> Usage:
+    """From the metrics, else from the lines that some models log."""
+    metrics, logs = seen["metrics"], seen["logs"]
+    logged = {name: re.findall(row, logs) for name, row in COUNTS.items()}
+    counts = {name: int(found[-1]) for name, found in logged.items() if found}
+    for name, key in METRICS.items():
+        if isinstance(metrics.get(key), (int, float)) and isfinite(metrics[key]):
+            counts[name] = int(metrics[key])
+    return Usage(
+        counts.get("prompt_tokens"),
+        counts.get("completion_tokens"),
+        counts.get("reasoning_tokens", 0),
+    )
+
+
+def failure(text: str, secret: str) -> APIError:
+    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
+    said = f" The model says: {text}" if text else ""
+    message = row.message + said.replace(secret, "…")
+    return APIError(row.status, message, code=row.code, headers=row.headers)
+
+
+# == Upstream ==================================================================
+#
+# Predictions, each followed to its end or cancelled.
+
+TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
 
 
 class Upstream:
@@ -2152,8 +2288,8 @@ class Prediction:
         self.flight = flight
         self.id = str(seen["id"])
         self.seen = seen
-        self.seen_at = time.monotonic()
-        self.deadline = self.seen_at + upstream.api.time_limit + self.patience.grace
+        self.blind_since: float | None = None
+        self.deadline = time.monotonic() + upstream.api.time_limit + self.patience.grace
         self.told: list[str] = []
         self.is_late = waited  # to its stream, which may have begun without us
         self.said_done = False
@@ -2173,7 +2309,7 @@ class Prediction:
     @property
     def stream_url(self) -> str:
         """Where it streams text; "" if it does not, or not where the token may go."""
-        url = str((self.seen.get("urls") or {}).get("stream") or "")
+        url = str(self.seen["urls"].get("stream") or "")
         is_text = "/v1/files/" not in url  # which is a file's bytes
         streams = self.order.model.config.supports_streaming
         return url if streams and is_text and self.api.may_stream_from(url) else ""
@@ -2198,14 +2334,14 @@ class Prediction:
         """Tell what its stream says, then look; True if it is worth opening again."""
         try:
             with self.api.open_stream(self.stream_url, self.flight) as pieces:
-                if not (yield from self.hear(pieces)):
+                if not (yield from self.hear(self.in_time(pieces))):
                     return False
         except StreamRefused as error:
-            log.info("prediction=%s is polled: %s", self.id, error)
+            log.info("prediction=%s event=polled why=%s", self.id, quoted(error))
             return False
         except StreamBroken as error:
             self.flight.check()
-            log.info("prediction=%s broken stream: %s", self.id, error)
+            log.info("prediction=%s event=broken why=%s", self.id, quoted(error))
         self.look()
         return not self.output
 
@@ -2221,9 +2357,13 @@ class Prediction:
                     return False
                 self.told.append(data)
                 yield Text(data)
-            if not self.has_time:
-                break
         return True
+
+    def in_time(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            yield piece
+            if not self.has_time:
+                return
 
     def hear_done(self, data: str) -> None:
         """Its record may lag behind its stream, but not for long."""
@@ -2237,21 +2377,35 @@ class Prediction:
         Replicate seems to replay a stream from its start, but does not say so
         in its docs: what does not fit is dropped, and looks go on.
         """
-        if self.is_late and not self.told:
-            self.look()
-        at = sum(map(len, self.told)) if self.is_late else 0
-        known = self.output[at : at + len(data)] if self.is_late else ""
+        if not self.is_late:
+            return True
+        if not self.told and not self.find_output():
+            return False
+        at = sum(map(len, self.told))
+        known = self.output[at : at + len(data)]
         self.is_late = bool(known)
         return data.startswith(known)
+
+    def find_output(self) -> bool:
+        """Look until there is output: its record may lag behind a stream."""
+        pause = self.patience.settle
+        while not self.output and pause < self.patience.poll:
+            self.look()
+            if not self.output:
+                self.flight.sleep(pause)
+            pause *= 2
+        return bool(self.output)
 
     def look(self) -> None:
         """See how it stands. A look that fails does no harm unless all do, for long."""
         try:
             self.seen = self.api.look(self.id)
-            self.seen_at = time.monotonic()
+            self.blind_since = None
         except APIError as error:
-            log.info("prediction=%s can't be seen: %s", self.id, error)
-            if time.monotonic() - self.seen_at > self.patience.blind:
+            log.info("prediction=%s event=unseen code=%s", self.id, error.code)
+            now = time.monotonic()
+            self.blind_since = self.blind_since or now
+            if now - self.blind_since > self.patience.blind and not self.said_done:
                 message = f"Replicate tells nothing of the prediction any more: {error}"
                 raise APIError(
                     502, message, code="upstream_unavailable", headers=NO_RETRY
@@ -2259,17 +2413,27 @@ class Prediction:
 
     def rest(self, *, at_end: bool = False) -> Iterator[Text]:
         """Tell what of its output was not told yet."""
-        if at_end or self.order.model.config.supports_streaming:
-            new = remainder(self.output, "".join(self.told))
-            if new:
-                self.told.append(new)
-                yield Text(new)
+        if not at_end and not self.order.model.config.supports_streaming:
+            return
+        new = remainder(self.output, "".join(self.told))
+        if new is None and at_end:
+            log.warning("prediction=%s event=differs", self.id)
+            if not self.said_done:
+                message = (
+                    "Replicate's stream broke, and what it said is not the output."
+                )
+                raise APIError(
+                    502, message, code="upstream_unavailable", headers=NO_RETRY
+                )
+        if new:
+            self.told.append(new)
+            yield Text(new)
 
     def end(self) -> Done:
         """Tell the end. Raise APIError if it is not a good one."""
         status = self.seen.get("status")
         if status == "failed":
-            raise failure(str(self.seen.get("error") or ""), self.api.token)
+            raise failure(self.seen["error"], self.api.token)
         if self.seen.get("data_removed") and not self.told:
             raise failure("Its output was removed before it was seen.", self.api.token)
         if status != "succeeded" and not self.said_done:
@@ -2283,56 +2447,18 @@ class Prediction:
         return Done("stop", read_usage(self.seen))
 
     def cancel(self) -> None:
-        """Stop the bill, if it is not over."""
-        if not self.is_over and not self.said_done:
+        """Stop the bill, if it is not over. A cancel that failed is tried once more."""
+        if self.is_over or self.said_done:
+            return
+        for pause in (0.5, 0):
             try:
                 self.api.cancel(self.id)
+                return
             except APIError as error:
-                log.warning("prediction=%s can't be cancelled: %s", self.id, error)
-
-
-def remainder(output: str, told: str) -> str:
-    """What follows in the output after what was told of it.
-
-    A carriage return can't travel in an event stream: there it is a line's end.
-    """
-    for text in (output, output.replace("\r\n", "\n").replace("\r", "\n")):
-        if text.startswith(told):
-            return text[len(told) :]
-    return ""
-
-
-def output_text(output: Any) -> str:
-    """The text in an output: a list of strings, a string, an object with text in it."""
-    if output is None or isinstance(output, str):
-        return output or ""
-    if isinstance(output, list):
-        return "".join(map(output_text, output))
-    if isinstance(output, dict) and (named := TEXT_KEYS & output.keys()):
-        return output_text(output[min(named)])
-    return json.dumps(output, ensure_ascii=False)
-
-
-def read_usage(seen: Json) -> Usage:
-    """From the metrics, else from the lines that some models log."""
-    metrics, logs = seen.get("metrics") or {}, str(seen.get("logs") or "")
-    logged = {name: re.findall(row, logs) for name, row in COUNTS.items()}
-    counts = {name: int(found[-1]) for name, found in logged.items() if found}
-    for name, key in METRICS.items():
-        if isinstance(metrics.get(key), (int, float)):
-            counts[name] = int(metrics[key])
-    return Usage(
-        counts.get("prompt_tokens"),
-        counts.get("completion_tokens"),
-        counts.get("reasoning_tokens", 0),
-    )
-
-
-def failure(text: str, secret: str) -> APIError:
-    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
-    said = f" The model says: {text}" if text else ""
-    message = row.message + said.replace(secret, "…")
-    return APIError(row.status, message, code=row.code, headers=row.headers)
+                log.warning(
+                    "prediction=%s event=uncancelled code=%s", self.id, error.code
+                )
+                time.sleep(pause)
 
 
 # == Replies ===================================================================
@@ -2898,12 +3024,12 @@ def preflight(call: Call) -> dict[str, str]:
 #
 # Requests as they come over a socket. http.server's parser takes bare line
 # feeds, folded lines and two lengths, which let one request hide in another
-# behind a load balancer; this one takes what RFC 9112 allows and nothing else.
+# behind a load balancer; this one takes what can be read in one way only.
 
 MAX_HEAD = 65536
 SMALL = 65536  # a body that is rather read and forgotten than the connection closed
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) HTTP/1\.([01])")
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
+HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
 ONCE = frozenset(("content-length", "transfer-encoding", "host", "authorization"))
 
 
@@ -2979,7 +3105,8 @@ def parse_head(lines: Sequence[bytes]) -> Request:
         match = HEADER.fullmatch(line)
         if not match:
             raise bad_request("a header is not of the form Name: value")
-        name, value = match[1].decode("ascii").lower(), match[2].decode("latin-1")
+        name = match[1].decode("ascii").lower()
+        value = match[2].strip(b" \t").decode("latin-1")
         if name in headers and name in ONCE:
             raise bad_request(f"it has two headers {name}")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -3208,6 +3335,7 @@ class Watcher(threading.Thread):
         self.lock = threading.Lock()
         self.selector = selectors.DefaultSelector()
         self.tellings: set[Telling] = set()
+        self.early: dict[socket.socket, Flight] = {}  # the next call is here already
         self.is_stopped = False
         self.bell, self.ear = socket.socketpair()  # ends a wait; and some need one
         self.selector.register(self.ear, selectors.EVENT_READ)
@@ -3232,6 +3360,8 @@ class Watcher(threading.Thread):
         for key, _ in self.selector.select(self.patience.tick):
             if key.fileobj is not self.ear:
                 self.look(cast(socket.socket, key.fileobj), key.data)
+        for sock, flight in list(self.early.items()):
+            self.look_behind(sock, flight)
         for telling in list(self.tellings):
             telling.break_silence(self.patience, self.write_timeout)
 
@@ -3241,6 +3371,7 @@ class Watcher(threading.Thread):
 
     def forget(self, sock: socket.socket) -> None:
         with self.lock, suppress(OSError, ValueError, KeyError):
+            self.early.pop(sock, None)
             self.selector.unregister(sock)
 
     def look(self, sock: socket.socket, flight: Flight) -> None:
@@ -3249,8 +3380,18 @@ class Watcher(threading.Thread):
         Nobody else reads it, as long as it is watched, so that this never blocks.
         """
         with self.lock, suppress(KeyError, ValueError):
+            if self.selector.get_key(sock).data is not flight:
+                return  # a call that came after this one
             self.selector.unregister(sock)
             if has_ended(sock):
+                flight.stop(Gone())
+            else:
+                self.early[sock] = flight
+
+    def look_behind(self, sock: socket.socket, flight: Flight) -> None:
+        with self.lock:
+            if self.early.get(sock) is flight and has_left(sock):
+                del self.early[sock]
                 flight.stop(Gone())
 
     def stop(self) -> None:
@@ -3259,6 +3400,16 @@ class Watcher(threading.Thread):
         self.join()
         for end in (self.bell, self.ear, self.selector):
             end.close()
+
+
+def has_left(sock: socket.socket) -> bool:
+    """Whether the other side has closed, though there is more to read: Linux tells."""
+    closed = getattr(select, "POLLRDHUP", 0)
+    if not closed:
+        return False
+    poll = select.poll()
+    poll.register(sock, closed)
+    return bool(poll.poll(0))
 
 
 def has_ended(sock: socket.socket) -> bool:
@@ -3280,12 +3431,6 @@ STOPPING = "is being stopped"
 def overloaded(why: str) -> APIError:
     message = f"The proxy {why}. Try again in a moment."
     return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
-
-
-def quoted(value: Any) -> str:
-    """A value of a key=value line, in quotes where it would not stay one word."""
-    text = str(value)[:200]
-    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
 
 
 class Exchange:
@@ -3318,8 +3463,9 @@ class Exchange:
         except Exception as error:
             with suppress(Gone):
                 self.send_error(as_api_error(error))
-        self.log()
-        self.server.dismiss(self)
+        finally:
+            self.log()
+            self.server.dismiss(self)
         return self.can_go_on()
 
     def is_asked(self) -> bool:
@@ -3347,8 +3493,6 @@ class Exchange:
             flight=self.flight,
             notes=self.notes,
         )
-        if self.server.is_stopping:
-            raise overloaded(STOPPING)
         reply = answer(self.server.proxy, call)
         self.reading.sock.settimeout(settings.write_timeout)
         if isinstance(reply.body, Generator):
@@ -3522,6 +3666,8 @@ class Server(ThreadingHTTPServer):
 
     def admit(self, exchange: Exchange) -> None:
         with self.changed:
+            if self.is_stopping:
+                raise overloaded(STOPPING)
             if len(self.calls) >= self.proxy.settings.max_concurrent_calls:
                 raise overloaded(TOO_MANY)
             self.calls.add(exchange)
@@ -3538,9 +3684,10 @@ class Server(ThreadingHTTPServer):
     def server_close(self) -> None:
         """Stop listening, let the calls in flight finish, and break off the rest."""
         super().server_close()
-        if self.is_stopping:
-            return
-        self.is_stopping = True
+        with self.changed:
+            if self.is_stopping:
+                return
+            self.is_stopping = True
         for reading in list(self.readings):
             if reading.is_idle:
                 shut(reading.sock)
@@ -3585,6 +3732,7 @@ above override both. .env.example lists all of them, models.json the models."""
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        allow_abbrev=False,  # --reload is taken out of what its child is given
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -3723,14 +3871,16 @@ def check_all(settings: Settings) -> int:
 def run_again_and_again(arguments: Sequence[str], watched: Iterable[Path]) -> int:
     """Run the program as a child, and anew whenever a file has changed."""
     command = [sys.executable, str(HERE / "proxy.py"), *arguments]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
         before = stamps(watched)
         with subprocess.Popen(command) as child:
             try:
                 while stamps(watched) == before:
                     time.sleep(0.3)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # which the child has heard too
+                return child.wait()
+            except SystemExit:
                 child.terminate()
                 return child.wait()
             print("A file has changed: starting again.", file=sys.stderr)

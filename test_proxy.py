@@ -1791,6 +1791,18 @@ def test_a_flight_that_stops_wakes_who_sleeps_and_raises_its_cause():
             sleeper.result(timeout=5)
 
 
+def test_one_that_can_not_be_woken_does_not_keep_others_asleep():
+    flight, woken = proxy.Flight(), []
+    with (
+        pytest.raises(proxy.Gone),
+        flight.waking(lambda: woken.append(1 / 0)),
+        flight.waking(lambda: woken.append("late")),
+    ):
+        flight.stop(proxy.Gone())
+        flight.check()
+    assert woken == ["late"]
+
+
 def test_a_flight_wakes_those_it_may_and_only_while_they_work():
     flight, woken = proxy.Flight(), []
     with flight.waking(lambda: woken.append("early")):
@@ -2078,7 +2090,7 @@ def test_streams_go_through_the_proxy_of_the_environment(
         monkeypatch.delenv(name.lower())
         monkeypatch.setenv(name, value)
     url = proxy.urlsplit("https://stream.replicate.com/v1/streams/x")
-    tunnel = connections_for(5).connect(url)
+    tunnel = connections_for(5).prepare(url)
     assert (tunnel.host, tunnel.port, tunnel._tunnel_host) == expected
     wanted = AUTHORIZED if "me:" in str(environ) else {}
     sent = {name: tunnel._tunnel_headers.get(name) for name in wanted}
@@ -2089,7 +2101,7 @@ def test_closing_ends_what_is_idle():
     with hosting(stream_of(b"data: a\n\n")) as host:
         connections = connections_for(5)
         read_stream(connections, host.url)
-        [(_, idle)] = connections.idle[proxy.urlsplit(host.url).netloc]
+        [[(_, idle)]] = connections.idle.values()
         connections.close()
         assert idle.sock is None
 
@@ -2236,6 +2248,9 @@ STREAM_HOSTS = [
     ("https://replicate.delivery/x", True),
     ("http://127.0.0.1:1/v1/streams/x", True),  # where the settings say it is
     ("http://localhost:1/v1/streams/x", False),
+    ("http://stream.replicate.com/v1/streams/x", False),
+    ("https://stream.replicate.com:81/v1/streams/x", False),
+    ("http://[", False),
     ("https://evil.example/v1/streams/x", False),
     ("https://replicate.com.evil.example/", False),
     ("https://evilreplicate.com/", False),
@@ -2258,6 +2273,37 @@ def test_the_token_is_not_sent_where_an_answer_merely_says(fake, server):
         answer = chat(server, "stream-to-localhost", stream=True)
         assert answer.streamed_text == "Hello! How can I help you?"
         assert host.connected == 0
+
+
+# == Outputs ===================================================================
+
+
+@table(
+    "output, told, rest",
+    [
+        ("nothing was told", "ab", "", "ab"),
+        ("some was told", "abc", "ab", "c"),
+        ("all was told", "ab", "ab", ""),
+        ("the output is gone", "", "ab", ""),
+        ("lines end in CR LF", "a\r\nb", "a\n", "b"),
+        ("lines end in CR", "a\rb", "a\n", "b"),
+        ("a CR was lost", "a\rband the rest", "ab", "and the rest"),
+        ("something else was told", "abc", "x", None),
+        ("more was told", "ab", "abc", None),
+    ],
+)
+def test_the_rest_of_an_output_is_what_was_not_told(output, told, rest):
+    assert proxy.remainder(output, told) == rest
+
+
+@pytest.mark.parametrize("value", [None, 7, [], "x", {"x": 1}], ids=repr)
+def test_a_prediction_has_its_types_whatever_was_in_it(value):
+    told = dict.fromkeys(["status", "error", "logs", "urls", "metrics"], value)
+    answer = httpx.Response(200, json={"id": "p", **told})
+    seen = proxy.read_prediction(answer)
+    assert isinstance(seen["status"], str) and isinstance(seen["logs"], str)
+    assert isinstance(seen["urls"], dict) and isinstance(seen["metrics"], dict)
+    assert proxy.read_usage(seen) == Usage()
 
 
 # == Upstream ==================================================================
@@ -2479,14 +2525,14 @@ def test_a_prediction_that_is_over_is_not_cancelled(fake, api):
     assert fake.cancels == []
 
 
-def test_a_cancel_that_fails_harms_nobody(fake, api, caplog):
+def test_a_cancel_that_fails_is_tried_once_more_and_harms_nobody(fake, api, caplog):
     events = proxy.Upstream(api, PATIENCE).run(
         order("fake/cancel-500"), proxy.Flight(), wait=False
     )
     started = next(events)
     events.close()
-    assert fake.cancels == [started.prediction]
-    assert "can't be cancelled" in caplog.text
+    assert fake.cancels == [started.prediction] * 2
+    assert "event=uncancelled" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -2498,6 +2544,59 @@ def test_a_stop_string_cancels_once(fake, server, stream):
     else:
         assert answer.json["choices"][0]["finish_reason"] == "stop"
     assert fake.cancels == [answer.headers["x-replicate-prediction-id"]]
+
+
+def test_a_look_that_fails_after_a_long_stream_harms_nobody():
+    with FakeReplicate() as fake, fronting(fake, QUICK._replace(blind=0.01)) as server:
+        row = replace(fake.scenarios["get-500-once"], pace=0.02)
+        fake.scenarios["unseen"] = row
+        with start_call(server, "fake/unseen", stream=True) as sock:
+            answer = read_until(sock, b"[DONE]")
+    assert said(answer) == HELLO
+    assert b'"error"' not in answer
+
+
+class LaggingAPI:
+    """A record that lags behind its stream, which does not replay."""
+
+    token, time_limit = "r8", 60
+
+    def __init__(self, *outputs):
+        self.outputs = list(outputs)
+
+    def look(self, id):
+        output = self.outputs.pop(0) if len(self.outputs) > 1 else self.outputs[0]
+        return {"id": id, "status": "processing", "output": output}
+
+
+@table(
+    "outputs, word, fits",
+    [
+        ("it begins here", [None, None, "c d"], "c", True),
+        ("it began before", [None, None, "a b c d"], "c", False),
+        ("nobody knows", [None], "c", False),
+    ],
+)
+def test_a_stream_opened_late_is_compared_with_the_record(outputs, word, fits):
+    upstream = proxy.Upstream.__new__(proxy.Upstream)
+    upstream.api, upstream.patience = LaggingAPI(*outputs), PATIENCE._replace(poll=0.5)
+    seen = {"id": "p", "status": "processing", "output": None}
+    prediction = proxy.Prediction(
+        upstream, order("fake/hello"), proxy.Flight(), seen, waited=True
+    )
+    assert prediction.fits(word) == fits
+
+
+def test_a_stream_is_read_no_longer_than_its_prediction_may_take(api):
+    prediction = proxy.Prediction(
+        proxy.Upstream(api, PATIENCE),
+        order("fake/hello"),
+        proxy.Flight(),
+        {"id": "p"},
+        waited=False,
+    )
+    prediction.deadline = 0
+    assert len(list(prediction.in_time([b": still here"] * 100))) == 1
 
 
 def test_a_prediction_that_never_ends_ends_by_our_own_deadline():
@@ -3421,6 +3520,15 @@ def test_a_request_that_could_hide_another_is_refused_and_ends_the_connection(
     assert b"connection: close" in answer
 
 
+@pytest.mark.parametrize("end", [b"x\r\n\r\n", b"\0\r\n\r\n"], ids=["legal", "NUL"])
+def test_a_header_of_blanks_holds_nobody_up(lasting, end):
+    _, server = lasting
+    with dial(server) as sock:
+        sock.settimeout(3)
+        sock.sendall(b"GET /health HTTP/1.1\r\nA: x" + b" " * 64_000 + end)
+        assert re.match(rb"HTTP/1.1 (200|400) ", sock.recv(65536))
+
+
 def test_chunks_with_extensions_and_trailers_are_read(lasting):
     _, server = lasting
     chunks = b"%x;a=b\r\n%b\r\n0\r\nX-T: t\r\n\r\n" % (len(DATA), DATA)
@@ -3491,6 +3599,41 @@ def test_a_call_that_comes_early_is_no_hang_up(watched):
         answer = read_until(sock, b'"object": "list"')
     assert said(answer) == "".join(fake.scenarios["story"].text)
     assert not fake.cancels
+
+
+MUTE = [
+    ("its head never comes", b""),
+    (
+        "its connection will be closed",
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
+        b"connection: close\r\n\r\n",
+    ),
+]
+
+
+@pytest.mark.parametrize(("why", "says"), MUTE, ids=whys(MUTE))
+def test_a_hang_up_is_acted_on_however_the_stream_is(why, says):
+    patience = QUICK._replace(stream=60)
+    with (
+        FakeReplicate() as fake,
+        hosting(says) as host,
+        fronting(fake, patience) as server,
+    ):
+        fake.scenarios["mute"] = replace(fake.scenarios["endless"], stream_url=host.url)
+        with start_call(server, "fake/mute", stream=True):
+            wait_until(lambda: host.connected)
+        fake.wait_for(lambda: len(fake.cancels) == 1)
+        wait_until(lambda: not server.calls)
+
+
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="Linux tells")
+def test_a_hang_up_behind_a_call_that_came_early_is_noticed(watched):
+    fake, server = watched
+    with start_call(server, "fake/endless") as sock:
+        fake.wait_for(lambda: len(fake.predictions) == 1)
+        sock.sendall(b"\r\n")
+        wait_until(lambda: server.watcher.early)
+    fake.wait_for(lambda: len(fake.cancels) == 1)
 
 
 def test_a_finished_prediction_is_never_cancelled(watched):
@@ -3973,6 +4116,16 @@ def test_a_server_that_closes_lets_calls_finish():
         assert not fake.cancels
 
 
+def test_a_server_that_closes_cancels_what_was_being_created():
+    with FakeReplicate() as fake, fronting(fake) as server:
+        with start_call(server, "fake/slow-create") as sock:
+            fake.wait_for(lambda: len(fake.predictions) == 1)
+            server.shutdown()
+            server.server_close()
+            assert read_all(sock).startswith(b"HTTP/1.1 503 ")
+        assert fake.cancels == list(fake.predictions)
+
+
 def test_a_server_that_closes_tells_those_that_last_too_long():
     with FakeReplicate() as fake, fronting(fake) as server:
         streamed = start_call(server, "fake/endless", stream=True)
@@ -3992,6 +4145,8 @@ def test_a_server_that_closes_tells_those_that_last_too_long():
 HOSTILE_JSON = [
     ("nested too deep", b'{"model":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     ("not closed", b'{"a":' * 100_000),
+    ("a surrogate as it is", b'{"model":"\xed\xa0\x80"}'),
+    ("UTF-16", '{"model":"\ud800"}'.encode("utf-16", "surrogatepass")),
     ("an endless integer", b'{"model":"x","seed":' + b"9" * 100_000 + b"}"),
     ("a key twice", b'{"model":"x","model":"y","messages":[]}'),
     ("a long name", b'{"model":"' + b"x" * 20_000_000 + b'","messages":1}'),
@@ -4703,6 +4858,11 @@ def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
         program.terminate()
         assert program.wait(timeout=10) == 0
         assert not is_healthy(url)
+
+
+def test_flags_are_not_abbreviated():
+    with pytest.raises(SystemExit):
+        proxy.parse_arguments(["--rel"])
 
 
 def test_a_second_signal_ends_the_program_at_once():
