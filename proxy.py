@@ -27,6 +27,8 @@ Each section uses only names from those above it.
     Layouts     how a conversation becomes what a model reads
     Families    how each kind of model is asked: one row per family
     Files       images and the like that come inside a message
+    Schemas     a family read from what a model says of itself
+    Lookups     which family a call gets, and schemas kept for a while
     Inputs      a call in the terms of its model
     Events      what a prediction is seen to do, and what shapes its text
     Thoughts    reasoning told apart from the answer
@@ -68,7 +70,15 @@ import time
 import urllib.request
 from base64 import b64decode, b64encode
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import (
     AbstractContextManager,
     closing,
@@ -278,6 +288,7 @@ class Patience(NamedTuple):
     """How long we wait for what, in seconds: for those who embed or test a server."""
 
     connect: float = 5
+    schema: float = 5  # for Replicate to tell what inputs a model has
     create: float = 30  # for Replicate to answer a create …
     look: float = 5  # … and a GET or a cancel, which can be asked again
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
@@ -568,6 +579,7 @@ SAMPLING = {
     "top_k": Param(INTEGER),
     "min_tokens": Param(INTEGER),
     "repetition_penalty": Param(NUMBER, 0),
+    "replicate": Param(OBJECT, default={}),  # into the input, over all else
 }
 
 # A part's type names the field that it must have.
@@ -961,8 +973,9 @@ class Field(NamedTuple):
     low: float | None = None
     high: float | None = None
     default: Any = None  # sent when nobody named a value
-    choices: tuple[str, ...] = ()
+    choices: tuple[Any, ...] = ()
     joined: str = ""  # a list goes as one string, with this between
+    kind: str = ""  # its JSON type, where it is known
 
 
 class Slot(NamedTuple):
@@ -980,6 +993,10 @@ class Family(NamedTuple):
     fields: Mapping[str, Field]
     raw: Json = {}  # what makes the model take a prompt as it is
     slots: Mapping[str, Slot] = {}  # by the type of part
+    prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
+    others: Mapping[str, Field] = {}  # inputs that OpenAI has no name for
+    required: tuple[str, ...] = ()  # inputs without which it does not run
+    is_language: bool = True
 
 
 # Where a model's own default is short (128 to 2,048 tokens), an answer would
@@ -1271,6 +1288,368 @@ def check_parts(messages: list[Json]) -> None:
             check_param(path, part[part["type"]], param)
 
 
+# == Schemas ===================================================================
+#
+# A family read from the model's own input schema, for the models that have no
+# row and for what a row does not name. Nothing in a schema is sure to be there
+# or to be of its type. To add a name that models use for a parameter: a word in
+# SYNONYMS.
+
+
+class Synonyms(NamedTuple):
+    kinds: frozenset[str]  # what it may be, by kind_of; "" is always accepted
+    names: str  # what models call it, the best first
+
+
+def kinds(words: str) -> frozenset[str]:
+    return frozenset(["", *words.split()])
+
+
+TEXT, WORD = kinds("string"), kinds("string word")
+WHOLE, REAL = kinds("integer number"), kinds("number")
+FILES = kinds("file files string strings array")
+
+# What carries the conversation …
+CONVERSATION = {
+    "messages": Synonyms(kinds("objects array"), "messages"),
+    "prompt": Synonyms(
+        TEXT,
+        "prompt user_prompt input_prompt text input_text text_input input inputs "
+        "query question instruction message user_message",
+    ),
+    "system": Synonyms(
+        TEXT,
+        "system_prompt system_instruction system_instructions system_message "
+        "instructions system pre_prompt",
+    ),
+}
+# … what is attached to it, by the type of part …
+ATTACHED = {
+    "image_url": Synonyms(
+        FILES,
+        "images image_input input_images image_urls image input_image image_url media",
+    ),
+    "input_audio": Synonyms(
+        FILES, "audio audio_file audio_input input_audio audio_url"
+    ),
+    "file": Synonyms(FILES, "file files pdf document documents input_file"),
+}
+# … and what OpenAI has a parameter for.
+SYNONYMS = {
+    "max_tokens": Synonyms(
+        WHOLE,
+        "max_completion_tokens max_output_tokens max_tokens max_new_tokens "
+        "max_tokens_to_generate num_predict max_length",
+    ),
+    "min_tokens": Synonyms(WHOLE, "min_tokens min_new_tokens min_length"),
+    "temperature": Synonyms(REAL, "temperature temp"),
+    "top_p": Synonyms(REAL, "top_p"),
+    "top_k": Synonyms(WHOLE, "top_k"),
+    "presence_penalty": Synonyms(REAL, "presence_penalty"),
+    "frequency_penalty": Synonyms(REAL, "frequency_penalty"),
+    "repetition_penalty": Synonyms(REAL, "repetition_penalty repeat_penalty"),
+    "stop": Synonyms(
+        kinds("string strings array"), "stop stop_sequences stop_strings stop_words"
+    ),
+    "seed": Synonyms(WHOLE, "seed random_seed"),
+    "reasoning_effort": Synonyms(
+        WORD, "reasoning_effort thinking_level effort reasoning thinking"
+    ),
+    "verbosity": Synonyms(WORD, "verbosity"),
+}
+GRADED = {"reasoning_effort": EFFORTS, "verbosity": VERBOSITIES}
+
+NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
+DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
+
+MANY = 100  # attachments, where the schema sets no bound
+MAX_HOPS = 8  # from a schema to what it refers to
+JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object")
+TEXT_IN_OBJECT = ("text", "output", "content")
+
+
+def as_object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def resolve(schema: Any, schemas: Json) -> Json:
+    """Fold what a schema refers to into it; its own words count before those."""
+    flat: Json = {}
+    for _ in range(MAX_HOPS):
+        flat = {**as_object(schema), **flat}
+        schema = referred(as_object(schema), schemas)
+    return flat
+
+
+def referred(schema: Json, schemas: Json) -> Any:
+    """What stands behind a $ref, or the first alternative that is not null."""
+    if isinstance(ref := schema.get("$ref"), str):
+        return schemas.get(ref.rpartition("/")[2])
+    lists = (as_list(schema.get(key)) for key in ("allOf", "anyOf", "oneOf"))
+    parts = (as_object(part) for parts in lists for part in parts)
+    return next((part for part in parts if part.get("type") != "null"), None)
+
+
+def json_type(schema: Json) -> str:
+    """The type that is not null; "" if the schema names none."""
+    told = schema.get("type")
+    named = [told, *as_list(told)]
+    return next((kind for kind in JSON_TYPES if kind in named), "")
+
+
+def kind_of(schema: Json, schemas: Json) -> str:
+    """A JSON type, or closer: file or word, and files, strings or objects."""
+    kind = json_type(schema)
+    if kind == "string" and schema.get("format") == "uri":
+        return "file"
+    if kind == "string" and as_list(schema.get("enum")):
+        return "word"
+    if kind == "array":
+        item = resolve(schema.get("items"), schemas)
+        listed = "file" if item.get("format") == "uri" else json_type(item)
+        return f"{listed}s" if listed in ("file", "string", "object") else kind
+    return kind
+
+
+def read_family(document: Any) -> Family | None:
+    """Read a model's OpenAPI document; None if none of its inputs takes the text."""
+    schemas = as_object(as_object(as_object(document).get("components")).get("schemas"))
+    if not is_text(resolve(schemas.get("Output"), schemas), schemas):
+        return PLAIN._replace(is_language=False)
+    return read_inputs(resolve(schemas.get("Input"), schemas), schemas)
+
+
+def read_inputs(inputs: Json, schemas: Json) -> Family | None:
+    rows = as_object(inputs.get("properties")).items()
+    known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
+    offered = {name: kind_of(row, schemas) for name, row in known.items()}
+    talk = find_inputs(CONVERSATION, offered)
+    if not talk.keys() & {"messages", "prompt"}:
+        return None
+    needed = tuple(name for name in known if is_needed(name, known[name], inputs))
+    family = lay_out_family(talk, needed)
+    parameters = find_inputs(SYNONYMS, offered)
+    spoken = {*parameters.values(), talk.get("messages"), talk.get("prompt")}
+    return family._replace(
+        fields={p: read_field(p, own, known[own]) for p, own in parameters.items()},
+        slots=read_slots(family, find_inputs(ATTACHED, offered), known),
+        others=read_others(known, spoken),
+        required=needed,
+    )
+
+
+def is_text(output: Json, schemas: Json) -> bool:
+    """Whether what the model makes can be told as text, for all that is known."""
+    if isinstance(output.get("x-cog-array-display"), str):
+        return bool(output["x-cog-array-display"] == "concatenate")
+    inside = as_object(output.get("properties"))
+    if inside:
+        return any(name in inside for name in TEXT_IN_OBJECT)
+    kind = kind_of(output, schemas)
+    if kind == "array":  # of what has no type, or of numbers and the like
+        return not resolve(output.get("items"), schemas)
+    return kind in ("", "string", "word", "strings", "object")
+
+
+def find_inputs(
+    table: Mapping[str, Synonyms], offered: Mapping[str, str]
+) -> dict[str, str]:
+    """The model's name for each row of which it has an input."""
+    found = {}
+    for name, (legal, names) in table.items():
+        fitting = [own for own in names.split() if offered.get(own, "-") in legal]
+        if fitting:
+            found[name] = fitting[0]
+    return found
+
+
+def is_needed(name: str, schema: Json, inputs: Json) -> bool:
+    return name in as_list(inputs.get("required")) and "default" not in schema
+
+
+def lay_out_family(talk: Mapping[str, str], needed: Sequence[str]) -> Family:
+    """Messages as they are, where they alone will do; else a transcript."""
+    prompt = talk.get("prompt", "")
+    if "messages" in talk and prompt not in needed:
+        return Family("", lay_out_messages, "system", {}, prompt=prompt)
+    lay_out = partial(lay_out_under, prompt) if prompt != "prompt" else PLAIN.lay_out
+    return Family("", lay_out, talk.get("system", ""), {}, prompt=prompt)
+
+
+def lay_out_under(prompt: str, messages: Messages, system: str) -> Json:
+    """A transcript for a model with its own name for the prompt."""
+    laid_out = lay_out_transcript(messages, system)
+    return {prompt if name == "prompt" else name: v for name, v in laid_out.items()}
+
+
+def read_field(parameter: str, name: str, schema: Json) -> Field:
+    kind = json_type(schema)
+    low, high = ("minItems", "maxItems") if kind == "array" else ("minimum", "maximum")
+    choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
+    is_short = is_bound(schema.get("default")) and 0 < schema["default"] < LONG
+    return Field(
+        name,
+        read_bound(schema.get(low)),
+        read_bound(schema.get(high)),
+        default=LONG if parameter == "max_tokens" and is_short else None,
+        choices=tuple(choices),
+        joined="," if parameter == "stop" and kind == "string" else "",
+        kind=kind,
+    )
+
+
+def is_bound(value: Any) -> bool:
+    return is_number(value) and abs(value) < 2**64
+
+
+def read_bound(value: Any) -> float | None:
+    return value if is_bound(value) else None
+
+
+def read_slots(
+    family: Family, found: Mapping[str, str], known: Mapping[str, Json]
+) -> dict[str, Slot]:
+    """Where attachments go: for images among messages, in their place there."""
+    slots = {kind: read_slot(name, known[name]) for kind, name in found.items()}
+    in_place = family.lay_out is lay_out_messages and "image_url" in slots
+    return {**slots, **IN_PLACE} if in_place else slots
+
+
+def read_slot(name: str, schema: Json) -> Slot:
+    if json_type(schema) != "array":
+        return Slot(name)
+    most = read_bound(schema.get("maxItems"))
+    return Slot(name, MANY if most is None else int(most), as_list=True)
+
+
+def read_others(
+    known: Mapping[str, Json], spoken: Collection[str | None]
+) -> dict[str, Field]:
+    """Each other input under its own name, but where OpenAI has a meaning for that."""
+    return {
+        name: read_field("", name, schema)
+        for name, schema in known.items()
+        if name not in DOCUMENTED and name not in spoken
+    }
+
+
+def merge(row: Family, read: Family | None) -> Family:
+    """The row, and from the schema what the row does not name."""
+    if read is None:
+        return row
+    taken = {field.name for field in row.fields.values()}
+    new = {name: f for name, f in read.fields.items() if f.name not in taken}
+    others = {name: f for name, f in read.others.items() if name not in taken}
+    in_place = row.lay_out is lay_out_messages
+    slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
+    return row._replace(
+        fields={**new, **row.fields},
+        slots={**slots, **row.slots},
+        others={**others, **row.others},
+    )
+
+
+# == Lookups ===================================================================
+#
+# Which family a call gets: its model's row, or what the model says of itself,
+# which is looked up no oftener than it must be, once for all who ask together.
+
+SCHEMA_LASTS = 3600  # seconds, for one that was read …
+RETRY_AFTER = 60  # … and for one that could not be
+MOST_SCHEMAS = 1000
+OWNED = re.compile(rf"(?!deployments/)({NAME})/({NAME})(?::({NAME}))?")
+
+
+class Inquiry:
+    """One look at a schema, for all the calls that wait for it."""
+
+    def __init__(self, last: Family | None, expires: float) -> None:
+        self.family = last
+        self.expires = expires
+        self.done = threading.Event()
+
+
+class Schemas:
+    """Families by ref, each read once and kept for an hour."""
+
+    def __init__(
+        self,
+        look_up: Callable[
+            [str, str, str], Json
+        ],  # owner, name, version or "" -> schema
+        clock: Callable[[], float] = time.monotonic,
+        limit: float = 5,  # seconds that a call waits for one
+    ) -> None:
+        self.look_up = look_up
+        self.clock = clock
+        self.limit = limit
+        self.lock = threading.Lock()
+        self.inquiries: dict[str, Inquiry] = {}
+
+    def find(self, ref: str) -> Family | None:
+        """The last family that was read, or None: no schema, or not in time."""
+        # Replicate tells none of a deployment, nor of a version without its model.
+        if not (match := OWNED.fullmatch(ref)):
+            return None
+        inquiry = self.inquire(ref, match.groups(""))
+        inquiry.done.wait(self.limit)
+        return inquiry.family
+
+    def inquire(self, ref: str, where: Sequence[str]) -> Inquiry:
+        with self.lock:
+            last = self.inquiries.get(ref)
+            if last and self.clock() < last.expires:
+                return last
+            fresh = Inquiry(last.family if last else None, self.clock() + RETRY_AFTER)
+            self.inquiries.pop(ref, None)
+            self.inquiries[ref] = fresh
+            for oldest in list(self.inquiries)[:-MOST_SCHEMAS]:
+                del self.inquiries[oldest]
+        threading.Thread(target=self.read, args=(where, fresh), daemon=True).start()
+        return fresh
+
+    def read(self, where: Sequence[str], inquiry: Inquiry) -> None:
+        try:
+            inquiry.family = read_family(self.look_up(*where))
+            inquiry.expires = self.clock() + SCHEMA_LASTS
+        except Exception as error:
+            inquiry.expires = self.clock() + RETRY_AFTER
+            told = as_api_error(error)
+            log.warning("the schema of %s/%s can't be read: %s", *where[:2], told)
+        finally:
+            inquiry.done.set()
+
+
+def family_for(
+    model: Model, body: Json, attached: set[str], schemas: Schemas
+) -> Family:
+    """Its row if that says all the call needs, so that a known model costs no GET."""
+    row = find_family(model)
+    if row is PLAIN:
+        family = schemas.find(model.ref) or PLAIN
+    else:
+        family = (
+            row
+            if says_all(row, body, attached)
+            else merge(row, schemas.find(model.ref))
+        )
+    no_text = "is not a language model: what it makes is not text. Use one that is."
+    is_language = family.is_language
+    require(is_language, f"The model `{model.id}` {no_text}", param="model")
+    return family
+
+
+def says_all(row: Family, body: Json, attached: set[str]) -> bool:
+    sent = {name for name, value in body.items() if value is not None}
+    own = {field.name for field in row.fields.values()}
+    unknown = sent - DOCUMENTED - {"replicate"} - row.fields.keys() - own
+    return not unknown and attached <= row.slots.keys()
+
+
 # == Inputs ====================================================================
 #
 # A call in the terms of its model: what Replicate is given, and what must be
@@ -1292,17 +1671,15 @@ class Order(NamedTuple):
     echo: bool = False  # say the prompt before the answer
 
 
-def chat_order(body: Json, model: Model) -> Order:
-    family = find_family(model)
+def chat_order(body: Json, model: Model, family: Family) -> Order:
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
     laid_out = family.lay_out(body["messages"], family.system)
     laid_out = {**laid_out, **place(attachments(body["messages"]), family.slots)}
     return order(body, model, family, laid_out, prompt)
 
 
-def completion_order(body: Json, model: Model, prompt: str) -> Order:
-    family = find_family(model)
-    laid_out = {"prompt": prompt, **family.raw}
+def completion_order(body: Json, model: Model, family: Family, prompt: str) -> Order:
+    laid_out = lay_out_prompt(family, prompt)
     asked = order(body, model, family, laid_out, prompt)
     return asked._replace(echo=body["echo"])
 
@@ -1314,8 +1691,11 @@ def order(
     short_enough = len(prompt.encode()) <= LONGEST
     param = "messages" if "messages" in body else "prompt"
     require(short_enough, too_long, code="context_length_exceeded", param=param)
-    asked = tame(body, model.config)
-    input = {**laid_out, **fit_all(asked, family.fields), **model.config.input}
+    asked = tame(in_our_words(body, family.fields), model.config)
+    fitted = {**fit_all(asked, family.fields), **pass_on(body, family.others)}
+    given = {**model.config.input, **body["replicate"]}
+    input = {**laid_out, **fitted, **given}
+    require_inputs(model, family, input)
     names = {field.name: name for name, field in family.fields.items()}
     limit = next(
         (input.get(name) for name in names if names[name] == "max_tokens"), None
@@ -1337,9 +1717,9 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
     ]
 
 
-def check_places(attached: list[tuple[str, str]], model: Model) -> None:
+def check_places(attached: list[tuple[str, str]], model: Model, family: Family) -> None:
     """Raise 400 for what the model does not take, or not so much of."""
-    slots = find_family(model).slots
+    slots = family.slots
     for kind in {kind for kind, _ in attached}:
         count = sum(each == kind for each, _ in attached)
         most = slots[kind].most if kind in slots else 0
@@ -1385,23 +1765,117 @@ def fit_all(asked: Json, fields: Mapping[str, Field]) -> Json:
     sent = {}
     for name, wanted in fields.items():
         value = wanted.default if asked.get(name) is None else asked[name]
-        if (fitted := fit(value, wanted)) not in (None, "", []):
+        if isinstance(value, list):
+            value = [item for item in value if item != ""]
+        if value in (None, []):
+            continue
+        if (fitted := fit(name, value, wanted)) != "":
             sent[wanted.name] = fitted
     return sent
 
 
-def fit(value: Any, field: Field) -> Any:
-    """Bring a value to what the model takes: its bounds, its words, one string."""
-    if value in (None, []):
-        return None
+def in_our_words(body: Json, fields: Mapping[str, Field]) -> Json:
+    """Let a client use the model's own name for what OpenAI has another for."""
+    own = {
+        name: fit(field.name, body[field.name], field)
+        for name, field in fields.items()
+        if field.name not in DOCUMENTED and body.get(field.name) is not None
+    }
+    return {**body, **own}
+
+
+def pass_on(body: Json, others: Mapping[str, Field]) -> Json:
+    """What OpenAI has no name for, by the name that model and client have for it."""
+    asked = {name: body[name] for name in others if body.get(name) is not None}
+    return {name: fit(name, value, others[name]) for name, value in asked.items()}
+
+
+def fit(name: str, value: Any, field: Field) -> Any:
+    """Bring a value to what the model takes: its type, its words, its bounds."""
+    if field.joined and isinstance(value, list):
+        return join(value, field.joined)
+    cast = CASTS.get(field.kind)
+    fitted = cast(value) if cast else value
+    if fitted is None:
+        raise misfit(name, value, field.kind)
     if field.choices:
-        scale = EFFORTS.index
-        return min(field.choices, key=lambda choice: abs(scale(choice) - scale(value)))
-    if isinstance(value, list):
-        value = list(filter(None, value))
-    if field.joined:  # a stop string that holds the separator can't be sent
-        return field.joined.join(item for item in value if field.joined not in item)
-    return clamp(value, field.low, field.high) if isinstance(value, NUMBER) else value
+        return choose(name, fitted, field.choices)
+    is_real = isinstance(fitted, NUMBER) and not isinstance(fitted, bool)
+    return clamp(fitted, field.low, field.high) if is_real else fitted
+
+
+def join(items: list[Any], between: str) -> str:
+    """An item that holds the separator can't be sent."""
+    return between.join(str(item) for item in items if between not in str(item))
+
+
+def whole(value: Any) -> int | None:
+    """2.0 is whole in JSON; 2.5 is refused, as either side of it would be a guess."""
+    return int(value) if is_number(value) and value % 1 == 0 else None
+
+
+def listed(value: Any) -> list[Any] | None:
+    """One string stands for an array of one, as it does in OpenAI's API."""
+    return [value] if isinstance(value, str) else value if type(value) is list else None
+
+
+# By JSON type: the value as that, or None. A list for a string has no separator that
+# could be known, but where `joined` tells it.
+CASTS: dict[str, Callable[[Any], Any]] = {
+    "string": lambda value: value if isinstance(value, str) else None,
+    "integer": whole,
+    "number": lambda value: value if is_number(value) else None,
+    "boolean": lambda value: value if isinstance(value, bool) else None,
+    "array": listed,
+    "object": lambda value: value if isinstance(value, dict) else None,
+}
+ARTICLES = {"integer": "an", "array": "an", "object": "an"}
+
+
+def misfit(name: str, value: Any, kind: str) -> APIError:
+    wanted = f"{ARTICLES.get(kind, 'a')} {kind}"
+    message = (
+        f"Invalid type for '{name}': this model takes {wanted}, "
+        f"but got {KINDS[type(value)]} instead."
+    )
+    return APIError(400, message, code="invalid_type", param=name)
+
+
+def choose(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """A grade that the model does not know becomes its nearest."""
+    scale = GRADED.get(name, ())
+    graded = [word for word in choices if str(word).lower() in scale]
+    if value in choices or value not in scale or not graded:
+        check_choice(name, value, choices)
+        return value
+    rank = scale.index(value)
+    return min(graded, key=lambda word: abs(scale.index(word.lower()) - rank))
+
+
+def lay_out_prompt(family: Family, prompt: str) -> Json:
+    """A bare prompt as it is, or as the one message of a model that takes no other."""
+    if family.prompt:
+        return {family.prompt: prompt, **family.raw}
+    return family.lay_out([{"role": "user", "content": prompt}], family.system)
+
+
+def require_inputs(model: Model, family: Family, input: Json) -> None:
+    """Raise 400 for what the schema says the model can't run without."""
+    missing = [name for name in family.required if name not in input]
+    named = " and ".join(f"'{name}'" for name in missing)
+    first = next(iter(missing), "")
+    parts = {
+        slot.name: f"a part of type '{kind}'" for kind, slot in family.slots.items()
+    }
+    remedies = {**parts, family.system: "a system message"}
+    elsewise = f'"replicate": {{"{first}": …}} in the body'
+    require(
+        not missing,
+        f"The model `{model.id}` needs the input {named}, which nothing in this call "
+        f"gives. Send {remedies.get(first, elsewise)}.",
+        code="missing_required_parameter",
+        param=first,
+    )
 
 
 def clamp(value: Any, low: float | None, high: float | None) -> Any:
@@ -2005,6 +2479,20 @@ class ReplicateAPI:
             return version.get("id")
         return None
 
+    def find_schema(self, owner: str, name: str, version: str) -> Json:
+        """What a version says of itself, or the newest one; {} if it says nothing."""
+        of: Json = {"model_owner": owner, "model_name": name}
+        of["timeout"] = self.patience.schema
+        models = self.client.models
+        with self.failures_told():
+            if version:
+                get = models.versions.with_raw_response.get
+                found = read_object_of(get(version_id=version, **of))
+            else:
+                found = read_object_of(models.with_raw_response.get(**of))
+                found = as_object(found.get("latest_version"))
+        return as_object(found.get("openapi_schema"))
+
     def look(self, id: str) -> Json:
         with self.failures_told():
             answer = self.client.predictions.with_raw_response.get(
@@ -2255,6 +2743,7 @@ class Upstream:
         self.api = api
         self.patience = patience
         self.hosted = Hosted(api.upload)
+        self.schemas = Schemas(api.find_schema, limit=patience.schema)
 
     def run(self, order: Order, flight: Flight, *, wait: bool) -> Events:
         """Create a prediction and tell what it does; `wait` if all of it is wanted."""
@@ -2825,17 +3314,21 @@ def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Repl
     body = check_body(call, CHAT, model_id)
     check_parts(body["messages"])
     model = find_model(proxy.models.current(), body["model"])
-    check_places(attachments(body["messages"]), model)
+    attached = attachments(body["messages"])
+    kinds_sent = {kind for kind, _ in attached}
+    family = family_for(model, body, kinds_sent, proxy.upstream.schemas)
+    check_places(attached, model, family)
     body["messages"] = proxy.upstream.hosted.host_all(body["messages"])
-    orders = [chat_order(variant, model) for variant in variants(body)]
+    orders = [chat_order(variant, model, family) for variant in variants(body)]
     return tell(proxy, call, body, orders, CHAT_FORM)
 
 
 def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, COMPLETION, model_id)
     model = find_model(proxy.models.current(), body["model"])
+    family = family_for(model, body, set(), proxy.upstream.schemas)
     orders = [
-        completion_order(variant, model, prompt)
+        completion_order(variant, model, family, prompt)
         for prompt in body["prompt"]
         for variant in variants(body)
     ]

@@ -36,6 +36,7 @@ from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from replicate import APIStatusError
 
+import fake_replicate
 import proxy
 from fake_replicate import SCENARIOS, FakeReplicate
 from proxy import Done, Started, Text, Usage
@@ -124,6 +125,7 @@ class FakeUpstream:
 
     def __init__(self, *script):
         self.hosted = proxy.Hosted(lambda attached: "https://hosted")
+        self.schemas = proxy.Schemas(lambda *where: {})
         self.script = script
         self.asked = []
         self.closed = 0
@@ -907,6 +909,7 @@ def test_check_fills_in_every_parameter():
         "stream_options": {},
         "stop": [],
         "n": 1,
+        "replicate": {},
         "prompt": ["Once"],
         "max_tokens": 16,
         "echo": False,
@@ -929,7 +932,7 @@ def test_what_openai_does_not_document_is_no_error():
     proxy.check({**ANY_CHAT, "min_p": 0.1, "chat_template_kwargs": {}}, proxy.CHAT)
 
 
-NOT_OPENAIS = {"top_k", "min_tokens", "repetition_penalty"}
+NOT_OPENAIS = {"replicate", "top_k", "min_tokens", "repetition_penalty"}
 SHARED = """ model stream stream_options temperature top_p presence_penalty
 frequency_penalty max_tokens stop seed n logit_bias logprobs user"""
 DOCUMENTED = {
@@ -1241,12 +1244,11 @@ def test_a_large_image_is_uploaded_once_for_a_while():
     assert hosted.host(data_url(large), is_image=True) == "https://hosted/3"
 
 
-# == Inputs ====================================================================
-
-
 def chat_order(ref, given, **config):
     model = proxy.Model("", ref, proxy.ModelConfig(**config))
-    return proxy.chat_order(proxy.check({**ANY_CHAT, **given}, proxy.CHAT), model)
+    return proxy.chat_order(
+        proxy.check({**ANY_CHAT, **given}, proxy.CHAT), model, proxy.find_family(model)
+    )
 
 
 def chat_input(ref, **given):
@@ -1375,6 +1377,813 @@ INPUTS = {
 }
 
 
+# == Schemas ===================================================================
+
+TEXT_OUTPUT = {
+    "type": "array",
+    "items": {"type": "string"},
+    "x-cog-array-type": "iterator",
+    "x-cog-array-display": "concatenate",
+}
+STRING = {"type": "string"}
+IMAGE_OUTPUT = {"type": "string", "format": "uri"}
+
+
+def document(properties, required=(), output=TEXT_OUTPUT, **schemas):
+    """A model's OpenAPI document, as far as the proxy reads it."""
+    made = {"type": "object", "properties": properties, "required": list(required)}
+    return {"components": {"schemas": {"Input": made, "Output": output, **schemas}}}
+
+
+def short(fields):
+    """The document of a model in the notation of replicate-api.md, section 5."""
+    return {"components": {"schemas": fake_replicate.make_schemas(fields)}}
+
+
+def schema_order(schema, body=None, ref="some/one"):
+    """What is ordered of a model that nothing but its schema is known of."""
+    model = proxy.Model(ref, ref)
+    checked = proxy.check({**ANY_CHAT, **(body or {})}, proxy.CHAT)
+    family = proxy.family_for(model, checked, set(), proxy.Schemas(lambda *_: schema))
+    return proxy.chat_order(checked, model, family)
+
+
+def schema_input(fields, body=None):
+    return schema_order(short(fields), body).input
+
+
+# Of replicate-api.md 5.2: each kind of language model, once.
+LLAMA_2_ONE = """
+    prompt* str; system_prompt str ="You are a helpful assistant."; max_new_tokens int
+    =128 [1..]; min_new_tokens int =-1 [-1..]; temperature float =0.75 [0.01..5];
+    top_p float =0.9 [0..1]; top_k int =50 [0..]; stop_sequences str; seed int;
+    debug bool =false
+"""
+LLAMA_3_ONE = """
+    prompt str =""; min_tokens int =0; max_tokens int =512; temperature float =0.6;
+    top_p float =0.9; top_k int =50; presence_penalty float =1.15;
+    frequency_penalty float =0.2; prompt_template str ="{prompt}"
+"""
+LLAMA_4_ONE = """
+    prompt str =""; system_prompt str ="You are helpful."; min_tokens int =0;
+    max_tokens int =4096; temperature float =0.6; top_p float =0.9; top_k int =50;
+    presence_penalty float =0; frequency_penalty float =0; stop_sequences str ="";
+    prompt_template str =""
+"""
+MISTRAL_ONE = """
+    prompt* str; max_new_tokens int =128; min_new_tokens int =-1; temperature float;
+    top_p float =0.9; top_k int =50; stop_sequences str; seed int; debug bool =false
+"""
+OPEN_ONE = """
+    prompt str =""; max_tokens int =2048; temperature float =0.1;
+    presence_penalty float =0; frequency_penalty float =0; top_p float =1
+"""
+DEEPSEEK_31 = """
+    thinking enum medium, None ="None"; prompt str ="Why are you better?";
+    max_tokens int =1024; temperature float =0.1; top_p float =1;
+    presence_penalty float =0; frequency_penalty float =0
+"""
+GPT_4_ONE = """
+    prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
+    temperature float =1 [0..2]; max_completion_tokens int =4096; top_p float =1 [0..1];
+    frequency_penalty float =0 [-2..2]; presence_penalty float =0 [-2..2]
+"""
+O1_ONE = """
+    prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
+    reasoning_effort enum low, medium, high ="medium"; max_completion_tokens int =4096
+"""
+O1_MINI_ONE = "prompt str; messages [obj] =[]; max_completion_tokens int =4096"
+GPT_5_ONE = """
+    prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
+    reasoning_effort enum {} ="low"; verbosity enum low, medium, high ="medium";
+    max_completion_tokens int
+"""
+GPT_5_PRO_ONE = """
+    prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
+    verbosity enum low, medium, high ="medium"; max_completion_tokens int
+"""
+STRUCTURED_ONE = """
+    model str ="gpt-5"; prompt str; instructions str;
+    image_input [uri] =[]; reasoning_effort enum minimal, low, medium, high ="minimal";
+    verbosity enum low, medium, high ="medium"; enable_web_search bool =false;
+    simple_schema [str] =[]; input_item_list [obj] =[]; previous_response_id str;
+    tools [obj] =[]; json_schema obj ={}; max_output_tokens int
+"""
+HAIKU = 'prompt* str; max_tokens int =8192 [1..8192]; system_prompt str =""'
+SONNET = """
+    prompt* str; image uri; system_prompt str =""; max_tokens int =8192 [1024..64000];
+    max_image_resolution float =0.5 [0.001..2]; extended_thinking bool =false;
+    thinking_budget_tokens int =1024 [1024..64000]
+"""
+GEMINI_25 = """
+    prompt* str; images [uri] =[]; videos [uri] =[]; system_instruction str;
+    temperature float =1 [0..2]; top_p float =0.95 [0..1];
+    max_output_tokens int =65535 [1..65535]; thinking_budget int [0..24576];
+    dynamic_thinking bool =false
+"""
+GEMINI_3_ONE = """
+    prompt* str; images [uri] =[]; videos [uri] =[]; audio uri; system_instruction str;
+    thinking_level enum {}; temperature float =1; top_p float =0.95;
+    max_output_tokens int =65535
+"""
+GRANITE_31 = """
+    prompt str =""; system_prompt str ="You are helpful."; min_tokens int =0;
+    max_tokens int =512; temperature float =0.6; top_p float =0.9; top_k int =50;
+    presence_penalty float =0; frequency_penalty float =0; stop_sequences str
+"""
+GRANITE_33 = fake_replicate.MODEL_FIELDS["ibm-granite/granite-3.3-8b-instruct"]
+KIMI_25 = """
+    prompt str =""; image uri; max_tokens int =1024 [1..131072];
+    temperature float =0.1 [0..2]; presence_penalty float =0 [-2..2];
+    frequency_penalty float =0 [-2..2]; top_p float =1 [0..1]
+"""
+KIMI_26 = """
+    prompt str; system_prompt str; image_input [uri] =[]; max_tokens int =2048
+    [1..32768]; temperature float =0.6 [0..2]; top_p float =1; reasoning_effort str
+    ="none"; presence_penalty float =0 [-2..2]; frequency_penalty float =0 [-2..2]
+"""
+PARROT = fake_replicate.MODEL_FIELDS["acme/parrot"]
+
+
+def less(input, *names):
+    return {name: value for name, value in input.items() if name not in names}
+
+
+MESSAGES = {"messages": TALK, "max_completion_tokens": 100}
+AS_A_PLAY = {"prompt": TRANSCRIPT, "system_prompt": "Be brief."}
+ON_TOP = {"prompt": f"Be brief.\n\n{TRANSCRIPT}"}
+
+FROM_SCHEMAS = [
+    # (why, fields, what a row would send, or else)
+    (
+        "llama-2",
+        LLAMA_2_ONE,
+        {**less(INPUTS["llama-2"], "repetition_penalty"), **AS_A_PLAY},
+    ),
+    (
+        "llama-3",
+        LLAMA_3_ONE,
+        {**less(INPUTS["llama-3"], "stop_sequences", "prompt_template"), **ON_TOP},
+    ),
+    (
+        "llama-4",
+        LLAMA_4_ONE,
+        {**less(INPUTS["llama-4"], "prompt_template"), **AS_A_PLAY},
+    ),
+    (
+        "mistral",
+        MISTRAL_ONE,
+        {**less(INPUTS["mistral"], "repetition_penalty"), "temperature": 0},
+    ),
+    ("deepseek-r1, gpt-oss, grok-4, qwen3", OPEN_ONE, INPUTS["open"]),
+    ("deepseek-v3.1", DEEPSEEK_31, {**INPUTS["open"], "thinking": "medium"}),
+    ("gpt-4o, gpt-4.1", GPT_4_ONE, INPUTS["gpt-4"]),
+    ("o1, o4-mini", O1_ONE, INPUTS["o-series"]),
+    ("o1-mini", O1_MINI_ONE, MESSAGES),
+    ("gpt-5", GPT_5_ONE.format("minimal, low, medium, high"), INPUTS["gpt-5"]),
+    ("gpt-5.1", GPT_5_ONE.format("none, low, medium, high"), INPUTS["gpt-5.1"]),
+    ("gpt-5.2", GPT_5_ONE.format("none, low, medium, high, xhigh"), INPUTS["gpt-5.2"]),
+    ("gpt-5-pro", GPT_5_PRO_ONE, INPUTS["gpt-5-pro"]),
+    (
+        "gpt-5-structured",
+        STRUCTURED_ONE,
+        {
+            **less(INPUTS["gpt-5-structured"], "input_item_list"),
+            "prompt": TRANSCRIPT,
+        },
+    ),
+    ("claude-3.5-haiku", HAIKU, INPUTS["claude-3.5"]),
+    ("claude-4-sonnet", SONNET, INPUTS["claude"]),
+    ("gemini-2.5", GEMINI_25, INPUTS["gemini"]),
+    ("gemini-3", GEMINI_3_ONE.format("low, high"), INPUTS["gemini-3"]),
+    ("gemini-3.1", GEMINI_3_ONE.format("low, medium, high"), INPUTS["gemini-3.1"]),
+    ("granite-3.1", GRANITE_31, INPUTS["granite"]),
+    ("granite-3.3", GRANITE_33, INPUTS["granite-messages"]),
+    ("kimi-k2.5", KIMI_25, INPUTS["open"]),
+    (
+        "kimi-k2.6",
+        KIMI_26,
+        {**INPUTS["open"], **AS_A_PLAY, "reasoning_effort": "max"},
+    ),
+    (
+        "acme/parrot",
+        PARROT,
+        {
+            "prompt": TRANSCRIPT,
+            "system_instruction": "Be brief.",
+            "max_length": 100,
+            "temperature": 0,
+            "stop": ["END", "a,b"],
+            "random_seed": 7,
+        },
+    ),
+    ("a dummy", "name str; name_file uri", ON_TOP),
+]
+
+
+@table("fields, expected", FROM_SCHEMAS)
+def test_a_schema_alone_asks_as_a_row_would(fields, expected):
+    assert schema_input(fields, less(EVERYTHING, "min_p")) == expected
+
+
+@table(
+    "fields, expected",
+    [
+        ("a short default is made longer", OPEN_ONE, {"max_tokens": 4096}),
+        ("within the bounds", PARROT, {"max_length": 1024}),
+        ("a long one is left alone", HAIKU, {}),
+        ("none is left alone", GPT_5_PRO_ONE, {}),
+    ],
+)
+def test_of_a_schemas_defaults_none_is_sent(fields, expected):
+    assert less(schema_input(fields), "prompt", "messages") == expected
+
+
+TONE = {"allOf": [{"$ref": "#/components/schemas/tone"}], "default": "kind"}
+NULLABLE = {"anyOf": [{"type": "null"}, {"type": "integer", "maximum": 9}]}
+
+
+@table(
+    "properties, expected",
+    [
+        ("a property", {"type": "integer", "minimum": 1}, ("integer", 1, None, ())),
+        ("nullable", {"type": "string", "nullable": True}, ("string", None, None, ())),
+        ("or null", NULLABLE, ("integer", None, 9, ())),
+        ("types", {"type": ["null", "number"]}, ("number", None, None, ())),
+        ("an enum", TONE, ("string", None, None, ("kind", "gruff"))),
+        ("a chain", {"$ref": "#/components/schemas/a"}, ("boolean", None, None, ())),
+        ("a circle", {"$ref": "#/components/schemas/b"}, ("", None, None, ())),
+        ("nowhere", {"$ref": "#/components/schemas/c"}, ("", None, None, ())),
+        ("of a list", {"type": "array", "maxItems": 3}, ("array", None, 3, ())),
+        ("no type", {"type": "banana"}, ("", None, None, ())),
+        (
+            "a wrong bound",
+            {"type": "number", "minimum": "1"},
+            ("number", None, None, ()),
+        ),
+        ("infinite", {"type": "number", "maximum": 1e999}, ("number", None, None, ())),
+        (
+            "too large",
+            {"type": "integer", "maximum": 10**400},
+            ("integer", None, None, ()),
+        ),
+    ],
+)
+def test_a_field_is_read_however_its_schema_is_written(properties, expected):
+    schema = document(
+        {"prompt": STRING, "tone": properties},
+        tone={"type": "string", "enum": ["kind", "gruff", None, []]},
+        a={"allOf": [{"$ref": "#/components/schemas/boolean"}]},
+        boolean={"type": "boolean"},
+        b={"$ref": "#/components/schemas/b"},
+    )
+    field = proxy.read_family(schema).others["tone"]
+    assert (field.kind, field.low, field.high, field.choices) == expected
+
+
+@table(
+    "properties, expected",
+    [
+        ("another name for the prompt", {"text": STRING}, {"text": "Hello"}),
+        ("the best of two", {"query": STRING, "prompt": STRING}, {"prompt": "Hello"}),
+        (
+            "a file is no prompt",
+            {"input": IMAGE_OUTPUT, "query": STRING},
+            {"query": "Hello"},
+        ),
+        (
+            "a choice is no prompt",
+            {"prompt": {**STRING, "enum": ["a"]}},
+            {"prompt": "Hello"},
+        ),
+        ("messages alone", {"messages": {"type": "array"}}, ANY_CHAT),
+        (
+            "messages as JSON",
+            {"messages": STRING, "prompt": STRING},
+            {"prompt": "Hello"},
+        ),
+    ],
+)
+def test_the_text_goes_where_the_schema_takes_it(properties, expected):
+    assert schema_order(document(properties)).input == expected
+
+
+def test_a_model_that_needs_a_prompt_is_not_given_messages_alone():
+    schema = document({"prompt": STRING, "messages": {"type": "array"}}, ["prompt"])
+    assert schema_order(schema).input == {"prompt": "Hello"}
+
+
+@table(
+    "properties, expected",
+    [
+        ("as it is", {"prompt": STRING}, {"prompt": "Once"}),
+        ("under its name", {"text": STRING}, {"text": "Once"}),
+        (
+            "as a message",
+            {"messages": {"type": "array"}},
+            {"messages": [{"role": "user", "content": "Once"}]},
+        ),
+    ],
+)
+def test_a_bare_prompt_goes_where_the_schema_takes_it(properties, expected):
+    family = proxy.read_family(document(properties))
+    assert proxy.lay_out_prompt(family, "Once") == expected
+
+
+@table(
+    "properties, expected",
+    [
+        ("one image", {"image": IMAGE_OUTPUT}, {"image_url": proxy.Slot("image")}),
+        (
+            "several",
+            {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": 4}},
+            {"image_url": proxy.Slot("images", 4, as_list=True)},
+        ),
+        (
+            "in the messages",
+            {"messages": {"type": "array"}, "image": IMAGE_OUTPUT},
+            proxy.IN_PLACE,
+        ),
+        ("sound", {"audio": IMAGE_OUTPUT}, {"input_audio": proxy.Slot("audio")}),
+        ("a document", {"pdf": IMAGE_OUTPUT}, {"file": proxy.Slot("pdf")}),
+        ("none", {"image": {"type": "integer"}}, {}),
+    ],
+)
+def test_attachments_have_their_slots(properties, expected):
+    family = proxy.read_family(document({"prompt": STRING, **properties}))
+    assert family.slots == expected
+
+
+@table(
+    "output, expected",
+    [
+        ("text in pieces", TEXT_OUTPUT, True),
+        ("a string", STRING, True),
+        ("strings", {"type": "array", "items": STRING}, True),
+        ("an array of anything", {"type": "array", "items": {}}, True),
+        ("nothing said", None, True),
+        ("garbage", ["?"], True),
+        ("an object", {"type": "object"}, True),
+        ("an object with text", {"properties": {"text": STRING}}, True),
+        ("by reference", {"$ref": "#/components/schemas/Made"}, False),
+        ("a file", IMAGE_OUTPUT, False),
+        ("files", {"type": "array", "items": IMAGE_OUTPUT}, False),
+        ("numbers", {"type": "array", "items": {"type": "number"}}, False),
+        ("vectors", {"type": "array", "items": {"type": "array"}}, False),
+        ("a number", {"type": "number"}, False),
+        ("an object without", {"properties": {"srt_file": IMAGE_OUTPUT}}, False),
+    ],
+)
+def test_a_model_is_one_of_language_if_its_output_is_text(output, expected):
+    schema = document({"prompt": STRING}, output=output, Made=IMAGE_OUTPUT)
+    assert proxy.read_family(schema).is_language == expected
+
+
+def test_a_model_of_no_language_is_refused():
+    with pytest.raises(proxy.APIError, match="`some/one` is not a language model") as e:
+        schema_order(document({"prompt": STRING}, output=IMAGE_OUTPUT))
+    assert (e.value.status, e.value.param) == (400, "model")
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        None,
+        [],
+        "schema",
+        {},
+        {"components": 1},
+        {"components": {"schemas": []}},
+        {"components": {"schemas": {"Input": "Input"}}},
+        document([]),
+        document({"prompt": 5}),
+        document({"prompt": {"type": "integer"}}),
+        document({"prompt": {"type": "string", "enum": ["a"]}}),
+        short("name str; name_file uri"),
+    ],
+    ids=repr,
+)
+def test_a_dummy_of_a_schema_makes_no_family(garbage):
+    assert proxy.read_family(garbage) is None
+
+
+WORDS = [
+    *("type", "items", "enum", "allOf", "anyOf", "$ref", "properties", "required"),
+    *("default", "minimum", "maximum", "maxItems", "format", "x-cog-array-display"),
+    *("prompt", "messages", "max_tokens", "stop", "image", "reasoning_effort", "tone"),
+]
+ODD_VALUES = st.sampled_from(
+    ["string", "integer", "array", "uri", "null", "low", "#/components/schemas/Input"]
+)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | ODD_VALUES,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(WORDS) | st.text(max_size=3), inner, max_size=6
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@thoroughly
+@given(whole=JSON, properties=JSON, required=JSON, output=JSON)
+def test_no_json_whatever_makes_reading_a_family_fail(
+    whole, properties, required, output
+):
+    proxy.read_family(whole)
+    proxy.read_family({"components": {"schemas": whole}})
+    made = {"properties": properties, "required": required}
+    family = proxy.read_family(
+        {"components": {"schemas": {"Input": made, "Output": output}}}
+    )
+    assert family is None or isinstance(family, proxy.Family)
+
+
+@thoroughly
+@given(inputs=st.dictionaries(st.sampled_from([*WORDS, "top_k", "min_p"]), JSON))
+def test_any_schema_leads_to_an_input_or_to_an_error_of_the_clients(inputs):
+    schema = document({"prompt": STRING, **inputs})
+    try:
+        sent = schema_order(schema, {**EVERYTHING, "tone": "kind"}).input
+    except proxy.APIError as error:
+        assert error.status == 400
+    else:
+        json.dumps(sent)
+
+
+@pytest.mark.parametrize("key", ["properties", "items", "allOf", "anyOf", "$ref"])
+def test_a_schema_as_deep_as_json_goes_is_read(key):
+    deep = {}
+    for _ in range(100_000):
+        deep = {key: [deep] if key.endswith("Of") else deep}
+    proxy.read_family(deep)
+    proxy.read_family(document({"prompt": deep, "image": {"type": "array", **deep}}))
+    while deep:  # Python would free it recursively
+        (deep,) = deep.values()
+        deep = deep[0] if isinstance(deep, list) else deep
+
+
+def test_no_name_of_an_input_stands_for_two_things():
+    tables = (proxy.CONVERSATION, proxy.ATTACHED, proxy.SYNONYMS)
+    names = [name for t in tables for row in t.values() for name in row.names.split()]
+    assert len(names) == len(set(names))
+
+
+def test_every_synonym_is_of_a_parameter_or_a_part():
+    assert proxy.SYNONYMS.keys() <= proxy.CHAT.keys()
+    assert set(proxy.ATTACHED) <= set(proxy.PART["type"].choices)
+
+
+def test_every_name_that_a_row_uses_is_a_synonym():
+    for family in proxy.FAMILIES.values():
+        for parameter, field in family.fields.items():
+            assert field.name in proxy.SYNONYMS[parameter].names.split()
+
+
+ANY_INPUT = """
+    prompt str; steps int [1..50]; strength float [0..1]; fast bool;
+    mood enum glad, sad; words [str]; style str; extra obj;
+    max_new_tokens int [1..500]; stop_sequences str
+"""
+
+
+@table(
+    "given, expected",
+    [
+        ("a string", {"style": "plain"}, {"style": "plain"}),
+        ("an empty one", {"style": ""}, {"style": ""}),
+        ("a whole number", {"steps": 7}, {"steps": 7}),
+        ("one written as 7.0", {"steps": 7.0}, {"steps": 7}),
+        (
+            "beyond the bounds",
+            {"steps": 99, "strength": -1},
+            {"steps": 50, "strength": 0},
+        ),
+        ("an integer for a number", {"strength": 1}, {"strength": 1}),
+        ("a boolean", {"fast": False}, {"fast": False}),
+        ("a choice", {"mood": "sad"}, {"mood": "sad"}),
+        ("a list", {"words": ["a", ""]}, {"words": ["a", ""]}),
+        ("a string for a list", {"words": "a"}, {"words": ["a"]}),
+        ("an object", {"extra": {"a": 1}}, {"extra": {"a": 1}}),
+        ("null", {"style": None}, {}),
+        ("what the model does not know", {"min_p": 0.1}, {}),
+        ("what OpenAI has a meaning for", {"user": "me"}, {}),
+        ("the model's own name", {"max_new_tokens": 900}, {"max_new_tokens": 500}),
+        (
+            "a list for a string",
+            {"stop_sequences": ["a", "b,c"]},
+            {"stop_sequences": "a"},
+        ),
+    ],
+)
+def test_what_openai_has_no_name_for_goes_on_by_the_models(given, expected):
+    sent = schema_input(ANY_INPUT, given)
+    assert sent == {"prompt": "Hello", **expected}
+
+
+A_STRING, AN_INTEGER = "takes a string", "takes an integer"
+
+
+@table(
+    "given, said, code",
+    [
+        ("half a step", {"steps": 2.5}, AN_INTEGER, "invalid_type"),
+        ("a text for a number", {"steps": "7"}, AN_INTEGER, "invalid_type"),
+        ("true for 1", {"steps": True}, AN_INTEGER, "invalid_type"),
+        ("a number for a text", {"style": 7}, A_STRING, "invalid_type"),
+        ("a list for a text", {"style": ["a"]}, A_STRING, "invalid_type"),
+        ("a number for a boolean", {"fast": 1}, "takes a boolean", "invalid_type"),
+        ("a list for an object", {"extra": []}, "takes an object", "invalid_type"),
+        ("an object for a list", {"words": {}}, "takes an array", "invalid_type"),
+        ("another choice", {"mood": "low"}, "'glad', and 'sad'", "invalid_value"),
+        ("the model's own name", {"max_new_tokens": "1"}, AN_INTEGER, "invalid_type"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(given, said, code):
+    with pytest.raises(proxy.APIError, match=said) as raised:
+        schema_input(ANY_INPUT, given)
+    (param,) = given
+    assert (raised.value.status, raised.value.code) == (400, code)
+    assert raised.value.param == param
+
+
+def test_a_cap_of_the_operators_holds_for_the_models_own_name_too():
+    model = proxy.Model("a", "some/one", proxy.ModelConfig(max_tokens=50))
+    body = proxy.check({**ANY_CHAT, "max_new_tokens": 400}, proxy.CHAT)
+    family = proxy.read_family(short(ANY_INPUT))
+    assert proxy.chat_order(body, model, family).input["max_new_tokens"] == 50
+
+
+GRADES = "prompt str; reasoning_effort enum {}"
+
+
+@table(
+    "choices, given, expected",
+    [
+        ("known", "low, high", "low", "low"),
+        ("the nearest", "low, high", "max", "high"),
+        ("in capitals", "None, Medium", "minimal", "None"),
+        ("among other words", "auto, low", "high", "low"),
+    ],
+)
+def test_an_effort_becomes_the_nearest_that_the_model_knows(choices, given, expected):
+    sent = schema_input(GRADES.format(choices), {"reasoning_effort": given})
+    assert sent["reasoning_effort"] == expected
+
+
+@table(
+    "properties, said",
+    [
+        (
+            "an image",
+            {"image": IMAGE_OUTPUT},
+            "'image'.* Send a part of type 'image_url'",
+        ),
+        ("a system text", {"system": STRING}, "'system'.* Send a system message"),
+        (
+            "something",
+            {"voice": STRING},
+            """'voice'.* Send "replicate": {"voice": …}""",
+        ),
+    ],
+)
+def test_an_input_that_the_model_needs_and_nothing_gives_is_asked_for(properties, said):
+    (name,) = properties
+    schema = document({"prompt": STRING, **properties}, ["prompt", name, "unknown"])
+    with pytest.raises(proxy.APIError, match=f"`some/one` needs the input {said}") as e:
+        schema_order(schema)
+    assert (e.value.status, e.value.param) == (400, name)
+    assert e.value.code == "missing_required_parameter"
+    given = {"messages": [{"role": "system", "content": "x"}, *ANY_CHAT["messages"]]}
+    assert schema_order(schema, {**given, "replicate": {name: "x"}}).input[name] == "x"
+
+
+def test_an_input_with_a_default_is_not_asked_for():
+    schema = document(
+        {"prompt": STRING, "voice": {**STRING, "default": "a"}}, ["voice"]
+    )
+    assert schema_order(schema).input == {"prompt": "Hello"}
+
+
+def test_what_is_for_replicate_goes_into_the_input_as_it_is_and_over_all_else():
+    given = {"replicate": {"steps": "?", "new": None, "prompt": "Bye"}, "steps": 3}
+    assert schema_input(ANY_INPUT, given) == {
+        "prompt": "Bye",
+        "steps": "?",
+        "new": None,
+    }
+
+
+# == Lookups ===================================================================
+
+
+class Models:
+    """What a model says of itself, and how often it was asked."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.asked = []
+
+    def __call__(self, *where):
+        self.asked.append(where)
+        said = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+GONE = proxy.APIError(502, "Replicate can't be reached.")
+SAID_READ, SAID_LATER = document({"prompt": STRING}), document({"text": STRING})
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def test_a_schema_is_read_once_an_hour(clock):
+    models = Models(SAID_READ, SAID_LATER)
+    schemas = proxy.Schemas(models, clock)
+    assert schemas.find("a/b") is schemas.find("a/b")
+    clock.now += 3599
+    assert schemas.find("a/b").prompt == "prompt"
+    clock.now += 2
+    assert schemas.find("a/b").prompt == "text"
+    assert models.asked == [("a", "b", "")] * 2
+
+
+@pytest.mark.parametrize("failure", [GONE, TypeError("a fault of ours")], ids=repr)
+def test_a_failure_is_tried_again_after_a_minute(clock, failure):
+    models = Models(failure, SAID_READ)
+    schemas = proxy.Schemas(models, clock)
+    assert schemas.find("a/b") is None
+    clock.now += 59
+    assert schemas.find("a/b") is None
+    clock.now += 2
+    assert schemas.find("a/b").prompt == "prompt"
+    assert len(models.asked) == 2
+
+
+def test_a_failure_leaves_what_was_read_before(clock):
+    schemas = proxy.Schemas(Models(SAID_READ, GONE, SAID_LATER), clock)
+    before = schemas.find("a/b")
+    clock.now += 3601
+    assert schemas.find("a/b") is before
+    clock.now += 61
+    assert schemas.find("a/b").prompt == "text"
+
+
+def test_a_dummy_is_remembered_as_one(clock):
+    models = Models({})
+    schemas = proxy.Schemas(models, clock)
+    assert schemas.find("a/b") is schemas.find("a/b") is None
+    assert len(models.asked) == 1
+
+
+@table(
+    "ref, expected",
+    [
+        ("a model", "a/b", [("a", "b", "")]),
+        ("a version of it", "a/b:abc", [("a", "b", "abc")]),
+        ("a version alone", "0" * 64, []),
+        ("a deployment", "deployments/a/b", []),
+    ],
+)
+def test_a_schema_is_looked_up_where_it_can_be(ref, expected):
+    models = Models(SAID_READ)
+    assert bool(proxy.Schemas(models).find(ref)) == bool(expected)
+    assert models.asked == expected
+
+
+def test_calls_that_arrive_together_share_one_look():
+    asked, told = threading.Event(), threading.Event()
+    models = Models(SAID_READ)
+
+    def look_up(*where):
+        asked.set()
+        assert told.wait(10)
+        return models(*where)
+
+    schemas = proxy.Schemas(look_up, limit=10)
+    found = []
+    calls = [
+        threading.Thread(target=lambda: found.append(schemas.find("a/b")))
+        for _ in range(20)
+    ]
+    for each in calls:
+        each.start()
+    assert asked.wait(10)
+    told.set()
+    for each in calls:
+        each.join(10)
+    assert len(found) == 20
+    assert len(set(map(id, found))) == 1
+    assert found[0].prompt == "prompt"
+    assert len(models.asked) == 1
+
+
+def test_a_call_waits_no_longer_than_its_limit(clock):
+    told = threading.Event()
+    schemas = proxy.Schemas(lambda *where: told.wait(10) and SAID_READ, clock, limit=0)
+    assert schemas.find("a/b") is None
+    inquiry = schemas.inquiries["a/b"]
+    told.set()
+    assert inquiry.done.wait(10)
+    assert schemas.find("a/b").prompt == "prompt"
+
+
+def test_only_so_many_schemas_are_kept():
+    schemas = proxy.Schemas(Models(SAID_READ))
+    for number in range(proxy.MOST_SCHEMAS + 5):
+        schemas.find(f"a/b{number}")
+    assert len(schemas.inquiries) == proxy.MOST_SCHEMAS
+    assert "a/b4" not in schemas.inquiries
+    assert "a/b5" in schemas.inquiries
+
+
+def family_by(ref, given=None, attached=(), schema=SAID_READ, **config):
+    models = Models(schema)
+    model = proxy.Model("", ref, proxy.ModelConfig(**config))
+    body = proxy.check({**ANY_CHAT, **(given or {})}, proxy.CHAT)
+    family = proxy.family_for(model, body, set(attached), proxy.Schemas(models))
+    return family, models.asked
+
+
+@table(
+    "ref, given, attached, expected",
+    [
+        ("a known model", "openai/gpt-4o", {}, (), 0),
+        (
+            "with all it knows",
+            "openai/gpt-4o",
+            less(EVERYTHING, "min_p", "top_k", "min_tokens", "repetition_penalty"),
+            (),
+            0,
+        ),
+        ("a known extra", "meta/llama-2-7b-chat", {"top_k": 1}, (), 0),
+        ("by its own name", "meta/llama-2-7b-chat", {"max_new_tokens": 1}, (), 0),
+        ("a known image", "openai/gpt-4o", {}, ["image_url"], 0),
+        ("for Replicate", "openai/gpt-4o", {"replicate": {"a": 1}}, (), 0),
+        ("null", "openai/gpt-4o", {"min_p": None}, (), 0),
+        ("an unknown extra", "openai/gpt-4o", {"min_p": 1}, (), 1),
+        ("an extra of another model", "openai/gpt-4o", {"top_k": 1}, (), 1),
+        ("an unknown image", "meta/llama-2-7b-chat", {}, ["image_url"], 1),
+        ("an unknown model", "some/one", {}, (), 1),
+    ],
+)
+def test_a_schema_is_asked_for_only_where_no_row_will_do(
+    ref, given, attached, expected
+):
+    assert len(family_by(ref, given, attached)[1]) == expected
+
+
+def test_a_row_wins_over_the_schema_for_what_it_names():
+    row = proxy.FAMILIES["open"]
+    schema = short(
+        "prompt str; max_length int [1..9]; temp float; temperature float [3..4]; "
+        "seed int; min_p float; image uri; system_prompt str"
+    )
+    family, _ = family_by("xai/grok-4", {"min_p": 1}, schema=schema)
+    assert {name: family.fields[name] for name in row.fields} == row.fields
+    assert family.fields["seed"].name == "seed"
+    assert family.slots == {"image_url": proxy.Slot("image")}
+    assert family.others.keys() == {"min_p", "temp", "image", "system_prompt"}
+    assert family[:3] == row[:3]
+
+
+def test_a_row_stands_alone_where_its_schema_can_not_be_had():
+    family, asked = family_by("openai/gpt-4o", {"min_p": 1}, schema=GONE)
+    assert asked
+    assert family is proxy.FAMILIES["gpt-4"]
+
+
+def test_a_row_that_the_operator_names_counts_as_one():
+    family, asked = family_by("some/one", family="claude")
+    assert family is proxy.FAMILIES["claude"]
+    assert not asked
+
+
+def test_a_model_without_row_or_schema_is_given_the_transcript():
+    assert family_by("some/one", schema=GONE)[0] is proxy.PLAIN
+
+
+# == Inputs ====================================================================
+
+
 @pytest.mark.parametrize("family", proxy.FAMILIES)
 def test_each_family_is_asked_in_its_own_words(family):
     for ref in MODELS_OF[family].split():
@@ -1497,7 +2306,12 @@ def test_an_order_knows_all_that_was_said():
 )
 def test_a_prompt_is_sent_as_it_is(ref, expected):
     body = proxy.check({"prompt": "Once upon"}, proxy.COMPLETION)
-    order = proxy.completion_order(body, proxy.Model("", ref), "Once upon")
+    order = proxy.completion_order(
+        body,
+        proxy.Model("", ref),
+        proxy.find_family(proxy.Model("", ref)),
+        "Once upon",
+    )
     assert order.input == {"prompt": "Once upon", **expected}
     assert order.prompt == "Once upon"
 
@@ -1548,7 +2362,8 @@ def test_sound_goes_where_the_model_takes_it():
 def test_more_images_than_a_model_takes_are_refused_with_what_would_work(ref, urls):
     attached = [("image_url", url) for url in urls]
     with pytest.raises(proxy.APIError, match="openai/gpt-4o") as caught:
-        proxy.check_places(attached, proxy.Model("a-name", ref))
+        model = proxy.Model("a-name", ref)
+        proxy.check_places(attached, model, proxy.find_family(model))
     assert ref in str(caught.value)
 
 
@@ -2322,7 +3137,7 @@ BREAKS = "cut-in-event reset-midway timeout-408 timeout-408-cold silent-stream n
 # A scenario, what its answer is, and its usage: tokens in, out, and thought.
 SAID = [
     ("hello", HELLO, (1, 8, 0)),
-    ("echo", '{"prompt": "Hi"}', (1, 1, 0)),
+    ("echo", '{"prompt": "Hi", "max_tokens": 4096}', (1, 3, 0)),
     ("slow", "".join(f"{n} " for n in range(1, 21)), (1, 20, 0)),
     ("cold", HELLO, (1, 8, 0)),
     ("silence", "", (1, 0, 0)),
@@ -3927,7 +4742,7 @@ LOGGED = [
         "a whole",
         {},
         "method=POST path=/v1/chat/completions status=200 model=fake/echo"
-        " ref=fake/echo prediction=ID tokens_in=1 tokens_out=2 first_token_ms=N ms=N"
+        " ref=fake/echo prediction=ID tokens_in=1 tokens_out=3 first_token_ms=N ms=N"
         " request_id=ID",
     ),
     (
