@@ -23,6 +23,7 @@ Each section uses only names from those above it.
     Errors      what a client is told went wrong
     Settings    what the operator chooses, read once from the environment
     Catalogue   which models there are, read from models.json
+    Bodies      what a client sends, read as JSON
     Parameters  what a client may ask: one row per parameter
     Layouts     how a conversation becomes what a model reads
     Families    how each kind of model is asked: one row per family
@@ -32,13 +33,20 @@ Each section uses only names from those above it.
     Inputs      a call in the terms of its model
     Events      what a prediction is seen to do, and what shapes its text
     Thoughts    reasoning told apart from the answer
+    Tools       what a model may call, and how it is told so
+    History     calls and results in a conversation
+    Mending     JSON as models write it, made whole
+    Dialects    how models write tool calls: one row per dialect
+    Listening   calls told apart from text, as they come
     Flights     how a call in the air is made to stop
     Streams     server-sent events as Replicate sends them
     Replicate   its API, and nothing but this section knows its library
     Outputs     what the record of a prediction tells
     Upstream    predictions, each followed to its end or cancelled
     Replies     events told as OpenAI objects, whole or in chunks
+    Repairs     what an answer lacks asked for once more
     Choices     the predictions of one call, side by side
+    Answers     an order run, and its answer shaped and told
     Endpoints   one row per path, one function per OpenAI operation
     HTTP        requests as they come over a socket, read strictly
     Watching    hang-ups noticed, and silences broken
@@ -49,6 +57,7 @@ Each section uses only names from those above it.
 from __future__ import annotations
 
 import argparse
+import ast
 import http.client
 import io
 import json
@@ -511,6 +520,62 @@ def unknown_model(id: str, why: str = "") -> APIError:
     )
 
 
+# == Bodies ====================================================================
+#
+# A body is a JSON object that every reader would read alike: what JSON has no
+# word for, or two of, is refused.
+
+
+def read_json(data: bytes, kind: str) -> Json:
+    """What JSON has no word for is refused, though Python would read it."""
+    try:
+        text = data.decode("utf-8-sig")
+        body = json.loads(
+            text,
+            parse_constant=refuse,
+            parse_float=finite,
+            object_pairs_hook=without_twins,
+        )
+        if "\\ud" in text.lower():  # "\ud800" alone is half a character
+            json.dumps(body, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        if "json" not in kind:
+            raise unsupported_content_type(kind) from None
+        raise APIError(400, NOT_JSON) from None
+    require(isinstance(body, dict), NOT_JSON)
+    return dict(body)
+
+
+NOT_JSON = (
+    "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
+    "object, but what was sent was not valid JSON or no object."
+)
+
+
+def unsupported_content_type(kind: str) -> APIError:
+    return APIError(
+        400,
+        f"Unsupported content type: '{kind}'. This API method only accepts "
+        "'application/json' requests. Please send one with the header "
+        "'Content-Type: application/json'.",
+        code="unsupported_content_type",
+    )
+
+
+def refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def without_twins(pairs: list[tuple[str, Any]]) -> Json:
+    """Of two keys of a name, another reader might take the other."""
+    return dict(pairs) if len(dict(pairs)) == len(pairs) else refuse("a key")
+
+
+def finite(text: str) -> float:
+    number = float(text)
+    return number if isfinite(number) else refuse(text)
+
+
 # == Parameters ================================================================
 #
 # Every parameter that OpenAI documents is in exactly one place: a row here
@@ -547,7 +612,6 @@ KINDS: dict[type, str] = {
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
-NO_TOOLS = "This proxy does not pass tools on."
 ALL_CHOICES = "All choices are returned, with n."
 
 STREAM_OPTIONS = {
@@ -601,25 +665,46 @@ PART = {
     ),
     "file": Param(OBJECT, each={"file_data": Param(STRING, 1)}),
 }
-MESSAGE = {
-    "role": Param(
-        STRING, required=True, choices=("developer", "system", "user", "assistant")
-    ),
-    "content": Param((str, list), required=True, items=OBJECT, each=PART),
+FUNCTION = {
+    "name": Param(STRING, 1, required=True),
+    "description": Param(STRING),
+    "parameters": Param(OBJECT),
+    "strict": Param(BOOLEAN),
+}
+TOOL = {
+    "type": Param(STRING, required=True, choices=("function", "custom")),
+    "function": Param(OBJECT, each=FUNCTION),
+}
+FUNCTION_CALL = {
+    "name": Param(STRING, 1, required=True),
+    "arguments": Param(STRING, required=True),
+}
+MESSAGE_CALL = {
+    "id": Param(STRING, 1, required=True),
+    "type": Param(STRING, default="function", choices=("function",)),
+    "function": Param(OBJECT, required=True, each=FUNCTION_CALL),
+}
+
+ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+MESSAGE = {  # check_history sees to what depends on the role
+    "role": Param(STRING, required=True, choices=ROLES),
+    "content": Param((str, list), items=OBJECT, each=PART),
     "name": Param(STRING, 1, 64),
-    "tool_calls": Param(refused=NO_TOOLS, choices=([],)),
-    "function_call": Param(refused=NO_TOOLS),
+    "tool_calls": Param(ARRAY, items=OBJECT, each=MESSAGE_CALL),
+    "tool_call_id": Param(STRING),
+    "function_call": Param(OBJECT, each=FUNCTION_CALL),
 }
 
 CHAT = {
     **SAMPLING,
     "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
+    "tools": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=TOOL),
+    "tool_choice": Param((str, dict)),
+    "parallel_tool_calls": Param(BOOLEAN, default=True),
+    "functions": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=FUNCTION),
+    "function_call": Param((str, dict)),
     "logprobs": Param(refused=NO_LOGPROBS, choices=(False,)),
     "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
-    "tools": Param(refused=NO_TOOLS, choices=([],)),
-    "tool_choice": Param(refused=NO_TOOLS, choices=("none", "auto")),
-    "functions": Param(refused=NO_TOOLS, choices=([],)),
-    "function_call": Param(refused=NO_TOOLS, choices=("none", "auto")),
     "response_format": Param(
         refused="This proxy does not see to JSON output.", choices=({"type": "text"},)
     ),
@@ -651,62 +736,11 @@ IGNORED = frozenset(
         "service_tier",
         "prediction",
         "moderation",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
     )
 )
-
-
-def read_json(data: bytes, kind: str) -> Json:
-    """What JSON has no word for is refused, though Python would read it."""
-    try:
-        text = data.decode("utf-8-sig")
-        body = json.loads(
-            text,
-            parse_constant=refuse,
-            parse_float=finite,
-            object_pairs_hook=without_twins,
-        )
-        if "\\ud" in text.lower():  # "\ud800" alone is half a character
-            json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        if "json" not in kind:
-            raise unsupported_content_type(kind) from None
-        raise APIError(400, NOT_JSON) from None
-    require(isinstance(body, dict), NOT_JSON)
-    return dict(body)
-
-
-NOT_JSON = (
-    "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
-    "object, but what was sent was not valid JSON or no object."
-)
-
-
-def unsupported_content_type(kind: str) -> APIError:
-    return APIError(
-        400,
-        f"Unsupported content type: '{kind}'. This API method only accepts "
-        "'application/json' requests. Please send one with the header "
-        "'Content-Type: application/json'.",
-        code="unsupported_content_type",
-    )
-
-
-def refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
-
-
-def without_twins(pairs: list[tuple[str, Any]]) -> Json:
-    """Of two keys of a name, another reader might take the other."""
-    return dict(pairs) if len(dict(pairs)) == len(pairs) else refuse("a key")
-
-
-def finite(text: str) -> float:
-    number = float(text)
-    return number if isfinite(number) else refuse(text)
 
 
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
@@ -1542,12 +1576,11 @@ def merge(row: Family, read: Family | None) -> Family:
     if read is None:
         return row
     taken = {field.name for field in row.fields.values()}
-    new = {name: f for name, f in read.fields.items() if f.name not in taken}
     others = {name: f for name, f in read.others.items() if name not in taken}
     in_place = row.lay_out is lay_out_messages
     slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
     return row._replace(
-        fields={**new, **row.fields},
+        fields={**read.fields, **row.fields},
         slots={**slots, **row.slots},
         others={**others, **row.others},
     )
@@ -1561,7 +1594,7 @@ def merge(row: Family, read: Family | None) -> Family:
 SCHEMA_LASTS = 3600  # seconds, for one that was read …
 RETRY_AFTER = 60  # … and for one that could not be
 MOST_SCHEMAS = 1000
-OWNED = re.compile(rf"(?!deployments/)({NAME})/({NAME})(?::({NAME}))?")
+OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
 
 
 class Inquiry:
@@ -1578,9 +1611,7 @@ class Schemas:
 
     def __init__(
         self,
-        look_up: Callable[
-            [str, str, str], Json
-        ],  # owner, name, version or "" -> schema
+        look_up: Callable[[str, str, str], Json],  # owner, name, version or ""
         clock: Callable[[], float] = time.monotonic,
         limit: float = 5,  # seconds that a call waits for one
     ) -> None:
@@ -1617,7 +1648,6 @@ class Schemas:
             inquiry.family = read_family(self.look_up(*where))
             inquiry.expires = self.clock() + SCHEMA_LASTS
         except Exception as error:
-            inquiry.expires = self.clock() + RETRY_AFTER
             told = as_api_error(error)
             log.warning("the schema of %s/%s can't be read: %s", *where[:2], told)
         finally:
@@ -1631,12 +1661,10 @@ def family_for(
     row = find_family(model)
     if row is PLAIN:
         family = schemas.find(model.ref) or PLAIN
+    elif says_all(row, body, attached):
+        family = row
     else:
-        family = (
-            row
-            if says_all(row, body, attached)
-            else merge(row, schemas.find(model.ref))
-        )
+        family = merge(row, schemas.find(model.ref))
     no_text = "is not a language model: what it makes is not text. Use one that is."
     is_language = family.is_language
     require(is_language, f"The model `{model.id}` {no_text}", param="model")
@@ -1646,7 +1674,7 @@ def family_for(
 def says_all(row: Family, body: Json, attached: set[str]) -> bool:
     sent = {name for name, value in body.items() if value is not None}
     own = {field.name for field in row.fields.values()}
-    unknown = sent - DOCUMENTED - {"replicate"} - row.fields.keys() - own
+    unknown = sent - DOCUMENTED - row.fields.keys() - own
     return not unknown and attached <= row.slots.keys()
 
 
@@ -1845,7 +1873,7 @@ def choose(name: str, value: Any, choices: Sequence[Any]) -> Any:
     """A grade that the model does not know becomes its nearest."""
     scale = GRADED.get(name, ())
     graded = [word for word in choices if str(word).lower() in scale]
-    if value in choices or value not in scale or not graded:
+    if value in choices or not graded:
         check_choice(name, value, choices)
         return value
     rank = scale.index(value)
@@ -1885,10 +1913,10 @@ def clamp(value: Any, low: float | None, high: float | None) -> Any:
 
 # == Events ====================================================================
 #
-# The narrow waist: one Started, any number of Thoughts and Texts, then one Done;
-# or it is cut short by an APIError. Upstream makes events and Replies tells them. What
-# shapes an answer in between is a function from events to events; it closes
-# the events it reads when it is closed, as that is what cancels a prediction.
+# The narrow waist: one Started, then Thoughts, Texts and ToolCalls (each with its
+# Arguments), then one Done; or it is cut short by an APIError. Upstream makes them
+# and Replies tells them. What shapes an answer in between is a function from
+# events to events; it closes those it reads when it is closed: that cancels.
 
 
 class Usage(NamedTuple):
@@ -1917,14 +1945,36 @@ class Thought:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call begins."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    index: int  # of the call
+    text: str  # a piece of their JSON text
+
+
+@dataclass(frozen=True)
 class Done:
     finish_reason: str
     usage: Usage = Usage()
 
 
 CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
-Event = Started | Thought | Text | Done
+Event = Started | Thought | Text | ToolCall | Arguments | Done
 Events = Generator[Event, None, None]
+
+
+ALPHABET = string.ascii_letters + string.digits
+
+
+def random_id(prefix: str, length: int) -> str:
+    return prefix + "".join(secrets.choice(ALPHABET) for _ in range(length))
 
 
 def stop_at(events: Events, stops: Sequence[str]) -> Events:
@@ -2090,6 +2140,905 @@ class Tagged:
             yield Thought(held) if within else Text(held)
         if within and self.begun and finish_reason != "length":
             yield Text(self.thought + held)
+
+
+# == Tools =====================================================================
+#
+# What a model may call, for models that know nothing of tools: they are told
+# in the system's text, and what was called and came back stands in the history
+# in the form they were taught. `Dialects` hears what they make of it.
+
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+CHOICES = ("none", "auto", "required")
+
+
+class Tool(NamedTuple):
+    name: str
+    description: str
+    parameters: Json
+
+
+class Toolbox(NamedTuple):
+    """What a model may call now; with a tool named by the client, that one only."""
+
+    tools: tuple[Tool, ...]
+    must_call: bool = False
+    parallel: bool = True
+    legacy: bool = False  # asked for with `functions`, and answered in kind
+
+    def find(self, name: str) -> Tool | None:
+        return next((tool for tool in self.tools if tool.name == name), None)
+
+
+def read_toolbox(body: Json) -> Toolbox | None:
+    """Give what may be called, if anything; `body` has passed the tables."""
+    both = "Only one of 'tools' and 'functions' can be given."
+    require(not (body["tools"] and body["functions"]), both, param="functions")
+    legacy = bool(body["functions"])
+    param = "function_call" if legacy else "tool_choice"
+    tools = read_tools(body)
+    check_no_choice(body)
+    names, must_call = read_choice(body[param], param)
+    check_names(names, tools, param)
+    if not tools or names == []:
+        return None
+    chosen = tuple(tool for tool in tools if names is None or tool.name in names)
+    parallel = body["parallel_tool_calls"] and not legacy
+    return Toolbox(chosen, must_call, parallel, legacy)
+
+
+def check_no_choice(body: Json) -> None:
+    """Without tools, a choice that asks for none of them does no harm."""
+    for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
+        message = (
+            f"Invalid value for '{param}': "
+            f"'{param}' is only allowed when '{among}' are specified."
+        )
+        harmless = body[among] or body[param] in (None, "none", "auto")
+        require(harmless, message, param=param)
+
+
+def read_tools(body: Json) -> list[Tool]:
+    tools = []
+    for index, given in enumerate(body["functions"]):
+        tools.append(read_tool(given, f"functions[{index}]"))
+    for index, given in enumerate(body["tools"]):
+        path = f"tools[{index}]"
+        require_function(given, path)
+        tools.append(read_tool(given["function"], f"{path}.function"))
+    names = [tool.name for tool in tools]
+    for name in names:
+        message = f"Invalid 'tools': '{name}' is there twice; each needs its own name."
+        param = "functions" if body["functions"] else "tools"
+        require(names.count(name) == 1, message, code="invalid_value", param=param)
+    return tools
+
+
+def require_function(given: Json, path: str) -> None:
+    custom = (
+        f"Unsupported value: '{path}' is a custom tool, which Replicate's models "
+        "can't be given. Use one of type 'function'."
+    )
+    param = f"{path}.type"
+    require(given["type"] == "function", custom, code="unsupported_value", param=param)
+    missing = f"Missing required parameter: '{path}.function'."
+    code, param = "missing_required_parameter", f"{path}.function"
+    require(given["function"] is not None, missing, code=code, param=param)
+
+
+def read_tool(given: Json, path: str) -> Tool:
+    name = given["name"]
+    message = (
+        f"Invalid '{path}.name': string does not match pattern. Expected a string "
+        f"that matches the pattern '^{TOOL_NAME.pattern}$'."
+    )
+    fits = TOOL_NAME.fullmatch(name)
+    require(fits, message, code="invalid_value", param=f"{path}.name")
+    return Tool(name, given["description"] or "", given["parameters"] or {})
+
+
+def read_choice(choice: Any, param: str) -> tuple[list[str] | None, bool]:
+    """Give the names of what may be called, None for all, and whether one must be."""
+    if isinstance(choice, dict):
+        return read_named(choice, param)
+    if choice is not None:
+        choices = CHOICES if param == "tool_choice" else CHOICES[:2]
+        check_choice(param, choice, choices)
+    return ([] if choice == "none" else None), choice == "required"
+
+
+def read_named(choice: Json, param: str) -> tuple[list[str] | None, bool]:
+    if param == "function_call":
+        return [read_name(choice, param)], True
+    kind = choice.get("type")
+    if kind == "allowed_tools":
+        return read_allowed(choice.get("allowed_tools"))
+    check_choice(f"{param}.type", str(kind), ("function", "allowed_tools"))
+    return [read_name(choice.get("function"), f"{param}.function")], True
+
+
+def read_allowed(allowed: Any) -> tuple[list[str] | None, bool]:
+    path = "tool_choice.allowed_tools"
+    has_tools = isinstance(allowed, dict) and isinstance(allowed.get("tools"), list)
+    missing = f"Missing required parameter: '{path}.tools'."
+    code = "missing_required_parameter"
+    require(has_tools and allowed["tools"], missing, code=code, param=f"{path}.tools")
+    mode = allowed.get("mode")
+    check_choice(f"{path}.mode", str(mode), ("auto", "required"))
+    names = [
+        read_name(tool.get("function") if isinstance(tool, dict) else None, path)
+        for tool in allowed["tools"]
+    ]
+    return names, mode == "required"
+
+
+def read_name(function: Any, path: str) -> str:
+    name = function.get("name") if isinstance(function, dict) else None
+    missing = f"Missing required parameter: '{path}.name'."
+    code, param = "missing_required_parameter", f"{path}.name"
+    require(isinstance(name, str), missing, code=code, param=param)
+    return str(name)
+
+
+def check_names(names: list[str] | None, tools: list[Tool], param: str) -> None:
+    among = "tools" if param == "tool_choice" else "functions"
+    for name in names or []:
+        there = any(tool.name == name for tool in tools)
+        message = f"Tool choice '{name}' not found in '{among}' parameter."
+        require(there, message, code="invalid_value", param=param)
+
+
+INSTRUCTIONS = """\
+You can call tools. Each line in <tools> describes one, with its parameters as a \
+JSON Schema:
+<tools>
+{tools}
+</tools>
+To call a tool, write its name and its arguments as JSON between these tags:
+<tool_call>{{"name": <tool-name>, "arguments": <arguments-object>}}</tool_call>
+{when} {how_many} After a call, stop: its result comes in the next message, in \
+<tool_response>. Never make up a result."""
+ONE_CALL = "Make one call, not more."
+MANY_CALLS = "To make several calls, write these tags once for each."
+
+
+def tool_instructions(toolbox: Toolbox) -> str:
+    """The text above the system's own."""
+    lines = [compact(without_empty(tool._asdict())) for tool in toolbox.tools]
+    how_many = MANY_CALLS if toolbox.parallel else ONE_CALL
+    when = told_when(toolbox)
+    return INSTRUCTIONS.format(tools="\n".join(lines), when=when, how_many=how_many)
+
+
+def told_when(toolbox: Toolbox) -> str:
+    if not toolbox.must_call:
+        return (
+            "Call a tool only if you need it; if not, answer in plain words, "
+            "without these tags."
+        )
+    *others, tool = toolbox.tools
+    which = "one of these tools" if others else f"the tool {tool.name}"
+    return f"You must call {which} now: write the call and nothing else."
+
+
+def repair_instructions(toolbox: Toolbox, why: str) -> str:
+    """What the user's side says after an answer that was not what it had to be."""
+    return (
+        f"That was not a call that works: {why}. {told_when(toolbox)} Write "
+        '<tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>.'
+    )
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def without_empty(fields: Json) -> Json:
+    return {name: value for name, value in fields.items() if value not in ("", {})}
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None if it is not one."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "integer": lambda value: is_number(value) and value == value // 1,
+    "number": is_number,
+    "boolean": lambda value: isinstance(value, bool),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+    "null": lambda value: value is None,
+}
+
+
+def misuse(name: str, arguments: str, toolbox: Toolbox) -> str:
+    """Why a call fits no tool, as far as types and required names go; "" if it does."""
+    tool = toolbox.find(name)
+    if not tool:
+        return f"there is no tool {name}"
+    value = parsed(arguments)
+    schema = {"type": "object", **tool.parameters}
+    return next(misfits(value, schema, "the arguments"), "")
+
+
+def misfits(value: Any, schema: Any, path: str) -> Iterator[str]:
+    if not isinstance(schema, dict):
+        return
+    kinds = schema.get("type", [])
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    known = [kind for kind in TYPES if kind in kinds]
+    if known and not any(TYPES[kind](value) for kind in known):
+        yield f"{path} must be of type {' or '.join(known)}"
+    elif isinstance(value, dict):
+        yield from object_misfits(value, schema, path)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from misfits(item, schema.get("items"), f"{path}[{index}]")
+
+
+def object_misfits(value: Json, schema: Json, path: str) -> Iterator[str]:
+    required, properties = schema.get("required"), schema.get("properties")
+    for name in required if isinstance(required, list) else []:
+        if name not in value:
+            yield f"{path} must have '{name}'"
+    for name, of in properties.items() if isinstance(properties, dict) else []:
+        if name in value:
+            yield from misfits(value[name], of, f"'{name}'")
+
+
+# == History ===================================================================
+#
+# Calls and their results in a conversation, checked for belonging together, and
+# told in the form that a model was taught to call in.
+
+NO_CALL_BEFORE = (
+    "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
+    "message with 'tool_calls'."
+)
+NO_ANSWERS = (
+    "An assistant message with 'tool_calls' must be followed by tool messages "
+    "responding to each 'tool_call_id'. The following tool_call_ids did not have "
+    "response messages: "
+)
+
+
+def check_history(messages: Messages) -> None:
+    """Raise 400 for missing content, and for calls and results that don't pair."""
+    calls: dict[str, bool] = {}  # of the last assistant: whether it has its result
+    for index, message in enumerate(messages):
+        check_content(message, index)
+        if message["role"] == "tool":
+            check_result(message.get("tool_call_id"), calls, index)
+            calls[message["tool_call_id"]] = True
+        else:
+            check_answered(calls, index)
+            calls = {call["id"]: False for call in message.get("tool_calls") or []}
+    check_answered(calls, len(messages) - 1)
+
+
+def check_content(message: Json, index: int) -> None:
+    is_call = message.get("tool_calls") or message.get("function_call")
+    may_lack = message["role"] == "function" or message["role"] == "assistant"
+    there = message.get("content") is not None
+    path = f"messages[{index}].content"
+    missing = f"Missing required parameter: '{path}'."
+    there = there or (may_lack and (is_call or message["role"] == "function"))
+    require(there, missing, code="missing_required_parameter", param=path)
+
+
+def check_result(id: str | None, calls: Mapping[str, bool], index: int) -> None:
+    path = f"messages[{index}].tool_call_id"
+    missing = f"Missing required parameter: '{path}'."
+    require(id, missing, code="missing_required_parameter", param=path)
+    require(calls, NO_CALL_BEFORE, param=f"messages.[{index}].role")
+    unknown = (
+        f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
+        "previous message."
+    )
+    require(id in calls, unknown, param=f"messages.[{index}].tool_call_id")
+
+
+def check_answered(calls: Mapping[str, bool], index: int) -> None:
+    open_ones = [id for id, is_answered in calls.items() if not is_answered]
+    message = NO_ANSWERS + ", ".join(open_ones)
+    require(not open_ones, message, param=f"messages.[{index}].role")
+
+
+def plain_history(messages: Messages) -> Messages:
+    """Calls and their results as texts, in the form that a model was taught."""
+    check_history(messages)
+    plain: Messages = []
+    names: dict[str, str] = {}
+    results: list[str] = []
+    for message in messages:
+        if message["role"] in ("tool", "function"):
+            results.append(told_result(message, names))
+            continue
+        if results:
+            plain.append({"role": "user", "content": "\n".join(results)})
+            results = []
+        calls = message.get("tool_calls") or []
+        names.update((call["id"], call["function"]["name"]) for call in calls)
+        plain.append(told_message(message))
+    if results:
+        plain.append({"role": "user", "content": "\n".join(results)})
+    return plain
+
+
+def told_message(message: Json) -> Json:
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    if message.get("function_call"):
+        functions.append(message["function_call"])
+    if not functions:
+        return message
+    said = text_of(message.get("content") or "")
+    lines = [said, *map(told_call, functions)]
+    return {"role": message["role"], "content": "\n".join(filter(None, lines))}
+
+
+def told_call(function: Json) -> str:
+    name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
+    arguments = text if parsed(text) is not None else json.dumps(text)
+    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
+
+
+def told_result(message: Json, names: Mapping[str, str]) -> str:
+    """A zero-width space keeps a result from closing itself."""
+    id = message.get("tool_call_id")
+    name = names[id] if id else message.get("name") or ""
+    of = f' name="{name}"' + (f' id="{id}"' if id else "")
+    text = text_of(message.get("content") or "")
+    text = text.replace("</tool_response", "<\u200b/tool_response")
+    return f"<tool_response{of}>\n{text}\n</tool_response>"
+
+
+# == Mending ===================================================================
+#
+# What a model means as JSON becomes JSON, character by character, so that it
+# can be told while it is written. Nothing is refused: quotes, commas, colons
+# and brackets that are missing are added, words without quotes get theirs. It
+# is told without the spaces between its tokens.
+
+FIRST, NEXT, COLON, VALUE = "first", "next", "colon", "value"
+BEFORE = {FIRST: "", NEXT: ",", COLON: ":", VALUE: ""}  # what a token needs there
+ABSENT = {FIRST: "", NEXT: "", COLON: ":null", VALUE: "null"}  # if none comes
+CLOSERS = {"{": "}", "[": "]"}
+LITERALS = {"True": "true", "False": "false", "None": "null"}
+LITERAL = re.compile(r"true|false|null|-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})')
+HALF_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{0,3})?")
+
+
+class Mender:
+    """Mends one object or array; `is_done` when its last bracket has come."""
+
+    def __init__(self) -> None:
+        self.closers: list[str] = []  # of what is open
+        self.place = VALUE
+        self.quote = ""  # of the string it is in
+        self.escape = ""  # as far as it has come
+        self.word = ""  # without quotes, as far as it has come
+        self.is_key = False
+        self.is_done = False
+
+    def feed(self, c: str) -> str:
+        if self.quote:
+            return self.in_escape(c) if self.escape else self.in_string(c)
+        if self.word and c not in ",:{}[]\"'\n":
+            self.word += c
+            return ""
+        return self.end_word() + self.between(c)
+
+    def in_string(self, c: str) -> str:
+        if c == self.quote:
+            self.quote = ""
+            return '"'
+        if c == "\\":
+            self.escape = c
+            return ""
+        return json.dumps(c)[1:-1] if c == '"' or c < " " else c
+
+    def in_escape(self, c: str) -> str:
+        """Of an escape that JSON does not know, the backslash is meant."""
+        begun, self.escape = self.escape, ""
+        if ESCAPE.fullmatch(begun + c):
+            return begun + c
+        if HALF_ESCAPE.fullmatch(begun + c):
+            self.escape = begun + c
+            return ""
+        return c if begun + c == "\\'" else "\\" + begun + self.in_string(c)
+
+    def between(self, c: str) -> str:
+        if c in "\"'":
+            self.quote = c
+            return self.begin() + '"'
+        if c in CLOSERS:
+            return self.open(c)
+        if c in "}]":
+            return self.close(len(self.closers) - 1)
+        if c in ",:":
+            return self.separate(c)
+        self.word = c.strip()
+        return ""
+
+    def begin(self) -> str:
+        """Begin a string or a word: a key, or a value."""
+        before = BEFORE[self.place]
+        self.is_key = self.closers[-1:] == ["}"] and self.place in (FIRST, NEXT)
+        self.place = COLON if self.is_key else NEXT
+        return before
+
+    def open(self, c: str) -> str:
+        """Leave out a bracket in the place of a key: some write {{ for {."""
+        if self.closers[-1:] == ["}"] and self.place in (FIRST, NEXT):
+            return ""
+        before = BEFORE[self.place]
+        self.closers.append(CLOSERS[c])
+        self.place = FIRST
+        return before + c
+
+    def separate(self, c: str) -> str:
+        if c == ":" and self.place == COLON:
+            self.place = VALUE
+            return c
+        if c == "," and self.place in (COLON, VALUE):
+            return self.give_up_value()
+        return ""
+
+    def give_up_value(self) -> str:
+        absent, self.place = ABSENT[self.place], NEXT
+        return absent
+
+    def end_word(self) -> str:
+        word, self.word = self.word.strip(), ""
+        if not word:
+            return ""
+        before = self.begin()
+        word = LITERALS.get(word, word)
+        is_literal = LITERAL.fullmatch(word) and not self.is_key
+        return before + (word if is_literal else compact(word))
+
+    def close(self, depth: int = 0) -> str:
+        """End what is open, down to so many brackets."""
+        rest = '"' if self.quote else self.end_word()
+        self.quote = self.escape = ""
+        while len(self.closers) > depth:
+            rest += self.give_up_value() + self.closers.pop()
+        self.is_done = not self.closers
+        return rest
+
+
+def mended(text: str) -> str:
+    """The object that a text is meant to be; an empty one if it is none."""
+    mender = Mender()
+    start = text.find("{")
+    if start < 0:
+        return "{}"
+    pieces: list[str] = []
+    for c in text[start:]:
+        pieces.append(mender.feed(c))
+        if mender.is_done:
+            break
+    return "".join([*pieces, mender.close()])
+
+
+# == Dialects ==================================================================
+#
+# Calls as models write them, told apart from their text: whatever was taught,
+# each writes what it was trained on. A call is a sign or several, then an object
+# that names a tool, or what the last sign holds, and what closes the signs. Held
+# back is only what may still become one. To add a dialect: a row in DIALECTS if
+# it has a sign of its own, in OBJECTS if it is an object of another shape.
+
+ANYWHERE, LINE, INSIDE = "anywhere", "at the beginning of a line", "after a sign"
+
+
+class Dialect(NamedTuple):
+    opening: str  # with * for the name of a tool
+    closing: str = ""
+    is_sure: bool = False  # it means a call, even of a tool that is not there
+    where: str = ANYWHERE
+    holds: str = "call"  # in it: more signs or an object; or "arguments", "python"
+    name: str = ""  # of the tool, once it is known
+
+
+DIALECTS = (
+    Dialect("<tool_call>", "</tool_call>", is_sure=True),  # Qwen, Hermes, granite
+    Dialect("<tool_calls>", "</tool_calls>", is_sure=True),
+    Dialect("<|tool_call|>", is_sure=True),  # granite 3
+    Dialect("<function_call>", "</function_call>", is_sure=True),
+    Dialect("<functioncall>", "</functioncall>", is_sure=True),  # glaive
+    Dialect("<|python_tag|>", "<|eom_id|>", is_sure=True),  # Llama 3
+    Dialect("[TOOL_CALLS]", is_sure=True),  # Mistral …
+    Dialect("*[ARGS]", where=INSIDE, holds="arguments"),  # … since its tokenizer 11
+    Dialect("<function=*>", "</function>", holds="arguments"),  # Llama 3
+    Dialect("```json", "```"),
+    Dialect("```tool_call", "```"),
+    Dialect("```tool_code", "```"),  # Gemma
+    Dialect("```", "```"),
+    Dialect("[", "]", where=LINE),
+    Dialect("*(", where=INSIDE, holds="python"),  # Llama 4: [get_weather(city="Paris")]
+)
+OBJECTS = (  # how one begins, with * for the name
+    '{"name":"*"',
+    '{"function":"*"',
+    '{"type":"function","name":"*"',
+    '{"function":{"name":"*"',
+    '{"type":"function","function":{"name":"*"',
+)
+LISTS = ('{"tool_calls":[',)
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+CALL_KEYS = {"name", "function", "type", "id", *ARGUMENT_KEYS}
+
+STARTS = re.compile(r"\s*[<\[{`]|\s+\Z")  # what any call begins with
+DEEPEST = 6  # signs of one call
+LONGEST_BEGINNING = 200  # characters: of OBJECTS with the longest name
+LONGEST_PYTHON = 16_000  # characters, as each bracket in them is tried
+SPACE, GAP = re.compile(r"\s*"), re.compile(r"[\s,;]*")
+
+
+def spelt_out(toolbox: Toolbox) -> Iterator[Dialect]:
+    for dialect in DIALECTS:
+        if "*" not in dialect.opening:
+            yield dialect
+            continue
+        for tool in toolbox.tools:
+            opening = dialect.opening.replace("*", tool.name)
+            yield dialect._replace(opening=opening, name=tool.name)
+
+
+def streamed_beginnings(toolbox: Toolbox) -> dict[str, str]:
+    """Objects up to the bracket that opens the arguments, and whose they are."""
+    return {
+        f'{begun.replace("*", tool.name)},"{key}":{{': tool.name
+        for begun in OBJECTS
+        for tool in toolbox.tools
+        for key in ARGUMENT_KEYS
+    }
+
+
+def beginnings(toolbox: Toolbox) -> list[str]:
+    """All that an object can begin with, if it is a call of one of the tools."""
+    names = [begun.replace("*", t.name) for begun in OBJECTS for t in toolbox.tools]
+    keys = [f'"{key}":' for key in sorted(CALL_KEYS - {"name", "function", "type"})]
+    followed = [f"{name},{key}" for name in names for key in keys]
+    first = ["{" + key for key in keys]
+    return [*LISTS, *first, *followed, *(name + "}" for name in names)]
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """Join pieces of one text, or of the arguments of one call."""
+    told: list[Event] = []
+    for event in events:
+        last = told[-1] if told else None
+        if isinstance(last, Text) and isinstance(event, Text):
+            told[-1] = Text(last.text + event.text)
+        elif isinstance(last, Arguments) and isinstance(event, Arguments):
+            told[-1] = Arguments(event.index, last.text + event.text)
+        else:
+            told.append(event)
+    return told
+
+
+def calls_in(value: Any) -> list[tuple[str, str]]:
+    """The names and arguments in a JSON value of any shape; none if it is no call."""
+    if isinstance(value, list):
+        return [call for item in value for call in calls_in(item)]
+    if not isinstance(value, dict):
+        return []
+    if "tool_calls" in value:
+        return calls_in(value["tool_calls"])
+    if isinstance(value.get("function"), dict):
+        return calls_in(value["function"])
+    name = value.get("name") or value.get("function")
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+        return []
+    if value.keys() - CALL_KEYS:
+        return []
+    given = [value[key] for key in ARGUMENT_KEYS if key in value]
+    return [(name, arguments_text(given[0] if given else {}))]
+
+
+def arguments_text(given: Any) -> str:
+    if isinstance(given, str):
+        return mended(given)
+    return compact(given) if isinstance(given, dict) else "{}"
+
+
+def python_arguments(text: str, tool: Tool | None) -> Json | None:
+    """The arguments of a Python call; None if it is not whole, or not of literals."""
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call):
+            return None
+        values = [ast.literal_eval(argument) for argument in call.args]
+        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        names = (tool.parameters.get("properties") or {}) if tool else {}
+        arguments = {**dict(zip(names, values, strict=False)), **given}
+        json.dumps(arguments, allow_nan=False)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+    return arguments
+
+
+# == Listening =================================================================
+#
+# One answer, heard as it comes: what is a call is told as one, at once, and what
+# is none as text. The law: cut into single characters it is heard the same.
+
+
+def hear_tool_calls(events: Events, toolbox: Toolbox) -> Events:
+    """Tell calls apart from text, and end with `tool_calls` if there were any."""
+    listener = Listener(toolbox)
+    with closing(events):
+        for event in events:
+            if isinstance(event, Text):
+                yield from listener.hear(event.text)
+            elif isinstance(event, Done):
+                yield from listener.end(event.finish_reason)
+                yield Done(listener.finish_reason(event.finish_reason), event.usage)
+            else:
+                yield event
+
+
+class Listener:
+    """How far one answer has come: `step` gets on, or waits for more."""
+
+    def __init__(self, toolbox: Toolbox) -> None:
+        self.toolbox = toolbox
+        self.dialects = list(spelt_out(toolbox))
+        self.longest = max(len(dialect.opening) for dialect in self.dialects)
+        self.beginnings = beginnings(toolbox)
+        self.streamed = streamed_beginnings(toolbox)
+        self.told: list[Event] = []
+        self.calls = 0
+        self.held = ""
+        self.seen = 0  # how much of it has been taken for a part of a call
+        self.signs: list[Dialect] = []  # that are open
+        self.taken = 0  # how many of them are in what is held
+        self.is_fresh = True  # nothing was said yet, or nothing since a call
+        self.mender = Mender()
+        self.mended: list[str] = []
+        self.depth = 0  # of the arguments in their object
+        self.step: Callable[[], bool] = self.seek
+
+    def hear(self, text: str) -> list[Event]:
+        self.held += text
+        while self.held and self.step():
+            pass
+        told, self.told = self.told, []
+        return merged(told)
+
+    def end(self, finish_reason: str) -> list[Event]:
+        """Decide on what is held: nothing more will come."""
+        was_cut = finish_reason == "length"
+        if self.step == self.arguments and not was_cut:
+            self.tell_arguments(self.mender.close(self.depth))
+        while self.held:
+            if not self.step():
+                self.decide(was_cut)
+        return self.hear("")
+
+    def decide(self, was_cut: bool) -> None:
+        is_half = was_cut and self.is_sure()
+        if self.step == self.after or is_half:
+            self.held = ""
+        elif self.step == self.candidate and not was_cut:
+            self.judge()
+        else:
+            self.refuse()
+
+    def finish_reason(self, told: str) -> str:
+        if not self.calls or told != "stop":
+            return told
+        return "function_call" if self.toolbox.legacy else "tool_calls"
+
+    # Steps: each takes from what is held, and says whether there is a next one.
+
+    def seek(self) -> bool:
+        """Tell text, up to where a call may begin."""
+        if not self.signs:
+            start = STARTS.search(self.held)
+            self.tell_text(start.start() if start else len(self.held))
+        self.seen = self.taken = 0
+        self.step = self.opening
+        return True
+
+    def opening(self) -> bool:
+        """Take one sign, or come to what it holds."""
+        space = (GAP if self.signs else SPACE).match(self.held, self.seen)
+        start = space.end() if space else 0
+        rest = self.held[start : start + self.longest]
+        is_line = self.is_fresh or "\n" in self.held[self.seen : start]
+        places = self.places(is_line)
+        known = [dialect for dialect in self.dialects if dialect.where in places]
+        if any(d.opening.startswith(rest) and d.opening != rest for d in known):
+            return False
+        if found := [d for d in known if rest.startswith(d.opening)]:
+            return self.take(max(found, key=lambda d: len(d.opening)), start)
+        if rest[0] == "{" and LINE in places:
+            return self.begin_object(start)
+        return self.refuse()
+
+    def take(self, sign: Dialect, start: int) -> bool:
+        self.signs.append(sign)
+        self.taken += 1
+        if self.taken > DEEPEST:
+            return self.refuse()
+        self.seen = start + len(sign.opening)
+        steps = {"arguments": self.named, "python": self.python}
+        self.step = steps.get(sign.holds, self.opening)
+        return True
+
+    def begin_object(self, start: int) -> bool:
+        self.mender, self.mended, self.depth = Mender(), [], 0
+        self.seen = start
+        self.step = self.candidate
+        return True
+
+    def candidate(self) -> bool:
+        """Read an object for as long as it may be a call without saying whose."""
+        for c in self.held[self.seen :]:
+            if self.is_over_at(c):
+                return self.judge()
+            self.seen += 1
+            if piece := self.mender.feed(c):
+                self.mended.append(piece)
+                if self.mender.is_done:
+                    return self.judge()
+                if len(self.mended) < LONGEST_BEGINNING and not self.may_be_call():
+                    return self.refuse()
+                if self.step != self.candidate:
+                    return True
+        return False
+
+    def may_be_call(self) -> bool:
+        """Look how it begins, and go on to its arguments if that says all."""
+        begun = "".join(self.mended)
+        if begun in LISTS and self.taken <= DEEPEST:
+            self.taken += 2
+            self.signs += [Dialect("", "}"), Dialect("", "]")]
+            self.step = self.opening
+        elif name := self.streamed.get(begun):
+            self.depth = len(self.mender.closers) - 1
+            self.begin_arguments(name, self.seen)
+            self.tell_arguments("{")
+        return self.is_sure() or any(
+            beginning.startswith(begun) or begun.startswith(beginning)
+            for beginning in self.beginnings
+        )
+
+    def judge(self) -> bool:
+        """Tell the calls of an object that has ended, or take it for text."""
+        value = parsed("".join([*self.mended, self.mender.close()]))
+        calls = calls_in(value)
+        known = all(self.toolbox.find(name) for name, _ in calls)
+        if not calls or not (known or self.is_sure()):
+            return self.refuse()
+        self.held = self.held[self.seen :]
+        for name, arguments in calls:
+            self.tell_call(name)
+            self.tell_arguments(arguments)
+        return self.close()
+
+    def named(self) -> bool:
+        """Begin the arguments that a sign with a name holds."""
+        rest = self.held[self.seen :].lstrip()
+        if not rest:
+            return False
+        if rest[0] != "{":
+            return self.refuse()
+        self.begin_object(0)
+        return self.begin_arguments(self.signs[-1].name, len(self.held) - len(rest))
+
+    def begin_arguments(self, name: str, start: int) -> bool:
+        self.held = self.held[start:]
+        self.tell_call(name)
+        self.step = self.arguments
+        return True
+
+    def arguments(self) -> bool:
+        """Tell arguments as they are written."""
+        for at, c in enumerate(self.held):
+            if self.is_over_at(c):
+                self.tell_arguments(self.mender.close(self.depth))
+                return self.leave(at)
+            self.tell_arguments(self.mender.feed(c))
+            if len(self.mender.closers) == self.depth:
+                return self.leave(at + 1)
+        self.held = ""
+        return False
+
+    def leave(self, at: int) -> bool:
+        self.held = self.held[at:]
+        self.step = self.remainder
+        return True
+
+    def remainder(self) -> bool:
+        """Pass over what an object holds after its arguments."""
+        for at, c in enumerate(self.held):
+            if self.mender.is_done or self.is_over_at(c):
+                self.held = self.held[at:]
+                return self.close()
+            self.mender.feed(c)
+        self.held = ""
+        return False
+
+    def python(self) -> bool:
+        """Read a Python call to its end: the first bracket that makes it whole."""
+        sign = self.signs[-1]
+        tool = self.toolbox.find(sign.name)
+        start = self.held.index(sign.opening)
+        while (end := self.held.find(")", self.seen, LONGEST_PYTHON)) >= 0:
+            self.seen = end + 1
+            arguments = python_arguments(self.held[start : self.seen], tool)
+            if arguments is not None:
+                self.held = self.held[self.seen :]
+                self.tell_call(sign.name)
+                self.tell_arguments(compact(arguments))
+                self.signs.pop()
+                return self.close()
+        return len(self.held) >= LONGEST_PYTHON and self.refuse()
+
+    def close(self) -> bool:
+        self.is_fresh = True
+        self.step = self.after
+        return True
+
+    def after(self) -> bool:
+        """Drop what closes the signs of a call."""
+        rest = GAP.sub("", self.held, count=1)
+        for depth, sign in reversed(list(enumerate(self.signs))):
+            if sign.closing and rest.startswith(sign.closing):
+                self.held = rest.removeprefix(sign.closing)
+                del self.signs[depth:]
+                return True
+        if not rest or any(sign.closing.startswith(rest) for sign in self.signs):
+            return False
+        self.step = self.seek
+        return True
+
+    def refuse(self) -> bool:
+        """It was no call: its first character is text, and the rest may be one yet."""
+        blank = len(self.held) - len(self.held.lstrip())
+        self.signs = []
+        self.step = self.seek
+        self.tell_text(blank + 1)
+        return True
+
+    # What the steps share.
+
+    def places(self, is_line: bool) -> tuple[str, ...]:
+        if self.signs:
+            return ANYWHERE, LINE, INSIDE
+        return (ANYWHERE, LINE) if is_line else (ANYWHERE,)
+
+    def is_sure(self) -> bool:
+        return any(sign.is_sure for sign in self.signs)
+
+    def is_over_at(self, c: str) -> bool:
+        """Whether an object that was never closed has come to an end all the same."""
+        return c in "<`" and not self.mender.quote
+
+    def tell_text(self, length: int) -> None:
+        text, self.held = self.held[:length], self.held[length:]
+        if text:
+            self.is_fresh = False
+            self.told.append(Text(text))
+
+    def tell_call(self, name: str) -> None:
+        if not self.calls or self.toolbox.parallel:
+            self.told.append(ToolCall(self.calls, random_id("call_", 24), name))
+        self.calls += 1
+
+    def tell_arguments(self, text: str) -> None:
+        if text and (self.calls == 1 or self.toolbox.parallel):
+            self.told.append(Arguments(self.calls - 1, text))
 
 
 # == Flights ===================================================================
@@ -2958,7 +3907,6 @@ class Prediction:
 
 Told = Generator[tuple[int, Event], None, None]  # with the index of its choice
 Chunks = Generator[list[Json], None, None]
-ALPHABET = string.ascii_letters + string.digits
 
 
 class Head(NamedTuple):
@@ -2968,12 +3916,14 @@ class Head(NamedTuple):
     created: int
     model: str
     with_usage: bool  # every chunk then has a place for it
+    legacy: bool = False  # calls of functions, as they were before tools
 
 
 class Choice(NamedTuple):
     text: str
     finish_reason: str
     thought: str = ""
+    calls: tuple[Json, ...] = ()
 
 
 class Form(NamedTuple):
@@ -2983,10 +3933,6 @@ class Form(NamedTuple):
     chunks: Callable[[Event, int, Head], list[Json]]
     usage_chunk: Callable[[Usage, Head], Json]
     whole: Callable[[Sequence[Choice], Usage, Head], Json]
-
-
-def random_id(prefix: str, length: int) -> str:
-    return prefix + "".join(secrets.choice(ALPHABET) for _ in range(length))
 
 
 def usage_object(usage: Usage) -> Json:
@@ -3041,6 +3987,9 @@ def chat_chunks(event: Event, index: int, head: Head) -> list[Json]:
             return [chat_chunk(head, [chat_choice(index, {"reasoning_content": text})])]
         case Text(text):
             return [chat_chunk(head, [chat_choice(index, {"content": text})])]
+        case ToolCall() | Arguments():
+            delta = call_delta(event, head.legacy)
+            return [chat_chunk(head, [chat_choice(index, delta)])]
         case Done(finish_reason):
             return [chat_chunk(head, [chat_choice(index, {}, finish_reason)])]
 
@@ -3049,7 +3998,43 @@ def chat_usage_chunk(usage: Usage, head: Head) -> Json:
     return chat_chunk(head, [], usage_object(usage))
 
 
-def chat_message(choice: Choice) -> Json:
+def call_delta(event: ToolCall | Arguments, legacy: bool = False) -> Json:
+    """What a call is told by; nothing of it is said twice."""
+    match event:
+        case ToolCall(index, id, name):
+            function = {"name": name, "arguments": ""}
+            told = {"index": index, "id": id, "type": "function", "function": function}
+        case Arguments(index, text):
+            function = {"arguments": text}
+            told = {"index": index, "function": function}
+    return {"function_call": function} if legacy else {"tool_calls": [told]}
+
+
+def calls_of(events: Iterable[Event]) -> list[Json]:
+    """The calls of an answer as the whole message holds them."""
+    calls: dict[int, Json] = {}
+    for event in events:
+        if isinstance(event, ToolCall):
+            function = {"name": event.name, "arguments": ""}
+            call = {"id": event.id, "type": "function", "function": function}
+            calls[event.index] = call
+        elif isinstance(event, Arguments):
+            calls[event.index]["function"]["arguments"] += event.text
+    return list(calls.values())
+
+
+def with_calls(message: Json, calls: Sequence[Json], legacy: bool = False) -> Json:
+    """Put calls behind the content of a message, which is null if it has no text."""
+    if not calls:
+        return message
+    told: Json = {"tool_calls": list(calls)}
+    if legacy:
+        told = {"function_call": calls[0]["function"]}
+    first = {"role": message["role"], "content": message["content"] or None}
+    return {**first, **told, **{k: v for k, v in message.items() if k not in first}}
+
+
+def chat_message(choice: Choice, legacy: bool) -> Json:
     message: Json = {
         "role": "assistant",
         "content": choice.text,
@@ -3058,7 +4043,7 @@ def chat_message(choice: Choice) -> Json:
     }
     if choice.thought:
         message["reasoning_content"] = choice.thought
-    return message
+    return with_calls(message, choice.calls, legacy)
 
 
 def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json:
@@ -3070,7 +4055,7 @@ def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json
         "choices": [
             {
                 "index": index,
-                "message": chat_message(choice),
+                "message": chat_message(choice, head.legacy),
                 "logprobs": None,
                 "finish_reason": choice.finish_reason,
             }
@@ -3104,7 +4089,7 @@ def text_choice(index: int, text: str, finish_reason: str | None = None) -> Json
 
 def text_chunks(event: Event, index: int, head: Head) -> list[Json]:
     match event:
-        case Started() | Thought():
+        case Started() | Thought() | ToolCall() | Arguments():
             return []
         case Text(text):
             return [text_chunk(head, [text_choice(index, text)])]
@@ -3160,7 +4145,7 @@ def fold(events: Sequence[Event]) -> Choice:
     text = "".join(event.text for event in events if isinstance(event, Text))
     thought = "".join(event.text for event in events if isinstance(event, Thought))
     ends = [event.finish_reason for event in events if isinstance(event, Done)]
-    return Choice(text, ends[-1], thought)
+    return Choice(text, ends[-1], thought, tuple(calls_of(events)))
 
 
 def model_object(id: str, ref: str, created: int) -> Json:
@@ -3180,6 +4165,53 @@ def frame(chunk: Json) -> bytes:
 
 def frames(chunks: list[Json]) -> bytes:
     return b"".join(map(frame, chunks))
+
+
+# == Repairs ===================================================================
+#
+# What an answer lacks that the client asked for is asked for once more, by a
+# second prediction that is told what was wrong; then what comes is taken.
+
+Again = Callable[[str, str], Events]  # what was said, and what to do now
+
+
+def insist(events: Events, toolbox: Toolbox, again: Again, whole: bool) -> Events:
+    """Hold an answer until it calls a tool; if `whole`, until it is all there."""
+    held: list[Event] = []
+    has_called = False
+    with closing(events):
+        for event in events:
+            has_called = has_called or isinstance(event, ToolCall)
+            held.append(event)
+            if isinstance(event, Started) or (has_called and not whole):
+                yield from held
+                held = []
+    why = complaint(calls_of(held), toolbox) if held else ""
+    if why and isinstance(end := held[-1], Done):
+        log.warning("event=repair why=%s", quoted(why))
+        what = repair_instructions(toolbox, why)
+        yield from after_all(again(fold(held).text, what), end.usage)
+    else:
+        yield from held
+
+
+def complaint(calls: Sequence[Json], toolbox: Toolbox) -> str:
+    """Why an answer is not what the client asked for; "" if it is."""
+    if not calls:
+        return "no tool was called" if toolbox.must_call else ""
+    functions = [call["function"] for call in calls]
+    faults = (misuse(f["name"], f["arguments"], toolbox) for f in functions)
+    return next(filter(None, faults), "")
+
+
+def after_all(events: Events, spent: Usage) -> Events:
+    """The answer of a second prediction, with what the first one took."""
+    with closing(events):
+        for event in events:
+            if isinstance(event, Done):
+                yield Done(event.finish_reason, add([spent, event.usage]))
+            elif not isinstance(event, Started):
+                yield event
 
 
 # == Choices ===================================================================
@@ -3258,11 +4290,9 @@ def led_by_the_first(told: Told) -> Told:
         yield from told
 
 
-# == Endpoints =================================================================
+# == Answers ===================================================================
 #
-# One function per OpenAI operation, under OpenAI's name for it, and one row per
-# path. To add one: a row in ENDPOINTS, and its function. `answer` has no socket
-# in it.
+# An order run, its answer made what the client asked for, and told.
 
 
 class Proxy(NamedTuple):
@@ -3288,6 +4318,92 @@ class Reply(NamedTuple):
     body: Json | Chunks | None
     status: int = 200
     headers: Mapping[str, str] = {}
+
+
+class Wanted(NamedTuple):
+    """What an answer has to be besides text, and an order that asks for it again."""
+
+    toolbox: Toolbox | None = None
+    again: Callable[[str, str], Order] | None = None
+
+
+def tell(
+    proxy: Proxy,
+    call: Call,
+    body: Json,
+    orders: list[Order],
+    form: Form,
+    wanted: Wanted | None = None,
+) -> Reply:
+    """Tell events as they come if the client asked to stream, else all at once."""
+    head = Head(
+        id=random_id(form.prefix, 29),
+        created=int(time.time()),
+        model=body["model"],
+        with_usage=bool(body["stream_options"].get("include_usage")),
+        legacy=bool(body.get("functions")),
+    )
+    model = orders[0].model
+    call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
+    shaped = partial(shape, proxy, body, wanted or Wanted())
+    runs = [partial(shaped, order) for order in orders]
+    told = noted(side_by_side(runs, call.flight), call.notes)
+    if body["stream"]:
+        return Reply(tell_in_chunks(told, form, head))
+    with closing(told):
+        return Reply(tell_at_once(told, form, head))
+
+
+def shape(
+    proxy: Proxy, body: Json, wanted: Wanted, order: Order, flight: Flight
+) -> Events:
+    """Run an order, and do to its answer what the model can't."""
+    toolbox, again = wanted
+    events = heard(proxy, body, toolbox, order, flight)
+    whole = not body["stream"]
+    if toolbox and again and (whole or toolbox.must_call):
+
+        def ask(said: str, what: str) -> Events:
+            return heard(proxy, body, toolbox, again(said, what), flight)
+
+        return insist(events, toolbox, ask, whole)
+    return echo(events, order.prompt) if order.echo else events
+
+
+def heard(
+    proxy: Proxy, body: Json, toolbox: Toolbox | None, order: Order, flight: Flight
+) -> Events:
+    events = proxy.upstream.run(order, flight, wait=not body["stream"])
+    if "messages" in body:
+        thinks = THINKERS.fullmatch(order.model.owner_and_name)
+        events = part_thoughts(events, bool(thinks))
+    if order.cut:
+        events = cut_after(events, order.cut)
+    if stops := list(filter(None, body["stop"])):
+        events = stop_at(events, stops)
+    events = account(events, order.prompt, order.limit)
+    return hear_tool_calls(events, toolbox) if toolbox else events
+
+
+def noted(told: Told, notes: Json) -> Told:
+    """Note down for the log what passes by."""
+    with closing(told):
+        for index, event in told:
+            match event:
+                case Started(prediction):
+                    notes["predictions"].append(prediction)
+                case Thought() | Text() | ToolCall():
+                    notes.setdefault("first_text_at", time.monotonic())
+                case Done(_, usage):
+                    notes["usages"].append(usage)
+            yield index, event
+
+
+# == Endpoints =================================================================
+#
+# One function per OpenAI operation, under OpenAI's name for it, and one row per
+# path. To add one: a row in ENDPOINTS, and its function. `answer` has no socket
+# in it.
 
 
 def check_health(proxy: Proxy, call: Call) -> Reply:
@@ -3318,9 +4434,26 @@ def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Repl
     kinds_sent = {kind for kind, _ in attached}
     family = family_for(model, body, kinds_sent, proxy.upstream.schemas)
     check_places(attached, model, family)
-    body["messages"] = proxy.upstream.hosted.host_all(body["messages"])
+    toolbox = read_toolbox(body)
+    hosted = proxy.upstream.hosted.host_all(plain_history(body["messages"]))
+    body["messages"] = [*taught(toolbox), *hosted]
     orders = [chat_order(variant, model, family) for variant in variants(body)]
-    return tell(proxy, call, body, orders, CHAT_FORM)
+
+    def again(said: str, what: str) -> Order:
+        more = [
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": what},
+        ]
+        talk = {**body, "messages": [*body["messages"], *more]}
+        return chat_order(talk, model, family)
+
+    return tell(proxy, call, body, orders, CHAT_FORM, Wanted(toolbox, again))
+
+
+def taught(toolbox: Toolbox | None) -> Messages:
+    if toolbox is None:
+        return []
+    return [{"role": "system", "content": tool_instructions(toolbox)}]
 
 
 def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
@@ -3356,54 +4489,6 @@ def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
     allowed = checked["stream"] or body.get("stream_options") is None
     require(allowed, only_streamed, param="stream_options")
     return checked
-
-
-def tell(
-    proxy: Proxy, call: Call, body: Json, orders: list[Order], form: Form
-) -> Reply:
-    """Tell events as they come if the client asked to stream, else all at once."""
-    head = Head(
-        id=random_id(form.prefix, 29),
-        created=int(time.time()),
-        model=body["model"],
-        with_usage=bool(body["stream_options"].get("include_usage")),
-    )
-    model = orders[0].model
-    call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
-    runs = [partial(shape, proxy, order, body) for order in orders]
-    told = noted(side_by_side(runs, call.flight), call.notes)
-    if body["stream"]:
-        return Reply(tell_in_chunks(told, form, head))
-    with closing(told):
-        return Reply(tell_at_once(told, form, head))
-
-
-def shape(proxy: Proxy, order: Order, body: Json, flight: Flight) -> Events:
-    """Run an order, and do to its answer what the model can't."""
-    events = proxy.upstream.run(order, flight, wait=not body["stream"])
-    if "messages" in body:
-        thinks = THINKERS.fullmatch(order.model.owner_and_name)
-        events = part_thoughts(events, bool(thinks))
-    if order.cut:
-        events = cut_after(events, order.cut)
-    if stops := list(filter(None, body["stop"])):
-        events = stop_at(events, stops)
-    events = account(events, order.prompt, order.limit)
-    return echo(events, order.prompt) if order.echo else events
-
-
-def noted(told: Told, notes: Json) -> Told:
-    """Note down for the log what passes by."""
-    with closing(told):
-        for index, event in told:
-            match event:
-                case Started(prediction):
-                    notes["predictions"].append(prediction)
-                case Thought() | Text():
-                    notes.setdefault("first_text_at", time.monotonic())
-                case Done(_, usage):
-                    notes["usages"].append(usage)
-            yield index, event
 
 
 class Endpoint(NamedTuple):
