@@ -38,6 +38,11 @@ Each section uses only names from those above it.
     Mending     JSON as models write it, made whole
     Dialects    how models write tool calls: one row per dialect
     Listening   calls told apart from text, as they come
+    Patterns    regular expressions that can't run away
+    Wordings    what the keywords of a schema may be given
+    Fitting     whether a value fits a schema
+    Faults      what is wrong in a schema
+    JSON        answers that are to be JSON
     Flights     how a call in the air is made to stop
     Streams     server-sent events as Replicate sends them
     Replicate   its API, and nothing but this section knows its library
@@ -96,13 +101,15 @@ from contextlib import (
 )
 from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
-from functools import partial
+from fractions import Fraction
+from functools import lru_cache, partial
+from graphlib import CycleError, TopologicalSorter
 from hashlib import sha256
 from hmac import compare_digest
 from http.server import ThreadingHTTPServer
-from itertools import groupby
+from itertools import groupby, islice
 from math import isfinite
-from operator import gt, itemgetter, lt
+from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
 from socketserver import StreamRequestHandler, TCPServer
@@ -695,6 +702,19 @@ MESSAGE = {  # check_history sees to what depends on the role
     "function_call": Param(OBJECT, each=FUNCTION_CALL),
 }
 
+JSON_SCHEMA = {
+    "name": Param(STRING, 1, 64, required=True),
+    "description": Param(STRING, default=""),
+    "schema": Param(OBJECT, required=True),
+    "strict": Param(BOOLEAN, default=False),
+}
+RESPONSE_FORMAT = {
+    "type": Param(
+        STRING, required=True, choices=("text", "json_object", "json_schema")
+    ),
+    "json_schema": Param(OBJECT, each=JSON_SCHEMA),
+}
+
 CHAT = {
     **SAMPLING,
     "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
@@ -705,9 +725,7 @@ CHAT = {
     "function_call": Param((str, dict)),
     "logprobs": Param(refused=NO_LOGPROBS, choices=(False,)),
     "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
-    "response_format": Param(
-        refused="This proxy does not see to JSON output.", choices=({"type": "text"},)
-    ),
+    "response_format": Param(OBJECT, each=RESPONSE_FORMAT),
     "modalities": Param(
         refused="Replicate's language models answer in text.", choices=(["text"],)
     ),
@@ -3041,6 +3059,788 @@ class Listener:
             self.told.append(Arguments(self.calls - 1, text))
 
 
+# == Patterns ==================================================================
+#
+# A stranger's regular expression is matched by following all its ways at once.
+# Python's re tries them one after another: on "(a+)+b" it is busy for ever, and
+# no other call gets a turn. So the pattern is cut up, and re only sees pieces
+# of one character. Lookaround and back references can't be matched like this.
+
+
+class Intricate(Exception):
+    """A value can't be checked in as many steps as we are ready to take."""
+
+
+def spend(steps: Iterator[int]) -> bool:
+    if next(steps, None) is None:
+        raise Intricate
+    return True
+
+
+# A part of a pattern: from where it may begin to where it may end.
+Ends = Callable[[str, set[int], Iterator[int]], set[int]]
+
+PIECE = re.compile(
+    r"""(?P<opening> \( (?:\?:)? )
+      | (?P<times> [*+?] | \{ (?P<low>\d{1,3}) (?P<comma>,(?P<high>\d{1,3})?)? \} ) \??
+      | \\ (?:u[0-9a-fA-F]{4} | x[0-9a-fA-F]{2} | .)
+      | \[ \^? (?:\\.|[^]\\])+ \]
+      | [^\\[]""",
+    re.VERBOSE | re.DOTALL,
+)
+Piece = re.Match[str]
+TIMES: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+
+
+def matches(pattern: str, text: str, steps: Iterator[int]) -> bool:
+    return bool(read_pattern(pattern)(text, {*range(len(text) + 1)}, steps))
+
+
+@lru_cache(256)
+def read_pattern(pattern: str) -> Ends:
+    """Raise ValueError, IndexError or re.error for what is no pattern of ours."""
+    pieces = deque(PIECE.finditer(pattern))
+    if "".join(piece[0] for piece in pieces) != pattern:
+        raise ValueError(pattern)
+    ends = read_branches(pieces)
+    if pieces:
+        raise ValueError(pattern)
+    return ends
+
+
+def read_branches(pieces: deque[Piece]) -> Ends:
+    """Read as far as the group goes; IndexError if nothing is there to repeat."""
+    branches: list[list[Ends]] = [[]]
+    while pieces and pieces[0][0] != ")":
+        piece = pieces.popleft()
+        if piece[0] == "|":
+            branches.append([])
+        elif piece["times"]:
+            branches[-1].append(repeated(branches[-1].pop(), *times_of(piece)))
+        elif piece["opening"]:
+            branches[-1].append(read_branches(pieces))
+            pieces.popleft()
+        else:
+            branches[-1].append(atom(piece[0]))
+    return choice(branches)
+
+
+def times_of(piece: Piece) -> tuple[int, int | None]:
+    if piece["low"] is None:
+        return TIMES[piece["times"]]
+    low, high = int(piece["low"]), piece["high"]
+    return low, int(high) if high else None if piece["comma"] else low
+
+
+def atom(pattern: str) -> Ends:
+    match = re.compile(r"\Z" if pattern == "$" else pattern, re.ASCII).match
+
+    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
+        found = (match(text, start) for start in starts if spend(steps))
+        return {one.end() for one in found if one}
+
+    return ends
+
+
+def choice(branches: list[list[Ends]]) -> Ends:
+    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
+        found = set()
+        for branch in branches:
+            reached = starts
+            for part in branch:
+                reached = part(text, reached, steps)
+            found |= reached
+        return found
+
+    return ends
+
+
+def repeated(part: Ends, low: int, high: int | None) -> Ends:
+    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
+        found = set() if low else {*starts}
+        fresh = starts
+        for times in range(1, (low + len(text) if high is None else high) + 1):
+            fresh = part(text, fresh, steps) - found
+            if times >= low:
+                found |= fresh
+            if not fresh:
+                break
+        return found
+
+    return ends
+
+
+# == Wordings ==================================================================
+#
+# What the keywords of a JSON Schema may be given, and what is inside of it.
+
+Context = tuple[str, ...]  # the keys that lead from the root to a schema in it
+Subschemas = dict[Context, Any]
+
+MOST_KEYS = 100  # in a context: fifty objects inside one another
+MOST_SUBSCHEMAS = 5000  # in one, as OpenAI's limit of properties
+MOST_STEPS = 300_000  # in checking a value: about a second
+LONGEST_PATTERN = 500
+LONGEST_WHY = 500
+
+VALUE_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "string": ("a string", lambda value: isinstance(value, str)),
+    "integer": ("an integer", lambda value: is_number(value) and value % 1 == 0),
+    "number": ("a number", is_number),
+    "boolean": ("a boolean", lambda value: isinstance(value, bool)),
+    "array": ("an array", lambda value: isinstance(value, list)),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "null": ("null", lambda value: value is None),
+}
+
+
+class Wording(NamedTuple):
+    """What a keyword may say, and the schemas in that, with the keys to them."""
+
+    fits: Callable[[Any], bool]
+    expected: str
+    inner: Callable[[Any], Iterable[tuple[Context, Any]]] = lambda said: ()
+
+
+def is_types(said: Any) -> bool:
+    names = said if isinstance(said, list) else [said]
+    return bool(names) and all(isinstance(n, str) and n in VALUE_TYPES for n in names)
+
+
+def is_names(said: Any) -> bool:
+    return isinstance(said, list) and all(isinstance(name, str) for name in said)
+
+
+def is_reference(said: Any) -> bool:
+    return isinstance(said, str) and (said == "#" or said.startswith("#/"))
+
+
+def is_pattern(said: Any) -> bool:
+    if not isinstance(said, str) or len(said) > LONGEST_PATTERN:
+        return False
+    try:
+        read_pattern(said)
+    except (ValueError, IndexError, RecursionError, OverflowError, re.error):
+        return False
+    return True
+
+
+def one_inside(said: Any) -> Iterable[tuple[Context, Any]]:
+    return [((), said)]
+
+
+def several_inside(said: Any) -> Iterable[tuple[Context, Any]]:
+    return [((str(index),), schema) for index, schema in enumerate(said)]
+
+
+def named_inside(said: Any) -> Iterable[tuple[Context, Any]]:
+    return [((name,), schema) for name, schema in said.items()]
+
+
+ANY = Wording(lambda said: True, "anything")
+FLAG = Wording(lambda said: isinstance(said, bool), "a boolean")
+COUNT = Wording(lambda said: type(said) is int and said >= 0, "a whole number from 0")
+BOUND = Wording(is_number, "a number")
+FACTOR = Wording(lambda said: is_number(said) and said > 0, "a number above 0")
+NAMES = Wording(is_names, "an array of strings")
+VALUES = Wording(
+    lambda said: isinstance(said, list) and bool(said), "an array of values"
+)
+TYPE = Wording(is_types, f"one of {', '.join(VALUE_TYPES)}, or an array of them")
+PATTERN = Wording(
+    is_pattern, "a regular expression without lookaround or back references"
+)
+REFERENCE = Wording(is_reference, 'of the form "#/$defs/name", or "#"')
+ONE = Wording(lambda said: True, "a schema", one_inside)
+SEVERAL = Wording(VALUES.fits, "an array of schemas", several_inside)
+NAMED = Wording(
+    lambda said: isinstance(said, dict), "an object of schemas", named_inside
+)
+
+
+# == Fitting ===================================================================
+#
+# JSON Schema by hand, as much of it as programs send. What a keyword may say
+# and what breaks it is a row of KEYWORDS; one that has no row is refused by
+# name, as it could not be kept. A schema is a stranger's program: it is held
+# to a depth and a size, and what checks a value against it to so many steps.
+
+
+class Place(NamedTuple):
+    """Where in a value which schema is held against it."""
+
+    path: str
+    schema: Any
+    schemas: Subschemas  # what references refer to
+    steps: Iterator[int]  # that may still be taken
+
+    def under(self, schema: Any) -> Place:
+        return self._replace(schema=schema)
+
+    def into(self, key: str | int, schema: Any) -> Place:
+        is_plain = isinstance(key, str) and key.isidentifier()
+        step = f".{key}" if is_plain else f"[{json.dumps(key)}]"
+        return self._replace(path=self.path + step, schema=schema)
+
+
+Check = Callable[[Any, Any, Place], Iterator[str]]  # value, what the keyword says
+
+
+def violation(value: Any, schema: Any) -> str:
+    """Say in a sentence where the value breaks a schema without faults, else ""."""
+    schemas = dict(schemas_in(schema))
+    try:
+        why = first_fault(value, Place("$", schema, schemas, iter(range(MOST_STEPS))))
+    except (Intricate, RecursionError):
+        return "$ takes too long to check against its schema."
+    return why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}…"
+
+
+def first_fault(value: Any, at: Place) -> str:
+    return next(faults(value, at), "")
+
+
+def faults(value: Any, at: Place) -> Iterator[str]:
+    spend(at.steps)
+    if at.schema is False:
+        yield f"{at.path} is not allowed."
+    if isinstance(at.schema, dict):
+        for keyword, said in at.schema.items():
+            if keyword in KEYWORDS:
+                yield from KEYWORDS[keyword].check(value, said, at)
+
+
+def rule(
+    kinds: tuple[type, ...], holds: Callable[[Any, Any], bool], must: str
+) -> Check:
+    """Make a check of values of these kinds, which lets those of others pass."""
+
+    def check(value: Any, said: Any, at: Place) -> Iterator[str]:
+        if type(value) in kinds and not holds(value, said):
+            yield f"{at.path} must {must.format(compact(said))}."
+
+    return check
+
+
+def frozen(value: Any, steps: Iterator[int]) -> Any:
+    """Make what is equal where JSON is: 1 is 1.0, but true is not 1."""
+    spend(steps)
+    if isinstance(value, list):
+        return list, *(frozen(item, steps) for item in value)
+    if isinstance(value, dict):
+        return dict, frozenset((key, frozen(value[key], steps)) for key in value)
+    return isinstance(value, bool), value
+
+
+def is_multiple(value: float, said: float) -> bool:
+    return Fraction(str(value)) % Fraction(str(said)) == 0
+
+
+def names_of(said: str | list[str]) -> list[str]:
+    return [said] if isinstance(said, str) else said
+
+
+def type_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    types = [VALUE_TYPES[name] for name in names_of(said)]
+    if not any(fits(value) for _, fits in types):
+        wanted = " or ".join(words for words, _ in types)
+        yield f"{at.path} must be {wanted}, not {KINDS[type(value)]}."
+
+
+def enum_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    choices = (frozen(choice, at.steps) for choice in said)
+    if frozen(value, at.steps) not in choices:
+        yield f"{at.path} must be one of {compact(said)}."
+
+
+def const_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    if frozen(value, at.steps) != frozen(said, at.steps):
+        yield f"{at.path} must be {compact(said)}."
+
+
+def required_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for name in said if isinstance(value, dict) else ():
+        if spend(at.steps) and name not in value:
+            yield f"{at.path} lacks the property {compact(name)}."
+
+
+def property_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for name in value if isinstance(value, dict) else ():
+        if name in said:
+            yield from faults(value[name], at.into(name, said[name]))
+
+
+def addition_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for name in value if isinstance(value, dict) else ():
+        if name not in at.schema.get("properties", ()):
+            yield from faults(value[name], at.into(name, said))
+
+
+def name_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for name in value if isinstance(value, dict) else ():
+        yield from faults(name, at.into(name, said))
+
+
+def item_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    first = len(at.schema.get("prefixItems", ()))
+    for index in range(first, len(value)) if isinstance(value, list) else ():
+        yield from faults(value[index], at.into(index, said))
+
+
+def prefix_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    pairs = zip(value, said, strict=False) if isinstance(value, list) else ()
+    for index, (item, schema) in enumerate(pairs):
+        yield from faults(item, at.into(index, schema))
+
+
+def unique_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    items = [frozen(v, at.steps) for v in value] if isinstance(value, list) else []
+    if said and len(set(items)) < len(items):
+        yield f"{at.path} must not have an item twice."
+
+
+def all_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for schema in said:
+        yield from faults(value, at.under(schema))
+
+
+def any_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    whys = []
+    for schema in said:
+        whys.append(first_fault(value, at.under(schema)))
+        if not whys[-1]:
+            return
+    yield " Or: ".join(dict.fromkeys(whys))
+
+
+def one_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    whys = [first_fault(value, at.under(schema)) for schema in said]
+    if all(whys):
+        yield " Or: ".join(dict.fromkeys(whys))
+    if whys.count("") > 1:
+        yield f"{at.path} fits several schemas of oneOf."
+
+
+def not_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    if not first_fault(value, at.under(said)):
+        yield f"{at.path} must not fit {compact(said)}."
+
+
+def reference_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    return faults(value, at.under(at.schemas[pointed_at(said)]))
+
+
+def pattern_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    if isinstance(value, str) and not matches(said, value, at.steps):
+        yield f"{at.path} must match the pattern {said}."
+
+
+def no_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    return iter(())
+
+
+class Keyword(NamedTuple):
+    form: Wording
+    check: Check = no_faults
+
+
+LIST = (list,)
+KEYWORDS = {
+    "type": Keyword(TYPE, type_faults),
+    "enum": Keyword(VALUES, enum_faults),
+    "const": Keyword(ANY, const_faults),
+    "required": Keyword(NAMES, required_faults),
+    "properties": Keyword(NAMED, property_faults),
+    "additionalProperties": Keyword(ONE, addition_faults),
+    "propertyNames": Keyword(ONE, name_faults),
+    "minProperties": Keyword(
+        COUNT, rule(OBJECT, lambda v, s: len(v) >= s, "have at least {} properties")
+    ),
+    "maxProperties": Keyword(
+        COUNT, rule(OBJECT, lambda v, s: len(v) <= s, "have at most {} properties")
+    ),
+    "items": Keyword(ONE, item_faults),
+    "prefixItems": Keyword(SEVERAL, prefix_faults),
+    "minItems": Keyword(
+        COUNT, rule(LIST, lambda v, s: len(v) >= s, "have at least {} items")
+    ),
+    "maxItems": Keyword(
+        COUNT, rule(LIST, lambda v, s: len(v) <= s, "have at most {} items")
+    ),
+    "uniqueItems": Keyword(FLAG, unique_faults),
+    "minLength": Keyword(
+        COUNT, rule(STRING, lambda v, s: len(v) >= s, "have at least {} characters")
+    ),
+    "maxLength": Keyword(
+        COUNT, rule(STRING, lambda v, s: len(v) <= s, "have at most {} characters")
+    ),
+    "pattern": Keyword(PATTERN, pattern_faults),
+    "minimum": Keyword(BOUND, rule(NUMBER, ge, "be at least {}")),
+    "maximum": Keyword(BOUND, rule(NUMBER, le, "be at most {}")),
+    "exclusiveMinimum": Keyword(BOUND, rule(NUMBER, gt, "be above {}")),
+    "exclusiveMaximum": Keyword(BOUND, rule(NUMBER, lt, "be below {}")),
+    "multipleOf": Keyword(FACTOR, rule(NUMBER, is_multiple, "be a multiple of {}")),
+    "allOf": Keyword(SEVERAL, all_faults),
+    "anyOf": Keyword(SEVERAL, any_faults),
+    "oneOf": Keyword(SEVERAL, one_faults),
+    "not": Keyword(ONE, not_faults),
+    "$ref": Keyword(REFERENCE, reference_faults),
+    "$defs": Keyword(NAMED),
+    "definitions": Keyword(NAMED),
+}
+SAME_VALUE = ("allOf", "anyOf", "oneOf", "not")  # their schemas look at it again
+
+# Said for people and for tools: nothing that a value could break. `format` is
+# one of them by the standard, `discriminator` is what pydantic puts by a oneOf.
+ANNOTATIONS = frozenset(
+    (
+        "title",
+        "description",
+        "default",
+        "examples",
+        "example",
+        "format",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "contentEncoding",
+        "contentMediaType",
+        "contentSchema",
+        "discriminator",
+        "$schema",
+        "$id",
+        "$comment",
+    )
+)
+
+
+def schemas_in(schema: Any) -> Iterator[tuple[Context, Any]]:
+    """All schemas in a schema and itself, from the outside in."""
+    waiting: deque[tuple[Context, Any]] = deque([((), schema)])
+    while waiting:
+        context, schema = waiting.popleft()
+        yield context, schema
+        for keyword in schema if isinstance(schema, dict) else ():
+            if keyword in KEYWORDS:
+                inner = KEYWORDS[keyword].form.inner(schema[keyword])
+                waiting.extend(((*context, keyword, *key), each) for key, each in inner)
+
+
+def pointed_at(reference: str) -> Context:
+    """Read a JSON pointer in a URL (RFC 6901, 6)."""
+    keys = [unquote(key) for key in reference.split("/")[1:]]
+    return tuple(key.replace("~1", "/").replace("~0", "~") for key in keys)
+
+
+# == Faults ====================================================================
+#
+# A schema that can't be held to is refused, with what is wrong in it.
+
+
+def schema_faults(schema: Any) -> Iterator[tuple[Context, str]]:
+    """Say why a schema can't be kept to; only the first fault is to be relied on."""
+    schemas: Subschemas = {}
+    for context, each in schemas_in(schema):
+        schemas[context] = each
+        yield from ((context, fault) for fault in keyword_faults(each))
+        if len(context) > MOST_KEYS or len(schemas) > MOST_SUBSCHEMAS:
+            yield context, "it is too deep or too large"
+    for context, each in schemas.items():
+        target = each.get("$ref", "#") if isinstance(each, dict) else "#"
+        if pointed_at(target) not in schemas:
+            yield context, f"reference '{target}' leads to no schema"
+    yield from loop_faults(schemas)
+
+
+def keyword_faults(schema: Any) -> Iterator[str]:
+    if not isinstance(schema, (dict, bool)):
+        yield "a schema is expected to be an object or a boolean"
+    for keyword, said in schema.items() if isinstance(schema, dict) else ():
+        if keyword in KEYWORDS:
+            form = KEYWORDS[keyword].form
+            if not form.fits(said):
+                yield f"'{keyword}' is expected to be {form.expected}"
+        elif keyword not in ANNOTATIONS and not keyword.startswith("x-"):
+            yield f"'{keyword}' is not permitted"
+
+
+def loop_faults(schemas: Subschemas) -> Iterator[tuple[Context, str]]:
+    """References that lead back to themselves without going into the value."""
+    graph = {context: same_value(context, each) for context, each in schemas.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield error.args[1][0], "'$ref' leads back to itself"
+
+
+def same_value(context: Context, schema: Any) -> list[Context]:
+    """The schemas that a schema has its own value checked against."""
+    if not isinstance(schema, dict):
+        return []
+    named = [pointed_at(schema["$ref"])] if "$ref" in schema else []
+    return named + [
+        (*context, keyword, *key)
+        for keyword in SAME_VALUE
+        if keyword in schema
+        for key, _ in KEYWORDS[keyword].form.inner(schema[keyword])
+    ]
+
+
+# == JSON ======================================================================
+#
+# An answer that is to be JSON is asked for in the model's own way if it has
+# one, else in the system text; then the value is taken out of what surrounds
+# it, and what does not parse or fit is asked for once more.
+
+
+class Format(NamedTuple):
+    """The JSON that an answer is to be."""
+
+    schema: Json
+    name: str = ""  # "": any object will do
+    description: str = ""
+    strict: bool = False
+
+
+ANY_OBJECT = Format({"type": "object"})
+IS_NAME = re.compile("[A-Za-z0-9_-]+")
+
+
+def read_format(body: Json) -> Format | None:
+    """Read what Parameters have checked; None where text is wanted."""
+    asked = body["response_format"]
+    if asked is None or asked["type"] == "text":
+        return None
+    return ANY_OBJECT if asked["type"] == "json_object" else read_schema(asked)
+
+
+def read_schema(asked: Json) -> Format:
+    where = "response_format.json_schema"
+    named = check_param(
+        where, asked["json_schema"], Param(OBJECT, required=True, each=JSON_SCHEMA)
+    )
+    check_name(f"{where}.name", named["name"])
+    check_schema(named["name"], named["schema"])
+    rest = {key: named[key] for key in ("name", "description", "strict")}
+    return Format(named["schema"], **rest)
+
+
+def check_name(path: str, name: str) -> None:
+    expected = "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."
+    message = f"Invalid '{path}': string does not match pattern. {expected}"
+    require(IS_NAME.fullmatch(name), message, code="invalid_value", param=path)
+
+
+def check_schema(name: str, schema: Json) -> None:
+    for context, fault in schema_faults(schema):
+        message = f"In context={context}, {fault}."
+        raise APIError(
+            400,
+            f"Invalid schema for response_format '{name}': {message}",
+            code="invalid_json_schema",
+            param="response_format",
+        )
+
+
+def granite_format(format: Format) -> Json:
+    """OpenAI's own object: ibm-granite/granite-3.3 and later take it so."""
+    if not format.name:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": named_schema(format)}
+
+
+def structured_schema(format: Format) -> Json:
+    """What openai/gpt-5-structured calls json_schema: as the Responses API has it."""
+    if not format.name:
+        return {"format": {"type": "json_object"}}
+    return {"format": {"type": "json_schema", **named_schema(format)}}
+
+
+def named_schema(format: Format) -> Json:
+    described = {"description": format.description} if format.description else {}
+    return {
+        "name": format.name,
+        **described,
+        "schema": format.schema,
+        "strict": format.strict,
+    }
+
+
+def json_instructions(format: Format) -> str:
+    kind = format.schema.get("type")
+    noun = kind if kind in ("object", "array") else "value"
+    only = "only: no explanation, no comments, no code fences."
+    about = f" It is: {format.description}" if format.description else ""
+    schema = (
+        "\nIt must fit this JSON Schema; do not repeat the schema itself:\n"
+        f"{compact(format.schema)}"
+    )
+    return f"Answer with one JSON {noun} {only}{about}{schema if format.name else ''}"
+
+
+def json_repair(format: Format, answer: str, why: str) -> str:
+    return (
+        f"This answer is wrong:\n{answer}\n\nThe reason: {why}\n\n"
+        f"Give the answer again, corrected and whole. {json_instructions(format)}"
+    )
+
+
+def parsed_or_why(text: str, format: Format) -> tuple[Any, str]:
+    """Give the value, and in a sentence why it won't do; "" if it will."""
+    try:
+        value = json.loads(text, parse_constant=refuse, parse_float=finite)
+    except (ValueError, RecursionError) as error:
+        return None, f"It is not JSON: {error}."
+    return value, violation(value, format.schema)
+
+
+# A brace in prose begins no JSON unless a key and a colon follow it, nor does a
+# bracket without an item. Until that is clear, text is held. What has nothing in
+# its brackets or has none can't be told from prose: it is looked for in the end.
+
+GAPS = r"\s{0,99}"
+KEY = r'"(?:[^"\\]|\\.){0,200}'
+NUMERAL = r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?"
+SCALAR = rf"(?:{NUMERAL}|true|false|null)"
+OBJECT_BEGINS = rf'\{{{GAPS}{KEY}"{GAPS}:'
+EMPTY = rf"\{{{GAPS}\}}|\[{GAPS}\]"
+ITEM = rf"(?:{SCALAR}|{EMPTY}){GAPS}[,\]]"
+BEGINS = re.compile(
+    rf'{OBJECT_BEGINS}|(?:\[{GAPS}){{1,20}}(?:{OBJECT_BEGINS}|"|{ITEM})', re.DOTALL
+)
+MAY_BEGIN = re.compile(
+    rf"""(?:\[{GAPS}){{0,20}}(?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
+    | \{{{GAPS}(?:{KEY}(?:\\|"{GAPS})?|\}}{GAPS})?)?""",
+    re.DOTALL | re.VERBOSE,
+)
+LONE_VALUE = re.compile(
+    rf'{EMPTY}|"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
+)
+MOST_LONE_VALUES = 50
+MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
+OPENINGS = {"object": r"\{", "array": r"\["}
+CLOSED_BY = {"}": "{", "]": "["}
+LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
+
+
+def only_json(events: Events, format: Format) -> Events:
+    """Tell of the text nothing but the value in it, or all if there is none."""
+    value = Extract(format)
+    with closing(events):
+        for event in events:
+            if isinstance(event, Text):
+                yield from value.hear(event.text)
+            elif isinstance(event, Done):
+                yield from value.end(event)
+            else:
+                yield event
+            if value.epilogue > LONGEST_EPILOGUE:
+                yield Done("stop")
+                return
+
+
+def openings_of(schema: Json) -> re.Pattern[str]:
+    """What a value may begin with, as far as the schema names its type."""
+    types = names_of(schema.get("type", [*OPENINGS]))
+    return re.compile("|".join(OPENINGS.get(name, "(?!)") for name in types))
+
+
+class Extract:
+    """How far one answer has come: before its value, in it, or after."""
+
+    def __init__(self, format: Format) -> None:
+        self.format = format
+        self.openings = openings_of(format.schema)
+        self.passed: list[str] = []  # text that no value begins in
+        self.held = ""  # text that one may begin with
+        self.nesting = Nesting()
+        self.epilogue = 0  # characters since the value ended
+        self.tell: Callable[[str], Iterator[Event]] = self.before
+
+    def hear(self, text: str) -> Iterator[Event]:
+        if text:
+            held, self.held = self.held + text, ""
+            yield from self.tell(held)
+
+    def before(self, text: str) -> Iterator[Event]:
+        at, begins = self.beginning(text)
+        if begins:
+            self.tell = self.within
+            yield from self.within(text[at:])
+        else:
+            self.passed.append(text[:at])
+            self.held = text[at:]
+
+    def beginning(self, text: str) -> tuple[int, bool]:
+        """Find where a value begins, or may begin if that is yet to be seen."""
+        for opening in self.openings.finditer(text):
+            at = opening.start()
+            if begins := BEGINS.match(text, at) or MAY_BEGIN.fullmatch(text, at):
+                return at, begins.re is BEGINS
+        return len(text), False
+
+    def within(self, text: str) -> Iterator[Event]:
+        end = self.nesting.end(text)
+        yield Text(text[:end])
+        if end is not None:
+            self.tell = self.after
+            yield from self.after(text[end:])
+
+    def after(self, text: str) -> Iterator[Event]:
+        self.epilogue += len(text)
+        yield from ()
+
+    def end(self, done: Done) -> Iterator[Event]:
+        """What was cut off after a whole value was no part of the answer."""
+        if self.tell == self.before and (rest := self.rest()):
+            yield Text(rest)
+        yield Done("stop", done.usage) if self.tell == self.after else done
+
+    def rest(self) -> str:
+        """Find a small value that was asked for, or give the text as it was."""
+        text = "".join(self.passed) + self.held
+        if not self.format.schema.keys() & {"type", "enum", "const"}:
+            return text
+        small = [
+            found[0] for found in islice(LONE_VALUE.finditer(text), MOST_LONE_VALUES)
+        ]
+        return next((s for s in small if not parsed_or_why(s, self.format)[1]), text)
+
+
+class Nesting:
+    """How deep in a value its text has come, however it is cut up."""
+
+    def __init__(self) -> None:
+        self.open = ""
+        self.is_quoted = False
+        self.is_escaped = False
+
+    def end(self, text: str) -> int | None:
+        """Find where in the text the value ends, if it does there."""
+        start, self.is_escaped = int(self.is_escaped), False
+        for mark in MARK.finditer(text, start):
+            self.follow(mark[0])
+            if not self.open:
+                return mark.end()
+        return None
+
+    def follow(self, mark: str) -> None:
+        if mark[0] == "\\":
+            self.is_escaped = mark == "\\"
+        elif mark == '"':
+            self.is_quoted = not self.is_quoted
+        elif not self.is_quoted:
+            self.bracket(mark)
+
+    def bracket(self, mark: str) -> None:
+        """What is left open ends with what it is in; a close too many ends nothing."""
+        opened = CLOSED_BY.get(mark)
+        if opened is None:
+            self.open += mark
+        elif opened in self.open:
+            self.open = self.open[: self.open.rindex(opened)]
+
+
 # == Flights ===================================================================
 #
 # A call in the air: whoever works for it may simply block, as a hang-up or the
@@ -4195,6 +4995,25 @@ def insist(events: Events, toolbox: Toolbox, again: Again, whole: bool) -> Event
         yield from held
 
 
+def correct(events: Events, format: Format, again: Again) -> Events:
+    """Hold an answer that is to be JSON until it is all there, to see whether it is."""
+    held: list[Event] = []
+    with closing(events):
+        for event in events:
+            if isinstance(event, Started):
+                yield event
+            else:
+                held.append(event)
+    said = fold(held)
+    _, why = parsed_or_why(said.text, format)
+    if why and isinstance(end := held[-1], Done) and said.finish_reason == "stop":
+        log.warning("event=repair why=%s", quoted(why))
+        what = json_repair(format, said.text, why)
+        yield from after_all(again(said.text, what), end.usage)
+    else:
+        yield from held
+
+
 def complaint(calls: Sequence[Json], toolbox: Toolbox) -> str:
     """Why an answer is not what the client asked for; "" if it is."""
     if not calls:
@@ -4324,6 +5143,7 @@ class Wanted(NamedTuple):
     """What an answer has to be besides text, and an order that asks for it again."""
 
     toolbox: Toolbox | None = None
+    format: Format | None = None
     again: Callable[[str, str], Order] | None = None
 
 
@@ -4358,20 +5178,22 @@ def shape(
     proxy: Proxy, body: Json, wanted: Wanted, order: Order, flight: Flight
 ) -> Events:
     """Run an order, and do to its answer what the model can't."""
-    toolbox, again = wanted
-    events = heard(proxy, body, toolbox, order, flight)
+    events = heard(proxy, body, wanted, order, flight)
     whole = not body["stream"]
-    if toolbox and again and (whole or toolbox.must_call):
+    toolbox, format, again = wanted
 
-        def ask(said: str, what: str) -> Events:
-            return heard(proxy, body, toolbox, again(said, what), flight)
+    def ask(said: str, what: str) -> Events:
+        return heard(proxy, body, wanted, again(said, what) if again else order, flight)
 
+    if toolbox and (whole or toolbox.must_call):
         return insist(events, toolbox, ask, whole)
+    if format and whole:
+        return correct(events, format, ask)
     return echo(events, order.prompt) if order.echo else events
 
 
 def heard(
-    proxy: Proxy, body: Json, toolbox: Toolbox | None, order: Order, flight: Flight
+    proxy: Proxy, body: Json, wanted: Wanted, order: Order, flight: Flight
 ) -> Events:
     events = proxy.upstream.run(order, flight, wait=not body["stream"])
     if "messages" in body:
@@ -4381,8 +5203,10 @@ def heard(
         events = cut_after(events, order.cut)
     if stops := list(filter(None, body["stop"])):
         events = stop_at(events, stops)
+    if wanted.format and not wanted.toolbox:
+        events = only_json(events, wanted.format)
     events = account(events, order.prompt, order.limit)
-    return hear_tool_calls(events, toolbox) if toolbox else events
+    return hear_tool_calls(events, wanted.toolbox) if wanted.toolbox else events
 
 
 def noted(told: Told, notes: Json) -> Told:
@@ -4434,9 +5258,11 @@ def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Repl
     kinds_sent = {kind for kind, _ in attached}
     family = family_for(model, body, kinds_sent, proxy.upstream.schemas)
     check_places(attached, model, family)
-    toolbox = read_toolbox(body)
+    toolbox, format = read_toolbox(body), read_format(body)
     hosted = proxy.upstream.hosted.host_all(plain_history(body["messages"]))
-    body["messages"] = [*taught(toolbox), *hosted]
+    native = native_json(family, format)
+    body["messages"] = [*taught(toolbox, None if native else format), *hosted]
+    body["replicate"] = {**native, **body["replicate"]}
     orders = [chat_order(variant, model, family) for variant in variants(body)]
 
     def again(said: str, what: str) -> Order:
@@ -4447,13 +5273,29 @@ def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Repl
         talk = {**body, "messages": [*body["messages"], *more]}
         return chat_order(talk, model, family)
 
-    return tell(proxy, call, body, orders, CHAT_FORM, Wanted(toolbox, again))
+    return tell(proxy, call, body, orders, CHAT_FORM, Wanted(toolbox, format, again))
 
 
-def taught(toolbox: Toolbox | None) -> Messages:
-    if toolbox is None:
-        return []
-    return [{"role": "system", "content": tool_instructions(toolbox)}]
+def taught(toolbox: Toolbox | None, format: Format | None) -> Messages:
+    """What a model is told of tools and of JSON."""
+    told = [tool_instructions(toolbox)] if toolbox else []
+    told += [json_instructions(format)] if format else []
+    return [{"role": "system", "content": text} for text in told]
+
+
+# Models with a way of their own to be asked for JSON, by their layout.
+NATIVE_JSON: dict[Any, tuple[str, Callable[[Format], Json]]] = {
+    lay_out_granite: ("response_format", granite_format),
+    lay_out_items: ("json_schema", structured_schema),
+}
+
+
+def native_json(family: Family, format: Format | None) -> Json:
+    """The input that asks for JSON, of a model that has one."""
+    if format is None or family.lay_out not in NATIVE_JSON:
+        return {}
+    name, asked = NATIVE_JSON[family.lay_out]
+    return {name: asked(format)}
 
 
 def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import httpx
 import openai
+import pydantic
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as trying
@@ -43,6 +44,7 @@ from proxy import (
     APIError,
     Arguments,
     Done,
+    Param,
     Started,
     Text,
     Thought,
@@ -791,7 +793,6 @@ def refusal_of(body, params):
         ("choices without end", {"n": 10**400}, "integer_above_max_value", "n"),
         ("true is not 1", {"n": True}, "invalid_type", "n"),
         ("0 is not false", {"logprobs": 0}, UNSUPPORTED, "logprobs"),
-        ("JSON", {"response_format": {"type": "json_object"}}, UNSUPPORTED, FORMAT),
         ("sound", {"modalities": ["text", "audio"]}, UNSUPPORTED, "modalities"),
         ("a call of nothing", {"messages": [CALLED]}, MISSING, CALLED_WHAT),
     ],
@@ -3616,6 +3617,942 @@ def test_a_long_answer_is_heard_in_time(said):
     assert time.monotonic() - began < 2
 
 
+# == Patterns ==================================================================
+
+
+def matches(pattern, text, steps=10**6):
+    return proxy.matches(pattern, text, iter(range(steps)))
+
+
+@table(
+    "pattern, text, expected",
+    [
+        ("a date", r"^\d{4}-\d{2}-\d{2}$", "2026-11-22", True),
+        ("no date", r"^\d{4}-\d{2}-\d{2}$", "2026-1-22", False),
+        ("a slug", "^[a-z]+(-[a-z]+)*$", "what-a-slug", True),
+        ("no slug", "^[a-z]+(-[a-z]+)*$", "what--a-slug", False),
+        ("one of words", "^(?:red|green|)$", "green", True),
+        ("none of words", "^(?:red|green)$", "greed", False),
+        ("found anywhere", "b+", "abbc", True),
+        ("a lazy repetition", "^a+?b??$", "aa", True),
+        ("at least", "^a{2,}$", "a", False),
+        ("at most", "^a{,2}$", "a{,2}", True),
+        ("between", "^(ab){1,2}$", "ababab", False),
+        ("a class with a bracket in it", r"^[\]a[]+$", "[a]", True),
+        ("a class of others", r"^[^\s,]+$", "a b", False),
+        ("an escaped mark", r"^\(\.\*\)\/$", "(.*)/", True),
+        ("a code point", r"^\u00e9\x41$", "éA", True),
+        ("a word boundary", r"\bcat\b", "a cat!", True),
+        ("no boundary", r"\bcat\b", "cats", False),
+        ("the end is not before a line break", "^a$", "a\n", False),
+        ("digits are those of ASCII", r"^\d$", "\u0663", False),
+        ("an empty pattern", "", "", True),
+    ],
+)
+def test_a_pattern_is_matched(pattern, text, expected):
+    assert matches(pattern, text) is expected
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*a", "(a", "a)", "[a", "[]", "\\", "(?=a)b", "(?<!a)b", r"(a)\1", "(?P<x>a)"],
+)
+def test_a_pattern_that_can_not_be_matched_is_none(pattern):
+    assert not proxy.is_pattern(pattern)
+
+
+SMALL_PATTERNS = st.recursive(
+    st.sampled_from(["a", "b", ".", "[ab]", "^", "$"]),
+    lambda inner: (
+        st.builds("(?:{}|{})".format, inner, inner)
+        | st.builds("{}{}".format, inner, inner)
+        | st.builds(
+            "(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "{2}", "{1,}"])
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@thoroughly
+@given(SMALL_PATTERNS, st.text("abc", max_size=7))
+def test_a_pattern_matches_what_python_would_match(pattern, text):
+    assert matches(pattern, text) == bool(re.search(pattern, text))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+b", "(a|a)*b", "(a*)*b", "a*a*a*a*a*a*b", "((a?){9}){9}b"]
+)
+def test_a_pattern_that_python_would_try_for_ever_takes_a_moment(pattern):
+    began = time.thread_time()
+    schema = {"type": "string", "pattern": pattern}
+    expected = f"$ must match the pattern {pattern}."
+    assert proxy.violation("a" * 500, schema) == expected
+    assert time.thread_time() - began < 5
+
+
+# == Fitting ===================================================================
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TREE_OF_JSON = {
+    "$ref": "#/$defs/node",
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "value": {"type": "integer"},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+            },
+            "required": ["value"],
+        }
+    },
+}
+CHAIN = {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}
+CARD = {
+    "oneOf": [
+        {"properties": {"kind": {"const": "cat"}}, "required": ["kind"]},
+        {"properties": {"kind": {"const": "dog"}}, "required": ["kind"]},
+    ]
+}
+NAMES_OF_JSON = {
+    "prefixItems": [{"type": "string"}, {"type": "integer"}],
+    "items": False,
+}
+
+
+def nested(depth, key="children"):
+    value = {"value": 1}
+    for _ in range(depth):
+        value = {"value": 1, key: [value]}
+    return value
+
+
+@table(
+    "value, schema, expected",
+    [
+        ("anything", {"a": 1}, {}, ""),
+        ("true allows anything", 5, True, ""),
+        ("false allows nothing", 5, False, "$ is not allowed."),
+        ("a string", "a", {"type": "string"}, ""),
+        ("no string", 5, {"type": "string"}, "$ must be a string, not an integer."),
+        ("an integer", 5, {"type": "integer"}, ""),
+        ("1.0 is an integer", 1.0, {"type": "integer"}, ""),
+        (
+            "1.5 is none",
+            1.5,
+            {"type": "integer"},
+            "$ must be an integer, not a decimal.",
+        ),
+        (
+            "true is none",
+            True,
+            {"type": "integer"},
+            "$ must be an integer, not a boolean.",
+        ),
+        ("a number", 1.5, {"type": "number"}, ""),
+        (
+            "true is no number",
+            True,
+            {"type": "number"},
+            "$ must be a number, not a boolean.",
+        ),
+        ("a boolean", False, {"type": "boolean"}, ""),
+        (
+            "0 is no boolean",
+            0,
+            {"type": "boolean"},
+            "$ must be a boolean, not an integer.",
+        ),
+        ("null", None, {"type": "null"}, ""),
+        (
+            "null is no object",
+            None,
+            {"type": "object"},
+            "$ must be an object, not null.",
+        ),
+        ("one of two types", None, {"type": ["string", "null"]}, ""),
+        (
+            "none of two",
+            [],
+            {"type": ["string", "null"]},
+            "$ must be a string or null, not an array.",
+        ),
+        ("one of the values", "b", {"enum": ["a", "b"]}, ""),
+        ("none of them", "c", {"enum": ["a", 1]}, '$ must be one of ["a",1].'),
+        ("1.0 is 1", 1.0, {"enum": [1]}, ""),
+        ("true is not 1", True, {"enum": [1]}, "$ must be one of [1]."),
+        (
+            "false is not 0, deep down",
+            [{"a": False}],
+            {"const": [{"a": 0}]},
+            '$ must be [{"a":0}].',
+        ),
+        ("a constant", {"a": [1, 2.0]}, {"const": {"a": [1.0, 2]}}, ""),
+        ("a person", {"name": "Ada", "age": 36}, PERSON, ""),
+        ("one without age", {"name": "Ada"}, PERSON, '$ lacks the property "age".'),
+        (
+            "a wrong property",
+            {"name": "Ada", "age": "36"},
+            PERSON,
+            "$.age must be an integer, not a string.",
+        ),
+        (
+            "a property too many",
+            {"name": "Ada", "age": 36, "a b": 1},
+            PERSON,
+            '$["a b"] is not allowed.',
+        ),
+        ("properties are for objects", [], {"properties": {"a": False}}, ""),
+        ("an absent property", {}, {"properties": {"a": False}}, ""),
+        (
+            "others of a type",
+            {"a": 1, "b": "x"},
+            {"additionalProperties": {"type": "integer"}},
+            "$.b must be an integer, not a string.",
+        ),
+        (
+            "a name",
+            {"blue": 1},
+            {"propertyNames": {"enum": ["red"]}},
+            '$.blue must be one of ["red"].',
+        ),
+        (
+            "few properties",
+            {},
+            {"minProperties": 1},
+            "$ must have at least 1 properties.",
+        ),
+        ("many", {"a": 1}, {"maxProperties": 0}, "$ must have at most 0 properties."),
+        ("items", [1, 2], {"items": {"type": "integer"}}, ""),
+        (
+            "a wrong item",
+            {"a": [1, "2"]},
+            {"properties": {"a": {"items": {"type": "integer"}}}},
+            "$.a[1] must be an integer, not a string.",
+        ),
+        ("a tuple", ["a", 1], NAMES_OF_JSON, ""),
+        ("a short tuple", ["a"], NAMES_OF_JSON, ""),
+        ("a long tuple", ["a", 1, 2], NAMES_OF_JSON, "$[2] is not allowed."),
+        ("a wrong tuple", [1], NAMES_OF_JSON, "$[0] must be a string, not an integer."),
+        ("few items", [], {"minItems": 1}, "$ must have at least 1 items."),
+        ("many items", [1, 2], {"maxItems": 1}, "$ must have at most 1 items."),
+        ("no item twice", [1, True, "1", [1], {"a": 1}], {"uniqueItems": True}, ""),
+        (
+            "one twice",
+            [{"a": 1}, {"a": 1.0}],
+            {"uniqueItems": True},
+            "$ must not have an item twice.",
+        ),
+        ("twice is allowed", [1, 1], {"uniqueItems": False}, ""),
+        ("a short string", "", {"minLength": 1}, "$ must have at least 1 characters."),
+        ("a long string", "ab", {"maxLength": 1}, "$ must have at most 1 characters."),
+        ("characters, not bytes", "é😀", {"maxLength": 2}, ""),
+        ("a pattern", "a-b", {"pattern": "^[a-z]+(-[a-z]+)*$"}, ""),
+        (
+            "another",
+            "A_OF_JSON",
+            {"pattern": "^[a-z]$"},
+            "$ must match the pattern ^[a-z]$.",
+        ),
+        ("patterns are for strings", 5, {"pattern": "a"}, ""),
+        ("at the minimum", 1, {"minimum": 1}, ""),
+        ("below it", 0.5, {"minimum": 1}, "$ must be at least 1."),
+        ("above the maximum", 2, {"maximum": 1.5}, "$ must be at most 1.5."),
+        ("at an exclusive one", 1, {"exclusiveMinimum": 1}, "$ must be above 1."),
+        ("at another", 1, {"exclusiveMaximum": 1}, "$ must be below 1."),
+        ("bounds are for numbers", "0", {"minimum": 1}, ""),
+        ("true has no bounds", True, {"minimum": 5}, ""),
+        ("a multiple", 0.3, {"multipleOf": 0.1}, ""),
+        ("no multiple", 7, {"multipleOf": 2}, "$ must be a multiple of 2."),
+        ("a great multiple", 1e300, {"multipleOf": 1e-300}, ""),
+        ("all", 5, {"allOf": [{"type": "integer"}, {"minimum": 5}]}, ""),
+        (
+            "not all",
+            4,
+            {"allOf": [{"type": "integer"}, {"minimum": 5}]},
+            "$ must be at least 5.",
+        ),
+        ("any", None, {"anyOf": [{"type": "string"}, {"type": "null"}]}, ""),
+        (
+            "not any",
+            5,
+            {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "$ must be a string, not an integer. Or: $ must be null, not an integer.",
+        ),
+        ("one", {"kind": "dog"}, CARD, ""),
+        ("the same twice", 5, {"anyOf": [False, False]}, "$ is not allowed."),
+        (
+            "not one",
+            {"kind": "cow"},
+            CARD,
+            '$.kind must be "cat". Or: $.kind must be "dog".',
+        ),
+        ("two", 5, {"oneOf": [{}, True]}, "$ fits several schemas of oneOf."),
+        ("not", 5, {"not": {"type": "string"}}, ""),
+        ("but", "a", {"not": {"type": "string"}}, '$ must not fit {"type":"string"}.'),
+        ("a tree", nested(3), TREE_OF_JSON, ""),
+        (
+            "a wrong leaf",
+            {"value": 1, "children": [{"value": 2}, {}]},
+            TREE_OF_JSON,
+            '$.children[1] lacks the property "value".',
+        ),
+        ("a reference to all", {"next": {"next": None}}, CHAIN, ""),
+        (
+            "a wrong end",
+            {"next": {"next": 5}},
+            {**CHAIN, "type": "object"},
+            "$.next.next must be an object, not an integer. Or: "
+            "$.next.next must be null, not an integer. Or: "
+            "$.next must be null, not an object.",
+        ),
+        (
+            "what stands beside a reference",
+            5,
+            {
+                "$ref": "#/definitions/a~1b%20~0",
+                "minimum": 6,
+                "definitions": {"a/b ~": {}},
+            },
+            "$ must be at least 6.",
+        ),
+        ("annotations", 5, {"title": "T", "format": "date", "x-order": 1}, ""),
+        (
+            "a value as deep as a cave",
+            nested(5000),
+            TREE_OF_JSON,
+            "$ takes too long to check against its schema.",
+        ),
+    ],
+)
+def test_a_value_fits_or_the_sentence_says_where_not(value, schema, expected):
+    assert [*proxy.schema_faults(schema)] == []
+    assert proxy.violation(value, schema) == expected
+
+
+def doubled(times):
+    """A_OF_JSON schema that asks twice for what asks twice for what …"""
+    links = {
+        str(n): {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(times)
+    }
+    return {"$ref": "#/$defs/0", "$defs": {**links, str(times): {"type": "string"}}}
+
+
+@table(
+    "value, schema",
+    [
+        ("one that doubles at each step", 5, doubled(40)),
+        ("values that are long to compare", [[0] * 1000] * 500, {"uniqueItems": True}),
+        (
+            "many choices, again and again",
+            [5] * 2000,
+            {"items": {"enum": [*range(6, 3000), 5]}},
+        ),
+    ],
+)
+def test_a_schema_that_is_long_to_check_is_given_up(value, schema):
+    assert [*proxy.schema_faults(schema)] == []
+    began = time.thread_time()
+    assert proxy.violation(value, schema).startswith("$ takes too long")
+    assert time.thread_time() - began < 5
+
+
+def test_a_sentence_is_never_long():
+    many = {"anyOf": [{"const": "x" * n} for n in range(1, 100)]}
+    assert len(proxy.violation(5, many)) == proxy.LONGEST_WHY + 1
+
+
+NO_SCHEMA = "a schema is expected to be an object or a boolean"
+NO_TYPE = (
+    "'type' is expected to be one of string, integer, number, boolean, array, object, "
+    "null, or an array of them"
+)
+NO_PATTERN = (
+    "'pattern' is expected to be a regular expression without lookaround or back "
+    "references"
+)
+
+
+def deep(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@table(
+    "schema, context, fault",
+    [
+        ("a keyword", {"if": {}}, (), "'if' is not permitted"),
+        (
+            "one inside",
+            {"properties": {"a": {"patternProperties": {}}}},
+            ("properties", "a"),
+            "'patternProperties' is not permitted",
+        ),
+        ("a type", {"type": "text"}, (), NO_TYPE),
+        ("types", {"type": []}, (), NO_TYPE),
+        ("no schema", {"items": 5}, ("items",), NO_SCHEMA),
+        ("old tuples", {"items": [{}]}, ("items",), NO_SCHEMA),
+        (
+            "no properties",
+            {"properties": []},
+            (),
+            "'properties' is expected to be an object of schemas",
+        ),
+        (
+            "no choices",
+            {"anyOf": []},
+            (),
+            "'anyOf' is expected to be an array of schemas",
+        ),
+        ("no values", {"enum": "a"}, (), "'enum' is expected to be an array of values"),
+        (
+            "the requirement of old",
+            {"required": True},
+            (),
+            "'required' is expected to be an array of strings",
+        ),
+        (
+            "a bound of old",
+            {"exclusiveMinimum": True},
+            (),
+            "'exclusiveMinimum' is expected to be a number",
+        ),
+        (
+            "a length",
+            {"minLength": -1},
+            (),
+            "'minLength' is expected to be a whole number from 0",
+        ),
+        (
+            "a factor",
+            {"multipleOf": 0},
+            (),
+            "'multipleOf' is expected to be a number above 0",
+        ),
+        ("a flag", {"uniqueItems": 1}, (), "'uniqueItems' is expected to be a boolean"),
+        ("lookaround", {"pattern": "(?=a)"}, (), NO_PATTERN),
+        ("a long pattern", {"pattern": "a" * 501}, (), NO_PATTERN),
+        (
+            "elsewhere",
+            {"$ref": "https://example.com/a"},
+            (),
+            '\'$ref\' is expected to be of the form "#/$defs/name", or "#"',
+        ),
+        (
+            "nowhere",
+            {"items": {"$ref": "#/$defs/a"}},
+            ("items",),
+            "reference '#/$defs/a' leads to no schema",
+        ),
+        (
+            "no schema there",
+            {"$ref": "#/title", "title": "a"},
+            (),
+            "reference '#/title' leads to no schema",
+        ),
+        ("a loop of one", {"$ref": "#"}, (), "'$ref' leads back to itself"),
+        (
+            "a loop of two",
+            {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+            ("$defs", "a"),
+            "'$ref' leads back to itself",
+        ),
+        (
+            "a loop through any",
+            {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
+            (),
+            "'$ref' leads back to itself",
+        ),
+        ("too deep", deep(101), ("items",) * 101, "it is too deep or too large"),
+        (
+            "too large",
+            {"anyOf": [True] * 5000},
+            ("anyOf", "4999"),
+            "it is too deep or too large",
+        ),
+    ],
+)
+def test_a_schema_that_can_not_be_kept_to_has_a_fault(schema, context, fault):
+    found, said = next(proxy.schema_faults(schema))
+    assert said == fault
+    assert found == context or "itself" in fault
+
+
+def test_every_keyword_has_a_row_or_is_an_annotation():
+    assert not proxy.KEYWORDS.keys() & proxy.ANNOTATIONS
+    assert set(proxy.SAME_VALUE) < proxy.KEYWORDS.keys()
+
+
+# == JSON ======================================================================
+
+CHAT_OF_JSON = {"response_format": Param((dict,), each=proxy.RESPONSE_FORMAT)}
+NAMED = {"name": "person", "schema": PERSON}
+OBJECT = proxy.ANY_OBJECT
+ARRAY = proxy.Format({"type": "array"}, "list")
+STRING_OF_JSON = proxy.Format({"type": "string"}, "word")
+NUMBER = proxy.Format({"type": "integer"}, "count")
+EITHER = proxy.Format({"type": ["object", "null"]}, "either")
+ANYTHING = proxy.Format({"anyOf": [{"type": "array"}, {"type": "object"}]}, "any")
+
+
+def asked(**format):
+    return proxy.read_format(check({"response_format": format or None}, CHAT_OF_JSON))
+
+
+def asked_for(**named):
+    return asked(type="json_schema", json_schema={**NAMED, **named})
+
+
+@table(
+    "given, expected",
+    [
+        ("nothing", {}, None),
+        ("text", {"type": "text"}, None),
+        ("any object", {"type": "json_object"}, OBJECT),
+        (
+            "a schema",
+            {"type": "json_schema", "json_schema": {**NAMED, "strict": True}},
+            proxy.Format(PERSON, "person", "", True),
+        ),
+        (
+            "one with a description",
+            {"type": "json_schema", "json_schema": {**NAMED, "description": "Who?"}},
+            proxy.Format(PERSON, "person", "Who?"),
+        ),
+        (
+            "nulls",
+            {"type": "json_schema", "json_schema": {**NAMED, "strict": None}},
+            proxy.Format(PERSON, "person"),
+        ),
+    ],
+)
+def test_a_format_is_read(given, expected):
+    assert asked(**given) == expected
+
+
+FORMAT_OF_JSON, SCHEMA = "response_format", "response_format.json_schema"
+MISSING_OF_JSON = "missing_required_parameter"
+
+
+@table(
+    "given, code, param",
+    [
+        ("no type", {"name": "x"}, MISSING_OF_JSON, f"{FORMAT_OF_JSON}.type"),
+        ("another type", {"type": "xml"}, "invalid_value", f"{FORMAT_OF_JSON}.type"),
+        ("no schema", {"type": "json_schema"}, MISSING_OF_JSON, SCHEMA),
+        (
+            "no object",
+            {"type": "json_schema", "json_schema": []},
+            "invalid_type",
+            SCHEMA,
+        ),
+        (
+            "no name",
+            {"type": "json_schema", "json_schema": {"schema": {}}},
+            MISSING_OF_JSON,
+            f"{SCHEMA}.name",
+        ),
+        (
+            "no schema in it",
+            {"type": "json_schema", "json_schema": {"name": "x"}},
+            MISSING_OF_JSON,
+            f"{SCHEMA}.schema",
+        ),
+    ],
+)
+def test_a_format_is_refused(given, code, param):
+    with pytest.raises(APIError) as caught:
+        asked(**given)
+    assert (caught.value.status, caught.value.code) == (400, code)
+    assert caught.value.param == param
+
+
+@table(
+    "given, code, param, message",
+    [
+        (
+            "an empty name",
+            {"name": ""},
+            "empty_string",
+            f"{SCHEMA}.name",
+            "empty string",
+        ),
+        (
+            "a long name",
+            {"name": "a" * 65},
+            "string_above_max_length",
+            f"{SCHEMA}.name",
+            "maximum length 64",
+        ),
+        (
+            "a name with a space",
+            {"name": "a b"},
+            "invalid_value",
+            f"{SCHEMA}.name",
+            "Invalid 'response_format.json_schema.name': string does not match "
+            "pattern. Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'.",
+        ),
+        (
+            "a line break after the name",
+            {"name": "a\n"},
+            "invalid_value",
+            f"{SCHEMA}.name",
+            "pattern",
+        ),
+        (
+            "a name in another script",
+            {"name": "é"},
+            "invalid_value",
+            f"{SCHEMA}.name",
+            "pattern",
+        ),
+        (
+            "a description",
+            {"description": 5},
+            "invalid_type",
+            f"{SCHEMA}.description",
+            "a string",
+        ),
+        ("strict", {"strict": "yes"}, "invalid_type", f"{SCHEMA}.strict", "a boolean"),
+        (
+            "a schema as text",
+            {"schema": "{}"},
+            "invalid_type",
+            f"{SCHEMA}.schema",
+            "an object",
+        ),
+        (
+            "an unknown keyword",
+            {"schema": {"properties": {"a": {"if": {}}}}},
+            "invalid_json_schema",
+            FORMAT_OF_JSON,
+            "Invalid schema for response_format 'person': In "
+            "context=('properties', 'a'), 'if' is not permitted.",
+        ),
+        (
+            "a loop",
+            {"schema": {"$ref": "#"}},
+            "invalid_json_schema",
+            FORMAT_OF_JSON,
+            "In context=(), '$ref' leads back to itself.",
+        ),
+    ],
+)
+def test_a_schema_is_refused_in_openais_words(given, code, param, message):
+    with pytest.raises(APIError) as caught:
+        asked_for(**given)
+    assert (caught.value.code, caught.value.param) == (code, param)
+    assert message in str(caught.value)
+
+
+A_OF_JSON, NESTED_OF_JSON = '{"a": 1}', '{"a": [{"b": "}]"}, {}], "c": "\\"{"}'
+LIST = '[{"a": 1}, 2]'
+LOST = "Sorry, I can't do that."
+
+
+@table(
+    "text, format, expected",
+    [
+        ("nothing around it", A_OF_JSON, OBJECT, A_OF_JSON),
+        ("space around it", f"\n  {A_OF_JSON}\n", OBJECT, A_OF_JSON),
+        ("fences", f"```json\n{A_OF_JSON}\n```", OBJECT, A_OF_JSON),
+        ("fences without a language", f"```\n{A_OF_JSON}\n```", OBJECT, A_OF_JSON),
+        ("an open fence", f"```json\n{A_OF_JSON}", OBJECT, A_OF_JSON),
+        ("tildes", f"~~~\n{A_OF_JSON}\n~~~", OBJECT, A_OF_JSON),
+        (
+            "prose before",
+            f"Sure! Here is the JSON:\n\n{A_OF_JSON}",
+            OBJECT,
+            A_OF_JSON,
+        ),
+        (
+            "prose after",
+            f"{A_OF_JSON}\n\nI hope this helps {{really}}.",
+            OBJECT,
+            A_OF_JSON,
+        ),
+        (
+            "prose and fences",
+            f"Here:\n```json\n{A_OF_JSON}\n```\nNote: [1]",
+            OBJECT,
+            A_OF_JSON,
+        ),
+        ("two values", f"{A_OF_JSON}\n{NESTED_OF_JSON}", OBJECT, A_OF_JSON),
+        ("a tag around it", f"<json>{A_OF_JSON}</json>", OBJECT, A_OF_JSON),
+        ("backquotes", f"`{A_OF_JSON}`", OBJECT, A_OF_JSON),
+        ("brackets in strings", NESTED_OF_JSON, OBJECT, NESTED_OF_JSON),
+        (
+            "a fence in a string",
+            '{"a": "```\\n{}\\n```"}',
+            OBJECT,
+            '{"a": "```\\n{}\\n```"}',
+        ),
+        ("escapes", '{"a\\"{": "\\\\"} and "', OBJECT, '{"a\\"{": "\\\\"}'),
+        ("an escaped quote", '{"a": "\\"}"} OK', OBJECT, '{"a": "\\"}"}'),
+        ("an escape that is cut off", '{"a": "\\', OBJECT, '{"a": "\\'),
+        (
+            "braces in prose",
+            f"Fill {{name}} and {{ 1 }} and {{{{x}}}}: {A_OF_JSON}",
+            OBJECT,
+            A_OF_JSON,
+        ),
+        (
+            "a quoted word in braces",
+            f'The set {{"a", "b"}}: {A_OF_JSON}',
+            OBJECT,
+            A_OF_JSON,
+        ),
+        ("an empty object in prose", f"f() {{}} gives {A_OF_JSON}", OBJECT, A_OF_JSON),
+        (
+            "a footnote, where an object is wanted",
+            f"As said [1], [2]: {A_OF_JSON}",
+            OBJECT,
+            A_OF_JSON,
+        ),
+        ("a list around what is wanted", f"[{A_OF_JSON}]", OBJECT, A_OF_JSON),
+        (
+            "a long text in braces",
+            '{"' + "a" * 300 + '": 1} ' + A_OF_JSON,
+            OBJECT,
+            A_OF_JSON,
+        ),
+        ("an empty object", "{}", OBJECT, "{}"),
+        ("an empty object in fences", "```json\n{}\n```", OBJECT, "{}"),
+        ("a spacious one", "Here: { \n }", OBJECT, "{ \n }"),
+        ("a list", f"Here: {LIST}.", ARRAY, LIST),
+        ("a list, where anything is wanted", f"Here: {LIST}.", ANYTHING, LIST),
+        ("brackets in prose", f"[sic] [see below] {LIST}", ARRAY, LIST),
+        ("a list of lists", "Here: [[1, 2], [3]]!", ARRAY, "[[1, 2], [3]]"),
+        ("a list of strings", '["a]", "b"] ]', ARRAY, '["a]", "b"]'),
+        ("a list of numbers", "[-1.5e3, 2] ]", ARRAY, "[-1.5e3, 2]"),
+        ("a list of words", "[ true , null] ]", ARRAY, "[ true , null]"),
+        ("a list of empty ones", "[{}, [ ]] ]", ARRAY, "[{}, [ ]]"),
+        ("an empty list", "It is [] then.", ARRAY, "[]"),
+        ("a string", '```\n"two words"\n```', STRING_OF_JSON, '"two words"'),
+        ("a number", "The answer is 42.", NUMBER, "42"),
+        ("a number in a name", "gpt-4 says: 42", NUMBER, "42"),
+        ("null, where an object could be", "```\nnull\n```", EITHER, "null"),
+        ("an object, where null could be", f"```\n{A_OF_JSON}\n```", EITHER, A_OF_JSON),
+        ("no JSON", LOST, OBJECT, LOST),
+        ("nothing", "", OBJECT, ""),
+        (
+            "a refusal with a number",
+            "I can't say 5 things.",
+            ANYTHING,
+            "I can't say 5 things.",
+        ),
+        ("keys without quotes", "```\n{a: 1}\n```", OBJECT, "```\n{a: 1}\n```"),
+        ("keys in single quotes", "{'a': 1}", OBJECT, "{'a': 1}"),
+        ("an open key", 'Here: {"a', OBJECT, 'Here: {"a'),
+        ("an open brace", "Here: {", OBJECT, "Here: {"),
+        ("an open value", f"Here: {A_OF_JSON[:-1]}", OBJECT, A_OF_JSON[:-1]),
+        ("an open string", 'Here: {"a": "b} ```', OBJECT, '{"a": "b} ```'),
+        ("a comma too many", 'Here: {"a": 1,} OK', OBJECT, '{"a": 1,}'),
+        ("a bracket left open", '{"a": [1, 2} ```', OBJECT, '{"a": [1, 2}'),
+        ("a bracket too many", '{"a": 1]} ```', OBJECT, '{"a": 1]}'),
+        ("comments", '{"a": 1 // one\n} OK', OBJECT, '{"a": 1 // one\n}'),
+        ("single quotes inside", "{\"a\": 'b'} OK", OBJECT, "{\"a\": 'b'}"),
+    ],
+)
+def test_only_the_json_is_told_however_it_is_cut_up(text, format, expected):
+    assert heard(proxy.only_json(play(text), format)) == (expected, "stop")
+    assert heard(proxy.only_json(play(*text), format)) == (expected, "stop")
+    gaps = [piece for character in text for piece in (character, "")]
+    assert heard(proxy.only_json(play(*gaps), format)) == (expected, "stop")
+
+
+PIECES = st.sampled_from(
+    [*'{}[]":,\\ \n1a-', '{"a": ', '{"', '": "', "[1, ", "true", "```", '\\"', "null]"]
+)
+
+
+@thoroughly
+@given(
+    st.lists(PIECES, max_size=25).map("".join),
+    st.sampled_from([OBJECT, ARRAY, STRING_OF_JSON, EITHER, ANYTHING]),
+    st.lists(st.integers(0, 100)),
+)
+def test_text_cut_anywhere_gives_the_same_json(text, format, places):
+    whole = [*proxy.only_json(play(text), format)]
+    told = heard(whole)
+    assert told[0] in text
+    assert heard(proxy.only_json(play(*cut(text, places)), format)) == told
+    assert heard(proxy.only_json(play(*text), format)) == told
+
+
+ANY_JSON_AT_ALL = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@trying(max_examples=100, deadline=None, database=None)
+@given(
+    st.dictionaries(st.text(max_size=8), ANY_JSON_AT_ALL),
+    st.sampled_from([None, 2]),
+    st.booleans(),
+    st.sampled_from(["", "Sure {name}:\n", "```json\n", "[1] As {{you}} said: "]),
+    st.sampled_from(["", "\n```", "\nThat is {all}.", '\n```\n{"b": 2}']),
+)
+def test_any_object_is_found_in_any_prose(value, indent, ascii, before, after):
+    text = json.dumps(value, indent=indent, ensure_ascii=ascii)
+    found, _ = heard(proxy.only_json(play(*(before + text + after)), OBJECT))
+    if value:
+        assert found == text
+
+
+def test_the_value_is_told_as_it_comes():
+    events = proxy.only_json(play("Here", ": {", '"a"', ":", " 1", "}\n", "OK"), OBJECT)
+    texts = [event.text for event in events if isinstance(event, Text)]
+    assert texts == ['{"a":', " 1", "}"]
+
+
+def test_what_follows_the_value_ends_after_a_while():
+    events = play(A_OF_JSON, "\n```", " and" * 50, " so on", end=APIError(502, "No"))
+    assert [*proxy.only_json(events, OBJECT)] == [BEGUN, Text(A_OF_JSON), Done("stop")]
+    assert inspect.getgeneratorstate(events) == inspect.GEN_CLOSED
+
+
+@table(
+    "text, expected",
+    [
+        ("after the value", f"{A_OF_JSON}\nNote that", "stop"),
+        ("in the value", A_OF_JSON[:-1], "length"),
+        ("before the value", "Well, ", "length"),
+    ],
+)
+def test_a_limit_counts_only_if_it_cuts_the_value(text, expected):
+    end = Done("length", Usage(5, 7))
+    *_, done = proxy.only_json(play(text, end=end), OBJECT)
+    assert done == Done(expected, Usage(5, 7))
+
+
+def test_events_that_are_left_early_are_closed_of_json():
+    events = play("{", "}")  # held here, or counting references would close them
+    shaped = proxy.only_json(events, OBJECT)
+    assert next(shaped) == BEGUN
+    shaped.close()
+    assert inspect.getgeneratorstate(events) == inspect.GEN_CLOSED
+
+
+def test_a_failure_passes_through_of_json():
+    with pytest.raises(APIError, match="No"):
+        list(proxy.only_json(play("a", end=APIError(502, "No")), OBJECT))
+
+
+BROKEN_OF_JSON = "It is not JSON: "
+
+
+@table(
+    "text, value, why",
+    [
+        ("it fits", '{"name": "Ada", "age": 36}', {"name": "Ada", "age": 36}, ""),
+        (
+            "it does not",
+            '{"name": 5}',
+            {"name": 5},
+            "$.name must be a string, not an integer.",
+        ),
+        ("an array", "[]", [], "$ must be an object, not an array."),
+        (
+            "no JSON",
+            LOST,
+            None,
+            f"{BROKEN_OF_JSON}Expecting value: line 1 column 1 (char 0).",
+        ),
+        (
+            "nothing",
+            "",
+            None,
+            f"{BROKEN_OF_JSON}Expecting value: line 1 column 1 (char 0).",
+        ),
+        ("NaN", '{"age": NaN}', None, f"{BROKEN_OF_JSON}NaN."),
+        ("infinity", '{"age": -Infinity}', None, f"{BROKEN_OF_JSON}-Infinity."),
+        ("beyond all numbers", '{"age": 1e999}', None, f"{BROKEN_OF_JSON}1e999."),
+        (
+            "two values",
+            "{} {}",
+            None,
+            f"{BROKEN_OF_JSON}Extra data: line 1 column 4 (char 3).",
+        ),
+    ],
+)
+def test_an_answer_is_parsed_or_it_is_said_why_not(text, value, why):
+    assert proxy.parsed_or_why(text, proxy.Format(PERSON, "person")) == (value, why)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000], ids=["deep", "long"])
+def test_an_answer_that_python_can_not_read_is_not_json(text):
+    value, why = proxy.parsed_or_why(text, proxy.Format({"type": "string"}))
+    assert why
+    assert value is None or text[0] == "1"
+
+
+def test_instructions_ask_for_any_object():
+    assert proxy.json_instructions(OBJECT) == (
+        "Answer with one JSON object only: no explanation, no comments, no code fences."
+    )
+
+
+def test_instructions_hold_the_schema():
+    format = proxy.Format({"type": "array", "items": {"enum": ["é"]}}, "x", "Letters.")
+    assert proxy.json_instructions(format) == (
+        "Answer with one JSON array only: no explanation, no comments, no code fences."
+        " It is: Letters.\n"
+        "It must fit this JSON Schema; do not repeat the schema itself:\n"
+        '{"type":"array","items":{"enum":["é"]}}'
+    )
+
+
+def test_a_repair_shows_the_answer_and_says_why():
+    assert proxy.json_repair(OBJECT, "[]", "$ must be an object.") == (
+        "This answer is wrong:\n[]\n\nThe reason: $ must be an object.\n\n"
+        "Give the answer again, corrected and whole. " + proxy.json_instructions(OBJECT)
+    )
+
+
+@table(
+    "format, granite, structured",
+    [
+        (
+            "any object",
+            OBJECT,
+            {"type": "json_object"},
+            {"format": {"type": "json_object"}},
+        ),
+        (
+            "a schema",
+            proxy.Format(PERSON, "person", strict=True),
+            {
+                "type": "json_schema",
+                "json_schema": {"name": "person", "schema": PERSON, "strict": True},
+            },
+            {
+                "format": {
+                    "type": "json_schema",
+                    "name": "person",
+                    "schema": PERSON,
+                    "strict": True,
+                }
+            },
+        ),
+    ],
+)
+def test_models_that_know_formats_are_given_them(format, granite, structured):
+    assert proxy.granite_format(format) == granite
+    assert proxy.structured_schema(format) == structured
+
+
 # == Flights ===================================================================
 
 
@@ -6381,6 +7318,111 @@ def client_of(server, key=KEY, retries=0):
     return openai.OpenAI(
         base_url=f"{server.url}/v1", api_key=key, max_retries=retries, timeout=10
     )
+
+
+SCHEMA = {"type": "object"}
+NAMED_FORMAT = {"name": "x", "schema": SCHEMA}
+ASKED_FORMAT = {"type": "json_schema", "json_schema": NAMED_FORMAT}
+NATIVE_FORMATS = [
+    (
+        "granite",
+        "ibm-granite/granite-3.3-8b-instruct",
+        "response_format",
+        {"type": "json_schema", "json_schema": {**NAMED_FORMAT, "strict": False}},
+    ),
+    (
+        "gpt-5-structured",
+        "openai/gpt-5-structured",
+        "json_schema",
+        {"format": {"type": "json_schema", **NAMED_FORMAT, "strict": False}},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "ref", "name", "expected"), NATIVE_FORMATS, ids=whys(NATIVE_FORMATS)
+)
+def test_json_is_asked_for_in_a_models_own_way(offline, why, ref, name, expected):
+    answerer = offline(STARTED, Text('{"a": 1}'), Done("stop", Usage(1, 1)))
+    body = {"model": ref, "messages": HI, "response_format": ASKED_FORMAT}
+    proxy.answer(answerer, call("POST", "/v1/chat/completions", body))
+    [(order, _)] = answerer.upstream.asked
+    assert order.input[name] == expected
+    assert "JSON" not in str(order.input.get("messages", ""))
+
+
+class Person(pydantic.BaseModel):
+    name: str
+    age: int
+
+
+ADA = 'Sure! Here it is:\n```json\n{"name": "Ada", "age": 36}\n```\nAnything else?'
+WRONG = '{"name": "Ada", "age": "old"}'
+
+
+def writing(first, second):
+    """A model that writes one thing, and another when it is told that it is wrong."""
+    return lambda input: cut_small(second if "is wrong" in str(input) else first)
+
+
+def cut_small(text):
+    return tuple(text[at : at + 3] for at in range(0, len(text), 3))
+
+
+@pytest.fixture
+def writer(fake, replicate):
+    row = replace(SCENARIOS["hello"], text=writing(ADA, ADA))
+    replicate.scenarios["writer"] = row
+    yield "fake/writer"
+    del replicate.scenarios["writer"]
+
+
+def test_openai_parses_what_a_model_wraps_in_words(client, writer, fake):
+    answer = client.chat.completions.parse(
+        model=writer, messages=HI, response_format=Person
+    )
+    assert answer.choices[0].message.parsed == Person(name="Ada", age=36)
+    assert len(fake.creates()) == 1
+
+
+def test_openai_streams_the_json_alone(client, writer):
+    with client.chat.completions.create(
+        model=writer,
+        messages=HI,
+        response_format={"type": "json_object"},
+        stream=True,
+    ) as chunks:
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == '{"name": "Ada", "age": 36}'
+
+
+def test_json_that_does_not_fit_is_asked_for_once_more(client, writer, fake, replicate):
+    row = replace(SCENARIOS["hello"], text=writing(WRONG, ADA))
+    replicate.scenarios["writer"] = row
+    answer = client.chat.completions.parse(
+        model=writer, messages=HI, response_format=Person
+    )
+    assert answer.choices[0].message.parsed == Person(name="Ada", age=36)
+    assert len(fake.creates()) == 2
+
+
+def test_json_that_does_not_fit_again_is_told_as_it_came(
+    client, writer, fake, replicate, caplog
+):
+    row = replace(SCENARIOS["hello"], text=writing(WRONG, WRONG))
+    replicate.scenarios["writer"] = row
+    answer = client.chat.completions.create(
+        model=writer,
+        messages=HI,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "person", "schema": Person.model_json_schema()},
+        },
+    )
+    assert answer.choices[0].message.content == WRONG
+    assert answer.choices[0].finish_reason == "stop"
+    assert len(fake.creates()) == 2
+    assert "event=repair" in caplog.text
 
 
 def play_llama(input):
