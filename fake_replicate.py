@@ -316,7 +316,12 @@ NO_MODEL = (
 
 def demonstrate(input: Json) -> Text:
     lines = [NO_MODEL, *(f"{name}: {brief(value)}" for name, value in input.items())]
-    return re.findall(r"\s*\S+", "\n\n".join(lines))[: limit(input, ALWAYS)]
+    told = "\n\n".join(TOOLS.sub("<tools> ... </tools>", line) for line in lines)
+    return re.findall(r"\s*\S+", told)[: limit(input, ALWAYS)]
+
+
+# A tool that is recited looks like a call of it.
+TOOLS = re.compile(r"<tools>.*?(</tools>|\Z)", re.DOTALL)
 
 
 def brief(value: Any) -> str:

@@ -7452,6 +7452,12 @@ def test_openai_asks_calls_and_answers(client, llama):
     assert answer.choices[0].finish_reason == "stop"
 
 
+def test_the_demonstration_recites_no_call(client):
+    answer = client.chat.completions.create(model="fake/demo", messages=HI, tools=TOOLS)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].message.tool_calls is None
+
+
 def test_openai_streams_calls(client, llama):
     with client.chat.completions.stream(
         model=llama, messages=[{"role": "user", "content": "Paris?"}], tools=TOOLS
