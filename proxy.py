@@ -1417,7 +1417,7 @@ DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
 MANY = 100  # attachments, where the schema sets no bound
 MAX_HOPS = 8  # from a schema to what it refers to
 JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object")
-TEXT_IN_OBJECT = ("text", "output", "content")
+TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
 
 
 def as_object(value: Any) -> Json:
@@ -3183,14 +3183,9 @@ MOST_STEPS = 300_000  # in checking a value: about a second
 LONGEST_PATTERN = 500
 LONGEST_WHY = 500
 
-VALUE_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "string": ("a string", lambda value: isinstance(value, str)),
-    "integer": ("an integer", lambda value: is_number(value) and value % 1 == 0),
-    "number": ("a number", is_number),
-    "boolean": ("a boolean", lambda value: isinstance(value, bool)),
-    "array": ("an array", lambda value: isinstance(value, list)),
-    "object": ("an object", lambda value: isinstance(value, dict)),
-    "null": ("null", lambda value: value is None),
+VALUE_TYPES = {
+    name: ("null" if name == "null" else f"{ARTICLES.get(name, 'a')} {name}", fits)
+    for name, fits in TYPES.items()
 }
 
 
@@ -4413,7 +4408,6 @@ COUNTS = {
     "completion_tokens": r"Output token count: (\d+)",
     "reasoning_tokens": r"Reasoning tokens: (\d+)",
 }
-TEXT_KEYS = {"text", "output", "content"}  # of an output that is an object
 METRICS = {
     "prompt_tokens": "input_token_count",
     "completion_tokens": "output_token_count",
@@ -4451,7 +4445,7 @@ def output_text(output: Any) -> str:
         return output or ""
     if isinstance(output, list):
         return "".join(map(output_text, output))
-    if isinstance(output, dict) and (named := TEXT_KEYS & output.keys()):
+    if isinstance(output, dict) and (named := output.keys() & TEXT_IN_OBJECT):
         return output_text(output[min(named)])
     return json.dumps(output, ensure_ascii=False)
 
