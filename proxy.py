@@ -33,15 +33,15 @@ Each section uses only names from those above it.
     Inputs      a call in the terms of its model
     Events      what a prediction is seen to do, and what shapes its text
     Thoughts    reasoning told apart from the answer
+    Patterns    regular expressions that can't run away
+    Wordings    what the keywords of a schema may be given
+    Fitting     whether a value fits a schema
+    Faults      what is wrong in a schema
     Tools       what a model may call, and how it is told so
     History     calls and results in a conversation
     Mending     JSON as models write it, made whole
     Dialects    how models write tool calls: one row per dialect
     Listening   calls told apart from text, as they come
-    Patterns    regular expressions that can't run away
-    Wordings    what the keywords of a schema may be given
-    Fitting     whether a value fits a schema
-    Faults      what is wrong in a schema
     JSON        answers that are to be JSON
     Flights     how a call in the air is made to stop
     Streams     server-sent events as Replicate sends them
@@ -2160,6 +2160,541 @@ class Tagged:
             yield Text(self.thought + held)
 
 
+# == Patterns ==================================================================
+#
+# A stranger's regular expression is matched by following all its ways at once.
+# Python's re tries them one after another: on "(a+)+b" it is busy for ever, and
+# no other call gets a turn. So the pattern is cut up, and re only sees pieces
+# of one character. Lookaround and back references can't be matched like this.
+
+
+class Intricate(Exception):
+    """A value can't be checked in as many steps as we are ready to take."""
+
+
+def spend(steps: Iterator[int]) -> bool:
+    if next(steps, None) is None:
+        raise Intricate
+    return True
+
+
+# A part of a pattern: from where it may begin to where it may end.
+Ends = Callable[[str, set[int], Iterator[int]], set[int]]
+
+PIECE = re.compile(
+    r"""(?P<opening> \( (?:\?:)? )
+      | (?P<times> [*+?] | \{ (?P<low>\d{1,3}) (?P<comma>,(?P<high>\d{1,3})?)? \} ) \??
+      | \\ (?:u[0-9a-fA-F]{4} | x[0-9a-fA-F]{2} | .)
+      | \[ \^? (?:\\.|[^]\\])+ \]
+      | [^\\[]""",
+    re.VERBOSE | re.DOTALL,
+)
+Piece = re.Match[str]
+TIMES: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+
+
+def matches(pattern: str, text: str, steps: Iterator[int]) -> bool:
+    return bool(read_pattern(pattern)(text, {*range(len(text) + 1)}, steps))
+
+
+@lru_cache(256)
+def read_pattern(pattern: str) -> Ends:
+    """Raise ValueError, IndexError or re.error for what is no pattern of ours."""
+    pieces = deque(PIECE.finditer(pattern))
+    if "".join(piece[0] for piece in pieces) != pattern:
+        raise ValueError(pattern)
+    ends = read_branches(pieces)
+    if pieces:
+        raise ValueError(pattern)
+    return ends
+
+
+def read_branches(pieces: deque[Piece]) -> Ends:
+    """Read as far as the group goes; IndexError if nothing is there to repeat."""
+    branches: list[list[Ends]] = [[]]
+    while pieces and pieces[0][0] != ")":
+        piece = pieces.popleft()
+        if piece[0] == "|":
+            branches.append([])
+        elif piece["times"]:
+            branches[-1].append(repeated(branches[-1].pop(), *times_of(piece)))
+        elif piece["opening"]:
+            branches[-1].append(read_branches(pieces))
+            pieces.popleft()
+        else:
+            branches[-1].append(atom(piece[0]))
+    return choice(branches)
+
+
+def times_of(piece: Piece) -> tuple[int, int | None]:
+    if piece["low"] is None:
+        return TIMES[piece["times"]]
+    low, high = int(piece["low"]), piece["high"]
+    return low, int(high) if high else None if piece["comma"] else low
+
+
+def atom(pattern: str) -> Ends:
+    match = re.compile(r"\Z" if pattern == "$" else pattern, re.ASCII).match
+
+    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
+        found = (match(text, start) for start in starts if spend(steps))
+        return {one.end() for one in found if one}
+
+    return ends
+
+
+def choice(branches: list[list[Ends]]) -> Ends:
+    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
+        found = set()
+        for branch in branches:
+            reached = starts
+            for part in branch:
+                reached = part(text, reached, steps)
+            found |= reached
+        return found
+
+    return ends
+
+
+def repeated(part: Ends, low: int, high: int | None) -> Ends:
+    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
+        found = set() if low else {*starts}
+        fresh = starts
+        for times in range(1, (low + len(text) if high is None else high) + 1):
+            fresh = part(text, fresh, steps) - found
+            if times >= low:
+                found |= fresh
+            if not fresh:
+                break
+        return found
+
+    return ends
+
+
+# == Wordings ==================================================================
+#
+# What the keywords of a JSON Schema may be given, and what is inside of it.
+
+Context = tuple[str, ...]  # the keys that lead from the root to a schema in it
+Subschemas = dict[Context, Any]
+
+MOST_KEYS = 100  # in a context: fifty objects inside one another
+MOST_SUBSCHEMAS = 5000  # in one, as OpenAI's limit of properties
+MOST_STEPS = 300_000  # in checking a value: about a second
+LONGEST_PATTERN = 500
+LONGEST_WHY = 500
+
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "integer": lambda value: is_number(value) and value == value // 1,
+    "number": is_number,
+    "boolean": lambda value: isinstance(value, bool),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+    "null": lambda value: value is None,
+}
+VALUE_TYPES = {
+    name: ("null" if name == "null" else f"{ARTICLES.get(name, 'a')} {name}", fits)
+    for name, fits in TYPES.items()
+}
+
+
+def compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class Wording(NamedTuple):
+    """What a keyword may say, and the schemas in that, with the keys to them."""
+
+    fits: Callable[[Any], bool]
+    expected: str
+    inner: Callable[[Any], Iterable[tuple[Context, Any]]] = lambda said: ()
+
+
+def is_types(said: Any) -> bool:
+    names = said if isinstance(said, list) else [said]
+    return bool(names) and all(isinstance(n, str) and n in VALUE_TYPES for n in names)
+
+
+def is_names(said: Any) -> bool:
+    return isinstance(said, list) and all(isinstance(name, str) for name in said)
+
+
+def is_reference(said: Any) -> bool:
+    return isinstance(said, str) and (said == "#" or said.startswith("#/"))
+
+
+def is_pattern(said: Any) -> bool:
+    if not isinstance(said, str) or len(said) > LONGEST_PATTERN:
+        return False
+    try:
+        read_pattern(said)
+    except (ValueError, IndexError, RecursionError, OverflowError, re.error):
+        return False
+    return True
+
+
+def one_inside(said: Any) -> Iterable[tuple[Context, Any]]:
+    return [((), said)]
+
+
+def several_inside(said: Any) -> Iterable[tuple[Context, Any]]:
+    return [((str(index),), schema) for index, schema in enumerate(said)]
+
+
+def named_inside(said: Any) -> Iterable[tuple[Context, Any]]:
+    return [((name,), schema) for name, schema in said.items()]
+
+
+ANY = Wording(lambda said: True, "anything")
+FLAG = Wording(lambda said: isinstance(said, bool), "a boolean")
+COUNT = Wording(lambda said: type(said) is int and said >= 0, "a whole number from 0")
+BOUND = Wording(is_number, "a number")
+FACTOR = Wording(lambda said: is_number(said) and said > 0, "a number above 0")
+NAMES = Wording(is_names, "an array of strings")
+VALUES = Wording(
+    lambda said: isinstance(said, list) and bool(said), "an array of values"
+)
+TYPE = Wording(is_types, f"one of {', '.join(VALUE_TYPES)}, or an array of them")
+PATTERN = Wording(
+    is_pattern, "a regular expression without lookaround or back references"
+)
+REFERENCE = Wording(is_reference, 'of the form "#/$defs/name", or "#"')
+ONE = Wording(lambda said: True, "a schema", one_inside)
+SEVERAL = Wording(VALUES.fits, "an array of schemas", several_inside)
+NAMED = Wording(
+    lambda said: isinstance(said, dict), "an object of schemas", named_inside
+)
+
+
+# == Fitting ===================================================================
+#
+# JSON Schema by hand, as much of it as programs send. What a keyword may say
+# and what breaks it is a row of KEYWORDS; one that has no row is refused by
+# name, as it could not be kept. A schema is a stranger's program: it is held
+# to a depth and a size, and what checks a value against it to so many steps.
+
+
+class Place(NamedTuple):
+    """Where in a value which schema is held against it."""
+
+    path: str
+    schema: Any
+    schemas: Subschemas  # what references refer to
+    steps: Iterator[int]  # that may still be taken
+
+    def under(self, schema: Any) -> Place:
+        return self._replace(schema=schema)
+
+    def into(self, key: str | int, schema: Any) -> Place:
+        is_plain = isinstance(key, str) and key.isidentifier()
+        step = f".{key}" if is_plain else f"[{json.dumps(key)}]"
+        return self._replace(path=self.path + step, schema=schema)
+
+
+Check = Callable[[Any, Any, Place], Iterator[str]]  # value, what the keyword says
+
+
+def violation(value: Any, schema: Any, path: str = "$") -> str:
+    """Say in a sentence where the value breaks a schema without faults, else ""."""
+    schemas = dict(schemas_in(schema))
+    try:
+        why = first_fault(value, Place(path, schema, schemas, iter(range(MOST_STEPS))))
+    except (Intricate, RecursionError):
+        return f"{path} takes too long to check against its schema."
+    return why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}…"
+
+
+def first_fault(value: Any, at: Place) -> str:
+    return next(faults(value, at), "")
+
+
+def faults(value: Any, at: Place) -> Iterator[str]:
+    spend(at.steps)
+    if at.schema is False:
+        yield f"{at.path} is not allowed."
+    if isinstance(at.schema, dict):
+        for keyword, said in at.schema.items():
+            if keyword in KEYWORDS:
+                yield from KEYWORDS[keyword].check(value, said, at)
+
+
+def rule(
+    kinds: tuple[type, ...], holds: Callable[[Any, Any], bool], must: str
+) -> Check:
+    """Make a check of values of these kinds, which lets those of others pass."""
+
+    def check(value: Any, said: Any, at: Place) -> Iterator[str]:
+        if type(value) in kinds and not holds(value, said):
+            yield f"{at.path} must {must.format(compact(said))}."
+
+    return check
+
+
+def frozen(value: Any, steps: Iterator[int]) -> Any:
+    """Make what is equal where JSON is: 1 is 1.0, but true is not 1."""
+    spend(steps)
+    if isinstance(value, list):
+        return list, *(frozen(item, steps) for item in value)
+    if isinstance(value, dict):
+        return dict, frozenset((key, frozen(value[key], steps)) for key in value)
+    return isinstance(value, bool), value
+
+
+def is_multiple(value: float, said: float) -> bool:
+    return Fraction(str(value)) % Fraction(str(said)) == 0
+
+
+def names_of(said: str | list[str]) -> list[str]:
+    return [said] if isinstance(said, str) else said
+
+
+def type_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    types = [VALUE_TYPES[name] for name in names_of(said)]
+    if not any(fits(value) for _, fits in types):
+        wanted = " or ".join(words for words, _ in types)
+        yield f"{at.path} must be {wanted}, not {KINDS[type(value)]}."
+
+
+def enum_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    choices = (frozen(choice, at.steps) for choice in said)
+    if frozen(value, at.steps) not in choices:
+        yield f"{at.path} must be one of {compact(said)}."
+
+
+def const_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    if frozen(value, at.steps) != frozen(said, at.steps):
+        yield f"{at.path} must be {compact(said)}."
+
+
+def required_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for name in said if isinstance(value, dict) else ():
+        if spend(at.steps) and name not in value:
+            yield f"{at.path} lacks the property {compact(name)}."
+
+
+def property_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for name in value if isinstance(value, dict) else ():
+        if name in said:
+            yield from faults(value[name], at.into(name, said[name]))
+
+
+def addition_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for name in value if isinstance(value, dict) else ():
+        if name not in at.schema.get("properties", ()):
+            yield from faults(value[name], at.into(name, said))
+
+
+def name_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for name in value if isinstance(value, dict) else ():
+        yield from faults(name, at.into(name, said))
+
+
+def item_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    first = len(at.schema.get("prefixItems", ()))
+    for index in range(first, len(value)) if isinstance(value, list) else ():
+        yield from faults(value[index], at.into(index, said))
+
+
+def prefix_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    pairs = zip(value, said, strict=False) if isinstance(value, list) else ()
+    for index, (item, schema) in enumerate(pairs):
+        yield from faults(item, at.into(index, schema))
+
+
+def unique_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    items = [frozen(v, at.steps) for v in value] if isinstance(value, list) else []
+    if said and len(set(items)) < len(items):
+        yield f"{at.path} must not have an item twice."
+
+
+def all_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    for schema in said:
+        yield from faults(value, at.under(schema))
+
+
+def any_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    whys = []
+    for schema in said:
+        whys.append(first_fault(value, at.under(schema)))
+        if not whys[-1]:
+            return
+    yield " Or: ".join(dict.fromkeys(whys))
+
+
+def one_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    whys = [first_fault(value, at.under(schema)) for schema in said]
+    if all(whys):
+        yield " Or: ".join(dict.fromkeys(whys))
+    if whys.count("") > 1:
+        yield f"{at.path} fits several schemas of oneOf."
+
+
+def not_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    if not first_fault(value, at.under(said)):
+        yield f"{at.path} must not fit {compact(said)}."
+
+
+def reference_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    return faults(value, at.under(at.schemas[pointed_at(said)]))
+
+
+def pattern_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    if isinstance(value, str) and not matches(said, value, at.steps):
+        yield f"{at.path} must match the pattern {said}."
+
+
+def no_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
+    return iter(())
+
+
+class Keyword(NamedTuple):
+    form: Wording
+    check: Check = no_faults
+
+
+LIST = (list,)
+KEYWORDS = {
+    "type": Keyword(TYPE, type_faults),
+    "enum": Keyword(VALUES, enum_faults),
+    "const": Keyword(ANY, const_faults),
+    "required": Keyword(NAMES, required_faults),
+    "properties": Keyword(NAMED, property_faults),
+    "additionalProperties": Keyword(ONE, addition_faults),
+    "propertyNames": Keyword(ONE, name_faults),
+    "minProperties": Keyword(
+        COUNT, rule(OBJECT, lambda v, s: len(v) >= s, "have at least {} properties")
+    ),
+    "maxProperties": Keyword(
+        COUNT, rule(OBJECT, lambda v, s: len(v) <= s, "have at most {} properties")
+    ),
+    "items": Keyword(ONE, item_faults),
+    "prefixItems": Keyword(SEVERAL, prefix_faults),
+    "minItems": Keyword(
+        COUNT, rule(LIST, lambda v, s: len(v) >= s, "have at least {} items")
+    ),
+    "maxItems": Keyword(
+        COUNT, rule(LIST, lambda v, s: len(v) <= s, "have at most {} items")
+    ),
+    "uniqueItems": Keyword(FLAG, unique_faults),
+    "minLength": Keyword(
+        COUNT, rule(STRING, lambda v, s: len(v) >= s, "have at least {} characters")
+    ),
+    "maxLength": Keyword(
+        COUNT, rule(STRING, lambda v, s: len(v) <= s, "have at most {} characters")
+    ),
+    "pattern": Keyword(PATTERN, pattern_faults),
+    "minimum": Keyword(BOUND, rule(NUMBER, ge, "be at least {}")),
+    "maximum": Keyword(BOUND, rule(NUMBER, le, "be at most {}")),
+    "exclusiveMinimum": Keyword(BOUND, rule(NUMBER, gt, "be above {}")),
+    "exclusiveMaximum": Keyword(BOUND, rule(NUMBER, lt, "be below {}")),
+    "multipleOf": Keyword(FACTOR, rule(NUMBER, is_multiple, "be a multiple of {}")),
+    "allOf": Keyword(SEVERAL, all_faults),
+    "anyOf": Keyword(SEVERAL, any_faults),
+    "oneOf": Keyword(SEVERAL, one_faults),
+    "not": Keyword(ONE, not_faults),
+    "$ref": Keyword(REFERENCE, reference_faults),
+    "$defs": Keyword(NAMED),
+    "definitions": Keyword(NAMED),
+}
+SAME_VALUE = ("allOf", "anyOf", "oneOf", "not")  # their schemas look at it again
+
+# Said for people and for tools: nothing that a value could break. `format` is
+# one of them by the standard, `discriminator` is what pydantic puts by a oneOf.
+ANNOTATIONS = frozenset(
+    (
+        "title",
+        "description",
+        "default",
+        "examples",
+        "example",
+        "format",
+        "deprecated",
+        "readOnly",
+        "writeOnly",
+        "contentEncoding",
+        "contentMediaType",
+        "contentSchema",
+        "discriminator",
+        "$schema",
+        "$id",
+        "$comment",
+    )
+)
+
+
+def schemas_in(schema: Any) -> Iterator[tuple[Context, Any]]:
+    """All schemas in a schema and itself, from the outside in."""
+    waiting: deque[tuple[Context, Any]] = deque([((), schema)])
+    while waiting:
+        context, schema = waiting.popleft()
+        yield context, schema
+        for keyword in schema if isinstance(schema, dict) else ():
+            if keyword in KEYWORDS:
+                inner = KEYWORDS[keyword].form.inner(schema[keyword])
+                waiting.extend(((*context, keyword, *key), each) for key, each in inner)
+
+
+def pointed_at(reference: str) -> Context:
+    """Read a JSON pointer in a URL (RFC 6901, 6)."""
+    keys = [unquote(key) for key in reference.split("/")[1:]]
+    return tuple(key.replace("~1", "/").replace("~0", "~") for key in keys)
+
+
+# == Faults ====================================================================
+#
+# A schema that can't be held to is refused, with what is wrong in it.
+
+
+def schema_faults(schema: Any) -> Iterator[tuple[Context, str]]:
+    """Say why a schema can't be kept to; only the first fault is to be relied on."""
+    schemas: Subschemas = {}
+    for context, each in schemas_in(schema):
+        schemas[context] = each
+        yield from ((context, fault) for fault in keyword_faults(each))
+        if len(context) > MOST_KEYS or len(schemas) > MOST_SUBSCHEMAS:
+            yield context, "it is too deep or too large"
+    for context, each in schemas.items():
+        target = each.get("$ref", "#") if isinstance(each, dict) else "#"
+        if pointed_at(target) not in schemas:
+            yield context, f"reference '{target}' leads to no schema"
+    yield from loop_faults(schemas)
+
+
+def keyword_faults(schema: Any) -> Iterator[str]:
+    if not isinstance(schema, (dict, bool)):
+        yield "a schema is expected to be an object or a boolean"
+    for keyword, said in schema.items() if isinstance(schema, dict) else ():
+        if keyword in KEYWORDS:
+            form = KEYWORDS[keyword].form
+            if not form.fits(said):
+                yield f"'{keyword}' is expected to be {form.expected}"
+        elif keyword not in ANNOTATIONS and not keyword.startswith("x-"):
+            yield f"'{keyword}' is not permitted"
+
+
+def loop_faults(schemas: Subschemas) -> Iterator[tuple[Context, str]]:
+    """References that lead back to themselves without going into the value."""
+    graph = {context: same_value(context, each) for context, each in schemas.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        yield error.args[1][0], "'$ref' leads back to itself"
+
+
+def same_value(context: Context, schema: Any) -> list[Context]:
+    """The schemas that a schema has its own value checked against."""
+    if not isinstance(schema, dict):
+        return []
+    named = [pointed_at(schema["$ref"])] if "$ref" in schema else []
+    return named + [
+        (*context, keyword, *key)
+        for keyword in SAME_VALUE
+        if keyword in schema
+        for key, _ in KEYWORDS[keyword].form.inner(schema[keyword])
+    ]
+
+
 # == Tools =====================================================================
 #
 # What a model may call, for models that know nothing of tools: they are told
@@ -2167,6 +2702,8 @@ class Tagged:
 # in the form they were taught. `Dialects` hears what they make of it.
 
 TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+OUTLINE = ("type", "required", "properties", "items")
+DEEPEST_OUTLINE = 30
 CHOICES = ("none", "auto", "required")
 
 
@@ -2342,13 +2879,9 @@ def told_when(toolbox: Toolbox) -> str:
 def repair_instructions(toolbox: Toolbox, why: str) -> str:
     """What the user's side says after an answer that was not what it had to be."""
     return (
-        f"That was not a call that works: {why}. {told_when(toolbox)} Write "
+        f"That was not a call that works: {why} {told_when(toolbox)} Write "
         '<tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>.'
     )
-
-
-def compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def without_empty(fields: Json) -> Json:
@@ -2363,50 +2896,30 @@ def parsed(text: str) -> Any:
         return None
 
 
-TYPES: dict[str, Callable[[Any], bool]] = {
-    "string": lambda value: isinstance(value, str),
-    "integer": lambda value: is_number(value) and value == value // 1,
-    "number": is_number,
-    "boolean": lambda value: isinstance(value, bool),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-    "null": lambda value: value is None,
-}
-
-
 def misuse(name: str, arguments: str, toolbox: Toolbox) -> str:
     """Why a call fits no tool, as far as types and required names go; "" if it does."""
     tool = toolbox.find(name)
     if not tool:
-        return f"there is no tool {name}"
-    value = parsed(arguments)
-    schema = {"type": "object", **tool.parameters}
-    return next(misfits(value, schema, "the arguments"), "")
+        return f"there is no tool {name}."
+    schema = {"type": "object", **outline(tool.parameters)}
+    return violation(parsed(arguments), schema, "arguments")
 
 
-def misfits(value: Any, schema: Any, path: str) -> Iterator[str]:
-    if not isinstance(schema, dict):
-        return
-    kinds = schema.get("type", [])
-    kinds = kinds if isinstance(kinds, list) else [kinds]
-    known = [kind for kind in TYPES if kind in kinds]
-    if known and not any(TYPES[kind](value) for kind in known):
-        yield f"{path} must be of type {' or '.join(known)}"
-    elif isinstance(value, dict):
-        yield from object_misfits(value, schema, path)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from misfits(item, schema.get("items"), f"{path}[{index}]")
-
-
-def object_misfits(value: Json, schema: Json, path: str) -> Iterator[str]:
-    required, properties = schema.get("required"), schema.get("properties")
-    for name in required if isinstance(required, list) else []:
-        if name not in value:
-            yield f"{path} must have '{name}'"
-    for name, of in properties.items() if isinstance(properties, dict) else []:
-        if name in value:
-            yield from misfits(value[name], of, f"'{name}'")
+def outline(schema: Json, depth: int = 0) -> Json:
+    """Types and required names in a schema that nobody has looked at for faults."""
+    said = {
+        keyword: schema[keyword]
+        for keyword in OUTLINE
+        if keyword in schema and KEYWORDS[keyword].form.fits(schema[keyword])
+    }
+    if depth > DEEPEST_OUTLINE:
+        return {}
+    if "properties" in said:
+        inside = said["properties"].items()
+        said["properties"] = {n: outline(as_object(s), depth + 1) for n, s in inside}
+    if "items" in said:
+        said["items"] = outline(as_object(said["items"]), depth + 1)
+    return said
 
 
 # == History ===================================================================
@@ -3057,528 +3570,6 @@ class Listener:
     def tell_arguments(self, text: str) -> None:
         if text and (self.calls == 1 or self.toolbox.parallel):
             self.told.append(Arguments(self.calls - 1, text))
-
-
-# == Patterns ==================================================================
-#
-# A stranger's regular expression is matched by following all its ways at once.
-# Python's re tries them one after another: on "(a+)+b" it is busy for ever, and
-# no other call gets a turn. So the pattern is cut up, and re only sees pieces
-# of one character. Lookaround and back references can't be matched like this.
-
-
-class Intricate(Exception):
-    """A value can't be checked in as many steps as we are ready to take."""
-
-
-def spend(steps: Iterator[int]) -> bool:
-    if next(steps, None) is None:
-        raise Intricate
-    return True
-
-
-# A part of a pattern: from where it may begin to where it may end.
-Ends = Callable[[str, set[int], Iterator[int]], set[int]]
-
-PIECE = re.compile(
-    r"""(?P<opening> \( (?:\?:)? )
-      | (?P<times> [*+?] | \{ (?P<low>\d{1,3}) (?P<comma>,(?P<high>\d{1,3})?)? \} ) \??
-      | \\ (?:u[0-9a-fA-F]{4} | x[0-9a-fA-F]{2} | .)
-      | \[ \^? (?:\\.|[^]\\])+ \]
-      | [^\\[]""",
-    re.VERBOSE | re.DOTALL,
-)
-Piece = re.Match[str]
-TIMES: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-
-
-def matches(pattern: str, text: str, steps: Iterator[int]) -> bool:
-    return bool(read_pattern(pattern)(text, {*range(len(text) + 1)}, steps))
-
-
-@lru_cache(256)
-def read_pattern(pattern: str) -> Ends:
-    """Raise ValueError, IndexError or re.error for what is no pattern of ours."""
-    pieces = deque(PIECE.finditer(pattern))
-    if "".join(piece[0] for piece in pieces) != pattern:
-        raise ValueError(pattern)
-    ends = read_branches(pieces)
-    if pieces:
-        raise ValueError(pattern)
-    return ends
-
-
-def read_branches(pieces: deque[Piece]) -> Ends:
-    """Read as far as the group goes; IndexError if nothing is there to repeat."""
-    branches: list[list[Ends]] = [[]]
-    while pieces and pieces[0][0] != ")":
-        piece = pieces.popleft()
-        if piece[0] == "|":
-            branches.append([])
-        elif piece["times"]:
-            branches[-1].append(repeated(branches[-1].pop(), *times_of(piece)))
-        elif piece["opening"]:
-            branches[-1].append(read_branches(pieces))
-            pieces.popleft()
-        else:
-            branches[-1].append(atom(piece[0]))
-    return choice(branches)
-
-
-def times_of(piece: Piece) -> tuple[int, int | None]:
-    if piece["low"] is None:
-        return TIMES[piece["times"]]
-    low, high = int(piece["low"]), piece["high"]
-    return low, int(high) if high else None if piece["comma"] else low
-
-
-def atom(pattern: str) -> Ends:
-    match = re.compile(r"\Z" if pattern == "$" else pattern, re.ASCII).match
-
-    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
-        found = (match(text, start) for start in starts if spend(steps))
-        return {one.end() for one in found if one}
-
-    return ends
-
-
-def choice(branches: list[list[Ends]]) -> Ends:
-    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
-        found = set()
-        for branch in branches:
-            reached = starts
-            for part in branch:
-                reached = part(text, reached, steps)
-            found |= reached
-        return found
-
-    return ends
-
-
-def repeated(part: Ends, low: int, high: int | None) -> Ends:
-    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
-        found = set() if low else {*starts}
-        fresh = starts
-        for times in range(1, (low + len(text) if high is None else high) + 1):
-            fresh = part(text, fresh, steps) - found
-            if times >= low:
-                found |= fresh
-            if not fresh:
-                break
-        return found
-
-    return ends
-
-
-# == Wordings ==================================================================
-#
-# What the keywords of a JSON Schema may be given, and what is inside of it.
-
-Context = tuple[str, ...]  # the keys that lead from the root to a schema in it
-Subschemas = dict[Context, Any]
-
-MOST_KEYS = 100  # in a context: fifty objects inside one another
-MOST_SUBSCHEMAS = 5000  # in one, as OpenAI's limit of properties
-MOST_STEPS = 300_000  # in checking a value: about a second
-LONGEST_PATTERN = 500
-LONGEST_WHY = 500
-
-VALUE_TYPES = {
-    name: ("null" if name == "null" else f"{ARTICLES.get(name, 'a')} {name}", fits)
-    for name, fits in TYPES.items()
-}
-
-
-class Wording(NamedTuple):
-    """What a keyword may say, and the schemas in that, with the keys to them."""
-
-    fits: Callable[[Any], bool]
-    expected: str
-    inner: Callable[[Any], Iterable[tuple[Context, Any]]] = lambda said: ()
-
-
-def is_types(said: Any) -> bool:
-    names = said if isinstance(said, list) else [said]
-    return bool(names) and all(isinstance(n, str) and n in VALUE_TYPES for n in names)
-
-
-def is_names(said: Any) -> bool:
-    return isinstance(said, list) and all(isinstance(name, str) for name in said)
-
-
-def is_reference(said: Any) -> bool:
-    return isinstance(said, str) and (said == "#" or said.startswith("#/"))
-
-
-def is_pattern(said: Any) -> bool:
-    if not isinstance(said, str) or len(said) > LONGEST_PATTERN:
-        return False
-    try:
-        read_pattern(said)
-    except (ValueError, IndexError, RecursionError, OverflowError, re.error):
-        return False
-    return True
-
-
-def one_inside(said: Any) -> Iterable[tuple[Context, Any]]:
-    return [((), said)]
-
-
-def several_inside(said: Any) -> Iterable[tuple[Context, Any]]:
-    return [((str(index),), schema) for index, schema in enumerate(said)]
-
-
-def named_inside(said: Any) -> Iterable[tuple[Context, Any]]:
-    return [((name,), schema) for name, schema in said.items()]
-
-
-ANY = Wording(lambda said: True, "anything")
-FLAG = Wording(lambda said: isinstance(said, bool), "a boolean")
-COUNT = Wording(lambda said: type(said) is int and said >= 0, "a whole number from 0")
-BOUND = Wording(is_number, "a number")
-FACTOR = Wording(lambda said: is_number(said) and said > 0, "a number above 0")
-NAMES = Wording(is_names, "an array of strings")
-VALUES = Wording(
-    lambda said: isinstance(said, list) and bool(said), "an array of values"
-)
-TYPE = Wording(is_types, f"one of {', '.join(VALUE_TYPES)}, or an array of them")
-PATTERN = Wording(
-    is_pattern, "a regular expression without lookaround or back references"
-)
-REFERENCE = Wording(is_reference, 'of the form "#/$defs/name", or "#"')
-ONE = Wording(lambda said: True, "a schema", one_inside)
-SEVERAL = Wording(VALUES.fits, "an array of schemas", several_inside)
-NAMED = Wording(
-    lambda said: isinstance(said, dict), "an object of schemas", named_inside
-)
-
-
-# == Fitting ===================================================================
-#
-# JSON Schema by hand, as much of it as programs send. What a keyword may say
-# and what breaks it is a row of KEYWORDS; one that has no row is refused by
-# name, as it could not be kept. A schema is a stranger's program: it is held
-# to a depth and a size, and what checks a value against it to so many steps.
-
-
-class Place(NamedTuple):
-    """Where in a value which schema is held against it."""
-
-    path: str
-    schema: Any
-    schemas: Subschemas  # what references refer to
-    steps: Iterator[int]  # that may still be taken
-
-    def under(self, schema: Any) -> Place:
-        return self._replace(schema=schema)
-
-    def into(self, key: str | int, schema: Any) -> Place:
-        is_plain = isinstance(key, str) and key.isidentifier()
-        step = f".{key}" if is_plain else f"[{json.dumps(key)}]"
-        return self._replace(path=self.path + step, schema=schema)
-
-
-Check = Callable[[Any, Any, Place], Iterator[str]]  # value, what the keyword says
-
-
-def violation(value: Any, schema: Any) -> str:
-    """Say in a sentence where the value breaks a schema without faults, else ""."""
-    schemas = dict(schemas_in(schema))
-    try:
-        why = first_fault(value, Place("$", schema, schemas, iter(range(MOST_STEPS))))
-    except (Intricate, RecursionError):
-        return "$ takes too long to check against its schema."
-    return why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}…"
-
-
-def first_fault(value: Any, at: Place) -> str:
-    return next(faults(value, at), "")
-
-
-def faults(value: Any, at: Place) -> Iterator[str]:
-    spend(at.steps)
-    if at.schema is False:
-        yield f"{at.path} is not allowed."
-    if isinstance(at.schema, dict):
-        for keyword, said in at.schema.items():
-            if keyword in KEYWORDS:
-                yield from KEYWORDS[keyword].check(value, said, at)
-
-
-def rule(
-    kinds: tuple[type, ...], holds: Callable[[Any, Any], bool], must: str
-) -> Check:
-    """Make a check of values of these kinds, which lets those of others pass."""
-
-    def check(value: Any, said: Any, at: Place) -> Iterator[str]:
-        if type(value) in kinds and not holds(value, said):
-            yield f"{at.path} must {must.format(compact(said))}."
-
-    return check
-
-
-def frozen(value: Any, steps: Iterator[int]) -> Any:
-    """Make what is equal where JSON is: 1 is 1.0, but true is not 1."""
-    spend(steps)
-    if isinstance(value, list):
-        return list, *(frozen(item, steps) for item in value)
-    if isinstance(value, dict):
-        return dict, frozenset((key, frozen(value[key], steps)) for key in value)
-    return isinstance(value, bool), value
-
-
-def is_multiple(value: float, said: float) -> bool:
-    return Fraction(str(value)) % Fraction(str(said)) == 0
-
-
-def names_of(said: str | list[str]) -> list[str]:
-    return [said] if isinstance(said, str) else said
-
-
-def type_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    types = [VALUE_TYPES[name] for name in names_of(said)]
-    if not any(fits(value) for _, fits in types):
-        wanted = " or ".join(words for words, _ in types)
-        yield f"{at.path} must be {wanted}, not {KINDS[type(value)]}."
-
-
-def enum_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    choices = (frozen(choice, at.steps) for choice in said)
-    if frozen(value, at.steps) not in choices:
-        yield f"{at.path} must be one of {compact(said)}."
-
-
-def const_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    if frozen(value, at.steps) != frozen(said, at.steps):
-        yield f"{at.path} must be {compact(said)}."
-
-
-def required_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for name in said if isinstance(value, dict) else ():
-        if spend(at.steps) and name not in value:
-            yield f"{at.path} lacks the property {compact(name)}."
-
-
-def property_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for name in value if isinstance(value, dict) else ():
-        if name in said:
-            yield from faults(value[name], at.into(name, said[name]))
-
-
-def addition_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for name in value if isinstance(value, dict) else ():
-        if name not in at.schema.get("properties", ()):
-            yield from faults(value[name], at.into(name, said))
-
-
-def name_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for name in value if isinstance(value, dict) else ():
-        yield from faults(name, at.into(name, said))
-
-
-def item_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    first = len(at.schema.get("prefixItems", ()))
-    for index in range(first, len(value)) if isinstance(value, list) else ():
-        yield from faults(value[index], at.into(index, said))
-
-
-def prefix_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    pairs = zip(value, said, strict=False) if isinstance(value, list) else ()
-    for index, (item, schema) in enumerate(pairs):
-        yield from faults(item, at.into(index, schema))
-
-
-def unique_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    items = [frozen(v, at.steps) for v in value] if isinstance(value, list) else []
-    if said and len(set(items)) < len(items):
-        yield f"{at.path} must not have an item twice."
-
-
-def all_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for schema in said:
-        yield from faults(value, at.under(schema))
-
-
-def any_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    whys = []
-    for schema in said:
-        whys.append(first_fault(value, at.under(schema)))
-        if not whys[-1]:
-            return
-    yield " Or: ".join(dict.fromkeys(whys))
-
-
-def one_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    whys = [first_fault(value, at.under(schema)) for schema in said]
-    if all(whys):
-        yield " Or: ".join(dict.fromkeys(whys))
-    if whys.count("") > 1:
-        yield f"{at.path} fits several schemas of oneOf."
-
-
-def not_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    if not first_fault(value, at.under(said)):
-        yield f"{at.path} must not fit {compact(said)}."
-
-
-def reference_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    return faults(value, at.under(at.schemas[pointed_at(said)]))
-
-
-def pattern_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    if isinstance(value, str) and not matches(said, value, at.steps):
-        yield f"{at.path} must match the pattern {said}."
-
-
-def no_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    return iter(())
-
-
-class Keyword(NamedTuple):
-    form: Wording
-    check: Check = no_faults
-
-
-LIST = (list,)
-KEYWORDS = {
-    "type": Keyword(TYPE, type_faults),
-    "enum": Keyword(VALUES, enum_faults),
-    "const": Keyword(ANY, const_faults),
-    "required": Keyword(NAMES, required_faults),
-    "properties": Keyword(NAMED, property_faults),
-    "additionalProperties": Keyword(ONE, addition_faults),
-    "propertyNames": Keyword(ONE, name_faults),
-    "minProperties": Keyword(
-        COUNT, rule(OBJECT, lambda v, s: len(v) >= s, "have at least {} properties")
-    ),
-    "maxProperties": Keyword(
-        COUNT, rule(OBJECT, lambda v, s: len(v) <= s, "have at most {} properties")
-    ),
-    "items": Keyword(ONE, item_faults),
-    "prefixItems": Keyword(SEVERAL, prefix_faults),
-    "minItems": Keyword(
-        COUNT, rule(LIST, lambda v, s: len(v) >= s, "have at least {} items")
-    ),
-    "maxItems": Keyword(
-        COUNT, rule(LIST, lambda v, s: len(v) <= s, "have at most {} items")
-    ),
-    "uniqueItems": Keyword(FLAG, unique_faults),
-    "minLength": Keyword(
-        COUNT, rule(STRING, lambda v, s: len(v) >= s, "have at least {} characters")
-    ),
-    "maxLength": Keyword(
-        COUNT, rule(STRING, lambda v, s: len(v) <= s, "have at most {} characters")
-    ),
-    "pattern": Keyword(PATTERN, pattern_faults),
-    "minimum": Keyword(BOUND, rule(NUMBER, ge, "be at least {}")),
-    "maximum": Keyword(BOUND, rule(NUMBER, le, "be at most {}")),
-    "exclusiveMinimum": Keyword(BOUND, rule(NUMBER, gt, "be above {}")),
-    "exclusiveMaximum": Keyword(BOUND, rule(NUMBER, lt, "be below {}")),
-    "multipleOf": Keyword(FACTOR, rule(NUMBER, is_multiple, "be a multiple of {}")),
-    "allOf": Keyword(SEVERAL, all_faults),
-    "anyOf": Keyword(SEVERAL, any_faults),
-    "oneOf": Keyword(SEVERAL, one_faults),
-    "not": Keyword(ONE, not_faults),
-    "$ref": Keyword(REFERENCE, reference_faults),
-    "$defs": Keyword(NAMED),
-    "definitions": Keyword(NAMED),
-}
-SAME_VALUE = ("allOf", "anyOf", "oneOf", "not")  # their schemas look at it again
-
-# Said for people and for tools: nothing that a value could break. `format` is
-# one of them by the standard, `discriminator` is what pydantic puts by a oneOf.
-ANNOTATIONS = frozenset(
-    (
-        "title",
-        "description",
-        "default",
-        "examples",
-        "example",
-        "format",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "contentEncoding",
-        "contentMediaType",
-        "contentSchema",
-        "discriminator",
-        "$schema",
-        "$id",
-        "$comment",
-    )
-)
-
-
-def schemas_in(schema: Any) -> Iterator[tuple[Context, Any]]:
-    """All schemas in a schema and itself, from the outside in."""
-    waiting: deque[tuple[Context, Any]] = deque([((), schema)])
-    while waiting:
-        context, schema = waiting.popleft()
-        yield context, schema
-        for keyword in schema if isinstance(schema, dict) else ():
-            if keyword in KEYWORDS:
-                inner = KEYWORDS[keyword].form.inner(schema[keyword])
-                waiting.extend(((*context, keyword, *key), each) for key, each in inner)
-
-
-def pointed_at(reference: str) -> Context:
-    """Read a JSON pointer in a URL (RFC 6901, 6)."""
-    keys = [unquote(key) for key in reference.split("/")[1:]]
-    return tuple(key.replace("~1", "/").replace("~0", "~") for key in keys)
-
-
-# == Faults ====================================================================
-#
-# A schema that can't be held to is refused, with what is wrong in it.
-
-
-def schema_faults(schema: Any) -> Iterator[tuple[Context, str]]:
-    """Say why a schema can't be kept to; only the first fault is to be relied on."""
-    schemas: Subschemas = {}
-    for context, each in schemas_in(schema):
-        schemas[context] = each
-        yield from ((context, fault) for fault in keyword_faults(each))
-        if len(context) > MOST_KEYS or len(schemas) > MOST_SUBSCHEMAS:
-            yield context, "it is too deep or too large"
-    for context, each in schemas.items():
-        target = each.get("$ref", "#") if isinstance(each, dict) else "#"
-        if pointed_at(target) not in schemas:
-            yield context, f"reference '{target}' leads to no schema"
-    yield from loop_faults(schemas)
-
-
-def keyword_faults(schema: Any) -> Iterator[str]:
-    if not isinstance(schema, (dict, bool)):
-        yield "a schema is expected to be an object or a boolean"
-    for keyword, said in schema.items() if isinstance(schema, dict) else ():
-        if keyword in KEYWORDS:
-            form = KEYWORDS[keyword].form
-            if not form.fits(said):
-                yield f"'{keyword}' is expected to be {form.expected}"
-        elif keyword not in ANNOTATIONS and not keyword.startswith("x-"):
-            yield f"'{keyword}' is not permitted"
-
-
-def loop_faults(schemas: Subschemas) -> Iterator[tuple[Context, str]]:
-    """References that lead back to themselves without going into the value."""
-    graph = {context: same_value(context, each) for context, each in schemas.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        yield error.args[1][0], "'$ref' leads back to itself"
-
-
-def same_value(context: Context, schema: Any) -> list[Context]:
-    """The schemas that a schema has its own value checked against."""
-    if not isinstance(schema, dict):
-        return []
-    named = [pointed_at(schema["$ref"])] if "$ref" in schema else []
-    return named + [
-        (*context, keyword, *key)
-        for keyword in SAME_VALUE
-        if keyword in schema
-        for key, _ in KEYWORDS[keyword].form.inner(schema[keyword])
-    ]
 
 
 # == JSON ======================================================================
@@ -5011,7 +5002,7 @@ def correct(events: Events, format: Format, again: Again) -> Events:
 def complaint(calls: Sequence[Json], toolbox: Toolbox) -> str:
     """Why an answer is not what the client asked for; "" if it is."""
     if not calls:
-        return "no tool was called" if toolbox.must_call else ""
+        return "no tool was called." if toolbox.must_call else ""
     functions = [call["function"] for call in calls]
     faults = (misuse(f["name"], f["arguments"], toolbox) for f in functions)
     return next(filter(None, faults), "")

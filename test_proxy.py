@@ -2627,6 +2627,479 @@ def test_models_that_think_are_known_by_name(ref, thinks):
     assert bool(proxy.THINKERS.fullmatch(ref)) == thinks
 
 
+# == Patterns ==================================================================
+
+
+def matches(pattern, text, steps=10**6):
+    return proxy.matches(pattern, text, iter(range(steps)))
+
+
+@table(
+    "pattern, text, expected",
+    [
+        ("a date", r"^\d{4}-\d{2}-\d{2}$", "2026-11-22", True),
+        ("no date", r"^\d{4}-\d{2}-\d{2}$", "2026-1-22", False),
+        ("a slug", "^[a-z]+(-[a-z]+)*$", "what-a-slug", True),
+        ("no slug", "^[a-z]+(-[a-z]+)*$", "what--a-slug", False),
+        ("one of words", "^(?:red|green|)$", "green", True),
+        ("none of words", "^(?:red|green)$", "greed", False),
+        ("found anywhere", "b+", "abbc", True),
+        ("a lazy repetition", "^a+?b??$", "aa", True),
+        ("at least", "^a{2,}$", "a", False),
+        ("at most", "^a{,2}$", "a{,2}", True),
+        ("between", "^(ab){1,2}$", "ababab", False),
+        ("a class with a bracket in it", r"^[\]a[]+$", "[a]", True),
+        ("a class of others", r"^[^\s,]+$", "a b", False),
+        ("an escaped mark", r"^\(\.\*\)\/$", "(.*)/", True),
+        ("a code point", r"^\u00e9\x41$", "éA", True),
+        ("a word boundary", r"\bcat\b", "a cat!", True),
+        ("no boundary", r"\bcat\b", "cats", False),
+        ("the end is not before a line break", "^a$", "a\n", False),
+        ("digits are those of ASCII", r"^\d$", "\u0663", False),
+        ("an empty pattern", "", "", True),
+    ],
+)
+def test_a_pattern_is_matched(pattern, text, expected):
+    assert matches(pattern, text) is expected
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*a", "(a", "a)", "[a", "[]", "\\", "(?=a)b", "(?<!a)b", r"(a)\1", "(?P<x>a)"],
+)
+def test_a_pattern_that_can_not_be_matched_is_none(pattern):
+    assert not proxy.is_pattern(pattern)
+
+
+SMALL_PATTERNS = st.recursive(
+    st.sampled_from(["a", "b", ".", "[ab]", "^", "$"]),
+    lambda inner: (
+        st.builds("(?:{}|{})".format, inner, inner)
+        | st.builds("{}{}".format, inner, inner)
+        | st.builds(
+            "(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "{2}", "{1,}"])
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@thoroughly
+@given(SMALL_PATTERNS, st.text("abc", max_size=7))
+def test_a_pattern_matches_what_python_would_match(pattern, text):
+    assert matches(pattern, text) == bool(re.search(pattern, text))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+b", "(a|a)*b", "(a*)*b", "a*a*a*a*a*a*b", "((a?){9}){9}b"]
+)
+def test_a_pattern_that_python_would_try_for_ever_takes_a_moment(pattern):
+    began = time.thread_time()
+    schema = {"type": "string", "pattern": pattern}
+    expected = f"$ must match the pattern {pattern}."
+    assert proxy.violation("a" * 500, schema) == expected
+    assert time.thread_time() - began < 5
+
+
+# == Fitting ===================================================================
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+TREE_OF_JSON = {
+    "$ref": "#/$defs/node",
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "value": {"type": "integer"},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+            },
+            "required": ["value"],
+        }
+    },
+}
+CHAIN = {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}
+CARD = {
+    "oneOf": [
+        {"properties": {"kind": {"const": "cat"}}, "required": ["kind"]},
+        {"properties": {"kind": {"const": "dog"}}, "required": ["kind"]},
+    ]
+}
+NAMES_OF_JSON = {
+    "prefixItems": [{"type": "string"}, {"type": "integer"}],
+    "items": False,
+}
+
+
+def nested(depth, key="children"):
+    value = {"value": 1}
+    for _ in range(depth):
+        value = {"value": 1, key: [value]}
+    return value
+
+
+@table(
+    "value, schema, expected",
+    [
+        ("anything", {"a": 1}, {}, ""),
+        ("true allows anything", 5, True, ""),
+        ("false allows nothing", 5, False, "$ is not allowed."),
+        ("a string", "a", {"type": "string"}, ""),
+        ("no string", 5, {"type": "string"}, "$ must be a string, not an integer."),
+        ("an integer", 5, {"type": "integer"}, ""),
+        ("1.0 is an integer", 1.0, {"type": "integer"}, ""),
+        (
+            "1.5 is none",
+            1.5,
+            {"type": "integer"},
+            "$ must be an integer, not a decimal.",
+        ),
+        (
+            "true is none",
+            True,
+            {"type": "integer"},
+            "$ must be an integer, not a boolean.",
+        ),
+        ("a number", 1.5, {"type": "number"}, ""),
+        (
+            "true is no number",
+            True,
+            {"type": "number"},
+            "$ must be a number, not a boolean.",
+        ),
+        ("a boolean", False, {"type": "boolean"}, ""),
+        (
+            "0 is no boolean",
+            0,
+            {"type": "boolean"},
+            "$ must be a boolean, not an integer.",
+        ),
+        ("null", None, {"type": "null"}, ""),
+        (
+            "null is no object",
+            None,
+            {"type": "object"},
+            "$ must be an object, not null.",
+        ),
+        ("one of two types", None, {"type": ["string", "null"]}, ""),
+        (
+            "none of two",
+            [],
+            {"type": ["string", "null"]},
+            "$ must be a string or null, not an array.",
+        ),
+        ("one of the values", "b", {"enum": ["a", "b"]}, ""),
+        ("none of them", "c", {"enum": ["a", 1]}, '$ must be one of ["a",1].'),
+        ("1.0 is 1", 1.0, {"enum": [1]}, ""),
+        ("true is not 1", True, {"enum": [1]}, "$ must be one of [1]."),
+        (
+            "false is not 0, deep down",
+            [{"a": False}],
+            {"const": [{"a": 0}]},
+            '$ must be [{"a":0}].',
+        ),
+        ("a constant", {"a": [1, 2.0]}, {"const": {"a": [1.0, 2]}}, ""),
+        ("a person", {"name": "Ada", "age": 36}, PERSON, ""),
+        ("one without age", {"name": "Ada"}, PERSON, '$ lacks the property "age".'),
+        (
+            "a wrong property",
+            {"name": "Ada", "age": "36"},
+            PERSON,
+            "$.age must be an integer, not a string.",
+        ),
+        (
+            "a property too many",
+            {"name": "Ada", "age": 36, "a b": 1},
+            PERSON,
+            '$["a b"] is not allowed.',
+        ),
+        ("properties are for objects", [], {"properties": {"a": False}}, ""),
+        ("an absent property", {}, {"properties": {"a": False}}, ""),
+        (
+            "others of a type",
+            {"a": 1, "b": "x"},
+            {"additionalProperties": {"type": "integer"}},
+            "$.b must be an integer, not a string.",
+        ),
+        (
+            "a name",
+            {"blue": 1},
+            {"propertyNames": {"enum": ["red"]}},
+            '$.blue must be one of ["red"].',
+        ),
+        (
+            "few properties",
+            {},
+            {"minProperties": 1},
+            "$ must have at least 1 properties.",
+        ),
+        ("many", {"a": 1}, {"maxProperties": 0}, "$ must have at most 0 properties."),
+        ("items", [1, 2], {"items": {"type": "integer"}}, ""),
+        (
+            "a wrong item",
+            {"a": [1, "2"]},
+            {"properties": {"a": {"items": {"type": "integer"}}}},
+            "$.a[1] must be an integer, not a string.",
+        ),
+        ("a tuple", ["a", 1], NAMES_OF_JSON, ""),
+        ("a short tuple", ["a"], NAMES_OF_JSON, ""),
+        ("a long tuple", ["a", 1, 2], NAMES_OF_JSON, "$[2] is not allowed."),
+        ("a wrong tuple", [1], NAMES_OF_JSON, "$[0] must be a string, not an integer."),
+        ("few items", [], {"minItems": 1}, "$ must have at least 1 items."),
+        ("many items", [1, 2], {"maxItems": 1}, "$ must have at most 1 items."),
+        ("no item twice", [1, True, "1", [1], {"a": 1}], {"uniqueItems": True}, ""),
+        (
+            "one twice",
+            [{"a": 1}, {"a": 1.0}],
+            {"uniqueItems": True},
+            "$ must not have an item twice.",
+        ),
+        ("twice is allowed", [1, 1], {"uniqueItems": False}, ""),
+        ("a short string", "", {"minLength": 1}, "$ must have at least 1 characters."),
+        ("a long string", "ab", {"maxLength": 1}, "$ must have at most 1 characters."),
+        ("characters, not bytes", "é😀", {"maxLength": 2}, ""),
+        ("a pattern", "a-b", {"pattern": "^[a-z]+(-[a-z]+)*$"}, ""),
+        (
+            "another",
+            "A_OF_JSON",
+            {"pattern": "^[a-z]$"},
+            "$ must match the pattern ^[a-z]$.",
+        ),
+        ("patterns are for strings", 5, {"pattern": "a"}, ""),
+        ("at the minimum", 1, {"minimum": 1}, ""),
+        ("below it", 0.5, {"minimum": 1}, "$ must be at least 1."),
+        ("above the maximum", 2, {"maximum": 1.5}, "$ must be at most 1.5."),
+        ("at an exclusive one", 1, {"exclusiveMinimum": 1}, "$ must be above 1."),
+        ("at another", 1, {"exclusiveMaximum": 1}, "$ must be below 1."),
+        ("bounds are for numbers", "0", {"minimum": 1}, ""),
+        ("true has no bounds", True, {"minimum": 5}, ""),
+        ("a multiple", 0.3, {"multipleOf": 0.1}, ""),
+        ("no multiple", 7, {"multipleOf": 2}, "$ must be a multiple of 2."),
+        ("a great multiple", 1e300, {"multipleOf": 1e-300}, ""),
+        ("all", 5, {"allOf": [{"type": "integer"}, {"minimum": 5}]}, ""),
+        (
+            "not all",
+            4,
+            {"allOf": [{"type": "integer"}, {"minimum": 5}]},
+            "$ must be at least 5.",
+        ),
+        ("any", None, {"anyOf": [{"type": "string"}, {"type": "null"}]}, ""),
+        (
+            "not any",
+            5,
+            {"anyOf": [{"type": "string"}, {"type": "null"}]},
+            "$ must be a string, not an integer. Or: $ must be null, not an integer.",
+        ),
+        ("one", {"kind": "dog"}, CARD, ""),
+        ("the same twice", 5, {"anyOf": [False, False]}, "$ is not allowed."),
+        (
+            "not one",
+            {"kind": "cow"},
+            CARD,
+            '$.kind must be "cat". Or: $.kind must be "dog".',
+        ),
+        ("two", 5, {"oneOf": [{}, True]}, "$ fits several schemas of oneOf."),
+        ("not", 5, {"not": {"type": "string"}}, ""),
+        ("but", "a", {"not": {"type": "string"}}, '$ must not fit {"type":"string"}.'),
+        ("a tree", nested(3), TREE_OF_JSON, ""),
+        (
+            "a wrong leaf",
+            {"value": 1, "children": [{"value": 2}, {}]},
+            TREE_OF_JSON,
+            '$.children[1] lacks the property "value".',
+        ),
+        ("a reference to all", {"next": {"next": None}}, CHAIN, ""),
+        (
+            "a wrong end",
+            {"next": {"next": 5}},
+            {**CHAIN, "type": "object"},
+            "$.next.next must be an object, not an integer. Or: "
+            "$.next.next must be null, not an integer. Or: "
+            "$.next must be null, not an object.",
+        ),
+        (
+            "what stands beside a reference",
+            5,
+            {
+                "$ref": "#/definitions/a~1b%20~0",
+                "minimum": 6,
+                "definitions": {"a/b ~": {}},
+            },
+            "$ must be at least 6.",
+        ),
+        ("annotations", 5, {"title": "T", "format": "date", "x-order": 1}, ""),
+        (
+            "a value as deep as a cave",
+            nested(5000),
+            TREE_OF_JSON,
+            "$ takes too long to check against its schema.",
+        ),
+    ],
+)
+def test_a_value_fits_or_the_sentence_says_where_not(value, schema, expected):
+    assert [*proxy.schema_faults(schema)] == []
+    assert proxy.violation(value, schema) == expected
+
+
+def doubled(times):
+    """A_OF_JSON schema that asks twice for what asks twice for what …"""
+    links = {
+        str(n): {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(times)
+    }
+    return {"$ref": "#/$defs/0", "$defs": {**links, str(times): {"type": "string"}}}
+
+
+@table(
+    "value, schema",
+    [
+        ("one that doubles at each step", 5, doubled(40)),
+        ("values that are long to compare", [[0] * 1000] * 500, {"uniqueItems": True}),
+        (
+            "many choices, again and again",
+            [5] * 2000,
+            {"items": {"enum": [*range(6, 3000), 5]}},
+        ),
+    ],
+)
+def test_a_schema_that_is_long_to_check_is_given_up(value, schema):
+    assert [*proxy.schema_faults(schema)] == []
+    began = time.thread_time()
+    assert proxy.violation(value, schema).startswith("$ takes too long")
+    assert time.thread_time() - began < 5
+
+
+def test_a_sentence_is_never_long():
+    many = {"anyOf": [{"const": "x" * n} for n in range(1, 100)]}
+    assert len(proxy.violation(5, many)) == proxy.LONGEST_WHY + 1
+
+
+NO_SCHEMA = "a schema is expected to be an object or a boolean"
+NO_TYPE = (
+    "'type' is expected to be one of string, integer, number, boolean, array, object, "
+    "null, or an array of them"
+)
+NO_PATTERN = (
+    "'pattern' is expected to be a regular expression without lookaround or back "
+    "references"
+)
+
+
+def deep(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@table(
+    "schema, context, fault",
+    [
+        ("a keyword", {"if": {}}, (), "'if' is not permitted"),
+        (
+            "one inside",
+            {"properties": {"a": {"patternProperties": {}}}},
+            ("properties", "a"),
+            "'patternProperties' is not permitted",
+        ),
+        ("a type", {"type": "text"}, (), NO_TYPE),
+        ("types", {"type": []}, (), NO_TYPE),
+        ("no schema", {"items": 5}, ("items",), NO_SCHEMA),
+        ("old tuples", {"items": [{}]}, ("items",), NO_SCHEMA),
+        (
+            "no properties",
+            {"properties": []},
+            (),
+            "'properties' is expected to be an object of schemas",
+        ),
+        (
+            "no choices",
+            {"anyOf": []},
+            (),
+            "'anyOf' is expected to be an array of schemas",
+        ),
+        ("no values", {"enum": "a"}, (), "'enum' is expected to be an array of values"),
+        (
+            "the requirement of old",
+            {"required": True},
+            (),
+            "'required' is expected to be an array of strings",
+        ),
+        (
+            "a bound of old",
+            {"exclusiveMinimum": True},
+            (),
+            "'exclusiveMinimum' is expected to be a number",
+        ),
+        (
+            "a length",
+            {"minLength": -1},
+            (),
+            "'minLength' is expected to be a whole number from 0",
+        ),
+        (
+            "a factor",
+            {"multipleOf": 0},
+            (),
+            "'multipleOf' is expected to be a number above 0",
+        ),
+        ("a flag", {"uniqueItems": 1}, (), "'uniqueItems' is expected to be a boolean"),
+        ("lookaround", {"pattern": "(?=a)"}, (), NO_PATTERN),
+        ("a long pattern", {"pattern": "a" * 501}, (), NO_PATTERN),
+        (
+            "elsewhere",
+            {"$ref": "https://example.com/a"},
+            (),
+            '\'$ref\' is expected to be of the form "#/$defs/name", or "#"',
+        ),
+        (
+            "nowhere",
+            {"items": {"$ref": "#/$defs/a"}},
+            ("items",),
+            "reference '#/$defs/a' leads to no schema",
+        ),
+        (
+            "no schema there",
+            {"$ref": "#/title", "title": "a"},
+            (),
+            "reference '#/title' leads to no schema",
+        ),
+        ("a loop of one", {"$ref": "#"}, (), "'$ref' leads back to itself"),
+        (
+            "a loop of two",
+            {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+            ("$defs", "a"),
+            "'$ref' leads back to itself",
+        ),
+        (
+            "a loop through any",
+            {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
+            (),
+            "'$ref' leads back to itself",
+        ),
+        ("too deep", deep(101), ("items",) * 101, "it is too deep or too large"),
+        (
+            "too large",
+            {"anyOf": [True] * 5000},
+            ("anyOf", "4999"),
+            "it is too deep or too large",
+        ),
+    ],
+)
+def test_a_schema_that_can_not_be_kept_to_has_a_fault(schema, context, fault):
+    found, said = next(proxy.schema_faults(schema))
+    assert said == fault
+    assert found == context or "itself" in fault
+
+
+def test_every_keyword_has_a_row_or_is_an_annotation():
+    assert not proxy.KEYWORDS.keys() & proxy.ANNOTATIONS
+    assert set(proxy.SAME_VALUE) < proxy.KEYWORDS.keys()
+
+
 # == Tools =====================================================================
 
 WEATHER = {
@@ -2848,10 +3321,10 @@ def test_instructions_say_when_to_call(toolbox, words):
 
 
 def test_a_repair_says_what_was_wrong():
-    words = proxy.repair_instructions(ONE, "the arguments must have 'city'")
+    words = proxy.repair_instructions(ONE, "arguments.city must be a string.")
     assert words == (
-        "That was not a call that works: the arguments must have 'city'. You must call "
-        "the tool get_weather now: write the call and nothing else. Write "
+        "That was not a call that works: arguments.city must be a string. You must "
+        "call the tool get_weather now: write the call and nothing else. Write "
         '<tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>.'
     )
 
@@ -3041,27 +3514,54 @@ NESTING = Toolbox((Tool("f", "", NESTED_OF_TOOLS),))
 MISUSES = [
     ("right", "get_weather", '{"city":"Paris","days":2}', ""),
     ("more than asked", "get_weather", '{"city":"Paris","x":1}', ""),
-    ("a missing one", "get_weather", "{}", "the arguments must have 'city'"),
-    ("a wrong type", "get_weather", '{"city":1}', "'city' must be of type string"),
-    ("true is no integer", "get_weather", '{"city":"","days":true}', "of type integer"),
-    ("half a day", "get_weather", '{"city":"","days":1.5}', "of type integer"),
-    ("a list", "get_weather", "[]", "the arguments must be of type object"),
-    ("no JSON", "get_weather", "{", "the arguments must be of type object"),
-    ("no such tool", "f", "{}", "there is no tool f"),
+    ("a missing one", "get_weather", "{}", 'arguments lacks the property "city".'),
+    (
+        "a wrong type",
+        "get_weather",
+        '{"city":1}',
+        "arguments.city must be a string, not an integer.",
+    ),
+    (
+        "true is no integer",
+        "get_weather",
+        '{"city":"","days":true}',
+        "arguments.days must be an integer, not a boolean.",
+    ),
+    (
+        "half a day",
+        "get_weather",
+        '{"city":"","days":1.5}',
+        "arguments.days must be an integer, not a decimal.",
+    ),
+    ("a list", "get_weather", "[]", "arguments must be an object, not an array."),
+    ("no JSON", "get_weather", "{", "arguments must be an object, not null."),
+    ("no such tool", "f", "{}", "there is no tool f."),
     ("no schema", "get_time", '{"x":1}', ""),
 ]
 
 
 @table(("name", "arguments", "why"), MISUSES)
 def test_misuse_says_why(name, arguments, why):
-    found = proxy.misuse(name, arguments, BOX)
-    assert found.endswith(why) and bool(found) == bool(why)
+    assert proxy.misuse(name, arguments, BOX) == why
 
 
 def test_misuse_looks_inside():
     assert proxy.misuse("f", '{"list":[1],"maybe":null}', NESTING) == ""
-    assert "'list'[1] must be" in proxy.misuse("f", '{"list":[1,"x"]}', NESTING)
-    assert "string or null" in proxy.misuse("f", '{"maybe":1}', NESTING)
+    assert proxy.misuse("f", '{"list":[1,"x"]}', NESTING) == (
+        "arguments.list[1] must be an integer, not a string."
+    )
+    assert proxy.misuse("f", '{"maybe":1}', NESTING) == (
+        "arguments.maybe must be a string or null, not an integer."
+    )
+
+
+def test_misuse_bears_a_schema_without_a_bottom():
+    deep = schema = {}
+    for _ in range(10_000):
+        deep["properties"] = {"a": {}}
+        deep = deep["properties"]["a"]
+    value = '{"a":' * 100 + "1" + "}" * 100
+    assert proxy.misuse("f", value, Toolbox((Tool("f", "", schema),))) == ""
 
 
 @pytest.mark.parametrize("odd", [1, "x", None, [], {"type": {}}, {"required": 1}])
@@ -3606,479 +4106,6 @@ LONG = [
     ("lists in lists", '\n{"tool_calls":[' * 300),
     ("space", " " * 5000),
 ]
-
-
-# == Patterns ==================================================================
-
-
-def matches(pattern, text, steps=10**6):
-    return proxy.matches(pattern, text, iter(range(steps)))
-
-
-@table(
-    "pattern, text, expected",
-    [
-        ("a date", r"^\d{4}-\d{2}-\d{2}$", "2026-11-22", True),
-        ("no date", r"^\d{4}-\d{2}-\d{2}$", "2026-1-22", False),
-        ("a slug", "^[a-z]+(-[a-z]+)*$", "what-a-slug", True),
-        ("no slug", "^[a-z]+(-[a-z]+)*$", "what--a-slug", False),
-        ("one of words", "^(?:red|green|)$", "green", True),
-        ("none of words", "^(?:red|green)$", "greed", False),
-        ("found anywhere", "b+", "abbc", True),
-        ("a lazy repetition", "^a+?b??$", "aa", True),
-        ("at least", "^a{2,}$", "a", False),
-        ("at most", "^a{,2}$", "a{,2}", True),
-        ("between", "^(ab){1,2}$", "ababab", False),
-        ("a class with a bracket in it", r"^[\]a[]+$", "[a]", True),
-        ("a class of others", r"^[^\s,]+$", "a b", False),
-        ("an escaped mark", r"^\(\.\*\)\/$", "(.*)/", True),
-        ("a code point", r"^\u00e9\x41$", "éA", True),
-        ("a word boundary", r"\bcat\b", "a cat!", True),
-        ("no boundary", r"\bcat\b", "cats", False),
-        ("the end is not before a line break", "^a$", "a\n", False),
-        ("digits are those of ASCII", r"^\d$", "\u0663", False),
-        ("an empty pattern", "", "", True),
-    ],
-)
-def test_a_pattern_is_matched(pattern, text, expected):
-    assert matches(pattern, text) is expected
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    ["*a", "(a", "a)", "[a", "[]", "\\", "(?=a)b", "(?<!a)b", r"(a)\1", "(?P<x>a)"],
-)
-def test_a_pattern_that_can_not_be_matched_is_none(pattern):
-    assert not proxy.is_pattern(pattern)
-
-
-SMALL_PATTERNS = st.recursive(
-    st.sampled_from(["a", "b", ".", "[ab]", "^", "$"]),
-    lambda inner: (
-        st.builds("(?:{}|{})".format, inner, inner)
-        | st.builds("{}{}".format, inner, inner)
-        | st.builds(
-            "(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "{2}", "{1,}"])
-        )
-    ),
-    max_leaves=6,
-)
-
-
-@thoroughly
-@given(SMALL_PATTERNS, st.text("abc", max_size=7))
-def test_a_pattern_matches_what_python_would_match(pattern, text):
-    assert matches(pattern, text) == bool(re.search(pattern, text))
-
-
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "(a|a)*b", "(a*)*b", "a*a*a*a*a*a*b", "((a?){9}){9}b"]
-)
-def test_a_pattern_that_python_would_try_for_ever_takes_a_moment(pattern):
-    began = time.thread_time()
-    schema = {"type": "string", "pattern": pattern}
-    expected = f"$ must match the pattern {pattern}."
-    assert proxy.violation("a" * 500, schema) == expected
-    assert time.thread_time() - began < 5
-
-
-# == Fitting ===================================================================
-
-PERSON = {
-    "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-TREE_OF_JSON = {
-    "$ref": "#/$defs/node",
-    "$defs": {
-        "node": {
-            "type": "object",
-            "properties": {
-                "value": {"type": "integer"},
-                "children": {"type": "array", "items": {"$ref": "#/$defs/node"}},
-            },
-            "required": ["value"],
-        }
-    },
-}
-CHAIN = {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}}
-CARD = {
-    "oneOf": [
-        {"properties": {"kind": {"const": "cat"}}, "required": ["kind"]},
-        {"properties": {"kind": {"const": "dog"}}, "required": ["kind"]},
-    ]
-}
-NAMES_OF_JSON = {
-    "prefixItems": [{"type": "string"}, {"type": "integer"}],
-    "items": False,
-}
-
-
-def nested(depth, key="children"):
-    value = {"value": 1}
-    for _ in range(depth):
-        value = {"value": 1, key: [value]}
-    return value
-
-
-@table(
-    "value, schema, expected",
-    [
-        ("anything", {"a": 1}, {}, ""),
-        ("true allows anything", 5, True, ""),
-        ("false allows nothing", 5, False, "$ is not allowed."),
-        ("a string", "a", {"type": "string"}, ""),
-        ("no string", 5, {"type": "string"}, "$ must be a string, not an integer."),
-        ("an integer", 5, {"type": "integer"}, ""),
-        ("1.0 is an integer", 1.0, {"type": "integer"}, ""),
-        (
-            "1.5 is none",
-            1.5,
-            {"type": "integer"},
-            "$ must be an integer, not a decimal.",
-        ),
-        (
-            "true is none",
-            True,
-            {"type": "integer"},
-            "$ must be an integer, not a boolean.",
-        ),
-        ("a number", 1.5, {"type": "number"}, ""),
-        (
-            "true is no number",
-            True,
-            {"type": "number"},
-            "$ must be a number, not a boolean.",
-        ),
-        ("a boolean", False, {"type": "boolean"}, ""),
-        (
-            "0 is no boolean",
-            0,
-            {"type": "boolean"},
-            "$ must be a boolean, not an integer.",
-        ),
-        ("null", None, {"type": "null"}, ""),
-        (
-            "null is no object",
-            None,
-            {"type": "object"},
-            "$ must be an object, not null.",
-        ),
-        ("one of two types", None, {"type": ["string", "null"]}, ""),
-        (
-            "none of two",
-            [],
-            {"type": ["string", "null"]},
-            "$ must be a string or null, not an array.",
-        ),
-        ("one of the values", "b", {"enum": ["a", "b"]}, ""),
-        ("none of them", "c", {"enum": ["a", 1]}, '$ must be one of ["a",1].'),
-        ("1.0 is 1", 1.0, {"enum": [1]}, ""),
-        ("true is not 1", True, {"enum": [1]}, "$ must be one of [1]."),
-        (
-            "false is not 0, deep down",
-            [{"a": False}],
-            {"const": [{"a": 0}]},
-            '$ must be [{"a":0}].',
-        ),
-        ("a constant", {"a": [1, 2.0]}, {"const": {"a": [1.0, 2]}}, ""),
-        ("a person", {"name": "Ada", "age": 36}, PERSON, ""),
-        ("one without age", {"name": "Ada"}, PERSON, '$ lacks the property "age".'),
-        (
-            "a wrong property",
-            {"name": "Ada", "age": "36"},
-            PERSON,
-            "$.age must be an integer, not a string.",
-        ),
-        (
-            "a property too many",
-            {"name": "Ada", "age": 36, "a b": 1},
-            PERSON,
-            '$["a b"] is not allowed.',
-        ),
-        ("properties are for objects", [], {"properties": {"a": False}}, ""),
-        ("an absent property", {}, {"properties": {"a": False}}, ""),
-        (
-            "others of a type",
-            {"a": 1, "b": "x"},
-            {"additionalProperties": {"type": "integer"}},
-            "$.b must be an integer, not a string.",
-        ),
-        (
-            "a name",
-            {"blue": 1},
-            {"propertyNames": {"enum": ["red"]}},
-            '$.blue must be one of ["red"].',
-        ),
-        (
-            "few properties",
-            {},
-            {"minProperties": 1},
-            "$ must have at least 1 properties.",
-        ),
-        ("many", {"a": 1}, {"maxProperties": 0}, "$ must have at most 0 properties."),
-        ("items", [1, 2], {"items": {"type": "integer"}}, ""),
-        (
-            "a wrong item",
-            {"a": [1, "2"]},
-            {"properties": {"a": {"items": {"type": "integer"}}}},
-            "$.a[1] must be an integer, not a string.",
-        ),
-        ("a tuple", ["a", 1], NAMES_OF_JSON, ""),
-        ("a short tuple", ["a"], NAMES_OF_JSON, ""),
-        ("a long tuple", ["a", 1, 2], NAMES_OF_JSON, "$[2] is not allowed."),
-        ("a wrong tuple", [1], NAMES_OF_JSON, "$[0] must be a string, not an integer."),
-        ("few items", [], {"minItems": 1}, "$ must have at least 1 items."),
-        ("many items", [1, 2], {"maxItems": 1}, "$ must have at most 1 items."),
-        ("no item twice", [1, True, "1", [1], {"a": 1}], {"uniqueItems": True}, ""),
-        (
-            "one twice",
-            [{"a": 1}, {"a": 1.0}],
-            {"uniqueItems": True},
-            "$ must not have an item twice.",
-        ),
-        ("twice is allowed", [1, 1], {"uniqueItems": False}, ""),
-        ("a short string", "", {"minLength": 1}, "$ must have at least 1 characters."),
-        ("a long string", "ab", {"maxLength": 1}, "$ must have at most 1 characters."),
-        ("characters, not bytes", "é😀", {"maxLength": 2}, ""),
-        ("a pattern", "a-b", {"pattern": "^[a-z]+(-[a-z]+)*$"}, ""),
-        (
-            "another",
-            "A_OF_JSON",
-            {"pattern": "^[a-z]$"},
-            "$ must match the pattern ^[a-z]$.",
-        ),
-        ("patterns are for strings", 5, {"pattern": "a"}, ""),
-        ("at the minimum", 1, {"minimum": 1}, ""),
-        ("below it", 0.5, {"minimum": 1}, "$ must be at least 1."),
-        ("above the maximum", 2, {"maximum": 1.5}, "$ must be at most 1.5."),
-        ("at an exclusive one", 1, {"exclusiveMinimum": 1}, "$ must be above 1."),
-        ("at another", 1, {"exclusiveMaximum": 1}, "$ must be below 1."),
-        ("bounds are for numbers", "0", {"minimum": 1}, ""),
-        ("true has no bounds", True, {"minimum": 5}, ""),
-        ("a multiple", 0.3, {"multipleOf": 0.1}, ""),
-        ("no multiple", 7, {"multipleOf": 2}, "$ must be a multiple of 2."),
-        ("a great multiple", 1e300, {"multipleOf": 1e-300}, ""),
-        ("all", 5, {"allOf": [{"type": "integer"}, {"minimum": 5}]}, ""),
-        (
-            "not all",
-            4,
-            {"allOf": [{"type": "integer"}, {"minimum": 5}]},
-            "$ must be at least 5.",
-        ),
-        ("any", None, {"anyOf": [{"type": "string"}, {"type": "null"}]}, ""),
-        (
-            "not any",
-            5,
-            {"anyOf": [{"type": "string"}, {"type": "null"}]},
-            "$ must be a string, not an integer. Or: $ must be null, not an integer.",
-        ),
-        ("one", {"kind": "dog"}, CARD, ""),
-        ("the same twice", 5, {"anyOf": [False, False]}, "$ is not allowed."),
-        (
-            "not one",
-            {"kind": "cow"},
-            CARD,
-            '$.kind must be "cat". Or: $.kind must be "dog".',
-        ),
-        ("two", 5, {"oneOf": [{}, True]}, "$ fits several schemas of oneOf."),
-        ("not", 5, {"not": {"type": "string"}}, ""),
-        ("but", "a", {"not": {"type": "string"}}, '$ must not fit {"type":"string"}.'),
-        ("a tree", nested(3), TREE_OF_JSON, ""),
-        (
-            "a wrong leaf",
-            {"value": 1, "children": [{"value": 2}, {}]},
-            TREE_OF_JSON,
-            '$.children[1] lacks the property "value".',
-        ),
-        ("a reference to all", {"next": {"next": None}}, CHAIN, ""),
-        (
-            "a wrong end",
-            {"next": {"next": 5}},
-            {**CHAIN, "type": "object"},
-            "$.next.next must be an object, not an integer. Or: "
-            "$.next.next must be null, not an integer. Or: "
-            "$.next must be null, not an object.",
-        ),
-        (
-            "what stands beside a reference",
-            5,
-            {
-                "$ref": "#/definitions/a~1b%20~0",
-                "minimum": 6,
-                "definitions": {"a/b ~": {}},
-            },
-            "$ must be at least 6.",
-        ),
-        ("annotations", 5, {"title": "T", "format": "date", "x-order": 1}, ""),
-        (
-            "a value as deep as a cave",
-            nested(5000),
-            TREE_OF_JSON,
-            "$ takes too long to check against its schema.",
-        ),
-    ],
-)
-def test_a_value_fits_or_the_sentence_says_where_not(value, schema, expected):
-    assert [*proxy.schema_faults(schema)] == []
-    assert proxy.violation(value, schema) == expected
-
-
-def doubled(times):
-    """A_OF_JSON schema that asks twice for what asks twice for what …"""
-    links = {
-        str(n): {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(times)
-    }
-    return {"$ref": "#/$defs/0", "$defs": {**links, str(times): {"type": "string"}}}
-
-
-@table(
-    "value, schema",
-    [
-        ("one that doubles at each step", 5, doubled(40)),
-        ("values that are long to compare", [[0] * 1000] * 500, {"uniqueItems": True}),
-        (
-            "many choices, again and again",
-            [5] * 2000,
-            {"items": {"enum": [*range(6, 3000), 5]}},
-        ),
-    ],
-)
-def test_a_schema_that_is_long_to_check_is_given_up(value, schema):
-    assert [*proxy.schema_faults(schema)] == []
-    began = time.thread_time()
-    assert proxy.violation(value, schema).startswith("$ takes too long")
-    assert time.thread_time() - began < 5
-
-
-def test_a_sentence_is_never_long():
-    many = {"anyOf": [{"const": "x" * n} for n in range(1, 100)]}
-    assert len(proxy.violation(5, many)) == proxy.LONGEST_WHY + 1
-
-
-NO_SCHEMA = "a schema is expected to be an object or a boolean"
-NO_TYPE = (
-    "'type' is expected to be one of string, integer, number, boolean, array, object, "
-    "null, or an array of them"
-)
-NO_PATTERN = (
-    "'pattern' is expected to be a regular expression without lookaround or back "
-    "references"
-)
-
-
-def deep(depth):
-    schema = {}
-    for _ in range(depth):
-        schema = {"items": schema}
-    return schema
-
-
-@table(
-    "schema, context, fault",
-    [
-        ("a keyword", {"if": {}}, (), "'if' is not permitted"),
-        (
-            "one inside",
-            {"properties": {"a": {"patternProperties": {}}}},
-            ("properties", "a"),
-            "'patternProperties' is not permitted",
-        ),
-        ("a type", {"type": "text"}, (), NO_TYPE),
-        ("types", {"type": []}, (), NO_TYPE),
-        ("no schema", {"items": 5}, ("items",), NO_SCHEMA),
-        ("old tuples", {"items": [{}]}, ("items",), NO_SCHEMA),
-        (
-            "no properties",
-            {"properties": []},
-            (),
-            "'properties' is expected to be an object of schemas",
-        ),
-        (
-            "no choices",
-            {"anyOf": []},
-            (),
-            "'anyOf' is expected to be an array of schemas",
-        ),
-        ("no values", {"enum": "a"}, (), "'enum' is expected to be an array of values"),
-        (
-            "the requirement of old",
-            {"required": True},
-            (),
-            "'required' is expected to be an array of strings",
-        ),
-        (
-            "a bound of old",
-            {"exclusiveMinimum": True},
-            (),
-            "'exclusiveMinimum' is expected to be a number",
-        ),
-        (
-            "a length",
-            {"minLength": -1},
-            (),
-            "'minLength' is expected to be a whole number from 0",
-        ),
-        (
-            "a factor",
-            {"multipleOf": 0},
-            (),
-            "'multipleOf' is expected to be a number above 0",
-        ),
-        ("a flag", {"uniqueItems": 1}, (), "'uniqueItems' is expected to be a boolean"),
-        ("lookaround", {"pattern": "(?=a)"}, (), NO_PATTERN),
-        ("a long pattern", {"pattern": "a" * 501}, (), NO_PATTERN),
-        (
-            "elsewhere",
-            {"$ref": "https://example.com/a"},
-            (),
-            '\'$ref\' is expected to be of the form "#/$defs/name", or "#"',
-        ),
-        (
-            "nowhere",
-            {"items": {"$ref": "#/$defs/a"}},
-            ("items",),
-            "reference '#/$defs/a' leads to no schema",
-        ),
-        (
-            "no schema there",
-            {"$ref": "#/title", "title": "a"},
-            (),
-            "reference '#/title' leads to no schema",
-        ),
-        ("a loop of one", {"$ref": "#"}, (), "'$ref' leads back to itself"),
-        (
-            "a loop of two",
-            {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
-            ("$defs", "a"),
-            "'$ref' leads back to itself",
-        ),
-        (
-            "a loop through any",
-            {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
-            (),
-            "'$ref' leads back to itself",
-        ),
-        ("too deep", deep(101), ("items",) * 101, "it is too deep or too large"),
-        (
-            "too large",
-            {"anyOf": [True] * 5000},
-            ("anyOf", "4999"),
-            "it is too deep or too large",
-        ),
-    ],
-)
-def test_a_schema_that_can_not_be_kept_to_has_a_fault(schema, context, fault):
-    found, said = next(proxy.schema_faults(schema))
-    assert said == fault
-    assert found == context or "itself" in fault
-
-
-def test_every_keyword_has_a_row_or_is_an_annotation():
-    assert not proxy.KEYWORDS.keys() & proxy.ANNOTATIONS
-    assert set(proxy.SAME_VALUE) < proxy.KEYWORDS.keys()
 
 
 # == JSON ======================================================================
@@ -5638,10 +5665,10 @@ def test_a_call_is_told_whole():
 
 COMPLAINTS = [
     ("text, as it may be", BOX, [], ""),
-    ("text, though a call was asked for", ONE, [], "no tool was called"),
+    ("text, though a call was asked for", ONE, [], "no tool was called."),
     ("a good call", ONE, [PARIS], ""),
-    ("a second call that is bad", BOX, [PARIS, ("f", "{}")], "there is no tool f"),
-    ("another tool than the named", ONE, [NOW], "there is no tool get_time"),
+    ("a second call that is bad", BOX, [PARIS, ("f", "{}")], "there is no tool f."),
+    ("another tool than the named", ONE, [NOW], "there is no tool get_time."),
 ]
 
 
