@@ -43,6 +43,7 @@ Each section uses only names from those above it.
     Dialects    how models write tool calls: one row per dialect
     Listening   calls told apart from text, as they come
     JSON        answers that are to be JSON
+    Native      what some models know of tools and JSON by themselves
     Flights     how a call in the air is made to stop
     Streams     server-sent events as Replicate sends them
     Replicate   its API, and nothing but this section knows its library
@@ -107,7 +108,7 @@ from graphlib import CycleError, TopologicalSorter
 from hashlib import sha256
 from hmac import compare_digest
 from http.server import ThreadingHTTPServer
-from itertools import groupby, islice
+from itertools import groupby, islice, takewhile
 from math import isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
@@ -994,10 +995,27 @@ def content_of(message: Json) -> str | list[Json]:
 def lay_out_granite(messages: Messages, system: str) -> Json:
     """Its template is written around the texts as they are, so they are defused."""
     plain = [
-        {**message, "content": defused(text_of(message["content"]), HEADER_SIGNS)}
+        {
+            **message,
+            "content": defused(text_of(message["content"]), HEADER_SIGNS),
+            "tool_calls": defused_calls(message.get("tool_calls")),
+        }
         for message in messages
     ]
     return lay_out_messages(plain, system)
+
+
+def defused_calls(calls: list[Json] | None) -> list[Json] | None:
+    return calls and [
+        {
+            **call,
+            "function": {
+                name: defused(text, HEADER_SIGNS)
+                for name, text in call["function"].items()
+            },
+        }
+        for call in calls
+    ]
 
 
 def without_nulls(message: Json) -> Json:
@@ -1005,9 +1023,26 @@ def without_nulls(message: Json) -> Json:
 
 
 def lay_out_items(messages: Messages, system: str) -> Json:
-    told, turns = split_system(messages)
-    items = [{"role": role, "content": text} for role, text in turns]
-    return {"input_item_list": items, **({system: told} if told else {})}
+    """Items of OpenAI's Responses API: calls and their results are some too."""
+    first = list(takewhile(lambda m: m["role"] in ("system", "developer"), messages))
+    told = "\n\n".join(text_of(message["content"]) for message in first)
+    said = [item for message in messages[len(first) :] for item in items_of(message)]
+    if not said:
+        return {"input_item_list": [{"role": "user", "content": told}]}
+    return {"input_item_list": said, **({system: told} if told else {})}
+
+
+def items_of(message: Json) -> list[Json]:
+    text = text_of(message["content"])
+    if message["role"] == "tool":
+        id = message["tool_call_id"]
+        return [{"type": "function_call_output", "call_id": id, "output": text}]
+    calls = [
+        {"type": "function_call", "call_id": call["id"], **call["function"]}
+        for call in message.get("tool_calls") or []
+    ]
+    said = {"role": message["role"], "content": text}
+    return [said, *calls] if text or not calls else calls
 
 
 # == Families ==================================================================
@@ -1715,13 +1750,22 @@ class Order(NamedTuple):
     limit: int | None  # of tokens, as it was sent
     cut: int | None  # of tokens, where the client's limit is below the model's least
     echo: bool = False  # say the prompt before the answer
+    again: Callable[[str, str], Order] | None = None  # by what was said, and what to do
 
 
 def chat_order(body: Json, model: Model, family: Family) -> Order:
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
     laid_out = family.lay_out(body["messages"], family.system)
     laid_out = {**laid_out, **place(attachments(body["messages"]), family.slots)}
-    return order(body, model, family, laid_out, prompt)
+    asked = order(body, model, family, laid_out, prompt)
+    return asked._replace(again=partial(chat_again, body, model, family))
+
+
+def chat_again(body: Json, model: Model, family: Family, said: str, what: str) -> Order:
+    """The same order, with a first answer to it and what is to be done about that."""
+    answer = {"role": "assistant", "content": said}
+    messages = [*body["messages"], answer, {"role": "user", "content": what}]
+    return chat_order({**body, "messages": messages}, model, family)
 
 
 def completion_order(body: Json, model: Model, family: Family, prompt: str) -> Order:
@@ -2876,6 +2920,12 @@ def told_when(toolbox: Toolbox) -> str:
     return f"You must call {which} now: write the call and nothing else."
 
 
+def tool_demands(toolbox: Toolbox) -> str:
+    """What is still to be said to a model that was given the tools themselves."""
+    demands = [told_when(toolbox)] if toolbox.must_call else []
+    return " ".join([*demands, *([] if toolbox.parallel else [ONE_CALL])])
+
+
 def repair_instructions(toolbox: Toolbox, why: str) -> str:
     """What the user's side says after an answer that was not what it had to be."""
     return (
@@ -2982,7 +3032,6 @@ def check_answered(calls: Mapping[str, bool], index: int) -> None:
 
 def plain_history(messages: Messages) -> Messages:
     """Calls and their results as texts, in the form that a model was taught."""
-    check_history(messages)
     plain: Messages = []
     names: dict[str, str] = {}
     results: list[str] = []
@@ -2999,6 +3048,24 @@ def plain_history(messages: Messages) -> Messages:
     if results:
         plain.append({"role": "user", "content": "\n".join(results)})
     return plain
+
+
+def tools_history(messages: Messages) -> Messages:
+    """Calls and their results as they are; the older ones in the newer form."""
+    told: Messages = []
+    last = ""  # the id that stands for the last call of the older form
+    for index, message in enumerate(messages):
+        newer = {**message, "content": message["content"] or "", "function_call": None}
+        if function := message.get("function_call"):
+            last = f"call_{index}"
+            call = {"id": last, "type": "function", "function": function}
+            newer["tool_calls"] = [call]
+        if message["role"] == "function" and last:
+            newer |= {"role": "tool", "tool_call_id": last, "name": None}
+        elif message["role"] == "function":
+            newer = {"role": "user", "content": told_result(message, {})}
+        told.append(newer)
+    return told
 
 
 def told_message(message: Json) -> Json:
@@ -3628,30 +3695,6 @@ def check_schema(name: str, schema: Json) -> None:
         )
 
 
-def granite_format(format: Format) -> Json:
-    """OpenAI's own object: ibm-granite/granite-3.3 and later take it so."""
-    if not format.name:
-        return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": named_schema(format)}
-
-
-def structured_schema(format: Format) -> Json:
-    """What openai/gpt-5-structured calls json_schema: as the Responses API has it."""
-    if not format.name:
-        return {"format": {"type": "json_object"}}
-    return {"format": {"type": "json_schema", **named_schema(format)}}
-
-
-def named_schema(format: Format) -> Json:
-    described = {"description": format.description} if format.description else {}
-    return {
-        "name": format.name,
-        **described,
-        "schema": format.schema,
-        "strict": format.strict,
-    }
-
-
 def json_instructions(format: Format) -> str:
     kind = format.schema.get("type")
     noun = kind if kind in ("object", "array") else "value"
@@ -3825,6 +3868,105 @@ class Nesting:
             self.open += mark
         elif opened in self.open:
             self.open = self.open[: self.open.rindex(opened)]
+
+
+# == Native ====================================================================
+#
+# Some models take tools, calls in the history and formats as inputs: they are
+# given them so. All else is the same, as what they answer is text that has to
+# be heard: in which form Replicate tells a call of theirs is not documented.
+# To add a kind of model: a row in NATIVE, by its layout.
+
+
+class Wanted(NamedTuple):
+    """What an answer has to be besides text."""
+
+    toolbox: Toolbox | None = None
+    format: Format | None = None
+
+
+class Native(NamedTuple):
+    """The inputs in which a model takes what others are told in words."""
+
+    tool: Callable[[Tool], Json]  # one of the input `tools`
+    format_name: str
+    format: Callable[[Format], Json]
+
+
+def function_object(tool: Tool) -> Json:
+    return {"name": tool.name, **without_empty(tool._asdict())}
+
+
+def chat_tool(tool: Tool) -> Json:
+    """OpenAI's own object, of chat completions …"""
+    return {"type": "function", "function": function_object(tool)}
+
+
+def response_tool(tool: Tool) -> Json:
+    """… and of responses."""
+    return {"type": "function", **function_object(tool)}
+
+
+def granite_format(format: Format) -> Json:
+    """OpenAI's own object: ibm-granite/granite-3.3 and later take it so."""
+    if not format.name:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": named_schema(format)}
+
+
+def structured_schema(format: Format) -> Json:
+    """What openai/gpt-5-structured calls json_schema: as the Responses API has it."""
+    if not format.name:
+        return {"format": {"type": "json_object"}}
+    return {"format": {"type": "json_schema", **named_schema(format)}}
+
+
+def named_schema(format: Format) -> Json:
+    described = {"description": format.description} if format.description else {}
+    return {
+        "name": format.name,
+        **described,
+        "schema": format.schema,
+        "strict": format.strict,
+    }
+
+
+NATIVE: dict[Any, Native] = {
+    lay_out_granite: Native(chat_tool, "response_format", granite_format),
+    lay_out_items: Native(response_tool, "json_schema", structured_schema),
+}
+
+
+def asked_for(body: Json, family: Family, wanted: Wanted) -> Json:
+    """A call as this family has to be told of what is wanted."""
+    native = NATIVE.get(family.lay_out)
+    history = tools_history if native else plain_history
+    inputs = native_inputs(native, wanted) if native else {}
+    return {
+        **body,
+        "messages": [*taught(wanted, bool(native)), *history(body["messages"])],
+        "replicate": {**inputs, **body["replicate"]},
+    }
+
+
+def native_inputs(native: Native, wanted: Wanted) -> Json:
+    inputs: Json = {}
+    if wanted.toolbox:
+        inputs["tools"] = [native.tool(tool) for tool in wanted.toolbox.tools]
+    if wanted.format:
+        inputs[native.format_name] = native.format(wanted.format)
+    return inputs
+
+
+def taught(wanted: Wanted, is_native: bool) -> Messages:
+    """What a model has to be told in words."""
+    toolbox, format = wanted
+    told = []
+    if toolbox:
+        told += [tool_demands(toolbox) if is_native else tool_instructions(toolbox)]
+    if format and not is_native:
+        told += [json_instructions(format)]
+    return [{"role": "system", "content": text} for text in told if text]
 
 
 # == Flights ===================================================================
@@ -4436,9 +4578,27 @@ def output_text(output: Any) -> str:
         return output or ""
     if isinstance(output, list):
         return "".join(map(output_text, output))
-    if isinstance(output, dict) and (named := output.keys() & TEXT_IN_OBJECT):
-        return output_text(output[min(named)])
+    if isinstance(output, dict):
+        return object_text(output)
     return json.dumps(output, ensure_ascii=False)
+
+
+def object_text(output: Json) -> str:
+    """Its text or its JSON, and its calls in the form that is heard; else all of it."""
+    named = sorted(output.keys() & TEXT_IN_OBJECT)
+    text = output_text(output[named[0]]) if named else ""
+    said = [text or output_text(output.get("json_output")), *calls_beside(output)]
+    if named or any(said):
+        return "\n".join(filter(None, said))
+    return json.dumps(output, ensure_ascii=False)
+
+
+def calls_beside(output: Json) -> list[str]:
+    """The calls that an object has, or the one that it is (OpenAI's Responses API)."""
+    is_one = output.get("type") == "function_call"
+    items = [output] if is_one else as_list(output.get("tool_calls"))
+    plain = [{k: v for k, v in as_object(i).items() if k in CALL_KEYS} for i in items]
+    return [told_call({"name": n, "arguments": a}) for n, a in calls_in(plain)]
 
 
 def read_usage(seen: Json) -> Usage:
@@ -4975,7 +5135,8 @@ def insist(events: Events, toolbox: Toolbox, again: Again, whole: bool) -> Event
     if why and isinstance(end := held[-1], Done):
         log.warning("event=repair why=%s", quoted(why))
         what = repair_instructions(toolbox, why)
-        yield from after_all(again(fold(held).text, what), end.usage)
+        said = told_message(chat_message(fold(held), legacy=False))
+        yield from after_all(again(said["content"], what), end.usage)
     else:
         yield from held
 
@@ -5124,14 +5285,6 @@ class Reply(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
-class Wanted(NamedTuple):
-    """What an answer has to be besides text, and an order that asks for it again."""
-
-    toolbox: Toolbox | None = None
-    format: Format | None = None
-    again: Callable[[str, str], Order] | None = None
-
-
 def tell(
     proxy: Proxy,
     call: Call,
@@ -5165,10 +5318,11 @@ def shape(
     """Run an order, and do to its answer what the model can't."""
     events = heard(proxy, body, wanted, order, flight)
     whole = not body["stream"]
-    toolbox, format, again = wanted
+    toolbox, format = wanted
 
     def ask(said: str, what: str) -> Events:
-        return heard(proxy, body, wanted, again(said, what) if again else order, flight)
+        again = order.again(said, what) if order.again else order
+        return heard(proxy, body, wanted, again, flight)
 
     if toolbox and (whole or toolbox.must_call):
         return insist(events, toolbox, ask, whole)
@@ -5238,49 +5392,17 @@ def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
 def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, CHAT, model_id)
     check_parts(body["messages"])
+    check_history(body["messages"])
     model = find_model(proxy.models.current(), body["model"])
     attached = attachments(body["messages"])
     kinds_sent = {kind for kind, _ in attached}
     family = family_for(model, body, kinds_sent, proxy.upstream.schemas)
     check_places(attached, model, family)
-    toolbox, format = read_toolbox(body), read_format(body)
-    hosted = proxy.upstream.hosted.host_all(plain_history(body["messages"]))
-    native = native_json(family, format)
-    body["messages"] = [*taught(toolbox, None if native else format), *hosted]
-    body["replicate"] = {**native, **body["replicate"]}
+    wanted = Wanted(read_toolbox(body), read_format(body))
+    body = asked_for(body, family, wanted)
+    body["messages"] = proxy.upstream.hosted.host_all(body["messages"])
     orders = [chat_order(variant, model, family) for variant in variants(body)]
-
-    def again(said: str, what: str) -> Order:
-        more = [
-            {"role": "assistant", "content": said},
-            {"role": "user", "content": what},
-        ]
-        talk = {**body, "messages": [*body["messages"], *more]}
-        return chat_order(talk, model, family)
-
-    return tell(proxy, call, body, orders, CHAT_FORM, Wanted(toolbox, format, again))
-
-
-def taught(toolbox: Toolbox | None, format: Format | None) -> Messages:
-    """What a model is told of tools and of JSON."""
-    told = [tool_instructions(toolbox)] if toolbox else []
-    told += [json_instructions(format)] if format else []
-    return [{"role": "system", "content": text} for text in told]
-
-
-# Models with a way of their own to be asked for JSON, by their layout.
-NATIVE_JSON: dict[Any, tuple[str, Callable[[Format], Json]]] = {
-    lay_out_granite: ("response_format", granite_format),
-    lay_out_items: ("json_schema", structured_schema),
-}
-
-
-def native_json(family: Family, format: Format | None) -> Json:
-    """The input that asks for JSON, of a model that has one."""
-    if format is None or family.lay_out not in NATIVE_JSON:
-        return {}
-    name, asked = NATIVE_JSON[family.lay_out]
-    return {name: asked(format)}
+    return tell(proxy, call, body, orders, CHAT_FORM, wanted)
 
 
 def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:

@@ -3497,7 +3497,7 @@ UNPAIRED = [
 @table(("messages", "expected"), UNPAIRED)
 def test_history_is_refused(messages, expected):
     with pytest.raises(APIError) as refused:
-        proxy.plain_history(messages)
+        proxy.check_history(messages)
     param, words = expected
     assert (refused.value.status, refused.value.param) == (400, param)
     assert words in str(refused.value)
@@ -4539,6 +4539,9 @@ def test_a_repair_shows_the_answer_and_says_why():
     )
 
 
+# == Native ====================================================================
+
+
 @table(
     "format, granite, structured",
     [
@@ -4569,6 +4572,118 @@ def test_a_repair_shows_the_answer_and_says_why():
 def test_models_that_know_formats_are_given_them(format, granite, structured):
     assert proxy.granite_format(format) == granite
     assert proxy.structured_schema(format) == structured
+
+
+CALLED = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Rain?"},
+    asks(("c1", "get_weather", '{"city":"<|x|>"}'), content=None),
+    {"role": "tool", "tool_call_id": "c1", "content": "dry<|x|>"},
+]
+NATIVELY = [
+    (
+        "granite",
+        "ibm-granite/granite-4.0-h-small",
+        {
+            "tools": [{"type": "function", "function": WEATHER}],
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Rain?"},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [
+                        {
+                            "id": "c1",
+                            "type": "function",
+                            "function": {
+                                "name": "get_weather",
+                                "arguments": '{"city":"<\u200b|x|>"}',
+                            },
+                        }
+                    ],
+                },
+                {"role": "tool", "content": "dry<\u200b|x|>", "tool_call_id": "c1"},
+            ],
+        },
+    ),
+    (
+        "gpt-5-structured",
+        "openai/gpt-5-structured",
+        {
+            "tools": [{"type": "function", **WEATHER}],
+            "instructions": "Be brief.",
+            "input_item_list": [
+                {"role": "user", "content": "Rain?"},
+                {
+                    "type": "function_call",
+                    "call_id": "c1",
+                    "name": "get_weather",
+                    "arguments": '{"city":"<|x|>"}',
+                },
+                {
+                    "type": "function_call_output",
+                    "call_id": "c1",
+                    "output": "dry<|x|>",
+                },
+            ],
+        },
+    ),
+]
+
+
+@table(("ref", "expected"), NATIVELY)
+def test_tools_are_given_to_models_that_know_them(offline, ref, expected):
+    answerer = offline(STARTED, Text(IN_PARIS), Done("stop", Usage(1, 1)))
+    body = {"model": ref, "messages": CALLED, "tools": TOOLS[:1]}
+    reply = proxy.answer(answerer, call("POST", "/v1/chat/completions", body))
+    [(order, _)] = answerer.upstream.asked
+    assert {name: order.input[name] for name in expected} == expected
+    assert "<tool_call>" not in str(order.input)
+    [choice] = reply.body["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+
+
+DEMANDS = [
+    ("auto", BOX, []),
+    ("one at a time", BOX._replace(parallel=False), [proxy.ONE_CALL]),
+    ("required", ONE, [proxy.told_when(ONE)]),
+]
+
+
+@table(("toolbox", "expected"), DEMANDS)
+def test_of_tools_that_a_model_knows_only_demands_are_told(toolbox, expected):
+    told = proxy.taught(proxy.Wanted(toolbox, proxy.ANY_OBJECT), is_native=True)
+    assert [message["content"] for message in told] == expected
+
+
+OLDER = [
+    HI_OF_TOOLS,
+    {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+    {"role": "function", "name": "f", "content": "one"},
+]
+
+
+def test_older_calls_become_newer_ones_for_models_that_know_calls():
+    body = proxy.check({"messages": OLDER}, {"messages": proxy.CHAT["messages"]})
+    told = [proxy.without_nulls(m) for m in proxy.tools_history(body["messages"])]
+    function = {"name": "f", "arguments": "{}"}
+    assert told[1:] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "content": "one", "tool_call_id": "call_1"},
+    ]
+
+
+def test_a_result_of_no_call_is_told_in_words():
+    [_, _, result] = proxy.check(
+        {"messages": OLDER}, {"messages": proxy.CHAT["messages"]}
+    )["messages"]
+    told = proxy.tools_history([result])
+    assert told == proxy.plain_history([result])
 
 
 # == Flights ===================================================================
@@ -5087,6 +5202,38 @@ def test_the_token_is_not_sent_where_an_answer_merely_says(fake, server):
 )
 def test_the_rest_of_an_output_is_what_was_not_told(output, told, rest):
     assert proxy.remainder(output, told) == rest
+
+
+CALL_ITEM = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f"}
+OUTPUTS = [
+    ("tokens", ["a", "", "b"], "ab"),
+    ("nothing", None, ""),
+    ("an object with text", {"text": "a", "usage": {}}, "a"),
+    ("an object whose text is empty", {"text": "", "json_output": None}, ""),
+    ("its JSON beside", {"text": "", "json_output": {"a": 1}}, '{"a": 1}'),
+    ("no text at all", {"score": 1}, '{"score": 1}'),
+    (
+        "a call beside the text",
+        {"text": "So:", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        'So:\n<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+    ),
+    (
+        "items of the Responses API",
+        {
+            "output": [
+                {"type": "message", "content": [{"type": "output_text", "text": "a"}]},
+                {**CALL_ITEM, "arguments": '{"x":1}'},
+            ]
+        },
+        'a<tool_call>{"name": "f", "arguments": {"x":1}}</tool_call>',
+    ),
+    ("calls that are none", {"text": "a", "tool_calls": [1, {"x": 2}]}, "a"),
+]
+
+
+@table("output, text", OUTPUTS)
+def test_an_output_has_its_text_and_its_calls(output, text):
+    assert proxy.output_text(output) == text
 
 
 @pytest.mark.parametrize("value", [None, 7, [], "x", {"x": 1}], ids=repr)
@@ -5691,7 +5838,7 @@ MUST = BOX._replace(must_call=True)
 IN_PARIS = (
     '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
 )
-BAD_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city": 7}}</tool_call>'
+BAD_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city":7}}</tool_call>'
 REPAIRS = [  # first answer, whole or streamed, whether it is asked for again
     ("a good call", IN_PARIS, True, False),
     ("a good call, streamed", IN_PARIS, False, False),
@@ -5717,6 +5864,7 @@ def test_a_call_that_lacks_is_asked_for_once_more(why, said, whole, asked_again)
     assert [event for event in told if isinstance(event, Started)] == [STARTED]
     assert told[-1].finish_reason == "tool_calls"
     assert told[-1].usage[:2] == ((2, 2) if asked_again else (1, 1))
+    assert [text for text, _ in again] == [said] * asked_again
 
 
 def test_what_lacks_a_second_time_is_told_as_it_is():
