@@ -2097,18 +2097,16 @@ def echo(events: Events, prompt: str) -> Events:
             yield event
 
 
-def account(events: Events, prompt: str, limit: int | None) -> Events:
-    """Complete the usage by estimate, and say `length` where the limit was reached."""
+def with_usage(events: Events, prompt: str) -> Events:
+    """Complete the usage by estimate."""
     said = 0
     with closing(events):
         for event in events:
-            if isinstance(event, (Thought, Text)):
+            if isinstance(event, (Thought, Text, Arguments)):
                 said += len(event.text)
             if isinstance(event, Done):
-                told = event.usage.completion_tokens
-                reached = limit is not None and told is not None and told >= limit
                 usage = complete(event.usage, len(prompt), said)
-                event = Done("length" if reached else event.finish_reason, usage)
+                event = Done(event.finish_reason, usage)
             yield event
 
 
@@ -3762,6 +3760,7 @@ def only_json(events: Events, format: Format) -> Events:
             elif isinstance(event, Done):
                 yield from value.end(event)
             else:
+                yield from value.give_up() if isinstance(event, ToolCall) else ()
                 yield event
             if value.epilogue > LONGEST_EPILOGUE:
                 yield Done("stop")
@@ -3818,6 +3817,12 @@ class Extract:
     def after(self, text: str) -> Iterator[Event]:
         self.epilogue += len(text)
         yield from ()
+
+    def give_up(self) -> Iterator[Event]:
+        """Tell what was held: it was said before a call, and is to be no JSON."""
+        text, self.passed, self.held = "".join(self.passed) + self.held, [], ""
+        if text:
+            yield Text(text)
 
     def end(self, done: Done) -> Iterator[Event]:
         """What was cut off after a whole value was no part of the answer."""
@@ -4616,6 +4621,12 @@ def read_usage(seen: Json) -> Usage:
     )
 
 
+def finish_reason(usage: Usage, limit: int | None) -> str:
+    """By a true count: nothing else tells whether a limit was reached."""
+    told = usage.completion_tokens
+    return "length" if limit and told is not None and told >= limit else "stop"
+
+
 def failure(text: str, secret: str) -> APIError:
     row = next(row for pattern, row in FAILURES if re.search(pattern, text))
     said = f" The model says: {text}" if text else ""
@@ -4827,7 +4838,8 @@ class Prediction:
                 code="prediction_timeout",
                 headers=NO_RETRY,
             )
-        return Done("stop", read_usage(self.seen))
+        usage = read_usage(self.seen)
+        return Done(finish_reason(usage, self.order.limit), usage)
 
     def cancel(self) -> None:
         """Stop the bill, if it is not over. A cancel that failed is tried once more."""
@@ -5114,59 +5126,80 @@ def frames(chunks: list[Json]) -> bytes:
 
 # == Repairs ===================================================================
 #
-# What an answer lacks that the client asked for is asked for once more, by a
-# second prediction that is told what was wrong; then what comes is taken.
+# An answer is held to what the client asked for. What it lacks is asked for once
+# more, by a second prediction that is told what was wrong, as long as nothing of
+# the first was told; then what comes is taken, and the log says what it lacks.
 
 Again = Callable[[str, str], Events]  # what was said, and what to do now
 
 
-def insist(events: Events, toolbox: Toolbox, again: Again, whole: bool) -> Events:
-    """Hold an answer until it calls a tool; if `whole`, until it is all there."""
-    held: list[Event] = []
-    has_called = False
-    with closing(events):
-        for event in events:
-            has_called = has_called or isinstance(event, ToolCall)
-            held.append(event)
-            if isinstance(event, Started) or (has_called and not whole):
-                yield from held
-                held = []
-    why = complaint(calls_of(held), toolbox) if held else ""
-    if why and isinstance(end := held[-1], Done):
-        log.warning("event=repair why=%s", quoted(why))
-        what = repair_instructions(toolbox, why)
-        said = told_message(chat_message(fold(held), legacy=False))
-        yield from after_all(again(said["content"], what), end.usage)
-    else:
-        yield from held
+class Demand(NamedTuple):
+    """What an answer has to be, and from which event on it is told as it comes."""
+
+    complaint: Callable[[Choice], str]  # a sentence, or "" if there is none
+    remedy: Callable[[Choice, str], str]  # what to do now, by what was wrong
+    lets_go: Callable[[Event], bool]
 
 
-def correct(events: Events, format: Format, again: Again) -> Events:
-    """Hold an answer that is to be JSON until it is all there, to see whether it is."""
-    held: list[Event] = []
-    with closing(events):
-        for event in events:
-            if isinstance(event, Started):
-                yield event
-            else:
-                held.append(event)
-    said = fold(held)
-    _, why = parsed_or_why(said.text, format)
-    if why and isinstance(end := held[-1], Done) and said.finish_reason == "stop":
-        log.warning("event=repair why=%s", quoted(why))
-        what = json_repair(format, said.text, why)
-        yield from after_all(again(said.text, what), end.usage)
-    else:
-        yield from held
+def demand_of(wanted: Wanted, stream: bool) -> Demand | None:
+    """Hold calls to their tools, and text to its format; if streamed, for the log."""
+    toolbox, format = wanted
+    if toolbox:
+        must_call = toolbox.must_call
+        return Demand(
+            lambda answer: misuses(answer.calls, toolbox) or misfits(answer, format),
+            lambda _, why: repair_instructions(toolbox, why),
+            lambda event: stream and (not must_call or isinstance(event, ToolCall)),
+        )
+    if format:
+        return Demand(
+            lambda answer: misfits(answer, format),
+            lambda answer, why: json_repair(format, answer.text, why),
+            lambda _: stream,
+        )
+    return None
 
 
-def complaint(calls: Sequence[Json], toolbox: Toolbox) -> str:
-    """Why an answer is not what the client asked for; "" if it is."""
+def misuses(calls: Sequence[Json], toolbox: Toolbox) -> str:
     if not calls:
         return "no tool was called." if toolbox.must_call else ""
     functions = [call["function"] for call in calls]
     faults = (misuse(f["name"], f["arguments"], toolbox) for f in functions)
     return next(filter(None, faults), "")
+
+
+def misfits(answer: Choice, format: Format | None) -> str:
+    if format is None or answer.calls:
+        return ""
+    return parsed_or_why(answer.text, format)[1]
+
+
+def held_to(demand: Demand, events: Events, again: Again | None = None) -> Events:
+    """Tell an answer if it is what it has to be, else the one that is asked for."""
+    seen: list[Event] = []
+    told, goes = 0, False
+    with closing(events):
+        for event in events:
+            seen.append(event)
+            goes = goes or demand.lets_go(event)
+            if goes or isinstance(event, Started):
+                yield from seen[told:]
+                told = len(seen)
+    answer = fold(seen)
+    why = demand.complaint(answer)
+    repairs = why and again and not goes and answer.finish_reason != "length"
+    if why:
+        log.warning("event=%s why=%s", "repair" if repairs else "misfit", quoted(why))
+    if repairs and again:
+        said = told_message(chat_message(answer, legacy=False))["content"]
+        better = held_to(demand, again(said, demand.remedy(answer, why)))
+        yield from after_all(better, usage_of(seen))
+    else:
+        yield from seen[told:]
+
+
+def usage_of(events: Sequence[Event]) -> Usage:
+    return add(event.usage for event in events if isinstance(event, Done))
 
 
 def after_all(events: Events, spent: Usage) -> Events:
@@ -5317,17 +5350,13 @@ def shape(
 ) -> Events:
     """Run an order, and do to its answer what the model can't."""
     events = heard(proxy, body, wanted, order, flight)
-    whole = not body["stream"]
-    toolbox, format = wanted
 
     def ask(said: str, what: str) -> Events:
         again = order.again(said, what) if order.again else order
         return heard(proxy, body, wanted, again, flight)
 
-    if toolbox and (whole or toolbox.must_call):
-        return insist(events, toolbox, ask, whole)
-    if format and whole:
-        return correct(events, format, ask)
+    if demand := demand_of(wanted, body["stream"]):
+        return held_to(demand, events, ask)
     return echo(events, order.prompt) if order.echo else events
 
 
@@ -5342,10 +5371,11 @@ def heard(
         events = cut_after(events, order.cut)
     if stops := list(filter(None, body["stop"])):
         events = stop_at(events, stops)
-    if wanted.format and not wanted.toolbox:
+    if wanted.toolbox:
+        events = hear_tool_calls(events, wanted.toolbox)
+    if wanted.format:
         events = only_json(events, wanted.format)
-    events = account(events, order.prompt, order.limit)
-    return hear_tool_calls(events, wanted.toolbox) if wanted.toolbox else events
+    return with_usage(events, order.prompt)
 
 
 def noted(told: Told, notes: Json) -> Told:

@@ -2526,30 +2526,15 @@ def test_echo_says_the_prompt_first():
 )
 def test_usage_is_completed_by_estimate(counted, expected):
     end = proxy.Done("stop", proxy.Usage(*counted))
-    *_, done = proxy.account(play("abcdef", "ghi", end=end), "prompt", None)
+    *_, done = proxy.with_usage(play("abcdef", "ghi", end=end), "prompt")
     assert done == proxy.Done("stop", proxy.Usage(*expected))
-
-
-@table(
-    "limit, counted, expected",
-    [
-        ("no limit", None, (5, 7), "stop"),
-        ("reached", 7, (5, 7), "length"),
-        ("not reached", 8, (5, 7), "stop"),
-        ("reached by estimate", 3, (), "stop"),
-    ],
-)
-def test_only_a_true_count_reaches_a_limit(limit, counted, expected):
-    end = proxy.Done("stop", proxy.Usage(*counted))
-    events = proxy.account(play("abcdef", "ghi", end=end), "prompt", limit)
-    assert heard(events) == ("abcdefghi", expected)
 
 
 SHAPES = {
     "stop_at": lambda events: proxy.stop_at(events, ["END"]),
     "cut_after": lambda events: proxy.cut_after(events, 1),
     "echo": lambda events: proxy.echo(events, "prompt"),
-    "account": lambda events: proxy.account(events, "prompt", None),
+    "with_usage": lambda events: proxy.with_usage(events, "prompt"),
 }
 
 
@@ -4435,6 +4420,13 @@ def test_the_value_is_told_as_it_comes():
     assert texts == ['{"a":', " 1", "}"]
 
 
+def test_what_was_said_before_a_call_is_told_though_it_is_no_json():
+    made = [ToolCall(0, "call_1", "f"), Arguments(0, "{}")]
+    events = iter([BEGUN, Text("Let me "), Text("look: "), *made, COUNTED])
+    told = list(proxy.only_json((event for event in events), OBJECT))
+    assert told == [BEGUN, Text("Let me look: "), *made, COUNTED]
+
+
 def test_what_follows_the_value_ends_after_a_while():
     events = play(A_OF_JSON, "\n```", " and" * 50, " so on", end=APIError(502, "No"))
     assert [*proxy.only_json(events, OBJECT)] == [BEGUN, Text(A_OF_JSON), Done("stop")]
@@ -5236,6 +5228,19 @@ def test_an_output_has_its_text_and_its_calls(output, text):
     assert proxy.output_text(output) == text
 
 
+@table(
+    "limit, told, expected",
+    [
+        ("no limit", None, 7, "stop"),
+        ("reached", 7, 7, "length"),
+        ("not reached", 8, 7, "stop"),
+        ("not counted", 3, None, "stop"),
+    ],
+)
+def test_only_a_true_count_reaches_a_limit(limit, told, expected):
+    assert proxy.finish_reason(Usage(5, told), limit) == expected
+
+
 @pytest.mark.parametrize("value", [None, 7, [], "x", {"x": 1}], ids=repr)
 def test_a_prediction_has_its_types_whatever_was_in_it(value):
     told = dict.fromkeys(["status", "error", "logs", "urls", "metrics"], value)
@@ -5822,7 +5827,7 @@ COMPLAINTS = [
 @table(("toolbox", "calls", "why"), COMPLAINTS)
 def test_an_answer_is_complained_of(toolbox, calls, why):
     told = [{"function": {"name": name, "arguments": text}} for name, text in calls]
-    assert proxy.complaint(told, toolbox) == why
+    assert proxy.misuses(told, toolbox) == why
 
 
 # == Repairs ===================================================================
@@ -5859,7 +5864,8 @@ def test_a_call_that_lacks_is_asked_for_once_more(why, said, whole, asked_again)
         again.append((text, what))
         return calling(IN_PARIS)
 
-    told = list(proxy.insist(calling(said), MUST, ask, whole))
+    demand = proxy.demand_of(proxy.Wanted(MUST), stream=not whole)
+    told = list(proxy.held_to(demand, calling(said), ask))
     assert bool(again) == asked_again
     assert [event for event in told if isinstance(event, Started)] == [STARTED]
     assert told[-1].finish_reason == "tool_calls"
@@ -5867,12 +5873,45 @@ def test_a_call_that_lacks_is_asked_for_once_more(why, said, whole, asked_again)
     assert [text for text, _ in again] == [said] * asked_again
 
 
-def test_what_lacks_a_second_time_is_told_as_it_is():
-    told = list(
-        proxy.insist(calling("Sunny."), MUST, lambda *_: calling("No."), whole=False)
+def test_what_lacks_a_second_time_is_told_as_it_is(caplog):
+    demand = proxy.demand_of(proxy.Wanted(MUST), stream=True)
+    told = list(proxy.held_to(demand, calling("Sunny."), lambda *_: calling(BAD_CALL)))
+    assert proxy.fold(told).calls and told[-1].finish_reason == "tool_calls"
+    assert caplog.messages == [
+        'event=repair why="no tool was called."',
+        'event=misfit why="arguments.city must be a string, not an integer."',
+    ]
+
+
+AS_PERSON = proxy.Format(PERSON, "person")
+MISFITS = [  # streamed, wanted, what the log says of an answer that was told
+    ("a streamed call that nobody insisted on", proxy.Wanted(BOX), BAD_CALL, True),
+    ("streamed JSON", proxy.Wanted(format=AS_PERSON), '{"age": "x"}', True),
+    ("streamed text beside tools", proxy.Wanted(BOX, AS_PERSON), "Hello.", True),
+    ("a call instead of JSON", proxy.Wanted(BOX, AS_PERSON), IN_PARIS, False),
+    ("text where no JSON was wanted", proxy.Wanted(BOX), "Hello.", False),
+]
+
+
+@table(("wanted", "said", "is_logged"), MISFITS)
+def test_what_was_told_already_is_only_logged(wanted, said, is_logged, caplog):
+    demand = proxy.demand_of(wanted, stream=True)
+    events = calling(said)
+    told = []
+    for event in proxy.held_to(demand, events, lambda *_: pytest.fail("asked again")):
+        told.append(event)
+    assert told == list(calling(said)) or any(isinstance(e, ToolCall) for e in told)
+    assert [m.split(" ")[0] for m in caplog.messages] == ["event=misfit"] * is_logged
+
+
+def test_what_was_cut_off_is_not_asked_for_again(caplog):
+    script = [STARTED, Text('{"age": '), Done("length", Usage(1, 1))]
+    demand = proxy.demand_of(proxy.Wanted(format=AS_PERSON), stream=False)
+    events = (event for event in script)
+    assert (
+        list(proxy.held_to(demand, events, lambda *_: pytest.fail("again"))) == script
     )
-    assert proxy.fold(told).text == "No."
-    assert told[-1].finish_reason == "stop"
+    assert "event=misfit" in caplog.text
 
 
 # == Choices ===================================================================
