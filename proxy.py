@@ -5914,9 +5914,8 @@ class Watcher(threading.Thread):
                 log.exception("the watcher failed")
 
     def go_round(self) -> None:
-        for key, _ in self.selector.select(self.patience.tick):
-            if key.fileobj is not self.ear:
-                self.look(cast(socket.socket, key.fileobj), key.data)
+        self.selector.select(self.patience.tick)
+        self.look()
         for sock, flight in list(self.early.items()):
             self.look_behind(sock, flight)
         for telling in list(self.tellings):
@@ -5931,19 +5930,22 @@ class Watcher(threading.Thread):
             self.early.pop(sock, None)
             self.selector.unregister(sock)
 
-    def look(self, sock: socket.socket, flight: Flight) -> None:
-        """See why a socket can be read: its end, or a call that comes too early.
+    def look(self) -> None:
+        """See why sockets can be read: their end, or a call that comes too early.
 
-        Nobody else reads it, as long as it is watched, so that this never blocks.
+        Which ones is asked anew, with the lock: a call may have ended since, and
+        the next one read what was there. Nobody reads a socket that is watched,
+        so that this never blocks.
         """
-        with self.lock, suppress(KeyError, ValueError):
-            if self.selector.get_key(sock).data is not flight:
-                return  # a call that came after this one
-            self.selector.unregister(sock)
-            if has_ended(sock):
-                flight.stop(Gone())
-            else:
-                self.early[sock] = flight
+        with self.lock:
+            for key, _ in self.selector.select(0):
+                if key.fileobj is not self.ear:
+                    sock = cast(socket.socket, key.fileobj)
+                    self.selector.unregister(sock)
+                    if has_ended(sock):
+                        key.data.stop(Gone())
+                    else:
+                        self.early[sock] = key.data
 
     def look_behind(self, sock: socket.socket, flight: Flight) -> None:
         with self.lock:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -6825,6 +6826,39 @@ def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices():
             deaf.close()
             cold.close()
     assert answer.count(b": keep-alive\n\n") >= 3
+
+
+def test_a_watcher_does_not_wait_for_what_the_next_call_has_read():
+    """It is told of the first call's socket just before the second takes over."""
+    watcher = proxy.Watcher(PATIENCE, 10)
+    first, second = proxy.Flight(), proxy.Flight()
+    ours, theirs = socket.socketpair()
+    selector = watcher.selector
+
+    class Late:
+        def __getattr__(self, name):
+            return getattr(selector, name)
+
+        def select(self, timeout):
+            watcher.selector = selector
+            assert selector.select(timeout)
+            watcher.forget(ours)
+            assert ours.recv(100) == b"a call"
+            watcher.watch(ours, second)
+            return [(selector.get_key(ours), selectors.EVENT_READ)]
+
+    with ours, theirs:
+        ours.settimeout(10)
+        watcher.watch(ours, first)
+        theirs.sendall(b"a call")
+        watcher.selector = Late()
+        round = threading.Thread(target=watcher.go_round)
+        round.start()
+        round.join(5)
+        assert not round.is_alive()
+        assert not first.stopped.is_set() and not second.stopped.is_set()
+        watcher.start()
+        watcher.stop()
 
 
 # == Server ====================================================================
