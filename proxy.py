@@ -56,7 +56,8 @@ Each section uses only names from those above it.
     Endpoints   one row per path, one function per OpenAI operation
     HTTP        requests as they come over a socket, read strictly
     Watching    hang-ups noticed, and silences broken
-    Server      connections, and calls answered on them
+    Sockets     connections, counted until each is closed
+    Server      calls answered on connections
     Main        the program
 """
 
@@ -113,7 +114,7 @@ from math import isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
-from socketserver import StreamRequestHandler, TCPServer
+from socketserver import BaseRequestHandler, StreamRequestHandler, TCPServer
 from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -322,6 +323,7 @@ class Patience(NamedTuple):
     keep_alive: float = 15  # of silence before a stream says that it lives
     tick: float = 0.2  # between looks at which streams are silent
     farewell: float = 8  # for calls that are broken off to say so, after a create
+    drain: float = 1  # for calls that are under way on idle connections when we stop
     linger: float = 2  # for a client to hear our last word before we close
 
 
@@ -5978,10 +5980,49 @@ def has_ended(sock: socket.socket) -> bool:
         return True
 
 
+# == Sockets ===================================================================
+#
+# Sockets and threads are those of http.server; each connection is counted from
+# when it is accepted, so that a server that closes knows when it has served all.
+
+
+class CountingServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # of 200 callers at once, 5 left 100 without an answer
+    allow_reuse_port = False  # some Pythons would share a port that is in use
+
+    def __init__(
+        self, address: tuple[str, int], handler: Callable[..., BaseRequestHandler]
+    ) -> None:
+        self.changed = threading.Condition()
+        self.connections: set[socket.socket] = set()
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self.changed:
+            self.connections.discard(request)
+            self.changed.notify_all()
+
+    def let_in_the_last(self) -> None:
+        """Take over whom the system has let in: else a close would reset them."""
+        self.socket.settimeout(0)
+        with suppress(OSError):
+            while True:
+                self.process_request(*self.get_request())
+
+    def await_end_of(self, those: Collection[object], seconds: float) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: not those, seconds)
+
+
 # == Server ====================================================================
 #
-# Sockets and threads are those of http.server. What it says itself is not: it
-# answers in HTML, and sends a head and its body apart.
+# What http.server says by itself is HTML, its head and body sent apart: not used.
 
 TOO_MANY = "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
 STOPPING = "is being stopped"
@@ -6029,12 +6070,14 @@ class Exchange:
 
     def is_asked(self) -> bool:
         """Wait for a call; from its first byte on, the client has to hurry."""
-        self.reading.within(self.server.patience.idle)
+        patience = self.server.patience
+        stopping = self.server.is_stopping
+        self.reading.within(patience.drain if stopping else patience.idle)
         self.reading.is_idle = True
         with suppress(APIError, Gone):
             if self.stream.peek(1):
                 self.began = time.monotonic()
-                self.reading.within(self.server.patience.head)
+                self.reading.within(patience.head)
                 self.reading.is_idle = False
                 return True
         return False
@@ -6115,6 +6158,7 @@ class Exchange:
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status
+        self.keep = self.keep and not self.server.is_stopping
         told = {
             "date": formatdate(usegmt=True),
             **headers,
@@ -6124,7 +6168,7 @@ class Exchange:
             "x-replicate-model": self.notes.get("ref", ""),
             "x-replicate-prediction-id": ", ".join(self.notes["predictions"]),
             **CORS,
-            "connection": "" if self.keep and not self.server.is_stopping else "close",
+            "connection": "" if self.keep else "close",
         }
         return reply_head(status, told)
 
@@ -6137,7 +6181,7 @@ class Exchange:
 
     def can_go_on(self) -> bool:
         """Whether the connection stands at the beginning of another call."""
-        if self.body and self.keep and not self.server.is_stopping:
+        if self.body and self.keep:
             return self.body.forget()
         if not self.body or not self.body.is_read:
             linger(self.reading, self.server.patience.linger)
@@ -6187,12 +6231,8 @@ class Handler(StreamRequestHandler):
             self.server.readings.discard(reading)
 
 
-class Server(ThreadingHTTPServer):
+class Server(CountingServer):
     """`serve_forever`, `shutdown`, `server_close`, and `url` once it is made."""
-
-    daemon_threads = True
-    request_queue_size = 1024  # of 200 callers at once, 5 left 100 without an answer
-    allow_reuse_port = False  # some Pythons would share a port that is in use
 
     def __init__(self, settings: Settings, patience: Patience) -> None:
         settings.check()
@@ -6203,10 +6243,10 @@ class Server(ThreadingHTTPServer):
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
         self.watcher = Watcher(patience, settings.write_timeout)
-        self.changed = threading.Condition()
         self.calls: set[Exchange] = set()  # in flight
         self.readings: set[Reading] = set()  # of all connections
-        self.is_stopping = False
+        self.is_stopping = False  # no connection is kept …
+        self.is_over = False  # … and no call begun
         self.watcher.start()
         super().__init__((settings.host, settings.port), Handler)
 
@@ -6225,7 +6265,7 @@ class Server(ThreadingHTTPServer):
 
     def admit(self, exchange: Exchange) -> None:
         with self.changed:
-            if self.is_stopping:
+            if self.is_over:
                 raise overloaded(STOPPING)
             if len(self.calls) >= self.proxy.settings.max_concurrent_calls:
                 raise overloaded(TOO_MANY)
@@ -6241,25 +6281,35 @@ class Server(ThreadingHTTPServer):
         super().serve_forever(poll_interval)
 
     def server_close(self) -> None:
-        """Stop listening, let the calls in flight finish, and break off the rest."""
-        super().server_close()
+        """Stop listening, let the calls finish that have come, and break off the rest.
+
+        Whoever holds an idle connection may have a call under way on it, which a
+        close would lose: it is closed when none has come for a moment.
+        """
         with self.changed:
             if self.is_stopping:
                 return
             self.is_stopping = True
+        self.let_in_the_last()
+        super().server_close()
+        grace = self.proxy.settings.shutdown_grace
+        drain = min(self.patience.drain, grace)
+        self.await_end_of(self.connections, drain)
         for reading in list(self.readings):
             if reading.is_idle:
                 shut(reading.sock)
-        self.await_calls(self.proxy.settings.shutdown_grace)
-        for exchange in list(self.calls):
-            exchange.flight.stop(overloaded(STOPPING))
-        self.await_calls(self.patience.farewell)
+        self.await_end_of(self.connections, grace - drain)
+        self.break_off()
         self.watcher.stop()
         self.api.close()
 
-    def await_calls(self, seconds: float) -> None:
+    def break_off(self) -> None:
         with self.changed:
-            self.changed.wait_for(lambda: not self.calls, seconds)
+            self.is_over = True
+            last = list(self.calls)
+        for exchange in last:
+            exchange.flight.stop(overloaded(STOPPING))
+        self.await_end_of(self.calls, self.patience.farewell)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")

@@ -85,6 +85,7 @@ PATIENCE = proxy.Patience(
     head=1,
     body=1,
     tick=0.02,
+    drain=0.1,
     linger=2,
 )
 MODELS = {
@@ -7243,6 +7244,36 @@ def test_a_server_that_closes_lets_calls_finish():
         assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert b'"error"' not in answer
         assert not fake.cancels
+
+
+def test_a_server_that_closes_answers_what_is_under_way_on_an_idle_connection():
+    patience = PATIENCE._replace(drain=10)
+    with (
+        FakeReplicate() as fake,
+        fronting(fake, patience, shutdown_grace=20) as server,
+        closing(connect(server)) as client,
+    ):
+        headers = {"authorization": "Bearer key"}
+        client.request("GET", "/v1/models", headers=headers)
+        assert "connection" not in read(client).headers
+        server.shutdown()
+        stopping = threading.Thread(target=server.server_close)
+        stopping.start()
+        wait_until(lambda: is_refused(server.server_port))
+        body = json.dumps({"model": "fake/hello", "messages": HI})
+        client.request("POST", "/v1/chat/completions", body, headers)
+        answer = read(client)
+        stopping.join(5)
+        assert not stopping.is_alive()
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
+def test_a_server_that_closes_answers_whom_it_has_not_accepted_yet():
+    with FakeReplicate() as fake, fronting(fake, shutdown_grace=20) as server:
+        server.shutdown()
+        with start_call(server, "fake/hello") as sock:
+            server.server_close()
+            assert read_all(sock).startswith(b"HTTP/1.1 200")
 
 
 def test_a_server_that_closes_cancels_what_was_being_created():
