@@ -26,11 +26,13 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
 import openai
 import pydantic
 import pytest
+import yaml
 from hypothesis import HealthCheck, given
 from hypothesis import settings as trying
 from hypothesis import strategies as st
@@ -8243,6 +8245,412 @@ def test_a_signal_lets_a_call_finish(number):
             answer += read_all(sock)
         assert child.wait(5) == 0
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+# == Deploy ====================================================================
+
+DEPLOY = HERE / "deploy"
+SHIPPED = "server proxy:3000 resolve max_fails=1 fail_timeout=2s;"
+
+
+def nginx_program():
+    path = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if not path and os.environ.get("CI") != "true":
+        pytest.skip("no nginx here: apt-get install nginx")
+    return path
+
+
+def nginx_conf(folder, port, upstreams):
+    """The file that is shipped, but for where it listens, sends to and writes."""
+    text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
+    servers = [
+        SHIPPED.replace("proxy:3000 resolve", f"127.0.0.1:{n}") for n in upstreams
+    ]
+    for old, new, times in [
+        (SHIPPED, " ".join(servers), 1),
+        ("listen 3000;", f"listen 127.0.0.1:{port};", 1),
+        (" /tmp/nginx", f" {folder}/nginx", 6),
+    ]:
+        assert text.count(old) == times
+        text = text.replace(old, new)
+    return text
+
+
+@contextmanager
+def nginx_before(*upstreams, folder):
+    """nginx in front of these ports; its own port."""
+    program = nginx_program()
+    port = free_port()
+    conf = folder / "nginx.conf"
+    conf.write_text(nginx_conf(folder, port, upstreams))
+    command = [program, "-c", str(conf), "-e", "stderr", "-g", "daemon off;"]
+    with (
+        (folder / "nginx.log").open("w+") as log,
+        subprocess.Popen(command, stderr=log, start_new_session=True) as child,
+    ):
+        try:
+            wait_until(lambda: child.poll() is not None or not is_refused(port))
+            assert child.poll() is None, Path(log.name).read_text()
+            yield port
+        finally:
+            end_group(child)
+
+
+def gated(gate):
+    """A story whose every event but the first waits for the test."""
+
+    def wire(frames):
+        yield next(frames)
+        for each in frames:
+            assert gate.acquire(timeout=20)
+            yield each
+
+    return replace(SCENARIOS["story"], pace=0, wire=wire)
+
+
+class Fleet(NamedTuple):
+    """Two processes of the proxy behind nginx."""
+
+    server_port: int  # of nginx: `dial` and the like take this for a server
+    programs: list
+    fake: FakeReplicate
+    gate: threading.Semaphore
+
+    @property
+    def server_name(self):
+        return "127.0.0.1"
+
+    def created(self):
+        """How many predictions there are of each text."""
+        predictions = list(self.fake.predictions.values())
+        return Counter(each.input["prompt"] for each in predictions)
+
+    def ask_many(self, pool, why, count=50):
+        """Calls side by side, each of a text of its own."""
+        texts = [f"{why} {number}." for number in range(count)]
+        return {text: pool.submit(self.ask, text) for text in texts}
+
+    def ask(self, text):
+        body = {"model": "fake/hello", "messages": [{"role": "user", "content": text}]}
+        key = {"authorization": "Bearer key"}
+        return send(self, "POST", "/v1/chat/completions", body, key)
+
+    def stream(self):
+        """One that has begun and waits for the test."""
+        sock = start_call(self, "fake/gated", stream=True)
+        assert read_until(sock, b'"content":"').startswith(b"HTTP/1.1 200")
+        return sock
+
+
+@contextmanager
+def fleet_in(program_folder, folder, **given):
+    nginx_program()
+    gate = threading.Semaphore(0)
+    with FakeReplicate() as fake, ExitStack() as stack:
+        fake.scenarios["gated"] = gated(gate)
+        fake.scenarios["patient"] = replace(SCENARIOS["very-cold"], hold=0.1)
+        environ = {**settings_for(fake), "REPLICATE_API_TOKEN": fake.token, **given}
+        environ |= {"PROXY_API_KEY": "key", "LOG_LEVEL": "ERROR"}
+        programs = [start(program_folder, environ=environ) for _ in range(2)]
+        for program in programs:
+            stack.enter_context(program)
+            stack.callback(end_group, program)
+        ports = [urlsplit(read_start(program)[0]).port for program in programs]
+        port = stack.enter_context(nginx_before(*ports, folder=folder))
+        yield Fleet(port, programs, fake, gate)
+        gate.release(1000)
+
+
+@pytest.fixture(scope="module")
+def lasting_fleet(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fleet")
+    with fleet_in(folder, path, MAX_BODY_BYTES="100000") as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def fleet(folder, tmp_path):
+    """One that a test may harm; nginx holds kept-alive connections to both."""
+    with fleet_in(folder, tmp_path) as fleet, ThreadPoolExecutor(8) as pool:
+        for answer in fleet.ask_many(pool, "Warm", 16).values():
+            assert answer.result().status == 200
+        yield fleet
+
+
+def test_nginx_passes_each_token_on_as_it_comes(lasting_fleet):
+    with start_call(lasting_fleet, "fake/gated", stream=True) as sock:
+        answer = read_until(sock, b'"content":"1 ')
+        for number in range(2, 51):
+            lasting_fleet.gate.release()
+            answer += read_until(sock, b'"content":"%d ' % number)
+        lasting_fleet.gate.release()
+        answer += read_until(sock, b"\r\n0\r\n\r\n")
+    head = answer.partition(b"\r\n\r\n")[0].lower()
+    for line in (
+        b"http/1.1 200 ok",
+        b"content-type: text/event-stream; charset=utf-8",
+        b"cache-control: no-cache",
+        b"access-control-allow-origin: *",
+        b"x-replicate-model: fake/gated",
+    ):
+        assert line in head
+    assert head.count(b"\r\ndate: ") == head.count(b"\r\nx-request-id: req_") == 1
+    assert b"data: [DONE]" in answer
+
+
+@pytest.mark.parametrize("more", [{"stream": True}, {}], ids=["streamed", "whole"])
+def test_who_hangs_up_on_nginx_stops_the_bill(lasting_fleet, more):
+    fake = lasting_fleet.fake
+    model = "fake/endless" if more else "fake/patient"
+    before = set(fake.predictions)
+    with start_call(lasting_fleet, model, **more) as sock:
+        fake.wait_for(lambda: len(fake.predictions) > len(before))
+        if more:
+            read_until(sock, b"content")
+    [created] = set(fake.predictions) - before
+    fake.wait_for(lambda: created in fake.cancels, 10)
+
+
+def test_the_head_of_a_body_too_large_for_nginx_is_answered_as_openai_does(
+    lasting_fleet,
+):
+    with dial(lasting_fleet) as sock:
+        size = proxy.Settings.max_body_bytes + 2**20 + 1
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
+        sock.sendall(b"Content-Length: %d\r\n\r\n" % size)
+        error = read_answer(sock).error
+    assert "client_max_body_size" in error["message"]
+
+
+def read_answer(sock):
+    response = http.client.HTTPResponse(sock)
+    response.begin()
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return Answer(response.status, headers, response.read())
+
+
+def test_a_body_between_the_limits_is_refused_by_the_proxy_itself(lasting_fleet):
+    body = {"model": "fake/hello", "messages": HI, "user": "x" * 100_000}
+    key = {"authorization": "Bearer key"}
+    answer = send(lasting_fleet, "POST", "/v1/chat/completions", body, key)
+    assert answer.status == 413
+    assert "MAX_BODY_BYTES" in answer.error["message"]
+
+
+def test_what_nginx_does_not_understand_is_answered_as_openai_does(lasting_fleet):
+    for sent in (b"nonsense\r\n\r\n", b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n"):
+        with dial(lasting_fleet) as sock:
+            sock.sendall(sent)
+            answer = read_answer(sock)
+        assert answer.status in (400, 414)
+        assert answer.error["type"] == "invalid_request_error"
+        assert "x-should-retry" not in answer.headers
+
+
+def test_with_no_process_nginx_says_so_as_openai_does(tmp_path):
+    with nginx_before(free_port(), free_port(), folder=tmp_path) as port:
+        fleet = Fleet(port, [], None, None)
+        for _ in range(2):  # the second time, nginx knows
+            answer = fleet.ask("Hi")
+            assert (answer.status, answer.error["code"]) == (
+                502,
+                "upstream_unavailable",
+            )
+            assert answer.headers["x-should-retry"] == "true"
+
+
+def is_whole(sock):
+    """Whether a stream comes to its end, rather than to that of its connection."""
+    data, end = b"", b"data: [DONE]\n\n\r\n0\r\n\r\n"
+    with suppress(ConnectionResetError):
+        while not data.endswith(end) and (piece := sock.recv(65536)):
+            data += piece
+    return data.endswith(end)
+
+
+def test_a_process_that_is_killed_takes_only_its_own_calls_along(fleet):
+    with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        streams = [stack.enter_context(fleet.stream()) for _ in range(2)]
+        whole = [
+            stack.enter_context(start_call(fleet, "fake/patient")) for _ in range(2)
+        ]
+        fleet.fake.wait_for(lambda: fleet.created()["Hi"] == 4)
+        asked = fleet.ask_many(pool, "During")
+        fleet.fake.wait_for(lambda: any("During" in text for text in fleet.created()))
+        fleet.programs[0].kill()
+        fleet.programs[0].wait()
+        during = {text: answer.result() for text, answer in asked.items()}
+        asked = fleet.ask_many(pool, "After")
+        after = {text: answer.result() for text, answer in asked.items()}
+        fleet.gate.release(1000)
+        assert sorted(map(is_whole, streams)) == [False, True]
+        [lost], _, _ = select.select(whole, [], [], 10)
+        assert_lost(read_answer(lost))
+    created = fleet.created()
+    assert created["Hi"] == 4  # and not one more for what was lost
+    for text, answer in during.items():
+        assert created[text] <= 1
+        if answer.status != 200:
+            assert_lost(answer)
+    for text, answer in after.items():
+        assert (answer.status, created[text]) == (200, 1)
+
+
+def assert_lost(answer):
+    """It was sent to a process that died: another try could be a second bill."""
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_a_process_that_is_told_to_stop_loses_no_call(fleet):
+    with fleet.stream() as one, fleet.stream() as other, ThreadPoolExecutor(8) as pool:
+        asked = fleet.ask_many(pool, "During", 100)
+        fleet.fake.wait_for(lambda: any("During" in text for text in fleet.created()))
+        fleet.programs[0].terminate()
+        answers = {text: answer.result() for text, answer in asked.items()}
+        fleet.gate.release(1000)
+        assert is_whole(one) and is_whole(other)
+        assert fleet.programs[0].wait(10) == 0
+        assert fleet.ask("After").status == 200
+    created = fleet.created()
+    for text, answer in answers.items():
+        assert (answer.status, created[text]) == (200, 1)
+
+
+def nginx_seconds(directive):
+    text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
+    [value] = re.findall(rf"^ *{directive} (\d+)s;", text, re.M)
+    return int(value)
+
+
+def test_nginx_waits_longer_than_a_prediction_takes_and_keeps_less_than_the_proxy():
+    patience, settings = proxy.Patience(), proxy.Settings()
+    assert nginx_seconds("proxy_read_timeout") > (
+        settings.prediction_timeout + patience.create + patience.grace
+    )
+    assert nginx_seconds("keepalive_timeout") < patience.idle
+    text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
+    [megabytes] = re.findall(r"client_max_body_size (\d+)m;", text)
+    assert 0 < int(megabytes) * 2**20 - settings.max_body_bytes <= 2**20
+
+
+LONGEST_STOP = proxy.Settings.shutdown_grace + proxy.Patience().farewell
+
+
+def test_compose_has_nginx_alone_take_a_port_of_the_machine():
+    """Four containers can't share one."""
+    text = (HERE / "docker-compose.yml").read_text(encoding="utf-8")
+    services = yaml.safe_load(text)["services"]
+    assert {name for name in services if "ports" in services[name]} == {"nginx"}
+    assert "container_name" not in text
+    [published] = services["nginx"]["ports"]
+    conf = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
+    assert f"listen {published.rpartition(':')[2]};" in conf
+    port = services["proxy"]["environment"]["PORT"]
+    assert f"server proxy:{port} resolve" in conf
+    assert services["nginx"]["volumes"] == [
+        "./deploy/nginx.conf:/etc/nginx/nginx.conf:ro"
+    ]
+    assert services["nginx"]["tmpfs"] == "/tmp"  # all that the file writes to
+    for service in services.values():
+        assert service["read_only"] and service["cap_drop"] == ["ALL"]
+        assert int(service["stop_grace_period"].rstrip("s")) > LONGEST_STOP
+
+
+@pytest.fixture(scope="module")
+def kubernetes():
+    """The documents of the file, by kind and name."""
+    text = (DEPLOY / "kubernetes.yaml").read_text(encoding="utf-8")
+    documents = list(yaml.safe_load_all(text))
+    found = {(each["kind"], each["metadata"]["name"]): each for each in documents}
+    assert len(found) == len(documents)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pod(kubernetes):
+    return kubernetes["Deployment", "replicate-proxy"]["spec"]["template"]["spec"]
+
+
+@pytest.fixture(scope="module")
+def given(kubernetes, pod):
+    """The environment of a container."""
+    [container] = pod["containers"]
+    environ = {}
+    for source in container["envFrom"]:
+        for key, kind, at in [
+            ("configMapRef", "ConfigMap", "data"),
+            ("secretRef", "Secret", "stringData"),
+        ]:
+            if key in source:
+                environ |= kubernetes[kind, source[key]["name"]][at]
+    return environ | {row["name"]: row["value"] for row in container["env"]}
+
+
+def test_the_parts_on_kubernetes_find_each_other(kubernetes, pod, given):
+    deployment = kubernetes["Deployment", "replicate-proxy"]["spec"]
+    service = kubernetes["Service", "replicate-proxy"]["spec"]
+    budget = kubernetes["PodDisruptionBudget", "replicate-proxy"]["spec"]
+    scaler = kubernetes["HorizontalPodAutoscaler", "replicate-proxy"]["spec"]
+    [spread] = pod["topologySpreadConstraints"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert (
+        labels
+        == deployment["selector"]["matchLabels"]
+        == service["selector"]
+        == budget["selector"]["matchLabels"]
+        == spread["labelSelector"]["matchLabels"]
+    )
+    target = scaler["scaleTargetRef"]
+    assert (target["kind"], target["name"]) in kubernetes
+    assert "replicas" not in deployment  # an apply would undo what was scaled
+    assert budget["maxUnavailable"] < scaler["minReplicas"]
+    [container] = pod["containers"]
+    [port] = container["ports"]
+    assert str(port["containerPort"]) == given["PORT"]
+    assert port["name"] == service["ports"][0]["targetPort"]
+    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[kind]["httpGet"] == {"path": "/health", "port": port["name"]}
+
+
+def test_the_settings_on_kubernetes_are_right_but_for_the_secrets(given):
+    assert given.keys() <= SETTINGS
+    with pytest.raises(proxy.ConfigError) as caught:
+        proxy.Settings.from_environ(given).check()
+    assert caught.value.problems == NEITHER_SECRET_IS_REAL
+
+
+def test_the_models_on_kubernetes_are_those_of_the_program(kubernetes, pod, given):
+    [volume], [container] = pod["volumes"], pod["containers"]
+    [mount] = container["volumeMounts"]
+    data = kubernetes["ConfigMap", volume["configMap"]["name"]]["data"]
+    [name] = data
+    assert given["MODELS_PATH"] == f"{mount['mountPath']}/{name}"
+    assert "subPath" not in mount  # which would never see an edit
+    assert data[name] == (HERE / "models.json").read_text(encoding="utf-8")
+
+
+def test_a_pod_on_kubernetes_has_time_to_stop(pod, given):
+    [container] = pod["containers"]
+    [_, pause] = container["lifecycle"]["preStop"]["exec"]["command"]
+    stop = int(given["SHUTDOWN_GRACE"]) + proxy.Patience().farewell
+    assert pod["terminationGracePeriodSeconds"] > int(pause) + stop
+
+
+def test_a_pod_on_kubernetes_may_do_nothing(pod):
+    [container] = pod["containers"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 10001,
+        "runAsGroup": 10001,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
 
 
 # == The file ==================================================================
