@@ -5,6 +5,7 @@ import asyncio
 import http.client
 import inspect
 import json
+import operator
 import os
 import re
 import select
@@ -23,7 +24,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -7592,6 +7593,12 @@ def client_of(server, key=KEY, retries=0):
     )
 
 
+def async_client_of(server):
+    return openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=10
+    )
+
+
 SCHEMA = {"type": "object"}
 NAMED_FORMAT = {"name": "x", "schema": SCHEMA}
 ASKED_FORMAT = {"type": "json_schema", "json_schema": NAMED_FORMAT}
@@ -7628,13 +7635,15 @@ class Person(pydantic.BaseModel):
     age: int
 
 
-ADA = 'Sure! Here it is:\n```json\n{"name": "Ada", "age": 36}\n```\nAnything else?'
+LADY = '{"name": "Ada", "age": 36}'
+ADA = f"Sure! Here it is:\n```json\n{LADY}\n```\nAnything else?"
 WRONG = '{"name": "Ada", "age": "old"}'
 
 
 def writing(first, second):
     """A model that writes one thing, and another when it is told that it is wrong."""
-    return lambda input: cut_small(second if "is wrong" in str(input) else first)
+    told = re.compile("is wrong|was not a call that works")
+    return lambda input: cut_small(second if told.search(str(input)) else first)
 
 
 def cut_small(text):
@@ -7665,7 +7674,7 @@ def test_openai_streams_the_json_alone(client, writer):
         stream=True,
     ) as chunks:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text == '{"name": "Ada", "age": 36}'
+    assert text == LADY
 
 
 def test_json_that_does_not_fit_is_asked_for_once_more(client, writer, fake, replicate):
@@ -7697,31 +7706,47 @@ def test_json_that_does_not_fit_again_is_told_as_it_came(
     assert "event=repair" in caplog.text
 
 
-def play_llama(input):
-    """A model that behaves like a Llama asked for a tool."""
-    prompt = json.dumps(input)
+QUESTION = "What is the weather in Paris?"
+SUNNY = "In Paris it is sunny."
+
+# The ways in which a Llama writes a call, whatever it was taught.
+LLAMAS = {
+    "as-taught": '<tool_call>{{"name": "{}", "arguments": {}}}</tool_call>',
+    "tagged": '<|python_tag|>{{"name": "{}", "parameters": {}}}<|eom_id|>',
+    "bare": '{{"name": "{}", "parameters": {}}}',
+}
+
+
+def play_llama(call, input):
+    """A model that behaves like a Llama asked for a tool, or for JSON."""
+    prompt = str(input)
     if "sunny" in prompt:  # which the tool has said
-        yield from ("In Paris", " it is ", "sunny.")
-    elif "get_weather" in prompt:
-        yield from ("Let me look.\n", "<tool_", 'call>{"name": "get_weather", "argu')
-        yield from ('ments": {"ci', 'ty": "Paris"', "}}</tool_call>")
-    else:
-        yield "I know no tools."
+        return cut_small(SUNNY)
+    if told := re.search(r'<tools>\\n{"name":"(\w+)"', prompt):
+        given = '{"city": "Paris"}' if told[1] == "get_weather" else LADY
+        return cut_small("Let me look.\n" + call.format(told[1], given))
+    return cut_small(ADA if "JSON" in prompt else "I know no tools.")
 
 
-@pytest.fixture
-def llama(fake, replicate):
-    row = replace(SCENARIOS["hello"], text=lambda input: tuple(play_llama(input)))
-    replicate.scenarios["llama"] = row
+@pytest.fixture(params=LLAMAS)
+def llama(request, fake, replicate):
+    text = partial(play_llama, LLAMAS[request.param])
+    replicate.scenarios["llama"] = replace(SCENARIOS["hello"], text=text)
     yield "fake/llama"
     del replicate.scenarios["llama"]
 
 
-def test_openai_asks_calls_and_answers(client, llama):
-    asked = [{"role": "user", "content": "What is the weather in Paris?"}]
+def get_weather(city: str) -> str:
+    """Tell the weather in a city."""
+    return "sunny" if city == "Paris" else "unknown"
+
+
+def test_openai_asks_calls_and_answers(client, llama, fake):
+    asked = [{"role": "user", "content": QUESTION}]
     answer = client.chat.completions.create(model=llama, messages=asked, tools=TOOLS)
     [choice] = answer.choices
     [made] = choice.message.tool_calls
+    assert choice.message.content == "Let me look."
     assert choice.finish_reason == "tool_calls"
     assert (made.function.name, made.function.arguments) == PARIS
     assert re.fullmatch("call_[0-9A-Za-z]{24}", made.id)
@@ -7729,8 +7754,31 @@ def test_openai_asks_calls_and_answers(client, llama):
     answer = client.chat.completions.create(
         model=llama, messages=[*asked, choice.message, result], tools=TOOLS
     )
-    assert answer.choices[0].message.content == "In Paris it is sunny."
+    assert answer.choices[0].message.content == SUNNY
     assert answer.choices[0].finish_reason == "stop"
+    assert len(fake.creates()) == 2
+
+
+WEATHER_TOOL = openai.pydantic_function_tool(
+    pydantic.create_model("get_weather", city=str)
+)
+
+
+def test_openai_parses_calls_and_answers(client, llama, fake):
+    messages = [{"role": "user", "content": QUESTION}]
+
+    def ask():
+        answer = client.chat.completions.parse(
+            model=llama, messages=messages, tools=[WEATHER_TOOL]
+        )
+        messages.append(answer.choices[0].message)
+        return messages[-1]
+
+    [made] = ask().tool_calls
+    result = get_weather(**made.function.parsed_arguments.model_dump())
+    messages.append({"role": "tool", "tool_call_id": made.id, "content": result})
+    assert ask().content == SUNNY
+    assert len(fake.creates()) == 2
 
 
 def test_the_demonstration_recites_no_call(client):
@@ -7739,16 +7787,37 @@ def test_the_demonstration_recites_no_call(client):
     assert answer.choices[0].message.tool_calls is None
 
 
-def test_openai_streams_calls(client, llama):
+def test_openai_streams_calls(client, llama, fake):
     with client.chat.completions.stream(
-        model=llama, messages=[{"role": "user", "content": "Paris?"}], tools=TOOLS
+        model=llama,
+        messages=[{"role": "user", "content": QUESTION}],
+        tools=[WEATHER_TOOL],
     ) as stream:
-        for _ in stream:
-            pass
-        message = stream.get_final_completion().choices[0].message
-    assert message.content == "Let me look."
-    [made] = message.tool_calls
+        seen = {event.type: event for event in stream}
+        [choice] = stream.get_final_completion().choices
+    assert seen["content.done"].content == choice.message.content == "Let me look."
+    ended = seen["tool_calls.function.arguments.done"]
+    assert (ended.name, ended.parsed_arguments.city) == ("get_weather", "Paris")
+    [made] = choice.message.tool_calls
     assert (made.function.name, made.function.arguments) == PARIS
+    assert choice.finish_reason == "tool_calls"
+    assert len(fake.creates()) == 1
+
+
+def test_openai_streams_calls_asynchronously(server, llama):
+    async def ask():
+        async with (
+            async_client_of(server) as client,
+            client.chat.completions.stream(
+                model=llama,
+                messages=[{"role": "user", "content": QUESTION}],
+                tools=[WEATHER_TOOL],
+            ) as stream,
+        ):
+            return (await stream.get_final_completion()).choices[0].message
+
+    [made] = asyncio.run(ask()).tool_calls
+    assert made.function.parsed_arguments.city == "Paris"
 
 
 def test_openai_calls_functions_as_they_were_before_tools(client, llama):
@@ -7916,9 +7985,7 @@ def test_openai_tries_again_where_it_helps(fake, server, scenario, creates, erro
 
 def test_openai_works_asynchronously(server):
     async def ask():
-        async with openai.AsyncOpenAI(
-            base_url=f"{server.url}/v1", api_key=KEY, max_retries=0
-        ) as client:
+        async with async_client_of(server) as client:
             stream = await client.chat.completions.create(
                 model="gpt-4o", messages=HI, stream=True
             )
@@ -7945,6 +8012,170 @@ def test_answers_are_of_openai_types_to_the_letter(server):
         for told in objects:
             read = type.model_validate(told, strict=True)
             assert read.model_extra in ({}, None)
+
+
+# Other clients take seconds to import, so each does it where it is used.
+
+
+@pytest.fixture
+def langchain(server, llama):
+    from langchain_openai import ChatOpenAI
+
+    with openai.DefaultHttpxClient() as http:  # its own is shared, and never closed
+        yield ChatOpenAI(
+            model=llama,
+            base_url=f"{server.url}/v1",
+            api_key=KEY,
+            http_client=http,
+            max_retries=0,
+            timeout=10,
+        )
+
+
+def invoke_whole(model, messages):
+    return model.invoke(messages)
+
+
+def invoke_streamed(model, messages):
+    return reduce(operator.add, model.stream(messages))
+
+
+@pytest.mark.parametrize("invoke", [invoke_whole, invoke_streamed])
+def test_langchain_asks_calls_and_answers(langchain, fake, invoke):
+    from langchain_core.tools import tool
+
+    weather = tool(get_weather)
+    model = langchain.bind_tools([weather])
+    asked = invoke(model, [("user", QUESTION)])
+    [made] = asked.tool_calls
+    assert (made["name"], made["args"]) == ("get_weather", {"city": "Paris"})
+    assert asked.content == "Let me look."
+    assert asked.response_metadata["finish_reason"] == "tool_calls"
+    answer = invoke(model, [("user", QUESTION), asked, weather.invoke(made)])
+    assert answer.content == SUNNY
+    assert answer.response_metadata["finish_reason"] == "stop"
+    assert len(fake.creates()) == 2
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_langchain_makes_the_object(langchain, fake, method):
+    model = langchain.with_structured_output(Person, method=method)
+    assert model.invoke("Who wrote the first program?") == Person(name="Ada", age=36)
+    assert len(fake.creates()) == 1
+
+
+@pytest.fixture
+def instructor():
+    import instructor
+
+    return instructor
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "JSON", "JSON_SCHEMA", "MD_JSON"])
+def test_instructor_makes_the_object(instructor, client, llama, fake, mode):
+    person = instructor.from_openai(client, mode=instructor.Mode[mode]).create(
+        model=llama, messages=HI, response_model=Person, max_retries=0
+    )
+    assert person.model_dump() == {"name": "Ada", "age": 36}
+    assert len(fake.creates()) == 1
+
+
+@pytest.mark.parametrize("mode", ["TOOLS", "JSON", "JSON_SCHEMA"])
+def test_instructor_streams_the_object(instructor, client, llama, fake, mode):
+    partials = instructor.from_openai(
+        client, mode=instructor.Mode[mode]
+    ).create_partial(model=llama, messages=HI, response_model=Person, max_retries=0)
+    grown = [partial.model_dump() for partial in partials]
+    assert {"name": "Ada", "age": None} in grown
+    assert grown[-1] == {"name": "Ada", "age": 36}
+    assert len(fake.creates()) == 1
+
+
+class WholeName(Person):
+    @pydantic.field_validator("name")
+    @classmethod
+    def check(cls, name):
+        if " " not in name:
+            raise ValueError("it is wrong: the surname is missing")
+        return name
+
+
+REPEATED = [
+    ("by the proxy, as it breaks the schema", Person, WRONG, 0),
+    ("by instructor, for what no schema says", WholeName, LADY, 1),
+]
+WRITTEN = {"TOOLS": LLAMAS["tagged"].format, "JSON_SCHEMA": "A {}: {}".format}
+
+
+@pytest.mark.parametrize("mode", WRITTEN)
+@table(("type", "wrong", "retries"), REPEATED)
+def test_instructor_has_a_wrong_object_asked_for_again(
+    instructor, client, writer, fake, replicate, mode, type, wrong, retries
+):
+    name, right = type.__name__, '{"name": "Ada Lovelace", "age": 36}'
+    text = writing(WRITTEN[mode](name, wrong), WRITTEN[mode](name, right))
+    replicate.scenarios["writer"] = replace(SCENARIOS["hello"], text=text)
+    person = instructor.from_openai(client, mode=instructor.Mode[mode]).create(
+        model=writer, messages=HI, response_model=type, max_retries=retries
+    )
+    assert person.model_dump() == {"name": "Ada Lovelace", "age": 36}
+    assert len(fake.creates()) == 2
+
+
+@pytest.fixture
+def pydantic_ai(server, llama):
+    """Have an agent do some work, on connections that are closed after it."""
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    async def run(work, options):
+        async with async_client_of(server) as client:
+            provider = OpenAIProvider(openai_client=client)
+            model = OpenAIChatModel(llama, provider=provider)
+            return await work(Agent(model, **options))
+
+    return lambda work, **options: asyncio.run(run(work, options))
+
+
+async def run_whole(agent):
+    return (await agent.run(QUESTION)).output
+
+
+async def run_streamed(agent):
+    """Unlike `run_stream`, which takes any text for the end, with calls after it."""
+
+    async def watch(_, events):
+        async for _ in events:
+            pass
+
+    return (await agent.run(QUESTION, event_stream_handler=watch)).output
+
+
+async def stream_the_output(agent):
+    async with agent.run_stream(QUESTION) as run:
+        return [output async for output in run.stream_output()][-1]
+
+
+@pytest.mark.parametrize("work", [run_whole, run_streamed])
+def test_pydantic_ai_asks_calls_and_answers(pydantic_ai, fake, work):
+    assert pydantic_ai(work, tools=[get_weather]) == SUNNY
+    assert len(fake.creates()) == 2
+
+
+@pytest.mark.parametrize("work", [run_whole, run_streamed, stream_the_output])
+def test_pydantic_ai_makes_the_object(pydantic_ai, fake, work):
+    assert pydantic_ai(work, output_type=Person) == Person(name="Ada", age=36)
+    assert len(fake.creates()) == 1
+
+
+def test_pydantic_ai_streams_text(pydantic_ai):
+    async def stream(agent):
+        async with agent.run_stream("It is sunny in Paris, isn't it?") as run:
+            texts = run.stream_text(delta=True, debounce_by=None)
+            return [text async for text in texts]
+
+    assert tuple(pydantic_ai(stream)) == cut_small(SUNNY)
 
 
 # == Main ======================================================================
