@@ -58,6 +58,7 @@ Each section uses only names from those above it.
     Watching    hang-ups noticed, and silences broken
     Sockets     connections, counted until each is closed
     Server      calls answered on connections
+    Workers     several servers on one port, each a process
     Main        the program
 """
 
@@ -101,7 +102,7 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from email.utils import formatdate
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -243,6 +244,7 @@ class Settings:
     proxy_api_key: str = field(default="", repr=False)
     host: str = "127.0.0.1"
     port: int = field(default=3000, metadata={"range": (0, 65535)})
+    workers: int = field(default=1, metadata={"range": (1, 256)})
     models_path: str = str(HERE / "models.json")
     replicate_base_url: str = "https://api.replicate.com/v1"
     # Cancel-After takes 5 s to 24 h (Replicate's docs, "Create a prediction").
@@ -6020,6 +6022,11 @@ class CountingServer(ThreadingHTTPServer):
             self.changed.wait_for(lambda: not those, seconds)
 
 
+def origin(host: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 # == Server ====================================================================
 #
 # What http.server says by itself is HTML, its head and body sent apart: not used.
@@ -6258,10 +6265,7 @@ class Server(CountingServer):
 
     @property
     def url(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
-            self.server_name, self.server_name
-        )
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_port}"
+        return origin(self.server_name, self.server_port)
 
     def admit(self, exchange: Exchange) -> None:
         with self.changed:
@@ -6320,6 +6324,164 @@ def make_server(settings: Settings, patience: Patience | None = None) -> Server:
     return Server(settings, patience or Patience())
 
 
+# == Workers ===================================================================
+#
+# Several servers on one port, for more than one core: each is a process of its
+# own. Their parent serves nobody. It holds the port, and puts another in the
+# place of one that dies. By a line, which is its stdin, a worker hears its
+# settings and says that it listens. The end of the line means stop, and comes
+# even if the parent is killed.
+
+BALANCED = sys.platform == "linux"  # elsewhere one of many sockets may get all calls
+LOOK = 0.1  # seconds between looks at who has died
+SETTLED = 10  # seconds a worker lives if it was not its start that failed
+LONGEST_PAUSE = 30.0  # seconds before one that dies at its start is started again
+
+
+class BoundServer(Server):
+    """A server on a socket that is bound already, and maybe others'."""
+
+    def __init__(self, settings: Settings, bound: socket.socket) -> None:
+        self.bound = bound
+        super().__init__(settings, Patience())
+
+    def server_bind(self) -> None:
+        self.socket.close()
+        self.socket = self.bound
+        self.socket.settimeout(0.1)  # another process may be the first to accept
+        self.server_address = self.socket.getsockname()
+        self.server_name = self.proxy.settings.host
+        self.server_port = int(self.server_address[1])
+
+
+class Worker:
+    """A process that serves, and the next in its place when it has died."""
+
+    def __init__(
+        self, settings: Settings, open_socket: Callable[[], socket.socket]
+    ) -> None:
+        self.settings = settings
+        self.open_socket = open_socket
+        self.pause = 0.0
+        self.start()
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+        with self.open_socket() as sock:
+            fd = sock.fileno()
+            self.line, end = socket.socketpair()
+            with end:
+                self.process = subprocess.Popen(
+                    [sys.executable, str(HERE / "proxy.py"), "--worker", str(fd)],
+                    stdin=end.fileno(),
+                    pass_fds=[fd],
+                )
+        self.due = 0.0  # when the next one starts, if this one has died
+        with suppress(OSError):  # as it may have by now
+            self.line.sendall(json.dumps(asdict(self.settings)).encode() + b"\n")
+
+    def await_start(self) -> None:
+        with suppress(OSError):
+            self.line.recv(1)
+
+    def look(self) -> None:
+        """Start another if it has died, but not at once again and again."""
+        if self.is_running:
+            return
+        if not self.due:
+            self.line.close()
+            pid, code = self.process.pid, self.process.returncode
+            self.postpone(f"event=worker_died pid={pid} code={code}")
+        if time.monotonic() >= self.due:
+            try:
+                self.start()
+            except OSError as error:  # no memory, or too many processes
+                self.postpone(f"event=worker_not_started error={quoted(str(error))}")
+
+    def postpone(self, event: str) -> None:
+        now = time.monotonic()
+        is_quick = now - self.began < SETTLED
+        self.pause = min(2 * self.pause or 0.5, LONGEST_PAUSE) if is_quick else 0.0
+        self.due = now + self.pause
+        log.error("%s pause=%g", event, self.pause)
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+
+class Workers:
+    """As many servers as the settings say, on one port: `url` tells which."""
+
+    def __init__(self, settings: Settings) -> None:
+        settings.check()
+        if os.name == "nt":
+            raise ConfigError("WORKERS must be 1 on Windows.")
+        self.models = CatalogueFile(settings.models_path, FAMILIES).current()
+        self.settings = settings
+        self.signals: list[int] = []
+        self.workers: list[Worker] = []
+        self.socket = bind(settings.host, settings.port)
+        self.port = int(self.socket.getsockname()[1])
+        self.url = origin(settings.host, self.port)
+        if BALANCED:  # from now on: a port that others share would not have been free
+            share(self.socket)
+        else:
+            self.socket.listen(Server.request_queue_size)
+
+    def open_socket(self) -> socket.socket:
+        """What one worker listens on."""
+        if BALANCED:
+            return bind(self.settings.host, self.port, share)
+        return self.socket.dup()
+
+    def start(self) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda number, _: self.signals.append(number))
+        for _ in range(self.settings.workers):
+            self.workers.append(Worker(self.settings, self.open_socket))
+        for worker in self.workers:
+            worker.await_start()
+
+    def run(self) -> int:
+        """Keep them running until a signal, and wait for their end until another."""
+        while not self.signals:
+            time.sleep(LOOK)
+            for worker in self.workers:
+                worker.look()
+        for worker in self.workers:
+            worker.line.close()
+        while any(worker.is_running for worker in self.workers):
+            if self.signals[1:]:
+                return self.kill()
+            time.sleep(LOOK)
+        return int(any(worker.process.returncode for worker in self.workers))
+
+    def kill(self) -> int:
+        for worker in self.workers:
+            worker.process.kill()
+            worker.process.wait()
+        return 128 + self.signals[1]
+
+
+def bind(
+    host: str, port: int, prepare: Callable[[socket.socket], None] = lambda _: None
+) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        prepare(sock)
+        sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def share(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+
+
 # == Main ======================================================================
 #
 # The command line: what it says goes to stdout, what is logged to stderr, and
@@ -6354,6 +6516,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--env-file", metavar="FILE", help="settings to read instead of .env")
     add("--check", action="store_true", help="say whether the settings work, and exit")
     add("--reload", action="store_true", help="start again when a file changes")
+    add("--worker", metavar="FD", type=int, help=argparse.SUPPRESS)
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(arguments)
 
@@ -6403,9 +6566,10 @@ def stand_in(demo: bool) -> Iterator[dict[str, str]]:
         }
 
 
-def open_server(settings: Settings) -> Server:
+@contextmanager
+def address_told(settings: Settings) -> Iterator[None]:
     try:
-        return make_server(settings)
+        yield
     except (OSError, OverflowError) as error:
         where = f"{settings.host}:{settings.port}"
         remedy = "Choose another address with --host and --port, or HOST and PORT."
@@ -6415,11 +6579,40 @@ def open_server(settings: Settings) -> Server:
 
 
 def serve(settings: Settings, key: str) -> int:
-    server = open_server(settings)
+    with address_told(settings):
+        server = make_server(settings)
     stop_on_signals(server)
-    models = server.proxy.models.current()
-    print(f"Serving {len(models.mappings)} models on {server.url}/v1. Try this:\n")
-    print(f"  {curl_line(server.url, key, models)}\n", flush=True)
+    tell_url(server.url, key, server.proxy.models.current())
+    return serve_to_the_end(server)
+
+
+def serve_with_workers(settings: Settings, key: str) -> int:
+    with address_told(settings):
+        workers = Workers(settings)
+    workers.start()
+    tell_url(workers.url, key, workers.models)
+    return workers.run()
+
+
+def work(fd: int) -> int:
+    """Serve on the socket that the parent has bound, until its line ends."""
+    line = socket.fromfd(sys.stdin.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
+    settings = Settings(**json.loads(line.makefile().readline()))
+    log_to_stderr(settings.log_level)
+    server = BoundServer(settings, socket.socket(fileno=fd))
+    stop_on_signals(server)
+    line.send(b"!")
+
+    def stop() -> None:
+        with suppress(OSError):  # its end may come as an error
+            line.recv(1)
+        server.shutdown()
+
+    threading.Thread(target=stop, daemon=True).start()
+    return serve_to_the_end(server)
+
+
+def serve_to_the_end(server: Server) -> int:
     server.serve_forever()
     log.info("stopping calls=%d", len(server.calls))
     server.server_close()
@@ -6436,6 +6629,11 @@ def stop_on_signals(server: Server) -> None:
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, stop)
+
+
+def tell_url(url: str, key: str, models: Catalogue) -> None:
+    print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
+    print(f"  {curl_line(url, key, models)}\n", flush=True)
 
 
 def curl_line(url: str, key: str, models: Catalogue) -> str:
@@ -6521,13 +6719,16 @@ def main(arguments: Sequence[str]) -> int:
         rest = [argument for argument in arguments if argument != "--reload"]
         return run_again_and_again(rest, watched)
     try:
+        if options.worker is not None:
+            return work(options.worker)
         with stand_in(options.demo) as override:
             settings = read_settings(options, os.environ, override)
             if options.check:
                 return check_all(settings)
             settings.check()
             log_to_stderr(settings.log_level)
-            return serve(settings, key_source(options, os.environ))
+            run = serve if settings.workers == 1 else serve_with_workers
+            return run(settings, key_source(options, os.environ))
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)

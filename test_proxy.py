@@ -501,6 +501,8 @@ NO_TOKEN_YET, NO_KEY_YET = (
         ),
         ("no ASCII", "proxy_api_key", "a,schlüssel", "has a character no header"),
         ("a port", "port", 65536, "must be a number from 0 to 65535."),
+        ("too few", "workers", 0, "must be a number from 1 to 256."),
+        ("too many", "workers", 257, "must be a number from 1 to 256."),
         ("a time", "prediction_timeout", 4, "must be a number from 5 to 86400."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
@@ -8178,6 +8180,233 @@ def test_pydantic_ai_streams_text(pydantic_ai):
     assert tuple(pydantic_ai(stream)) == cut_small(SUNNY)
 
 
+# == Workers ===================================================================
+
+TURNS = """
+import sys, proxy
+proxy.BALANCED = False
+sys.exit(proxy.main(sys.argv[1:]))
+"""
+WAYS = table("program", [("a socket each", "proxy.py"), ("one socket", "turns.py")])
+
+
+@contextmanager
+def started_workers(folder, fake, program="proxy.py", **environ):
+    """Two workers: their parent, its port, and their ids."""
+    environ = {**settings_for(fake), "PROXY_API_KEY": "key", "WORKERS": "2", **environ}
+    with started(folder, environ=environ, program=program) as (parent, (url, _)):
+        yield parent, int(url.rpartition(":")[2])
+
+
+def worker_ids(parent):
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    if not children.exists():
+        pytest.skip("no way to tell the children of a process here")
+    return [int(pid) for pid in children.read_text().split()]
+
+
+def is_gone(pid):
+    with suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    return True
+
+
+def begin_on(port, model):
+    """A streamed call, and its status line and headers at least."""
+    sock = dial_port(port)
+    sock.sendall(chat_bytes(model, stream=True))
+    return sock, read_until(sock, b"\r\n\r\n")
+
+
+@WAYS
+def test_workers_share_a_port_and_each_has_its_own_limits(folder, fake, program):
+    limits = {"MAX_CONCURRENT_CALLS": "1", "SHUTDOWN_GRACE": "0"}
+    with (
+        started_workers(folder, fake, program, **limits) as (parent, port),
+        ExitStack() as stack,
+    ):
+        statuses = Counter()
+
+        def is_served():
+            sock, answer = begin_on(port, "fake/endless")
+            stack.enter_context(sock)
+            statuses[answer[9:12]] += 1
+            return statuses[b"200"] == 2
+
+        wait_until(is_served, 10)
+        for _ in range(6):
+            is_served()
+        assert statuses[b"200"] == 2
+        parent.terminate()
+        assert parent.wait(10) == 0
+
+
+def tell_the_parent(parent, number):
+    parent.send_signal(number)
+
+
+def tell_all(parent, number):
+    os.killpg(parent.pid, number)
+
+
+SIGNALS = table(
+    "tell, number, program",
+    [
+        ("docker stop", tell_the_parent, signal.SIGTERM, "proxy.py"),
+        ("one socket", tell_the_parent, signal.SIGTERM, "turns.py"),
+        ("Ctrl-C in a terminal", tell_all, signal.SIGINT, "proxy.py"),
+        ("systemd", tell_all, signal.SIGTERM, "proxy.py"),
+    ],
+)
+
+
+@SIGNALS
+def test_a_signal_lets_the_calls_of_all_workers_finish(
+    folder, fake, tell, number, program
+):
+    with started_workers(folder, fake, program) as (parent, port):
+        calls = [begin_on(port, "fake/story") for _ in range(4)]
+        tell(parent, number)
+        wait_until(lambda: is_refused(port))
+        answers = [begun + read_all(sock) for sock, begun in calls]
+        for sock, _ in calls:
+            sock.close()
+        assert parent.wait(10) == 0
+        assert "Traceback" not in parent.stderr.read()
+    for answer in answers:
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert b'"error"' not in answer
+
+
+def test_a_second_signal_ends_the_workers_at_once(folder, fake):
+    with started_workers(folder, fake) as (parent, port):
+        workers = worker_ids(parent)
+        with begin_on(port, "fake/endless")[0]:
+            parent.terminate()
+            wait_until(lambda: is_refused(port))
+            assert parent.poll() is None  # it waits for the call
+            parent.terminate()
+            assert parent.wait(5) == 128 + signal.SIGTERM
+        assert all(map(is_gone, workers))
+
+
+@WAYS
+def test_a_worker_that_dies_is_replaced(folder, fake, tmp_path, program):
+    file = tmp_path / "settings"
+    given = {**settings_for(fake), "PROXY_API_KEY": "key", "WORKERS": "2"}
+    file.write_text("\n".join(f"{name}={value}" for name, value in given.items()))
+    arguments = ["--env-file", str(file)]
+    with started(folder, *arguments, environ={}, program=program) as (parent, (url, _)):
+        file.write_text("it is read once")
+        port = int(url.rpartition(":")[2])
+        for pid in (before := worker_ids(parent)):
+            assert "key" not in Path(f"/proc/{pid}/cmdline").read_text()
+            os.kill(pid, signal.SIGKILL)
+        wait_until(
+            lambda: not {*before} & {*(now := worker_ids(parent))} and now[1:], 9
+        )
+        wait_until(lambda: is_healthy(url), 10)
+        sock, answer = begin_on(port, "fake/hello")
+        sock.close()
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        parent.terminate()
+        parent.wait(10)
+        deaths = re.findall(
+            r" event=worker_died pid=(\d+) code=-9 pause=0.5$",
+            parent.stderr.read(),
+            re.M,
+        )
+    assert sorted(map(int, deaths)) == sorted(before)
+
+
+def test_workers_end_when_their_parent_is_killed(folder, fake):
+    with started_workers(folder, fake) as (parent, port):
+        workers = worker_ids(parent)
+        sock, begun = begin_on(port, "fake/story")
+        with sock:
+            parent.kill()
+            answer = begun + read_all(sock)
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        wait_until(lambda: all(map(is_gone, workers)), 10)
+        assert is_refused(port)
+
+
+def test_workers_do_not_share_a_port_with_strangers(folder, fake, server):
+    with started_workers(folder, fake) as (_, port):
+        for taken in (port, server.server_port):
+            for count in ("1", "2"):
+                environ = {**SET, "PORT": str(taken), "WORKERS": count}
+                code, out, err = run(folder, environ=environ)
+                assert (code, out) == (2, "")
+                assert "in use" in err and "--port" in err and "Traceback" not in err
+
+
+def test_one_demonstration_serves_all_workers(folder):
+    arguments = ["--demo", "--port", "0"]
+    with started(folder, *arguments, environ={"WORKERS": "2"}) as (parent, (url, _)):
+        for _ in range(4):
+            answer = httpx.post(
+                f"{url}/v1/chat/completions",
+                json={"model": "gpt-4o", "messages": HI},
+                headers={"authorization": "Bearer demo"},
+                trust_env=False,
+            )
+            assert "no model ran" in answer.json()["choices"][0]["message"]["content"]
+        parent.terminate()
+        assert parent.wait(10) == 0
+
+
+def test_a_worker_that_dies_at_its_start_is_started_less_and_less_often(settings):
+    def open_socket():
+        return socket.create_server(("127.0.0.1", 0))
+
+    worker = proxy.Worker(replace(settings, models_path="/nowhere"), open_socket)
+    with worker.process as first:
+        assert first.wait(20) == 2
+    worker.look()
+    worker.look()
+    assert worker.process is first
+    pauses = [worker.pause]
+    while pauses[-1] < proxy.LONGEST_PAUSE:
+        worker.postpone("event=test")
+        pauses.append(worker.pause)
+    assert pauses == [0.5, 1, 2, 4, 8, 16, 30]
+    worker.began -= proxy.SETTLED
+    worker.postpone("event=test")
+    assert worker.pause == 0
+    worker.look()
+    assert worker.process is not first
+    worker.line.close()
+    worker.process.wait(20)
+
+
+def test_a_server_does_not_wait_for_a_call_that_another_has_taken(settings):
+    server = proxy.BoundServer(settings, socket.create_server(("127.0.0.1", 0)))
+    with pytest.raises(TimeoutError):
+        server.get_request()
+    server.server_close()
+
+
+def test_what_keeps_a_worker_from_starting_is_tried_again(settings, caplog):
+    def open_socket():
+        raise OSError("no room")
+
+    worker = proxy.Worker.__new__(proxy.Worker)
+    worker.settings, worker.open_socket, worker.pause = settings, open_socket, 0.0
+    worker.due, worker.process = 1.0, subprocess.Popen([sys.executable, "-c", ""])
+    worker.process.wait(20)
+    worker.look()
+    assert 'event=worker_not_started error="no room" pause=0.5' in caplog.text
+    assert worker.due > 1
+
+
+def test_there_are_no_workers_where_no_socket_is_inherited(settings, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        with pytest.raises(proxy.ConfigError, match="WORKERS must be 1 on Windows"):
+            proxy.Workers(settings)
+
+
 # == Main ======================================================================
 
 SETTINGS = {row.name.upper() for row in fields(proxy.Settings)}
@@ -8189,6 +8418,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("program")
     for name in ("proxy.py", "models.json", "fake_replicate.py"):
         shutil.copy(Path(proxy.__file__).with_name(name), folder)
+    (folder / "turns.py").write_text(TURNS)
     return folder
 
 
@@ -8210,9 +8440,9 @@ def settings_for(fake):
     }
 
 
-def start(folder, *arguments, environ):
+def start(folder, *arguments, environ, program="proxy.py"):
     return subprocess.Popen(
-        [sys.executable, str(folder / "proxy.py"), *arguments],
+        [sys.executable, str(folder / program), *arguments],
         cwd=folder,
         env=environment(environ),
         stdout=subprocess.PIPE,
@@ -8230,9 +8460,9 @@ def run(folder, *arguments, environ):
 
 
 @contextmanager
-def started(folder, *arguments, environ):
+def started(folder, *arguments, environ, program="proxy.py"):
     """The program as it serves, and the lines it has printed until then."""
-    with start(folder, *arguments, environ=environ) as program:
+    with start(folder, *arguments, environ=environ, program=program) as program:
         watchdog = threading.Timer(20, end_group, [program])
         watchdog.start()
         try:
@@ -8320,11 +8550,11 @@ CHECKS = [
     ("nobody there", {"REPLICATE_BASE_URL": "http://127.0.0.1:9"}, 1, "be reached"),
 ]
 ENV_FILES = [
-    ("a .env", [], {}, "port=0, models_path="),
+    ("a .env", [], {}, "port=0, workers=1"),
     ("a .env, to the end", [], {}, "log_level='ERROR'"),
     ("the environment", [], {"LOG_LEVEL": "DEBUG", "PORT": ""}, "log_level='DEBUG'"),
     ("another file", ["--env-file", "other"], {}, "log_level='WARNING'"),
-    ("a flag", ["--port", "4000"], {"PORT": "5000"}, "port=4000, models_path="),
+    ("a flag", ["--port", "4000"], {"PORT": "5000"}, "port=4000, workers=1"),
 ]
 
 
@@ -8424,9 +8654,10 @@ def test_the_line_to_try_finds_the_key_in_the_env_file(folder, replicate, tmp_pa
         assert is_healthy(url)
 
 
-def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path, workers):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    environ = settings_for(replicate)
+    environ = {**settings_for(replicate), "WORKERS": workers}
     with started(copy, "--reload", environ=environ) as (program, (url, line)):
         assert "${PROXY_API_KEY%%,*}" in line and KEY not in line
         for name in ("models.json", "proxy.py"):
