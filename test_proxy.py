@@ -8463,7 +8463,7 @@ def run(folder, *arguments, environ):
 def started(folder, *arguments, environ, program="proxy.py"):
     """The program as it serves, and the lines it has printed until then."""
     with start(folder, *arguments, environ=environ, program=program) as program:
-        watchdog = threading.Timer(20, end_group, [program])
+        watchdog = threading.Timer(60, end_group, [program])
         watchdog.start()
         try:
             yield program, read_start(program)
