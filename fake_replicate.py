@@ -296,16 +296,17 @@ def to_the_limit(input: Json) -> Text:
 
 
 class Stamps(list[str]):
-    """Tokens that say when, in ns, each was first looked at: that is, sent."""
+    """Tokens that say when, in ns of a clock that all processes share, each was
+    first looked at: that is, sent."""
 
     def __getitem__(self, index: Any) -> Any:
         if not super().__getitem__(index):
-            self[index] = f"{time.time_ns()} "
+            self[index] = f"{time.monotonic_ns()} "
         return super().__getitem__(index)
 
 
 def stamps(input: Json) -> Text:
-    return Stamps([""] * 50)
+    return Stamps([""] * limit(input, 50))
 
 
 NO_MODEL = (
@@ -462,8 +463,9 @@ SCENARIOS = {
     "slow": Scenario("20 tokens, 50 ms apart", counting(20), pace=0.05),
     "story": Scenario("50 tokens, 20 ms apart", counting(50), pace=0.02),
     "stamped": Scenario(
-        "50 tokens, 20 ms apart: the times they were sent, in ns", stamps, pace=0.02
+        "50 tokens or to the limit, 20 ms apart: when each was sent", stamps, pace=0.02
     ),
+    "stamped-at-once": Scenario("the same, as fast as can be", stamps),
     "firehose": Scenario("2,000 tokens as fast as can be", counting(2000)),
     "endless": Scenario("a token every 20 ms, for an hour", ENDLESS, pace=0.02),
     "cold": Scenario("boots for 2 s", boot=2),
