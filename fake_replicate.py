@@ -45,6 +45,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import heapq
+import itertools
 import json
 import operator
 import os
@@ -62,6 +64,7 @@ from dataclasses import dataclass, field
 from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, filterfalse, islice
+from time import perf_counter as clock
 from typing import Any, NamedTuple, TypeVar
 
 Json = dict[str, Any]
@@ -168,6 +171,7 @@ NO_FAULT = Fault(times=0)
 # break off. To add one: a function from frames to bytes.
 
 Frames = Iterator[bytes]
+Script = Iterator["float | bytes"]  # an age to wait for, or a frame
 Wire = Callable[[Frames], Frames]
 
 TIME_OUT = b":408: 408 Request Timeout\n\n"
@@ -411,6 +415,7 @@ class Scenario:
     wire: Wire = iter
     spoils: int = ALWAYS  # how many readings of the stream go over the wire
     replays: bool = True  # whether a later reading starts from the first token
+    paced: bool = False  # whether one thread sends it with all others like it
 
 
 def whole(why: str, form: Callable[[list[str]], Any]) -> Scenario:
@@ -463,7 +468,10 @@ SCENARIOS = {
     "slow": Scenario("20 tokens, 50 ms apart", counting(20), pace=0.05),
     "story": Scenario("50 tokens, 20 ms apart", counting(50), pace=0.02),
     "stamped": Scenario(
-        "50 tokens or to the limit, 20 ms apart: when each was sent", stamps, pace=0.02
+        "50 tokens or to the limit, 20 ms apart: when each was sent",
+        stamps,
+        pace=0.02,
+        paced=True,
     ),
     "stamped-at-once": Scenario("the same, as fast as can be", stamps),
     "firehose": Scenario("2,000 tokens as fast as can be", counting(2000)),
@@ -839,7 +847,7 @@ class Prediction:
     key: str = field(default_factory=lambda: random_name(52))
     urls: Json = field(default_factory=dict)
     created: float = field(default_factory=time.time)
-    born: float = field(default_factory=time.perf_counter)
+    born: float = field(default_factory=clock)
     readings: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     halted: threading.Event = field(default_factory=threading.Event)
@@ -855,7 +863,7 @@ class Prediction:
 
     @property
     def age(self) -> float:
-        return time.perf_counter() - self.born
+        return clock() - self.born
 
     @property
     def status(self) -> str:
@@ -889,12 +897,11 @@ class Prediction:
             self.stopped_at, self.stopped_as = age, "canceled"
             self.halted.set()
 
-    def wait_until(self, age: float, pause: Callable[[float], None]) -> bool:
-        """Wait for that age; False if the end is sooner. `pause` watches the client."""
+    def wait_until(self, age: float, pause: Callable[[float], None]) -> None:
+        """Wait for that age, or for a sooner end. `pause` watches the client."""
         while (left := min(age, self.ending()[0]) - self.age) > 0:
             if not self.halted.wait(min(left, 1)) and left > 1:
                 pause(0.001)
-        return age <= self.ending()[0]
 
     def spoken(self, age: float) -> list[str]:
         return [self.tokens[index] for index in range(self.told(age))]
@@ -959,12 +966,21 @@ class Prediction:
         return self.scenario.wire(frames) if spoiled else frames
 
     def frames(self, first: int, pause: Callable[[float], None]) -> Frames:
+        for step in self.script(first):
+            if isinstance(step, bytes):
+                yield step
+            else:
+                self.wait_until(step, pause)
+
+    def script(self, first: int = 0) -> Script:
         boot, second = self.scenario.boot, int(self.created)
         for index in range(first, self.count):
-            if not self.wait_until(boot + index * self.pace, pause):
+            age = boot + index * self.pace
+            yield age
+            if age > self.ending()[0]:
                 break
             yield frame("output", self.tokens[index], f"{second}:{index}")
-        self.wait_until(self.finish, pause)
+        yield self.ending()[0]
         yield from self.last_frames()
 
     def last_frames(self) -> Frames:
@@ -1336,7 +1352,9 @@ def follow(account: Account, call: Call, key: str) -> Reply:
     headers = {"Cache-Control": "no-store"}
 
     def work() -> Reply:
-        return Reply(200, prediction.reading(call.pause), EVENT_TYPE, headers)
+        scenario, pause = prediction.scenario, call.pause
+        body = prediction if scenario.paced else prediction.reading(pause)
+        return Reply(200, body, EVENT_TYPE, headers)
 
     fault = prediction.scenario.on_stream
     return suffer(fault, prediction.faults, "stream", call, work)
@@ -1388,12 +1406,16 @@ def authorize(account: Account, given: str | None) -> None:
         raise Refusal(BAD_TOKEN)
 
 
+@functools.cache
+def path_pattern(path: str) -> re.Pattern[str]:
+    return re.compile(re.escape(path).replace(r"\*", "([^/]+)"))
+
+
 def find_endpoint(
     endpoints: Sequence[Endpoint], call: Call
 ) -> tuple[Endpoint, list[str]]:
     for endpoint in endpoints:
-        pattern = re.escape(endpoint.path).replace(r"\*", "([^/]+)")
-        match = re.fullmatch(pattern, call.path)
+        match = path_pattern(endpoint.path).fullmatch(call.path)
         if match and call.method == endpoint.method:
             return endpoint, [*match.groups()]
     raise Refusal(NOT_FOUND)
@@ -1402,6 +1424,65 @@ def find_endpoint(
 # == Server ====================================================================
 # Two of it, each with its own endpoints. A thread per connection, which blocks
 # wherever the timeline, or a fault, makes its client wait.
+
+
+class Play(NamedTuple):
+    """A script that is being sent."""
+
+    prediction: Prediction
+    script: Script
+    send: Callable[[bytes], None]
+    over: threading.Event
+
+
+class Pacer:
+    """Sends what is due on many streams in one thread, and lives while there are any.
+    A thread for each costs more, and a benchmark would blame the proxy for it."""
+
+    def __init__(self) -> None:
+        self.due: list[tuple[float, int, Play]] = []  # a heap: when, number, what
+        self.playing = 0
+        self.numbers = itertools.count()
+        self.changed = threading.Condition()
+
+    def play(self, prediction: Prediction, send: Callable[[bytes], None]) -> None:
+        """Send all of it, then return."""
+        play = Play(prediction, prediction.script(), send, threading.Event())
+        with self.changed:
+            heapq.heappush(self.due, (0, next(self.numbers), play))
+            self.playing += 1
+            if self.playing == 1:
+                threading.Thread(target=self.run, daemon=True).start()
+            self.changed.notify()
+        play.over.wait()
+
+    def run(self) -> None:
+        while due := self.wait():
+            self.step(*due)
+
+    def wait(self) -> tuple[float, int, Play] | None:
+        """Wait for what is due next; None if nothing is played any more."""
+        with self.changed:
+            while self.playing:
+                left = self.due[0][0] - clock()
+                if left <= 0:
+                    return heapq.heappop(self.due)
+                self.changed.wait(left)
+        return None
+
+    def step(self, due: float, number: int, play: Play) -> None:
+        """Send what is due: up to the next age that is yet to come, or the end."""
+        with contextlib.suppress(OSError):  # the client may leave
+            for step in play.script:
+                if isinstance(step, bytes):
+                    play.send(step)
+                elif (due := play.prediction.born + step) > clock():
+                    with self.changed:
+                        heapq.heappush(self.due, (due, number, play))
+                    return
+        with self.changed:
+            self.playing -= 1
+        play.over.set()
 
 
 class Server(ThreadingHTTPServer):
@@ -1415,6 +1496,7 @@ class Server(ThreadingHTTPServer):
         self.account = account
         self.endpoints = endpoints
         self.connections: set[socket.socket] = set()
+        self.pacer = Pacer()
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -1509,20 +1591,25 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, reply: Reply) -> None:
         if not reply.status:
             raise Reset
-        if isinstance(reply.body, Iterator):
+        if isinstance(reply.body, (Iterator, Prediction)):
             self.wfile.write(head(reply, "Transfer-Encoding", "chunked"))
-            self.send_frames(reply.body)
+            self.send_stream(reply.body)
         else:
             body = reply.body
             sent = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.wfile.write(head(reply, "Content-Length", len(sent)) + sent)
 
-    def send_frames(self, frames: Frames) -> None:
+    def send_stream(self, stream: Frames | Prediction) -> None:
         """One write each. An empty one would end the body."""
-        send = self.connection.sendall
-        for sent in filter(None, frames):
-            send(b"%x\r\n%b\r\n" % (len(sent), sent))
-        send(b"0\r\n\r\n")
+        if isinstance(stream, Prediction):
+            self.server.pacer.play(stream, self.send_frame)
+        else:
+            for sent in filter(None, stream):
+                self.send_frame(sent)
+        self.connection.sendall(b"0\r\n\r\n")
+
+    def send_frame(self, sent: bytes) -> None:
+        self.connection.sendall(b"%x\r\n%b\r\n" % (len(sent), sent))
 
     def log_message(self, format: str, *args: object) -> None:
         pass

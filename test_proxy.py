@@ -7580,6 +7580,25 @@ def test_two_thousand_calls_over_fifty_connections_all_arrive():
         assert asyncio.run(drive(port)) == [40] * 50
 
 
+def test_stamped_streams_come_side_by_side_and_a_hang_up_ends_its_own(fake, server):
+    endless = {"model": "fake/stamped", "messages": HI, "stream": True}
+    body = json.dumps({**endless, "max_tokens": 10**5})
+    with closing(connect(server)) as leaver:
+        leaver.request("POST", "/v1/chat/completions", body, AUTHORIZATION)
+        assert leaver.getresponse().read(1)
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(stamped, server) for _ in range(3)]
+        for stamps in [each.result() for each in asked]:
+            assert len(stamps) == 5
+            assert stamps == sorted(stamps)
+    fake.wait_for(lambda: not any(each.pacer.playing for each in fake.servers))
+
+
+def stamped(server):
+    reply = chat(server, "stamped", stream=True, max_tokens=5)
+    return [int(stamp) for stamp in re.findall(rb'"content":"(\d+) "', reply.body)]
+
+
 # == Clients ===================================================================
 
 
