@@ -198,7 +198,7 @@ def drive(talks: Sequence[Talk]) -> None:
 
 
 def next_socket(talk: Talk, piece: bytes | None) -> socket.socket | None:
-    """A talk whose server hangs up is over, and its sample has no end."""
+    """A talk whose server refuses or hangs up is over; its sample has no end."""
     try:
         if piece == b"":
             raise ConnectionError
@@ -241,7 +241,7 @@ def read_stream(sock: socket.socket, sample: Sample) -> Talk:
 
 def require_success(heard: bytes) -> None:
     if not re.match(rb"HTTP/1.1 20\d ", heard):
-        raise SystemExit(f"A call was answered {heard[:2000].decode()}")
+        raise ConnectionError(heard)
 
 
 class Load(NamedTuple):
@@ -301,7 +301,8 @@ def talk(ask: Ask, url: str, load: Load, lines: Lines, samples: list[Sample]) ->
         sample = Sample(time.monotonic_ns())
         samples.append(sample)
         yield from ask(url, load, lines, sample)
-        sample.ended = time.monotonic_ns()
+        if not load.stream or len(sample.stamps) == load.tokens:
+            sample.ended = time.monotonic_ns()
 
 
 def talk_all(ask: Ask, url: str, load: Load) -> list[Sample]:
@@ -420,12 +421,17 @@ class Taken:
     more: Mapping[str, float] = field(default_factory=dict)
 
     @property
+    def calls(self) -> int:
+        return sum(bool(sample.ended) for sample in self.samples)
+
+    @property
     def tokens(self) -> int:
         return sum(len(sample.stamps) for sample in self.samples)
 
 
 def take_load(load: Load, side: Side, scale: float) -> Taken:
-    side.play(side.at.url, WARM)
+    if not side.play(side.at.url, WARM)[0].ended:
+        raise SystemExit(f"{side.name} does not answer {WARM.model}")
     cpu, began = cpu_ns(side.at.pid), time.monotonic()
     samples = side.play(side.at.url, load.scaled(scale))
     seconds = time.monotonic() - began
@@ -435,7 +441,7 @@ def take_load(load: Load, side: Side, scale: float) -> Taken:
 def take_start(side: Side, scale: float) -> Taken:
     took = {}
     if side.module:
-        command = [sys.executable, "-c", f"import {side.module.stem}"]
+        command = [sys.executable, "-c", f"__import__('{side.module.stem}')"]
         path = {**os.environ, "PYTHONPATH": str(side.module.parent)}
         began = time.monotonic()
         subprocess.run(command, env=path, check=True)
@@ -523,11 +529,11 @@ FIGURES: dict[str, Callable[[Taken], Value]] = {
     "a token is late, p50, ms": late(50),
     "a token is late, p99, ms": late(99),
     "from `done` to [DONE], p50, ms": end_lag(50),
-    "answered to the end": lambda t: sum(bool(each.ended) for each in t.samples),
-    "calls/s": lambda t: len(t.samples) / t.seconds,
-    "tokens/s": lambda t: t.tokens / t.seconds,
-    "CPU per call, ms": lambda t: per(len(t.samples), t.cpu / 1e6),
-    "CPU per token, us": lambda t: per(t.tokens, t.cpu / 1e3),
+    "answered in full": lambda took: took.calls,
+    "calls/s": lambda took: took.calls / took.seconds,
+    "tokens/s": lambda took: took.tokens / took.seconds,
+    "CPU per call, ms": lambda took: per(took.calls, took.cpu / 1e6),
+    "CPU per token, us": lambda took: per(took.tokens, took.cpu / 1e3),
     "import, s": more("import"),
     "to the first answer on /health, s": more("start"),
     "idle, RSS, MB": more("idle"),
@@ -562,7 +568,7 @@ def load(
 
 def crowd(lines: int, *promises: str) -> Workload:
     names = ("first token, p50, ms", "first token, p95, ms", "a token is late, p50, ms")
-    more = ("a token is late, p99, ms", "CPU per token, us", "answered to the end")
+    more = ("a token is late, p99, ms", "CPU per token, us", "answered in full")
     why = f"{lines} streams at once, 50 tokens 20 ms apart"
     figures = dict(zip(names + more, [*promises, f">= {lines}"], strict=True))
     return load(why, figures, CROWD._replace(lines=lines))
