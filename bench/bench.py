@@ -686,7 +686,7 @@ def cell(name: str, rounds: Rounds) -> str:
     if value is None:
         return f"{'-':>9}{'':8}"
     ratio = middle(ratios(rounds[name], rounds[control]))
-    told = f"{ratio:6.2f} x" if ratio and name != control else ""
+    told = f"{short(ratio):>6} x" if ratio and name != control else ""
     return f"{short(value):>9}{told:8}"
 
 
