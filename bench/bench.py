@@ -684,10 +684,10 @@ def control_of(rounds: Rounds) -> str:
 def cell(name: str, rounds: Rounds) -> str:
     value, control = middle(rounds.get(name, ())), control_of(rounds)
     if value is None:
-        return f"{'-':>9}{'':8}"
+        return f"{'-':>9}{'':10}"
     ratio = middle(ratios(rounds[name], rounds[control]))
-    told = f"{short(ratio):>6} x" if ratio and name != control else ""
-    return f"{short(value):>9}{told:8}"
+    told = f"{ratio:8.2f} x" if ratio and name != control else ""
+    return f"{short(value):>9}{told:10}"
 
 
 def short(value: float) -> str:
@@ -764,7 +764,7 @@ def main() -> None:
     with sides(options) as all:
         names = [side.name for side in all]
         print(f"{describe_machine()}; {options.rounds} rounds\n")
-        heads = "".join(f"{name:>9}{'':8}" for name in names)
+        heads = "".join(f"{name:>9}{'':10}" for name in names)
         print(f"{'':37}{heads} promise")
         for key in options.only or WORKLOADS:
             row = WORKLOADS[key]
