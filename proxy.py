@@ -2977,7 +2977,8 @@ def outline(schema: Json, depth: int = 0) -> Json:
 # == History ===================================================================
 #
 # Calls and their results in a conversation, checked for belonging together, and
-# told in the form that a model was taught to call in.
+# told in the form that a model was taught to call in. What is attached to them
+# stays beside their text.
 
 NO_CALL_BEFORE = (
     "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
@@ -3036,19 +3037,20 @@ def plain_history(messages: Messages) -> Messages:
     """Calls and their results as texts, in the form that a model was taught."""
     plain: Messages = []
     names: dict[str, str] = {}
-    results: list[str] = []
+    results: list[Json] = []
     for message in messages:
         if message["role"] in ("tool", "function"):
-            results.append(told_result(message, names))
+            text = told_result(message, names)
+            results += beside("\n" + text if results else text, message)
             continue
         if results:
-            plain.append({"role": "user", "content": "\n".join(results)})
+            plain.append({"role": "user", "content": simplest(results)})
             results = []
         calls = message.get("tool_calls") or []
         names.update((call["id"], call["function"]["name"]) for call in calls)
         plain.append(told_message(message))
     if results:
-        plain.append({"role": "user", "content": "\n".join(results)})
+        plain.append({"role": "user", "content": simplest(results)})
     return plain
 
 
@@ -3065,7 +3067,8 @@ def tools_history(messages: Messages) -> Messages:
         if message["role"] == "function" and last:
             newer |= {"role": "tool", "tool_call_id": last, "name": None}
         elif message["role"] == "function":
-            newer = {"role": "user", "content": told_result(message, {})}
+            parts = beside(told_result(message, {}), message)
+            newer = {"role": "user", "content": simplest(parts)}
         told.append(newer)
     return told
 
@@ -3078,7 +3081,22 @@ def told_message(message: Json) -> Json:
         return message
     said = text_of(message.get("content") or "")
     lines = [said, *map(told_call, functions)]
-    return {"role": message["role"], "content": "\n".join(filter(None, lines))}
+    parts = beside("\n".join(filter(None, lines)), message)
+    return {"role": message["role"], "content": simplest(parts)}
+
+
+def beside(text: str, message: Json) -> list[Json]:
+    """A text in place of that of a message, and what is attached to the message."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    attached = [part for part in parts if part["type"] not in WORDS]
+    return [{"type": "text", "text": text}, *attached]
+
+
+def simplest(parts: list[Json]) -> str | list[Json]:
+    """A string where nothing is attached."""
+    is_text = all(part["type"] in WORDS for part in parts)
+    return text_of(parts) if is_text else parts
 
 
 def told_call(function: Json) -> str:

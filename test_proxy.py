@@ -3434,6 +3434,47 @@ def test_history_becomes_plain(messages, expected):
     assert proxy.plain_history(messages) == (expected or messages)
 
 
+SHOT = {"type": "image_url", "image_url": {"url": "https://example.com/shot.png"}}
+MAP = {"type": "image_url", "image_url": {"url": "https://example.com/map.png"}}
+
+
+def text_part(text):
+    return {"type": "text", "text": text}
+
+
+def test_images_stay_beside_the_calls_and_results_that_they_came_with():
+    asked = asks(("c1", "see", "{}"), ("c2", "see", "{}"), content=[MAP])
+    results = [gives("c1", [text_part("a"), SHOT]), gives("c2", "b")]
+    _, made, given = proxy.plain_history([HI_OF_TOOLS, asked, *results])
+    call = '<tool_call>{"name": "see", "arguments": {}}</tool_call>'
+    assert made["content"] == [text_part(f"{call}\n{call}"), MAP]
+    assert given["content"] == [
+        text_part(responds("see", "a")),
+        SHOT,
+        text_part("\n" + responds("see", "b", "c2")),
+    ]
+
+
+@table(
+    "ref, slot",
+    [
+        ("in messages", "openai/gpt-4o", ""),
+        ("in a list", "google/gemini-2.5-flash", "images"),
+        ("known natively", "openai/gpt-5-structured", "image_input"),
+    ],
+)
+def test_an_image_in_a_result_reaches_the_model(offline, ref, slot):
+    answerer = offline(STARTED, Text("dry"), Done("stop", Usage(1, 1)))
+    messages = [HI_OF_TOOLS, ASKED_OF_TOOLS, gives("c1", [text_part("a"), SHOT])]
+    body = {"model": ref, "messages": messages, "tools": TOOLS}
+    proxy.answer(answerer, call("POST", "/v1/chat/completions", body))
+    [(order, _)] = answerer.upstream.asked
+    if slot:
+        assert order.input[slot] == ["https://example.com/shot.png"]
+    else:
+        assert order.input["messages"][-1]["content"][1:] == [SHOT]
+
+
 def test_history_becomes_plain_after_the_tables_too():
     messages = check_all([HI_OF_TOOLS, ASKED_OF_TOOLS, gives("c1", "sunny")])
     assert [m["role"] for m in proxy.plain_history(messages)] == [
@@ -4683,6 +4724,8 @@ def test_a_result_of_no_call_is_told_in_words():
     )["messages"]
     told = proxy.tools_history([result])
     assert told == proxy.plain_history([result])
+    [seen] = proxy.tools_history([{**result, "content": [SHOT]}])
+    assert seen["content"][1:] == [SHOT]
 
 
 # == Flights ===================================================================
