@@ -1028,6 +1028,7 @@ class Account:
     """All that the stand-in knows and remembers."""
 
     file_limit = 100 * 2**20
+    on_upload = NO_FAULT
     kept = 1000  # how many predictions are remembered when nothing is recorded
 
     def __init__(
@@ -1296,6 +1297,11 @@ def create_file(account: Account, call: Call) -> Reply:
     file = read_upload(call.headers.get("content-type", ""), call.body)
     if len(file.content) > account.file_limit:
         raise Refusal(problem(413, "The file is too large."))
+    work = functools.partial(keep_file, account, file)
+    return suffer(account.on_upload, account.faults, "upload", call, work)
+
+
+def keep_file(account: Account, file: FakeFile) -> Reply:
     id = random_name(26)
     account.files[id] = file
     return Reply(201, file_object(account, id))

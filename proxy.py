@@ -48,6 +48,7 @@ Each section uses only names from those above it.
     Streams     server-sent events as Replicate sends them
     Replicate   its API, and nothing but this section knows its library
     Outputs     what the record of a prediction tells
+    Uploads     what is large in an input, put into Replicate's files
     Upstream    predictions, each followed to its end or cancelled
     Replies     events told as OpenAI objects, whole or in chunks
     Repairs     what an answer lacks asked for once more
@@ -110,7 +111,7 @@ from graphlib import CycleError, TopologicalSorter
 from hashlib import sha256
 from hmac import compare_digest
 from http.server import ThreadingHTTPServer
-from itertools import groupby, islice, takewhile
+from itertools import accumulate, groupby, islice, takewhile
 from math import isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
@@ -153,6 +154,7 @@ NO_RETRY = {"x-should-retry": "false"}  # OpenAI's SDKs obey it, at any status
 ERROR_TYPES: dict[str | int | None, str] = {
     "insufficient_quota": "insufficient_quota",
     "rate_limit_exceeded": "requests",
+    "invalid_value": "invalid_request_error",
     413: "server_error",
 }
 
@@ -675,7 +677,13 @@ PART = {
             "format": Param(STRING, required=True, choices=("wav", "mp3")),
         },
     ),
-    "file": Param(OBJECT, each={"file_data": Param(STRING, 1)}),
+    "file": Param(
+        OBJECT,
+        each={
+            "file_id": Param(refused="No files are kept here. Send it as file_data."),
+            "file_data": Param(STRING, 1, required=True),
+        },
+    ),
 }
 FUNCTION = {
     "name": Param(STRING, 1, required=True),
@@ -1257,11 +1265,12 @@ def find_family(model: Model) -> Family:
 
 # == Files =====================================================================
 #
-# Images and other files that come inside a message, as data: URLs. They are
-# looked at, and large ones go to Replicate's files, as Replicate asks for.
+# Images and other files that come inside a message, as links or in base64. They
+# are checked before anything is done with them. To add a type of part: a row in
+# ATTACHABLE, and one in PART.
 
-LARGE = 256 * 1024  # bytes that Replicate advises a data: URL not to exceed
-DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,([A-Za-z0-9+/=_-]*)")
+LINK = re.compile(r"https?://[^\s/].*", re.IGNORECASE | re.DOTALL)
+IN_BASE64 = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,([A-Za-z0-9+/=_-]*)")
 SIGNATURES = {
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
     "jpeg": re.compile(rb"\xff\xd8\xff"),
@@ -1275,108 +1284,97 @@ WRONG_IMAGE = (
 
 
 class Attachment(NamedTuple):
+    """What a data: URL holds."""
+
     kind: str  # its media type
     content: bytes
 
-
-def read_data_url(url: str) -> Attachment | None:
-    """None for an http(s) URL, which Replicate fetches. Raise 400 for others."""
-    if re.match(r"https?://[^\s/]", url, re.IGNORECASE):
-        return None
-    match = DATA_URL.fullmatch(url)
-    require(match, WRONG_URL, code="invalid_image_url", param="messages")
-    assert match
-    try:
-        content = b64decode(match[2], validate=True)
-    except ValueError:
-        raise APIError(
-            400, WRONG_URL, code="invalid_image_url", param="messages"
-        ) from None
-    return Attachment(match[1].lower(), content)
+    @property
+    def url(self) -> str:
+        return f"data:{self.kind};base64,{b64encode(self.content).decode()}"
 
 
-WRONG_URL = (
-    "This is no URL of a kind that can be used here. It has to be https://… or "
-    "data:image/png;base64,…, with the right data."
-)
+class Attachable(NamedTuple):
+    """A type of part that is no text."""
+
+    key: str  # what holds its URL, or the end of one …
+    begin: str  # … that begins like this
+    wanted: str  # what a client has to send
+    code: str = "invalid_value"  # if it sends something else
+    is_image: bool = False
 
 
-def check_image(image: Attachment) -> None:
-    """Whether it is the image that it says."""
-    kind = image.kind.removeprefix("image/").replace("jpg", "jpeg")
-    signature = SIGNATURES.get(kind)
-    is_one = signature and signature.match(image.content)
-    require(is_one, WRONG_IMAGE, code="invalid_image_format", param="messages")
-
-
-class Hosted:
-    """Which contents Replicate's files hold for us, so that each goes there once."""
-
-    def __init__(self, upload: Callable[[Attachment], str], keep: float = 1800) -> None:
-        self.upload = upload
-        self.keep = keep  # seconds; Replicate keeps a file for an hour at least
-        self.lock = threading.Lock()
-        self.urls: dict[bytes, tuple[float, str]] = {}
-
-    def host(self, url: str, *, is_image: bool) -> str:
-        """A URL for the model: the same one, or that of the file it has become."""
-        attached = read_data_url(url)
-        if attached is None:
-            return url
-        if is_image:
-            check_image(attached)
-        return self.find(attached) if len(attached.content) > LARGE else url
-
-    def find(self, attached: Attachment) -> str:
-        name, now = sha256(attached.content).digest(), time.monotonic()
-        with self.lock:
-            for old in [
-                n for n, (since, _) in self.urls.items() if now - since > self.keep
-            ]:
-                del self.urls[old]
-            known = self.urls.get(name)
-        if known:
-            return known[1]
-        url = self.upload(attached)
-        with self.lock:
-            self.urls[name] = now, url
-        return url
-
-    def host_all(self, messages: Messages) -> Messages:
-        return [{**m, "content": self.host_parts(m["content"])} for m in messages]
-
-    def host_parts(self, content: str | list[Json]) -> str | list[Json]:
-        if isinstance(content, str):
-            return content
-        return [self.host_part(part) for part in content]
-
-    def host_part(self, part: Json) -> Json:
-        if part["type"] in WORDS:
-            return part
-        is_image = part["type"] == "image_url"
-        url = self.host(url_of(part), is_image=is_image)
-        if is_image:
-            return {**part, "image_url": {**part["image_url"], "url": url}}
-        return {**part, "url": url}
+ATTACHABLE = {
+    "image_url": Attachable(
+        "url",
+        "",
+        "https://… or data:image/png;base64,…",
+        code="invalid_image_url",
+        is_image=True,
+    ),
+    "input_audio": Attachable("data", "data:audio/{format};base64,", "base64"),
+    "file": Attachable("file_data", "", "https://… or data:application/pdf;base64,…"),
+}
 
 
 def url_of(part: Json) -> str:
     """The URL that a part has, or what it holds as one."""
-    if part["type"] == "image_url":
-        return str(part["image_url"]["url"])
-    if part["type"] == "input_audio" and "url" not in part:
-        sound = part["input_audio"]
-        return f"data:audio/{sound['format']};base64,{sound['data']}"
-    return str(part.get("url") or part["file"]["file_data"] or "")
+    row, held = ATTACHABLE[part["type"]], part[part["type"]]
+    return row.begin.format_map(held) + str(held[row.key])
 
 
-def check_parts(messages: list[Json]) -> None:
-    for m, message in enumerate(messages):
-        parts = message["content"] if isinstance(message["content"], list) else []
-        for n, part in enumerate(parts):
-            param = PART[part["type"]]._replace(required=True)
-            path = f"messages[{m}].content[{n}].{part['type']}"
-            check_param(path, part[part["type"]], param)
+def check_parts(messages: list[Json]) -> list[Json]:
+    """Messages whose parts hold what they say, written as any model can read it."""
+    return [
+        {**message, "content": check_content_parts(message["content"], index)}
+        for index, message in enumerate(messages)
+    ]
+
+
+def check_content_parts(content: Any, index: int) -> Any:
+    if not isinstance(content, list):
+        return content
+    path = f"messages[{index}].content"
+    return [check_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
+
+
+def check_part(part: Json, path: str) -> Json:
+    kind = part["type"]
+    path = f"{path}.{kind}"
+    held = check_param(path, part[kind], PART[kind]._replace(required=True))
+    if kind in WORDS:
+        return part
+    row = ATTACHABLE[kind]
+    url = check_url(url_of(part), row, f"{path}.{row.key}")
+    return {**part, kind: {**held, row.key: url[len(row.begin.format_map(held)) :]}}
+
+
+def check_url(url: str, row: Attachable, path: str) -> str:
+    if LINK.fullmatch(url.strip()):
+        return url.strip()
+    attached = read_data_url(url)
+    message = f"Invalid '{path}': it has to be {row.wanted}, with the right data."
+    if attached is None:
+        raise APIError(400, message, code=row.code, param=path)
+    if row.is_image:
+        is_one = is_image(attached)
+        require(is_one, WRONG_IMAGE, code="invalid_image_format", param=path)
+    return attached.url
+
+
+def read_data_url(url: str) -> Attachment | None:
+    """What it holds, if it is one with the right data."""
+    if match := IN_BASE64.fullmatch(url):
+        with suppress(ValueError):
+            return Attachment(match[1].lower(), b64decode(match[2], validate=True))
+    return None
+
+
+def is_image(attached: Attachment) -> bool:
+    """Whether it is the image that it says."""
+    kind = attached.kind.removeprefix("image/").replace("jpg", "jpeg")
+    signature = SIGNATURES.get(kind)
+    return bool(signature and signature.match(attached.content))
 
 
 # == Schemas ===================================================================
@@ -1759,8 +1757,10 @@ class Order(NamedTuple):
 
 def chat_order(body: Json, model: Model, family: Family) -> Order:
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
-    laid_out = family.lay_out(body["messages"], family.system)
-    laid_out = {**laid_out, **place(attachments(body["messages"]), family.slots)}
+    laid_out = {
+        **family.lay_out(body["messages"], family.system),
+        **place(attachments(body["messages"]), family.slots),
+    }
     asked = order(body, model, family, laid_out, prompt)
     return asked._replace(again=partial(chat_again, body, model, family))
 
@@ -4310,6 +4310,10 @@ REFUSALS = {
     429: Refusal(429, "rate_limit_exceeded", "Replicate's rate limit is reached."),
 }
 
+REFUSED_FILES = {401, 402, 403, 413, 429}  # mean the same as for a prediction
+NOT_UPLOADED = (
+    "A file of this call could not be handed to Replicate. Nothing was run: try again."
+)
 WAITS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 
 
@@ -4411,12 +4415,13 @@ class ReplicateAPI:
             )
 
     def upload(self, attached: Attachment) -> str:
-        """Give the URL of a file of Replicate's."""
-        with self.failures_told():
-            made = self.client.files.with_raw_response.create(
-                content=("attachment", attached.content, attached.kind)
-            )
-            return str(read_object_of(made, needs="urls")["urls"]["get"])
+        """Give the link of a file of Replicate's."""
+        content = ("attachment", attached.content, attached.kind)
+        try:
+            made = self.client.files.with_raw_response.create(content=content)
+            return read_link(made)
+        except (ReplicateError, httpx.HTTPError, NoObject) as error:
+            raise not_uploaded(error, self.token) from None
 
     def account(self) -> Json:
         with self.failures_told():
@@ -4478,6 +4483,14 @@ def read_object_of(answer: Any, needs: str = "") -> Json:
     return body
 
 
+def read_link(answer: Any) -> str:
+    """Where a file is."""
+    link = as_object(read_object_of(answer).get("urls")).get("get")
+    if not isinstance(link, str) or not LINK.fullmatch(link):
+        raise NoObject("no link to a file")
+    return link
+
+
 def read_prediction(answer: Any) -> Json:
     """A prediction whose fields have their types, whatever was in them."""
     seen = read_object_of(answer, needs="id")
@@ -4516,6 +4529,15 @@ def refusal(error: APIStatusError, order: Order | None, secret: str) -> APIError
         param=invalid_param(invalid, order) if status == 422 else None,
         headers=headers,
     )
+
+
+def not_uploaded(error: Exception, secret: str) -> APIError:
+    """Nothing runs before its files are there, so it costs nothing to try again."""
+    if isinstance(error, APIStatusError) and error.status_code in REFUSED_FILES:
+        return refusal(error, None, secret)
+    why = quoted(str(error).replace(secret, "…"))
+    log.warning("event=upload-failed why=%s", why)
+    return APIError(502, NOT_UPLOADED, code="upstream_unavailable")
 
 
 def invalid_param(invalid: Any, order: Order | None) -> str | None:
@@ -4656,6 +4678,153 @@ def failure(text: str, secret: str) -> APIError:
     return APIError(row.status, message, code=row.code, headers=row.headers)
 
 
+# == Uploads ===================================================================
+#
+# Replicate takes little in an input: what is large in it goes to its files first,
+# and a link takes its place. A call waits for that where a hang-up wakes it, and
+# each content goes there once, for all the calls that have it.
+
+INLINE = 256 * 1024  # bytes of data: URLs in an input, as Replicate advises
+UPLOADS_AT_ONCE = 8  # of one call
+DATA_URL = re.compile(r"data:[^,;]+;[^,]*base64,", re.IGNORECASE)
+
+
+class Upload:
+    """One upload, for all the calls that wait for it."""
+
+    def __init__(self, expires: float) -> None:
+        self.expires = expires
+        self.waiting = 0  # calls
+        self.link = ""
+        self.error: Exception | None = None
+
+
+class Hosted:
+    """Which contents Replicate's files hold for us."""
+
+    def __init__(self, upload: Callable[[Attachment], str], keep: float = 1800) -> None:
+        self.upload = upload
+        self.keep = keep  # seconds; Replicate keeps a file for an hour at least
+        self.changed = threading.Condition()
+        self.uploads: dict[bytes, Upload] = {}
+
+    def links(self, urls: Iterable[str], flight: Flight) -> dict[str, str]:
+        """Host what data: URLs hold, all of it side by side; the first error counts."""
+        turns = threading.Semaphore(UPLOADS_AT_ONCE)
+        uploads = {url: self.begin(url, turns) for url in urls}
+        try:
+            with flight.waking(self.wake), self.changed:
+                self.changed.wait_for(
+                    lambda: flight.stopped.is_set() or is_over(uploads.values())
+                )
+            flight.check()
+        finally:
+            with self.changed:
+                for upload in uploads.values():
+                    upload.waiting -= 1
+        if error := next((u.error for u in uploads.values() if u.error), None):
+            raise error
+        return {url: upload.link for url, upload in uploads.items()}
+
+    def wake(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def begin(self, url: str, turns: threading.Semaphore) -> Upload:
+        name, now = sha256(url.encode()).digest(), time.monotonic()
+        with self.changed:
+            for old in [n for n, up in self.uploads.items() if now > up.expires]:
+                del self.uploads[old]
+            upload = self.uploads.get(name)
+            if upload is None:
+                upload = Upload(now + self.keep)
+                work = partial(self.send, name, url, upload, turns)
+                threading.Thread(target=work, daemon=True).start()
+                self.uploads[name] = upload
+            upload.waiting += 1
+        return upload
+
+    def send(
+        self, name: bytes, url: str, upload: Upload, turns: threading.Semaphore
+    ) -> None:
+        """Upload when it is its turn, if somebody still waits for it."""
+        try:
+            with turns:
+                if self.is_wanted(name, upload):
+                    upload.link = self.upload(read_attachment(url))
+        except Exception as error:
+            upload.error = error
+        finally:
+            with self.changed:
+                if not upload.link:
+                    self.uploads.pop(name, None)
+                self.changed.notify_all()
+
+    def is_wanted(self, name: bytes, upload: Upload) -> bool:
+        """Nobody can begin to wait for one that is not."""
+        with self.changed:
+            if not upload.waiting:
+                self.uploads.pop(name, None)
+            return upload.waiting > 0
+
+
+def is_over(uploads: Collection[Upload]) -> bool:
+    return any(up.error for up in uploads) or all(up.link for up in uploads)
+
+
+def read_attachment(url: str) -> Attachment:
+    """What a data: URL holds that came by the model's own name for an input."""
+    attached = read_data_url(url)
+    if attached is None:
+        message = f"The data: URL that begins {quoted(url[:40])} can't be read."
+        raise APIError(400, message, code="invalid_value")
+    return attached
+
+
+def data_urls(input: Json) -> list[str]:
+    """Those in an input, wherever they stand."""
+    found: list[str] = []
+    values: list[Any] = [input]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values += value.values()
+        elif isinstance(value, list):
+            values += value
+        elif isinstance(value, str) and DATA_URL.match(value):
+            found.append(value)
+    return found
+
+
+def too_large(urls: Iterable[str]) -> set[str]:
+    """The largest of them, as many as have to go for the rest to stay."""
+    by_size = sorted(urls, key=len)
+    totals = accumulate(map(len, by_size))
+    return {url for url, total in zip(by_size, totals, strict=True) if total > INLINE}
+
+
+def with_links(order: Order, hosted: Hosted, flight: Flight) -> Order:
+    """The order with its large files hosted; what was said as text stays text."""
+    urls = [url for url in data_urls(order.input) if url not in order.prompt]
+    large = too_large(urls)
+    small = linked(order.input, dict.fromkeys(large, "")) if large else order.input
+    size = len(json.dumps(small, ensure_ascii=False).encode())
+    too_long = "This is more than Replicate takes (6 MiB). Send less of it."
+    require(size <= LONGEST, too_long, code="context_length_exceeded")
+    if not large:
+        return order
+    return order._replace(input=linked(order.input, hosted.links(large, flight)))
+
+
+def linked(value: Any, links: Mapping[str, str]) -> Any:
+    """An input with links in the place of data: URLs."""
+    if isinstance(value, dict):
+        return {name: linked(each, links) for name, each in value.items()}
+    if isinstance(value, list):
+        return [linked(each, links) for each in value]
+    return links.get(value, value) if isinstance(value, str) else value
+
+
 # == Upstream ==================================================================
 #
 # Predictions, each followed to its end or cancelled.
@@ -4675,6 +4844,7 @@ class Upstream:
     def run(self, order: Order, flight: Flight, *, wait: bool) -> Events:
         """Create a prediction and tell what it does; `wait` if all of it is wanted."""
         flight.check()
+        order = with_links(order, self.hosted, flight)
         seen = self.api.create(order, wait)
         prediction = Prediction(self, order, flight, seen, waited=wait)
         try:
@@ -5443,7 +5613,7 @@ def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
 
 def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, CHAT, model_id)
-    check_parts(body["messages"])
+    body["messages"] = check_parts(body["messages"])
     check_history(body["messages"])
     model = find_model(proxy.models.current(), body["model"])
     attached = attachments(body["messages"])
@@ -5452,7 +5622,6 @@ def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Repl
     check_places(attached, model, family)
     wanted = Wanted(read_toolbox(body), read_format(body))
     body = asked_for(body, family, wanted)
-    body["messages"] = proxy.upstream.hosted.host_all(body["messages"])
     orders = [chat_order(variant, model, family) for variant in variants(body)]
     return tell(proxy, call, body, orders, CHAT_FORM, wanted)
 

@@ -43,7 +43,17 @@ from replicate import APIStatusError
 
 import fake_replicate
 import proxy
-from fake_replicate import SCENARIOS, FakeReplicate
+from fake_replicate import (
+    NO_FAULT,
+    RESET,
+    SCENARIOS,
+    FakeReplicate,
+    Fault,
+    Reply,
+    make_model,
+    page,
+    problem,
+)
 from proxy import (
     APIError,
     Arguments,
@@ -143,7 +153,6 @@ class FakeUpstream:
     """Plays events, raises what is an exception among them, and remembers."""
 
     def __init__(self, *script):
-        self.hosted = proxy.Hosted(lambda attached: "https://hosted")
         self.schemas = proxy.Schemas(lambda *where: {})
         self.script = script
         self.asked = []
@@ -1208,15 +1217,35 @@ def data_url(content=PNG, kind="image/png"):
     return f"data:{kind};base64,{b64encode(content).decode()}"
 
 
+def checked_url(part):
+    kind = part["type"]
+    checked = proxy.check_part({kind: None, **part}, "messages[0].content[1]")
+    return proxy.url_of(checked)
+
+
+def image_part(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def file_part(**file):
+    return {"type": "file", "file": file}
+
+
+def sound_part(data, format="wav"):
+    return {"type": "input_audio", "input_audio": {"data": data, "format": format}}
+
+
 @table(
     "url, code",
     [
-        ("nothing", "", "invalid_image_url"),
+        ("nothing", "", "empty_string"),
         ("another scheme", "file:///etc/passwd", "invalid_image_url"),
         ("a path", "/etc/passwd", "invalid_image_url"),
         ("no host", "https://", "invalid_image_url"),
         ("no base64", "data:image/png,abc", "invalid_image_url"),
         ("bad base64", "data:image/png;base64,a", "invalid_image_url"),
+        ("no data", "data:image/png;base64", "invalid_image_url"),
+        ("padding inside", "data:image/png;base64,iV==BORw", "invalid_image_url"),
         ("not what it says", data_url(b"GIF89a"), "invalid_image_format"),
         ("no image", data_url(b"%PDF", "application/pdf"), "invalid_image_format"),
         ("SVG", data_url(b"<svg/>", "image/svg+xml"), "invalid_image_format"),
@@ -1224,10 +1253,11 @@ def data_url(content=PNG, kind="image/png"):
     ],
 )
 def test_what_is_no_image_is_refused(url, code):
-    hosted = proxy.Hosted(lambda attached: "https://hosted")
     with pytest.raises(proxy.APIError) as caught:
-        hosted.host(url, is_image=True)
-    assert (caught.value.status, caught.value.code) == (400, code)
+        checked_url(image_part(url))
+    error = caught.value
+    assert (error.status, error.code) == (400, code)
+    assert error.param == "messages[0].content[1].image_url.url"
 
 
 @table(
@@ -1242,26 +1272,40 @@ def test_what_is_no_image_is_refused(url, code):
         ("WebP", data_url(b"RIFF\n\0\0\0WEBPVP8 ", "image/webp")),
     ],
 )
-def test_an_image_that_is_small_stays_where_it_is(url):
-    assert proxy.Hosted(None).host(url, is_image=True) == url
+def test_an_image_is_kept_as_it_is(url):
+    assert checked_url(image_part(url)) == url
 
 
-def test_a_large_image_is_uploaded_once_for_a_while():
-    uploaded = []
+@table(
+    "part, expected",
+    [
+        ("a sound", sound_part("UklGRg=="), "data:audio/wav;base64,UklGRg=="),
+        ("a link", file_part(file_data="https://a.com/b.pdf"), "https://a.com/b.pdf"),
+        (
+            "a file, whose URL is its own",
+            file_part(file_data="data:application/pdf;base64,JVBE", url="https://x"),
+            "data:application/pdf;base64,JVBE",
+        ),
+    ],
+)
+def test_sounds_and_files_are_read(part, expected):
+    assert checked_url(part) == expected
 
-    def upload(attached):
-        uploaded.append(attached)
-        return f"https://hosted/{len(uploaded)}"
 
-    large, other = PNG + b"." * proxy.LARGE, PNG + b"-" * proxy.LARGE
-    hosted = proxy.Hosted(upload)
-    urls = [
-        hosted.host(data_url(each), is_image=True) for each in (large, other, large)
-    ]
-    assert urls == ["https://hosted/1", "https://hosted/2", "https://hosted/1"]
-    assert uploaded[0] == proxy.Attachment("image/png", large)
-    hosted.keep = -1
-    assert hosted.host(data_url(large), is_image=True) == "https://hosted/3"
+@table(
+    "part, code, words",
+    [
+        ("a sound", sound_part("???"), "invalid_value", "to be base64, with"),
+        ("bare base64", file_part(file_data="JVBE"), "invalid_value", "pdf;base64"),
+        ("an id", file_part(file_id="file-1"), "unsupported_parameter", "as file_data"),
+        ("no file", file_part(), "missing_required_parameter", "file_data"),
+    ],
+)
+def test_what_is_no_sound_or_file_is_refused_as_what_it_is(part, code, words):
+    with pytest.raises(proxy.APIError, match=words) as caught:
+        checked_url(part)
+    assert caught.value.code == code
+    assert caught.value.param.startswith(f"messages[0].content[1].{part['type']}.")
 
 
 def chat_order(ref, given, **config):
@@ -5301,6 +5345,292 @@ def test_a_prediction_has_its_types_whatever_was_in_it(value):
     assert proxy.read_usage(seen) == Usage()
 
 
+# == Uploads ===================================================================
+
+
+def large(letter, size=proxy.INLINE):
+    """A data: URL, of an image of its own for each letter."""
+    return data_url(PNG + letter.encode() * size)
+
+
+def order_of(**input):
+    return order("a/b")._replace(input={"prompt": "Hi", **input})
+
+
+class Files:
+    """Plays Replicate's files: an upload waits until it is let go, and may fail."""
+
+    def __init__(self, *failures, held=False):
+        self.failures = list(failures)
+        self.begun = []
+        self.let_go = threading.Event()
+        if not held:
+            self.let_go.set()
+
+    def __call__(self, attached):
+        self.begun.append(attached)
+        assert self.let_go.wait(10)
+        if self.failures:
+            raise self.failures.pop(0)
+        return f"https://hosted/{chr(attached.content[-1])}"
+
+
+def linked(files, order, flight=None):
+    hosted = files if isinstance(files, proxy.Hosted) else proxy.Hosted(files)
+    return proxy.with_links(order, hosted, flight or proxy.Flight()).input
+
+
+@table(
+    "sizes, expected",
+    [
+        ("nothing", [], []),
+        ("a small one", [10], []),
+        ("as large as may be", [proxy.INLINE], []),
+        ("too large", [proxy.INLINE + 1], [proxy.INLINE + 1]),
+        ("the largest", [5, proxy.INLINE, 10], [proxy.INLINE]),
+        (
+            "all that are too many",
+            [proxy.INLINE // 2] * 2 + [proxy.INLINE // 2 + 1],
+            [proxy.INLINE // 2 + 1],
+        ),
+        ("twice the same", [proxy.INLINE, proxy.INLINE], [proxy.INLINE]),
+    ],
+)
+def test_the_largest_go_until_the_rest_may_stay(sizes, expected):
+    found = proxy.too_large(["-" * size for size in sizes])
+    assert sorted(map(len, found)) == expected
+
+
+@table(
+    "input, expected",
+    [
+        ("an image", {"image": large("a")}, {"image": "https://hosted/a"}),
+        (
+            "in a list",
+            {"images": [large("a"), data_url(), large("b"), large("a")]},
+            {"images": [f"https://hosted/{x}" for x in ("a", "", "b", "a")]},
+        ),
+        (
+            "in messages",
+            {"messages": [{"role": "user", "content": [image_part(large("a"))]}]},
+            {
+                "messages": [
+                    {"role": "user", "content": [image_part("https://hosted/a")]}
+                ]
+            },
+        ),
+        (
+            "under another name",
+            {"x": {"y": large("a")}},
+            {"x": {"y": "https://hosted/a"}},
+        ),
+    ],
+)
+def test_what_is_large_becomes_a_link_wherever_it_stands(input, expected):
+    files = Files()
+    told = json.dumps(linked(files, order_of(**input)))
+    small = told.replace(data_url(), "https://hosted/")
+    assert json.loads(small) == {"prompt": "Hi", **expected}
+    assert files.begun[0].kind == "image/png"
+
+
+def test_what_was_said_as_text_stays_text():
+    said = order_of(prompt=large("a"), image=large("b"))._replace(prompt=large("a"))
+    files = Files()
+    assert linked(files, said) == {"prompt": large("a"), "image": "https://hosted/b"}
+
+
+def test_many_small_images_make_no_large_input():
+    images = [large(chr(97 + n % 26), 150_000 + n) for n in range(50)]
+    files = Files()
+    input = linked(files, order_of(images=images))
+    assert len(json.dumps(input)) < proxy.INLINE + 5000
+    assert len(files.begun) == 49
+
+
+@table(
+    "input",
+    [
+        ("text", {"prompt": "\n" * 4 * 2**20}),
+        ("anything", {"x": ["-" * 2**20] * 7, "image": large("a")}),
+    ],
+)
+def test_an_input_too_large_is_refused_before_anything_is_uploaded(input):
+    files = Files()
+    with pytest.raises(proxy.APIError, match="6 MiB") as caught:
+        linked(files, order_of(**input))
+    assert caught.value.code == "context_length_exceeded"
+    assert not files.begun
+
+
+def test_a_content_is_uploaded_once_for_a_while():
+    files = Files()
+    hosted = proxy.Hosted(files)
+    for letter in "aba":
+        assert linked(hosted, order_of(image=large(letter)))["image"][-1] == letter
+    assert len(files.begun) == 2
+    hosted.keep = -1
+    hosted.uploads.clear()
+    for _ in range(2):
+        linked(hosted, order_of(image=large("a")))
+    assert len(files.begun) == 4
+
+
+def test_calls_that_come_together_share_an_upload():
+    files = Files(held=True)
+    hosted = proxy.Hosted(files)
+    with ThreadPoolExecutor(6) as pool:
+        asked = order_of(image=large("a"))
+        calls = [pool.submit(linked, hosted, asked) for _ in range(6)]
+        wait_until(lambda: hosted.uploads)
+        [upload] = hosted.uploads.values()
+        wait_until(lambda: upload.waiting == 6)
+        files.let_go.set()
+        assert {call.result(10)["image"] for call in calls} == {"https://hosted/a"}
+    assert len(files.begun) == 1
+
+
+def test_the_uploads_of_a_call_run_side_by_side():
+    files = Files(held=True)
+    asked = order_of(images=[large(letter) for letter in "abcdefghij"])
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(linked, files, asked)
+        wait_until(lambda: len(files.begun) == proxy.UPLOADS_AT_ONCE)
+        files.let_go.set()
+        assert len(running.result(10)["images"]) == 10
+    assert len(files.begun) == 10
+
+
+def test_a_failed_upload_is_told_to_all_who_wait_and_then_forgotten():
+    files = Files(GONE, held=True)
+    hosted = proxy.Hosted(files)
+    with ThreadPoolExecutor(2) as pool:
+        asked = order_of(image=large("a"))
+        calls = [pool.submit(linked, hosted, asked) for _ in range(2)]
+        wait_until(lambda: [up.waiting for up in hosted.uploads.values()] == [2])
+        files.let_go.set()
+        assert [call.exception(10) for call in calls] == [GONE, GONE]
+    assert linked(hosted, asked)["image"] == "https://hosted/a"
+
+
+def test_what_nobody_waits_for_is_not_uploaded():
+    files, flight = Files(held=True), proxy.Flight()
+    hosted = proxy.Hosted(files)
+    asked = order_of(images=[large(letter) for letter in "abcdefghijkl"])
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(linked, hosted, asked, flight)
+        wait_until(lambda: len(files.begun) == proxy.UPLOADS_AT_ONCE)
+        flight.stop(proxy.Gone())
+        assert isinstance(running.exception(10), proxy.Gone)
+    files.let_go.set()
+    wait_until(lambda: len(hosted.uploads) == proxy.UPLOADS_AT_ONCE)
+    assert len(files.begun) == proxy.UPLOADS_AT_ONCE
+
+
+def test_one_that_was_given_up_is_begun_anew():
+    hosted, given_up = proxy.Hosted(Files()), proxy.Upload(float("inf"))
+    hosted.uploads[b"name"] = given_up
+    assert not hosted.is_wanted(b"name", given_up)
+    assert not hosted.uploads
+
+
+def test_data_that_nobody_can_read_is_refused():
+    url = "data:image/png;base64," + "?" * proxy.INLINE
+    with pytest.raises(proxy.APIError, match="can't be read") as caught:
+        linked(Files(), order_of(image=url))
+    assert (caught.value.status, caught.value.code) == (400, "invalid_value")
+
+
+def show(server, image, **body):
+    asked = {"model": "anthropic/claude-4-sonnet", "messages": seeing(image), **body}
+    key = {"authorization": "Bearer key"}
+    return send(server, "POST", "/v1/chat/completions", asked, key)
+
+
+UPLOADS_FAIL = [
+    ("the token is not accepted", problem(401, "no"), 502, "upstream_authentication"),
+    ("no credit", problem(402, "no"), 429, "insufficient_quota"),
+    ("a rate limit", problem(429, "no"), 429, "rate_limit_exceeded"),
+    ("it is too large", problem(413, "no"), 413, "invalid_value"),
+    ("no such path", problem(404, "no"), 502, "upstream_unavailable"),
+    ("a fault of Replicate's", problem(500, "no"), 502, "upstream_unavailable"),
+    ("a reset", RESET, 502, "upstream_unavailable"),
+    ("a page", page(201, "Hi"), 502, "upstream_unavailable"),
+    *[
+        (
+            f"a link that is {why}",
+            Reply(201, {"urls": urls}),
+            502,
+            "upstream_unavailable",
+        )
+        for why, urls in (
+            ("none", {"get": None}),
+            ("a path", {"get": "/v1/files/x"}),
+            ("elsewhere", {"get": "file:///etc/passwd"}),
+            ("not there", {"x": 1}),
+            ("no object", "abc"),
+        )
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    ("why", "reply", "status", "code"), UPLOADS_FAIL, ids=whys(UPLOADS_FAIL)
+)
+def test_an_upload_that_fails_runs_nothing_and_may_be_tried_again(
+    watched, why, reply, status, code
+):
+    fake, server = watched
+    fake.on_upload = Fault(reply)
+    answer = show(server, large("a"), n=2)
+    assert (answer.status, answer.error["code"]) == (status, code)
+    if code == "upstream_unavailable":
+        assert "could not be handed to Replicate" in answer.error["message"]
+        assert "x-should-retry" not in answer.headers
+    if status == 413:
+        assert answer.error["type"] == "invalid_request_error"
+    assert not fake.creates()
+    fake.on_upload = NO_FAULT
+    assert show(server, large("a")).status == 200
+
+
+def test_nothing_is_uploaded_for_a_call_that_is_refused(watched):
+    fake, server = watched
+    schema = "prompt* str; image uri; random_seed int"
+    fake.models["me/sees"] = make_model("me/sees", schema)
+    answer = show(server, large("a"), model="me/sees", random_seed="x")
+    assert answer.status == 400
+    assert not fake.files
+
+
+def test_a_stream_has_its_head_and_signs_of_life_while_files_are_uploaded(watched):
+    fake, server = watched
+    files = Files(held=True)
+    server.proxy.upstream.hosted.upload = files
+    model = "anthropic/claude-4-sonnet"
+    messages = seeing(large("a"))
+    with start_call(server, model, stream=True, messages=messages) as sock:
+        heard = read_until(sock, b": keep-alive\n\n")
+        assert heard.startswith(b"HTTP/1.1 200 OK")
+        assert not fake.creates()
+        files.let_go.set()
+        read_until(sock, b"[DONE]")
+    assert fake.creates()[0].body["input"]["image"] == "https://hosted/a"
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_hang_up_during_an_upload_creates_nothing(watched, stream):
+    fake, server = watched
+    fake.on_upload = Fault(wait=5)
+    model, messages = "anthropic/claude-4-sonnet", seeing(large("a"))
+    with start_call(server, model, stream=stream, messages=messages):
+        fake.wait_for(lambda: fake.seen)
+    left = time.monotonic()
+    wait_until(lambda: not server.calls)
+    assert time.monotonic() - left < 3
+    assert not fake.creates()
+
+
 # == Upstream ==================================================================
 
 HELLO = "Hello! How can I help you?"
@@ -7926,7 +8256,7 @@ def test_openai_reads_what_was_thought(client):
 
 
 def test_openai_sends_a_large_image_once(client, fake, replicate):
-    image = data_url(PNG + b"." * proxy.LARGE)
+    image = data_url(PNG + b"." * proxy.INLINE)
     for _ in range(2):
         client.chat.completions.create(
             model="anthropic/claude-4-sonnet", messages=seeing(image)
