@@ -1269,8 +1269,8 @@ def find_family(model: Model) -> Family:
 # are checked before anything is done with them. To add a type of part: a row in
 # ATTACHABLE, and one in PART.
 
-LINK = re.compile(r"https?://[^\s/].*", re.IGNORECASE | re.DOTALL)
-IN_BASE64 = re.compile(r"data:([\w.+-]+/[\w.+-]+);base64,([A-Za-z0-9+/=_-]*)")
+LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
+MEDIA_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+")
 SIGNATURES = {
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
     "jpeg": re.compile(rb"\xff\xd8\xff"),
@@ -1363,11 +1363,22 @@ def check_url(url: str, row: Attachable, path: str) -> str:
 
 
 def read_data_url(url: str) -> Attachment | None:
-    """What it holds, if it is one with the right data."""
-    if match := IN_BASE64.fullmatch(url):
+    """Read what browsers read: in any case, with parameters, broken into lines."""
+    head, comma, data = url.partition(",")
+    scheme, _, rest = head.partition(":")
+    kind, *parameters = [word.strip().lower() for word in rest.split(";")]
+    in_base64 = scheme.lower() == "data" and parameters[-1:] == ["base64"]
+    if comma and in_base64 and MEDIA_TYPE.fullmatch(kind):
         with suppress(ValueError):
-            return Attachment(match[1].lower(), b64decode(match[2], validate=True))
+            return Attachment(kind, b64decode(plain_base64(data), validate=True))
     return None
+
+
+def plain_base64(data: str) -> str:
+    """On one line, in the alphabet that is not for URLs, and padded."""
+    line = "".join(unquote(data).split()).replace("-", "+").replace("_", "/")
+    line = line.rstrip("=")
+    return line + "=" * (-len(line) % 4)
 
 
 def is_image(attached: Attachment) -> bool:
@@ -1758,7 +1769,7 @@ class Order(NamedTuple):
 def chat_order(body: Json, model: Model, family: Family) -> Order:
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
     laid_out = {
-        **family.lay_out(body["messages"], family.system),
+        **family.lay_out(unplaced(body["messages"], family.slots), family.system),
         **place(attachments(body["messages"]), family.slots),
     }
     asked = order(body, model, family, laid_out, prompt)
@@ -1833,6 +1844,18 @@ def place(attached: list[tuple[str, str]], slots: Mapping[str, Slot]) -> Json:
         if urls and slot.name:
             placed[slot.name] = urls if slot.as_list else urls[0]
     return placed
+
+
+def unplaced(messages: Messages, slots: Mapping[str, Slot]) -> Messages:
+    """Messages without what has an input of its own: it would be sent twice."""
+    placed = {kind for kind, slot in slots.items() if slot.name}
+
+    def rest(content: str | list[Json]) -> str | list[Json]:
+        if isinstance(content, str):
+            return content
+        return [part for part in content if part["type"] not in placed]
+
+    return [{**message, "content": rest(message["content"])} for message in messages]
 
 
 ABLE = {

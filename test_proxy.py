@@ -27,7 +27,7 @@ from dataclasses import fields, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 import openai
@@ -1242,10 +1242,18 @@ def sound_part(data, format="wav"):
         ("another scheme", "file:///etc/passwd", "invalid_image_url"),
         ("a path", "/etc/passwd", "invalid_image_url"),
         ("no host", "https://", "invalid_image_url"),
+        ("a space in the host", "http://exa mple.com/a.png", "invalid_image_url"),
+        ("a space in the path", "http://example.com/a b.png", "invalid_image_url"),
+        ("lines", "https://example.com/\n\ndata: x", "invalid_image_url"),
         ("no base64", "data:image/png,abc", "invalid_image_url"),
         ("bad base64", "data:image/png;base64,a", "invalid_image_url"),
         ("no data", "data:image/png;base64", "invalid_image_url"),
         ("padding inside", "data:image/png;base64,iV==BORw", "invalid_image_url"),
+        (
+            "lines in its type",
+            "data:image/png\r\nX: y;base64,aaaa",
+            "invalid_image_url",
+        ),
         ("not what it says", data_url(b"GIF89a"), "invalid_image_format"),
         ("no image", data_url(b"%PDF", "application/pdf"), "invalid_image_format"),
         ("SVG", data_url(b"<svg/>", "image/svg+xml"), "invalid_image_format"),
@@ -1276,10 +1284,30 @@ def test_an_image_is_kept_as_it_is(url):
     assert checked_url(image_part(url)) == url
 
 
+IN_BASE64 = b64encode(PNG + b"\xff\xfe\xfb").decode()
+
+
+@table(
+    "url",
+    [
+        ("with a charset", f"data:image/png;charset=utf-8;base64,{IN_BASE64}"),
+        ("with a name", f"data:image/png; name=a.png;base64,{IN_BASE64}"),
+        ("in capitals", f"DATA:IMAGE/PNG;BASE64,{IN_BASE64}"),
+        ("in lines", f"data:image/png;base64,{IN_BASE64[:8]}\r\n {IN_BASE64[8:]}\n"),
+        ("for URLs", "data:image/png;base64," + IN_BASE64.translate({43: 45, 47: 95})),
+        ("unpadded", f"data:image/png;base64,{IN_BASE64.rstrip('=')}"),
+        ("escaped", "data:image/png;base64," + quote(IN_BASE64)),
+    ],
+)
+def test_an_image_is_read_as_browsers_read_it(url):
+    assert url != f"data:image/png;base64,{IN_BASE64}"
+    assert checked_url(image_part(url)) == f"data:image/png;base64,{IN_BASE64}"
+
+
 @table(
     "part, expected",
     [
-        ("a sound", sound_part("UklGRg=="), "data:audio/wav;base64,UklGRg=="),
+        ("a sound", sound_part("UklG\nRg"), "data:audio/wav;base64,UklGRg=="),
         ("a link", file_part(file_data="https://a.com/b.pdf"), "https://a.com/b.pdf"),
         (
             "a file, whose URL is its own",
@@ -2434,6 +2462,25 @@ def test_sound_goes_where_the_model_takes_it():
         "prompt": "",
         "audio": "data:audio/wav;base64,UklGRg==",
     }
+
+
+@table(
+    "properties",
+    [
+        ("sound", {"audio": IMAGE_OUTPUT}),
+        ("a document", {"pdf": IMAGE_OUTPUT}),
+    ],
+)
+def test_what_has_an_input_of_its_own_is_not_in_the_messages_too(properties):
+    family = proxy.read_family(document({"messages": {"type": "array"}, **properties}))
+    url = "data:audio/wav;base64,UklGRg=="
+    parts = {"input_audio": sound_part("UklGRg=="), "file": file_part(file_data=url)}
+    [kind] = family.slots
+    message = {"role": "user", "content": [text_part("Hm?"), parts[kind]]}
+    body = proxy.check({"model": "m", "messages": [message]}, proxy.CHAT)
+    input = proxy.chat_order(body, proxy.Model("m", "a/b"), family).input
+    assert input["messages"] == [{"role": "user", "content": "Hm?"}]
+    assert input[family.slots[kind].name] == url
 
 
 @table(
