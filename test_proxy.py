@@ -5499,6 +5499,7 @@ def test_many_small_images_make_no_large_input():
     "input",
     [
         ("text", {"prompt": "\n" * 4 * 2**20}),
+        ("numbers", {"x": [123456789] * 10**6}),
         ("anything", {"x": ["-" * 2**20] * 7, "image": large("a")}),
     ],
 )
@@ -5508,6 +5509,11 @@ def test_an_input_too_large_is_refused_before_anything_is_uploaded(input):
         linked(files, order_of(**input))
     assert caught.value.code == "context_length_exceeded"
     assert not files.begun
+
+
+def test_an_input_that_just_fits_is_taken():
+    fits = order_of(prompt="-" * (6 * 2**20 - 100))
+    assert linked(Files(), fits) == fits.input
 
 
 def test_a_content_is_uploaded_once_for_a_while():
