@@ -45,6 +45,7 @@ Each section uses only names from those above it.
     JSON        answers that are to be JSON
     Native      what some models know of tools and JSON by themselves
     Flights     how a call in the air is made to stop
+    Transport   connections to Replicate's hosts, for its library and for streams
     Streams     server-sent events as Replicate sends them
     Replicate   its API, and nothing but this section knows its library
     Outputs     what the record of a prediction tells
@@ -4070,13 +4071,217 @@ class Flight:
                 self.wakers.remove(wake)
 
 
-# == Streams ===================================================================
+# == Transport =================================================================
 #
-# Replicate's event streams, read with http.client: this is where a proxy spends
-# its time, token by token, and httpx took twice as much of it when measured.
-# A stream read to its end leaves its connection for the next one.
+# Kept to Replicate's hosts for the next request, by http.client: httpx's own pool
+# is quadratic in its connections, and a token takes twice as long through it. The
+# library is given them as a transport. A GET is safe to repeat; a POST is not.
 
 MOST_IDLE = 100  # connections to one host
+Origin = tuple[str, str]  # scheme, and host with port
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class NotConnected(OSError):
+    """Nothing was sent, as there was no way there."""
+
+
+class Answer(NamedTuple):
+    sock: socket.socket
+    response: http.client.HTTPResponse
+
+
+class Connections:
+    """Idle connections, of which the last used is taken first."""
+
+    def __init__(
+        self, patience: Patience, tls: ssl.SSLContext, keep: float = 60
+    ) -> None:
+        self.patience = patience
+        self.tls = tls
+        self.keep = keep  # seconds that a connection may be idle
+        self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
+
+    def ways(self, origin: Origin) -> Iterator[socket.socket]:
+        """An idle connection if there is one, then a new one. Raise NotConnected."""
+        if idle := self.take(origin):
+            yield idle
+        connection = prepare(origin, self.patience.connect, self.tls)
+        try:
+            connection.connect()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise NotConnected(repr(error)) from error
+        yield connection.sock
+
+    def take(self, origin: Origin) -> socket.socket | None:
+        idle = self.idle[origin]
+        self.trim(idle)
+        with suppress(IndexError):  # another thread was faster
+            while sock := idle.pop()[1]:
+                if not has_input(sock):
+                    return sock
+                sock.close()  # as the other side has done
+        return None
+
+    def ask(
+        self, origin: Origin, method: str, request: bytes, timeout: Any, flight: Flight
+    ) -> Answer:
+        """Raise OSError or HTTPException: NotConnected if nothing was sent."""
+        failure: Exception = NotConnected("no way there")
+        for sock in self.ways(origin):
+            try:
+                with flight.waking(partial(shut, sock)):
+                    return exchange(sock, method, request, timeout)
+            except (OSError, http.client.HTTPException) as error:
+                failure = error
+                flight.check()
+                if method != "GET" or isinstance(error, TimeoutError):
+                    break
+            except Exception:  # the call has stopped
+                sock.close()
+                raise
+        raise failure
+
+    def put_back(self, origin: Origin, answer: Answer) -> None:
+        """Keep the connection if the answer's last bytes are here already."""
+        sock, response = answer
+        with suppress(OSError, http.client.HTTPException, ValueError):
+            if not response.isclosed():
+                sock.settimeout(0.001)
+                response.read1()
+            if response.isclosed() and not response.will_close:
+                idle = self.idle[origin]
+                idle.append((time.monotonic(), sock))
+                self.trim(idle)
+                return
+        response.close()
+        sock.close()
+
+    def trim(self, idle: deque[tuple[float, socket.socket]]) -> None:
+        """Close what is too old, or too much."""
+        oldest = time.monotonic() - self.keep
+        with suppress(IndexError):
+            while idle[0][0] <= oldest or len(idle) > MOST_IDLE:
+                idle.popleft()[1].close()
+
+    def close(self) -> None:
+        for idle in list(self.idle.values()):
+            while idle:
+                with suppress(IndexError):
+                    idle.pop()[1].close()
+
+
+class Transport(httpx.BaseTransport):
+    """How the library's requests go over connections of ours."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.connections = connections
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return self.send(request)
+        except NotConnected as error:
+            raise httpx.ConnectError(str(error), request=request) from error
+        except TimeoutError as error:
+            raise httpx.ReadTimeout(repr(error), request=request) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise httpx.ReadError(repr(error), request=request) from error
+
+    def send(self, request: httpx.Request) -> httpx.Response:
+        method, url = request.method, request.url
+        origin = url.scheme, url.netloc.decode()
+        asked = request_head(method, url.raw_path, request.headers.raw) + request.read()
+        timeout = request.extensions["timeout"]["read"]
+        answer = self.connections.ask(origin, method, asked, timeout, Flight())
+        status, headers = answer.response.status, answer.response.getheaders()
+        try:
+            content = answer.response.read()
+        finally:
+            self.connections.put_back(origin, answer)
+        return httpx.Response(status, headers=headers, content=content)
+
+
+def request_head(method: str, target: bytes, headers: Headers) -> bytes:
+    """Raise HTTPException for what would end a line before its end."""
+    lines = [b"%b %b HTTP/1.1" % (method.encode(), target)]
+    lines += [name + b": " + value for name, value in headers]
+    if re.search(rb"[\r\n\0]", b"".join(lines)):
+        raise http.client.InvalidURL("a line of the request has another in it")
+    return b"\r\n".join([*lines, b"", b""])
+
+
+def exchange(sock: socket.socket, method: str, request: bytes, timeout: Any) -> Answer:
+    """Send a request and read the head of its answer; the body is read by others."""
+    response = http.client.HTTPResponse(sock, method=method)
+    try:
+        sock.settimeout(timeout)
+        sock.sendall(request)
+        response.begin()
+    except BaseException:
+        response.close()
+        sock.close()
+        raise
+    return Answer(sock, response)
+
+
+def has_input(sock: socket.socket) -> bool:
+    """Whether something came that nobody asked for: most often, the end."""
+    sock.settimeout(0)
+    try:
+        socket.socket.recv(sock, 1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def shut(sock: socket.socket) -> None:
+    """End a read in another thread: plainly, as TLS would take its state apart."""
+    with suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def prepare(
+    origin: Origin, timeout: float, tls: ssl.SSLContext
+) -> http.client.HTTPConnection:
+    """Through HTTPS_PROXY where the environment names one, as the SDK does."""
+    url = urlsplit("://".join(origin))
+    host, port = url.hostname or "", url.port
+    if url.scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+    proxy = find_proxy(host)
+    if not proxy.hostname:
+        return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
+    tunnel = http.client.HTTPSConnection(
+        proxy.hostname, proxy.port or 80, timeout=timeout, context=tls
+    )
+    tunnel.set_tunnel(host, port, headers=proxy_authorization(proxy))
+    return tunnel
+
+
+def find_proxy(host: str) -> SplitResult:
+    """Find the proxy on the way to a host, if there is one: http unless it says so."""
+    told = urllib.request.getproxies()
+    url = told.get("https") or told.get("all") or ""
+    if urllib.request.proxy_bypass(host):
+        url = ""
+    return urlsplit(url if "://" in url else f"//{url}")
+
+
+def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
+    if not proxy.username:
+        return {}
+    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
+
+
+# == Streams ===================================================================
+#
+# Replicate's event streams: this is where a proxy spends its time, token by token.
+# A stream read to its end leaves its connection for the next one.
+
 TIMED_OUT = b":408"  # a comment that ends a stream without an end
 
 
@@ -4119,148 +4324,37 @@ class StreamRefused(Exception):
     """A stream could not be had at all."""
 
 
-class Answer(NamedTuple):
-    connection: http.client.HTTPConnection
-    response: http.client.HTTPResponse
-    sock: socket.socket  # which the connection forgets if it is to be closed
-
-
-class Connections:
-    """Idle connections to the hosts that stream: the last used is taken first."""
-
-    def __init__(
-        self, patience: Patience, tls: ssl.SSLContext, keep: float = 60
-    ) -> None:
-        self.patience = patience
-        self.tls = tls
-        self.keep = keep  # seconds that a connection may be idle
-        self.idle: dict[
-            tuple[str, str], deque[tuple[float, http.client.HTTPConnection]]
-        ] = defaultdict(deque)
-
-    @contextmanager
-    def get(
-        self, url: str, headers: dict[str, str], flight: Flight
-    ) -> Iterator[Iterator[bytes]]:
-        """Read a stream in pieces. Raise StreamRefused now or StreamBroken later."""
-        origin = urlsplit(url)
-        answer = self.ask(origin, headers, flight)
-        try:
-            kind, status = (
-                answer.response.getheader("content-type", ""),
-                answer.response.status,
-            )
-            if status != 200 or not kind.startswith("text/event-stream"):
-                raise StreamRefused(f"status {status}, type {kind!r}")
-            with flight.waking(partial(shut, answer.sock)):
-                yield read_pieces(answer.response)
-        finally:
-            self.put_back(origin, answer)
-
-    def ask(self, url: SplitResult, headers: dict[str, str], flight: Flight) -> Answer:
-        """Ask on an idle connection if there is one that lives, else on a new one."""
-        failure: Exception = StreamRefused("no way there")
-        for connection in self.ways(url):
-            connection.sock.settimeout(self.patience.stream)
-            try:
-                with flight.waking(partial(shut, connection.sock)):
-                    return ask(connection, url, headers)
-            except TimeoutError as error:
-                raise StreamBroken(repr(error)) from error
-            except (OSError, http.client.HTTPException) as error:
-                failure = error
-                flight.check()
-            except Exception:  # the call has stopped
-                connection.close()
-                raise
-        raise StreamRefused(repr(failure)) from failure
-
-    def ways(self, url: SplitResult) -> Iterator[http.client.HTTPConnection]:
-        """An idle connection if there is one, and a new one in case that it is dead."""
-        if idle := self.take(url):
-            yield idle
-        connection = self.prepare(url)
-        try:
-            connection.connect()
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise StreamRefused(repr(error)) from error
-        yield connection
-
-    def take(self, url: SplitResult) -> http.client.HTTPConnection | None:
-        idle = self.idle[url.scheme, url.netloc]
-        self.trim(idle)
-        with suppress(IndexError):  # another thread was faster
-            return idle.pop()[1]
-        return None
-
-    def put_back(self, url: SplitResult, answer: Answer) -> None:
-        """Keep the connection if the stream's last bytes are here already."""
-        connection, response, sock = answer
-        with suppress(OSError, http.client.HTTPException, ValueError):
-            if not response.isclosed():
-                sock.settimeout(0.001)
-                response.read1()
-            if connection.sock and response.isclosed():
-                idle = self.idle[url.scheme, url.netloc]
-                idle.append((time.monotonic(), connection))
-                self.trim(idle)
-                return
-        response.close()
-        connection.close()
-
-    def trim(self, idle: deque[tuple[float, http.client.HTTPConnection]]) -> None:
-        """Close what is too old, or too much."""
-        oldest = time.monotonic() - self.keep
-        with suppress(IndexError):
-            while idle[0][0] <= oldest or len(idle) > MOST_IDLE:
-                idle.popleft()[1].close()
-
-    def close(self) -> None:
-        for idle in list(self.idle.values()):
-            while idle:
-                with suppress(IndexError):
-                    idle.pop()[1].close()
-
-    def prepare(self, url: SplitResult) -> http.client.HTTPConnection:
-        """Through HTTPS_PROXY where the environment names one, as the SDK does."""
-        host, port = url.hostname or "", url.port
-        if url.scheme == "http":
-            return http.client.HTTPConnection(host, port, timeout=self.patience.connect)
-        proxy = find_proxy(host)
-        if not proxy.hostname:
-            return http.client.HTTPSConnection(
-                host, port, timeout=self.patience.connect, context=self.tls
-            )
-        tunnel = http.client.HTTPSConnection(
-            proxy.hostname,
-            proxy.port or 80,
-            timeout=self.patience.connect,
-            context=self.tls,
-        )
-        tunnel.set_tunnel(host, port, headers=proxy_authorization(proxy))
-        return tunnel
-
-
-def ask(
-    connection: http.client.HTTPConnection, url: SplitResult, headers: dict[str, str]
-) -> Answer:
-    target, sock = (
-        url._replace(scheme="", netloc="", fragment="").geturl(),
-        connection.sock,
-    )
+@contextmanager
+def open_stream(
+    connections: Connections, url: str, headers: Headers, flight: Flight
+) -> Iterator[Iterator[bytes]]:
+    """Read a stream in pieces. Raise StreamRefused now or StreamBroken later."""
+    origin = urlsplit(url)[:2]
+    answer = ask_for_stream(connections, url, headers, flight)
     try:
-        connection.request("GET", target or "/", headers=headers)
-        return Answer(connection, connection.getresponse(), sock)
-    except BaseException:
-        connection.close()
-        raise
+        response = answer.response
+        kind, status = response.getheader("content-type", ""), response.status
+        if status != 200 or not kind.startswith("text/event-stream"):
+            raise StreamRefused(f"status {status}, type {kind!r}")
+        with flight.waking(partial(shut, answer.sock)):
+            yield read_pieces(response)
+    finally:
+        connections.put_back(origin, answer)
 
 
-def shut(sock: socket.socket) -> None:
-    """End a read in another thread: plainly, as TLS would take its state apart."""
-    with suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+def ask_for_stream(
+    connections: Connections, url: str, headers: Headers, flight: Flight
+) -> Answer:
+    asked, timeout = urlsplit(url), connections.patience.stream
+    target = asked._replace(scheme="", netloc="", fragment="").geturl() or "/"
+    host = b"Host", asked.netloc.encode()
+    try:
+        head = request_head("GET", target.encode(), [host, *headers])
+        return connections.ask(asked[:2], "GET", head, timeout, flight)
+    except TimeoutError as error:
+        raise StreamBroken(repr(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise StreamRefused(repr(error)) from error
 
 
 def read_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -4271,35 +4365,12 @@ def read_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
         raise StreamBroken(repr(error)) from error
 
 
-def find_proxy(host: str) -> SplitResult:
-    """Find the proxy on the way to a host, if there is one: http unless it says so."""
-    told = urllib.request.getproxies()
-    url = told.get("https") or told.get("all") or ""
-    if urllib.request.proxy_bypass(host):
-        url = ""
-    return urlsplit(url if "://" in url else f"//{url}")
-
-
-def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
-    if not proxy.username:
-        return {}
-    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
-
-
 # == Replicate =================================================================
 #
 # Replicate's API through its library, of which nothing else here knows, with
 # what it refuses in the client's terms. To add a refusal: a row in REFUSALS.
 
 TRUSTED_HOST = re.compile(r"(.+\.)?replicate\.(com|net|delivery)")
-UNSENT = (
-    httpx.ConnectError,
-    httpx.ConnectTimeout,
-    httpx.PoolTimeout,
-    httpx.ProxyError,
-    httpx.UnsupportedProtocol,
-)
 
 
 class Refusal(NamedTuple):
@@ -4341,32 +4412,27 @@ WAITS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 
 
 class ReplicateAPI:
-    """The SDK to create, look and cancel, and connections to stream from."""
+    """The SDK to create, look and cancel, over the connections that it streams from."""
 
     def __init__(self, settings: Settings, patience: Patience) -> None:
         self.token = settings.replicate_api_token.strip()
         self.base = urlsplit(settings.replicate_base_url.rstrip("/"))
         self.time_limit = settings.prediction_timeout
         self.patience = patience
-        # Few idle connections, as httpx's pool is quadratic in them: a create took
-        # 0.5 ms with one of them and 14 ms with 200. No retries: a second bill.
-        limits = httpx.Limits(
-            max_connections=None, max_keepalive_connections=10, keepalive_expiry=60
-        )
         tls = httpx.create_ssl_context()  # takes 20 ms: one for all
+        self.connections = Connections(patience, tls)
         self.client = Replicate(
             bearer_token=self.token,
             base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
-            max_retries=0,
+            max_retries=0,  # a create would be a second bill
             timeout=httpx.Timeout(patience.create, connect=patience.connect),
-            http_client=DefaultHttpxClient(limits=limits, verify=tls),
+            http_client=DefaultHttpxClient(transport=Transport(self.connections)),
         )
-        self.streams = Connections(patience, tls)
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
 
     def close(self) -> None:
         self.client.close()
-        self.streams.close()
+        self.connections.close()
 
     def create(self, order: Order, wait: bool) -> Json:
         """A create that was refused is sent again, with a community model's version."""
@@ -4453,12 +4519,12 @@ class ReplicateAPI:
     def open_stream(
         self, url: str, flight: Flight
     ) -> AbstractContextManager[Iterator[bytes]]:
-        headers = {
-            "Authorization": f"Bearer {self.token}",
-            "Accept": "text/event-stream",
-            "Cache-Control": "no-store",
-        }
-        return self.streams.get(url, headers, flight)
+        headers = [
+            (b"Authorization", f"Bearer {self.token}".encode()),
+            (b"Accept", b"text/event-stream"),
+            (b"Cache-Control", b"no-store"),
+        ]
+        return open_stream(self.connections, url, headers, flight)
 
     def may_stream_from(self, url: str) -> bool:
         """The token goes to Replicate's hosts alone, whatever an answer says."""
@@ -4480,7 +4546,7 @@ class ReplicateAPI:
         except APIStatusError as error:
             raise refusal(error, order, self.token) from None
         except (ReplicateError, httpx.HTTPError, NoObject) as error:
-            if isinstance(error.__cause__, UNSENT):
+            if isinstance(error.__cause__, httpx.ConnectError):
                 message = "Replicate can't be reached from the proxy. Try again later."
                 raise APIError(502, message, code="upstream_unavailable") from None
             raise APIError(

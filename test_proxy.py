@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import gzip
 import http.client
 import inspect
 import json
@@ -4856,6 +4857,130 @@ def test_a_flight_wakes_those_it_may_and_only_while_they_work():
     assert woken == ["late"]
 
 
+# == Transport =================================================================
+
+
+class Host(socketserver.ThreadingTCPServer):
+    """Says the same to each request, and counts who connects."""
+
+    daemon_threads = True
+
+    def __init__(self, says, hangs_up=False, most=None):
+        self.says = says
+        self.hangs_up = hangs_up
+        self.most = most  # answers on a connection; the next request is its end
+        self.connected = 0
+        super().__init__(("127.0.0.1", 0), HostHandler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1/streams/x?y=z"
+
+
+class HostHandler(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.server.connected += 1
+        answered = 0
+        for line in self.rfile:
+            if line == b"\r\n":
+                if answered == self.server.most:
+                    return
+                answered += 1
+                self.wfile.write(self.server.says)
+                if self.server.hangs_up:
+                    return
+
+
+@contextmanager
+def hosting(says, hangs_up=False, most=None):
+    with Host(says, hangs_up, most) as host:
+        thread = threading.Thread(target=host.serve_forever, args=[0.01])
+        thread.start()
+        try:
+            yield host
+        finally:
+            host.shutdown()
+            thread.join()
+
+
+TLS = httpx.create_ssl_context()
+
+
+def connections_for(seconds, keep=60):
+    return proxy.Connections(proxy.Patience(stream=seconds), TLS, keep)
+
+
+def answering(text, status=b"201 Created", more=b""):
+    head = b"HTTP/1.1 %b\r\n%bcontent-length: %d\r\n\r\n" % (status, more, len(text))
+    return head + text
+
+
+def post(connections, url):
+    with httpx.Client(transport=proxy.Transport(connections)) as client:
+        return client.post(url, json={"a": 1})
+
+
+def test_requests_in_turn_share_a_connection():
+    with (
+        hosting(answering(b"{}")) as host,
+        closing(connections_for(5)) as connections,
+    ):
+        assert [post(connections, host.url).json() for _ in range(5)] == [{}] * 5
+        assert host.connected == 1
+
+
+def test_a_connection_that_was_closed_takes_no_request():
+    with (
+        hosting(answering(b"{}"), hangs_up=True) as host,
+        closing(connections_for(5)) as connections,
+    ):
+        for _ in range(3):
+            assert post(connections, host.url).status_code == 201
+            for idle in connections.idle.values():
+                assert all(is_over(sock) for _, sock in idle)
+        assert host.connected == 3
+
+
+def is_over(sock):
+    sock.settimeout(10)
+    return sock.recv(1, socket.MSG_PEEK) == b""
+
+
+def test_a_post_that_may_have_arrived_is_not_sent_again():
+    with (
+        hosting(answering(b"{}"), most=1) as host,
+        closing(connections_for(5)) as connections,
+    ):
+        post(connections, host.url)
+        with pytest.raises(httpx.ReadError):
+            post(connections, host.url)
+        assert host.connected == 1
+
+
+def test_a_request_that_could_not_be_sent_is_told_apart():
+    with (
+        closing(connections_for(5)) as connections,
+        pytest.raises(httpx.ConnectError),
+    ):
+        post(connections, f"http://127.0.0.1:{free_port()}/")
+
+
+def test_an_answer_may_be_compressed():
+    text = gzip.compress(b'{"a": "b"}')
+    with (
+        hosting(answering(text, more=b"content-encoding: gzip\r\n")) as host,
+        closing(connections_for(5)) as connections,
+    ):
+        assert post(connections, host.url).json() == {"a": "b"}
+
+
+@pytest.mark.parametrize("bad", [b"a\r\nb", b"a\nb", b"a\rb", b"\0"])
+def test_no_line_of_a_request_holds_another(bad):
+    for target, headers in ((bad, []), (b"/", [(b"x", bad)]), (b"/", [(bad, b"x")])):
+        with pytest.raises(http.client.InvalidURL):
+            proxy.request_head("GET", target, headers)
+
+
 # == Streams ===================================================================
 
 
@@ -4940,59 +5065,14 @@ def test_an_event_is_told_as_soon_as_its_bytes_are_here():
     assert next(proxy.server_sent(pieces())) == ("", "a")
 
 
-class StreamHost(socketserver.ThreadingTCPServer):
-    """Says the same to each request, and counts who connects."""
-
-    daemon_threads = True
-
-    def __init__(self, says, hangs_up=False):
-        self.says = says
-        self.hangs_up = hangs_up
-        self.connected = 0
-        super().__init__(("127.0.0.1", 0), StreamHandler)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1/streams/x?y=z"
-
-
-class StreamHandler(socketserver.StreamRequestHandler):
-    def handle(self):
-        self.server.connected += 1
-        for line in self.rfile:
-            if line == b"\r\n":
-                self.wfile.write(self.server.says)
-                if self.server.hangs_up:
-                    return
-
-
-@contextmanager
-def hosting(says, hangs_up=False):
-    with StreamHost(says, hangs_up) as host:
-        thread = threading.Thread(target=host.serve_forever, args=[0.01])
-        thread.start()
-        try:
-            yield host
-        finally:
-            host.shutdown()
-            thread.join()
-
-
 def stream_of(*pieces, end=b"0\r\n\r\n", kind=b"text/event-stream", status=b"200 OK"):
     head = b"HTTP/1.1 %b\r\ncontent-type: %b\r\n" % (status, kind)
     chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
     return head + b"transfer-encoding: chunked\r\n\r\n" + b"".join(chunks) + end
 
 
-TLS = httpx.create_ssl_context()
-
-
-def connections_for(seconds, keep=60):
-    return proxy.Connections(proxy.Patience(stream=seconds), TLS, keep)
-
-
 def read_stream(connections, url):
-    with connections.get(url, {}, proxy.Flight()) as pieces:
+    with proxy.open_stream(connections, url, [], proxy.Flight()) as pieces:
         return b"".join(pieces)
 
 
@@ -5031,7 +5111,7 @@ def test_a_stream_that_was_left_leaves_nothing_to_the_next():
         closing(connections_for(5)) as connections,
     ):
         for _ in range(2):
-            with connections.get(host.url, {}, proxy.Flight()) as pieces:
+            with proxy.open_stream(connections, host.url, [], proxy.Flight()) as pieces:
                 assert next(pieces) == b"data: a\n\n"
         assert not any(connections.idle.values())
 
@@ -5077,7 +5157,7 @@ def test_a_stream_that_ends_before_its_end_is_broken(why, hangs_up, told):
     with (
         hosting(stream_of(b"data: a\n\n", end=b"ff\r\nda"), hangs_up) as host,
         closing(connections_for(0.2)) as connections,
-        connections.get(host.url, {}, proxy.Flight()) as pieces,
+        proxy.open_stream(connections, host.url, [], proxy.Flight()) as pieces,
     ):
         assert next(pieces).startswith(b"data: a\n\n")
         with pytest.raises(proxy.StreamBroken, match=told):
@@ -5130,8 +5210,7 @@ def test_streams_go_through_the_proxy_of_the_environment(
     for name, value in environ.items():
         monkeypatch.delenv(name.lower())
         monkeypatch.setenv(name, value)
-    url = proxy.urlsplit("https://stream.replicate.com/v1/streams/x")
-    tunnel = connections_for(5).prepare(url)
+    tunnel = proxy.prepare(("https", "stream.replicate.com"), 5, TLS)
     assert (tunnel.host, tunnel.port, tunnel._tunnel_host) == expected
     wanted = AUTHORIZED if "me:" in str(environ) else {}
     sent = {name: tunnel._tunnel_headers.get(name) for name in wanted}
@@ -5144,7 +5223,7 @@ def test_closing_ends_what_is_idle():
         read_stream(connections, host.url)
         [[(_, idle)]] = connections.idle.values()
         connections.close()
-        assert idle.sock is None
+        assert idle.fileno() == -1
 
 
 # == Replicate =================================================================
@@ -7581,10 +7660,10 @@ def test_two_servers_with_other_settings_live_in_one_process(fake, settings, tmp
 def test_a_server_that_is_closed_leaves_no_connection(fake, settings):
     with serving(settings) as server:
         assert chat(server, "hello", stream=True).status == 200
-        streams = server.api.streams.idle.values()
-        fake.wait_for(lambda: any(streams))
-        connections = [connection for idle in streams for _, connection in idle]
-    assert [connection.sock for connection in connections] == [None]
+        kept = server.api.connections.idle.values()
+        fake.wait_for(lambda: any(kept))
+        connections = [connection for idle in kept for _, connection in idle]
+    assert {connection.fileno() for connection in connections} == {-1}
     assert server.api.client.is_closed()
 
 
