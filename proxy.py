@@ -111,6 +111,7 @@ from functools import lru_cache, partial
 from graphlib import CycleError, TopologicalSorter
 from hashlib import sha256
 from hmac import compare_digest
+from html import escape
 from http.server import ThreadingHTTPServer
 from itertools import accumulate, groupby, islice, takewhile
 from math import isfinite
@@ -872,18 +873,36 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
 
 # == Layouts ===================================================================
 #
-# How a conversation becomes what a kind of model reads. Nothing in a text can
-# close its turn or open another: what the layout would take for a sign of its
-# own gets a zero-width space after its first character. To add a layout: a
+# How a conversation becomes what a kind of model reads. To add a layout: a
 # function from messages and the input (or role) for system text to inputs.
+#
+# No text closes its turn or opens another, whoever wrote it: what would be a
+# sign gets a zero-width space after its first character. TOKENS, the control
+# tokens of the templates we know, are signs everywhere, in names and calls too.
+# LABEL_SIGNS are signs in what shares a prompt with others: in a transcript, and
+# in a system text on top of a prompt and what is below it. A lone question that
+# fills its prompt, and a system text in a field of its own, keep their labels.
+# Not covered are look-alikes: a label within a line, in letters that only look
+# like it, without a colon or by another name ("Me:", "### Response"). Nothing
+# is done to the prompt of a completion, unless it has to go as a message.
 
 Messages = list[Json]
 Turns = list[tuple[str, str]]  # each a role and a text
 
 LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
-LABEL_SIGNS = re.compile(r"(?m)^(User|Assistant|System):")
-LLAMA_2_SIGNS = re.compile(r"\[/?INST\]|<</?SYS>>|</?s>")
-HEADER_SIGNS = re.compile(r"<\|[^|\s]*\|>|\{(system_)?prompt\}")
+BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # what may end a line: see splitlines
+LABEL_SIGNS = re.compile(  # spaces and Markdown may be around it, but no JSON
+    rf"(?i)(?:\A|(?<=[{BREAKS}]))[^\w{BREAKS}{{]*_*"
+    rf"(?=(?:user|human|assistant|system)_*[^\w{BREAKS}\"']*[:：])."
+)
+TOKENS = re.compile(
+    r"<(?=[|｜][^|｜\s<>]*[|｜]>"  # ChatML, Llama 3 and 4, DeepSeek, Kimi, gpt-oss …
+    r"|/?s>|</?SYS>>"  # Llama 2, Mistral
+    r"|(?:start|end)_of_turn>|[be]os>)"  # Gemma
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|(?:BOS|EOS|EOT|PAD)\])"  # Kimi
+)
+PLACEHOLDERS = re.compile(r"\{(?=(?:system_)?prompt\})")
 WORDS = ("text", "refusal")  # the parts of a message that are text
 AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
 
@@ -892,11 +911,34 @@ def text_of(content: str | list[Json]) -> str:
     """The text of a message; its parts follow one another without a gap."""
     if isinstance(content, str):
         return content
-    return "".join(part.get("text") or part.get("refusal") or "" for part in content)
+    said = (part for part in content if part["type"] in WORDS)
+    return "".join(part.get(part["type"]) or "" for part in said)
 
 
-def defused(text: str, signs: re.Pattern[str]) -> str:
-    return signs.sub(lambda sign: f"{sign[0][0]}\u200b{sign[0][1:]}", text)
+def defused(text: str, *signs: re.Pattern[str]) -> str:
+    """Each sign matches up to its first character, and looks ahead at the rest."""
+    for sign in signs:
+        text = sign.sub("\\g<0>\u200b", text)
+    return text
+
+
+def defused_content(
+    content: str | list[Json], *signs: re.Pattern[str]
+) -> str | list[Json]:
+    """The text of a message defused, and nothing else of its parts."""
+    if isinstance(content, str):
+        return defused(content, *signs)
+    parts = [
+        {
+            name: defused(said, *signs) if name in WORDS and said else said
+            for name, said in part.items()
+        }
+        for part in content
+    ]
+    if defused(text_of(parts), *signs) == text_of(parts):
+        return parts
+    gap = {"type": "text", "text": "\u200b"}  # they make a sign together
+    return [each for part in parts for each in (part, gap)]
 
 
 def split_system(messages: Messages) -> tuple[str, Turns]:
@@ -933,9 +975,12 @@ def with_system(told: str, prompt: str, system: str) -> Json:
 def lay_out_transcript(messages: Messages, system: str) -> Json:
     """A conversation as a play is written; one lone question stays as it is."""
     told, turns = split_system(messages)
+    shared = (LABEL_SIGNS, TOKENS)
+    told = defused(told, *((TOKENS,) if system else shared))
     if is_lone(turns):
-        return with_system(told, turns[0][1], system)
-    lines = [f"{LABELS[role]}: {defused(text, LABEL_SIGNS)}" for role, text in turns]
+        signs = shared if told and not system else (TOKENS,)
+        return with_system(told, defused(turns[0][1], *signs), system)
+    lines = [f"{LABELS[role]}: {defused(text, *shared)}" for role, text in turns]
     if turns[-1][0] != "assistant":
         lines.append("Assistant:")
     return with_system(told, "\n\n".join(lines), system)
@@ -944,9 +989,9 @@ def lay_out_transcript(messages: Messages, system: str) -> Json:
 def lay_out_llama_2(messages: Messages, system: str) -> Json:
     """Turns as Replicate's page for llama-2-70b-chat gives them: it wraps the rest."""
     told, turns = split_system(messages)
-    told = defused(told, LLAMA_2_SIGNS)
+    told = defused(told, TOKENS)
     turns = joined(
-        ("user" if role == "system" else role, defused(text, LLAMA_2_SIGNS))
+        ("user" if role == "system" else role, defused(text, TOKENS))
         for role, text in turns
     )
     if is_lone(turns):
@@ -965,7 +1010,7 @@ def lay_out_headers(
     if told:
         turns.insert(0, ("system", told))
     parts = [
-        f"{start}{role}{end}\n\n{defused(text, HEADER_SIGNS)}{stop}"
+        f"{start}{role}{end}\n\n{defused(text, TOKENS, PLACEHOLDERS)}{stop}"
         for role, text in turns
     ]
     if turns[-1][0] == "assistant":
@@ -988,7 +1033,7 @@ def lay_out_messages(messages: Messages, system: str) -> Json:
     names = {"developer": system, "system": system}
     told = [
         {
-            **message,
+            **without_tokens({**message, "content": None}),
             "role": names.get(message["role"], message["role"]),
             "content": content_of(message),
         }
@@ -1001,34 +1046,25 @@ def content_of(message: Json) -> str | list[Json]:
     """Parts only where there is more than text: every model knows a string."""
     content = message["content"]
     if isinstance(content, str) or all(part["type"] in WORDS for part in content):
-        return text_of(content)
-    return [without_nulls(part) for part in content]
+        return defused(text_of(content), TOKENS)
+    return defused_content([without_nulls(part) for part in content], TOKENS)
+
+
+def without_tokens(value: Any) -> Any:
+    """All the text in a value defused: names, ids and arguments."""
+    if isinstance(value, dict):
+        return {name: without_tokens(inside) for name, inside in value.items()}
+    if isinstance(value, list):
+        return [without_tokens(inside) for inside in value]
+    return defused(value, TOKENS) if isinstance(value, str) else value
 
 
 def lay_out_granite(messages: Messages, system: str) -> Json:
-    """Its template is written around the texts as they are, so they are defused."""
+    """Messages whose content is text alone."""
     plain = [
-        {
-            **message,
-            "content": defused(text_of(message["content"]), HEADER_SIGNS),
-            "tool_calls": defused_calls(message.get("tool_calls")),
-        }
-        for message in messages
+        {**message, "content": text_of(message["content"])} for message in messages
     ]
     return lay_out_messages(plain, system)
-
-
-def defused_calls(calls: list[Json] | None) -> list[Json] | None:
-    return calls and [
-        {
-            **call,
-            "function": {
-                name: defused(text, HEADER_SIGNS)
-                for name, text in call["function"].items()
-            },
-        }
-        for call in calls
-    ]
 
 
 def without_nulls(message: Json) -> Json:
@@ -1038,8 +1074,9 @@ def without_nulls(message: Json) -> Json:
 def lay_out_items(messages: Messages, system: str) -> Json:
     """Items of OpenAI's Responses API: calls and their results are some too."""
     first = list(takewhile(lambda m: m["role"] in ("system", "developer"), messages))
-    told = "\n\n".join(text_of(message["content"]) for message in first)
+    told = defused("\n\n".join(text_of(m["content"]) for m in first), TOKENS)
     said = [item for message in messages[len(first) :] for item in items_of(message)]
+    said = without_tokens(said)
     if not said:
         return {"input_item_list": [{"role": "user", "content": told}]}
     return {"input_item_list": said, **({system: told} if told else {})}
@@ -3002,7 +3039,10 @@ def outline(schema: Json, depth: int = 0) -> Json:
 #
 # Calls and their results in a conversation, checked for belonging together, and
 # told in the form that a model was taught to call in. What is attached to them
-# stays beside their text.
+# stays beside their text. Results stand in the turn of the user, so what looks
+# like one in any text gets a zero-width space.
+
+RESULTS = re.compile(r"(?i)<(?=[\s/]*tool_response)")
 
 NO_CALL_BEFORE = (
     "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
@@ -3101,11 +3141,11 @@ def told_message(message: Json) -> Json:
     functions = [call["function"] for call in message.get("tool_calls") or []]
     if message.get("function_call"):
         functions.append(message["function_call"])
+    content = message.get("content") or ""
     if not functions:
-        return message
-    said = text_of(message.get("content") or "")
-    lines = [said, *map(told_call, functions)]
-    parts = beside("\n".join(filter(None, lines)), message)
+        return {**message, "content": defused_content(content, RESULTS)}
+    lines = filter(None, [text_of(content), *map(told_call, functions)])
+    parts = beside(defused("\n".join(lines), RESULTS), message)
     return {"role": message["role"], "content": simplest(parts)}
 
 
@@ -3126,16 +3166,15 @@ def simplest(parts: list[Json]) -> str | list[Json]:
 def told_call(function: Json) -> str:
     name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
     arguments = text if parsed(text) is not None else json.dumps(text)
+    arguments = arguments.replace("</tool_call", r"<\/tool_call")  # the same in JSON
     return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
 
 
 def told_result(message: Json, names: Mapping[str, str]) -> str:
-    """A zero-width space keeps a result from closing itself."""
     id = message.get("tool_call_id")
     name = names[id] if id else message.get("name") or ""
-    of = f' name="{name}"' + (f' id="{id}"' if id else "")
-    text = text_of(message.get("content") or "")
-    text = text.replace("</tool_response", "<\u200b/tool_response")
+    of = f' name="{escape(name)}"' + (f' id="{escape(id)}"' if id else "")
+    text = defused(text_of(message.get("content") or ""), RESULTS)
     return f"<tool_response{of}>\n{text}\n</tool_response>"
 
 
