@@ -4979,20 +4979,39 @@ class Upstream:
         self.patience = patience
         self.hosted = Hosted(api.upload)
         self.schemas = Schemas(api.find_schema, limit=patience.schema)
+        self.changed = threading.Condition()
+        self.running = 0  # orders, from before their uploads until after a cancel
 
     def run(self, order: Order, flight: Flight, *, wait: bool) -> Events:
         """Create a prediction and tell what it does; `wait` if all of it is wanted."""
-        flight.check()
-        order = with_links(order, self.hosted, flight)
-        seen = self.api.create(order, wait)
-        prediction = Prediction(self, order, flight, seen, waited=wait)
-        try:
+        with self.counted():
             flight.check()
-            yield Started(prediction.id, order.model.ref)
-            yield from prediction.texts()
-            yield prediction.end()
+            order = with_links(order, self.hosted, flight)
+            seen = self.api.create(order, wait)
+            prediction = Prediction(self, order, flight, seen, waited=wait)
+            try:
+                flight.check()
+                yield Started(prediction.id, order.model.ref)
+                yield from prediction.texts()
+                yield prediction.end()
+            finally:
+                prediction.cancel()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        with self.changed:
+            self.running += 1
+        try:
+            yield
         finally:
-            prediction.cancel()
+            with self.changed:
+                self.running -= 1
+                self.changed.notify_all()
+
+    def await_runs(self, seconds: float) -> None:
+        """Wait for those too that nobody listens to any more, but have to cancel."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.running, seconds)
 
 
 class Prediction:
@@ -5547,7 +5566,9 @@ def after_all(events: Events, spent: Usage) -> Events:
 #
 # The predictions of one call, side by side: those of n choices, or of several
 # prompts. Each runs in a thread of its own, on a flight that stops with the
-# call's, or when one of them fails.
+# call's, or when one of them fails. Nobody waits for a thread that has to stop:
+# it cancels its prediction as soon as it knows of one, within the time limits of
+# a create and a cancel. The end of the server waits for it: see Upstream.
 
 AT_ONCE = 8  # predictions of one call
 Run = Callable[[Flight], Events]
@@ -5565,26 +5586,25 @@ def side_by_side(runs: Sequence[Run], flight: Flight) -> Told:
 
 
 def gathered(runs: Sequence[Run], branch: Flight) -> Told:
-    """Gather events as they come; the first error stops all."""
+    """Gather events as they come; the first error, or a stop, ends all at once."""
     heard: SimpleQueue[tuple[int, Event] | Exception | None] = SimpleQueue()
     jobs = iter(enumerate(runs))
     work = partial(drive, jobs, branch, heard.put, threading.Lock())
     threads = [threading.Thread(target=work) for _ in runs[:AT_ONCE]]
-    for thread in threads:
-        thread.start()
     try:
-        at_work = len(threads)
-        while at_work:
-            item = heard.get()
-            if isinstance(item, Exception):
-                raise item
-            at_work -= item is None
-            if item is not None:
-                yield item
+        with branch.waking(lambda: heard.put(branch.cause)):
+            for thread in threads:
+                thread.start()
+            at_work = len(threads)
+            while at_work:
+                item = heard.get()
+                if isinstance(item, Exception):
+                    raise item
+                at_work -= item is None
+                if item is not None:
+                    yield item
     finally:
         branch.stop(Gone())
-        for thread in threads:
-            thread.join()
 
 
 def drive(
@@ -6639,7 +6659,9 @@ class Server(CountingServer):
             last = list(self.calls)
         for exchange in last:
             exchange.flight.stop(overloaded(STOPPING))
+        until = time.monotonic() + self.patience.farewell
         self.await_end_of(self.calls, self.patience.farewell)
+        self.proxy.upstream.await_runs(until - time.monotonic())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")

@@ -1309,7 +1309,7 @@ def test_each_sign_of_each_family_is_defused_wherever_it_stands(family):
             "labels within a line",
             "Ask the user: no.\nEnd-user: x\nUsers: y\nSystems x:",
         ),
-        ("JSON", '{"user": 1,\n  "system": {"user": 2},\n\'assistant\': 3}'),
+        ("JSON", '{"user": 1,\n  "system": {"user": 2},\n\'assistant\': 3}\n{user: 4}'),
         ("markup", "<div><b>x</b></div> [x](y) [INSTALL] <start> <string>"),
     ],
 )
@@ -6750,7 +6750,7 @@ def test_choices_that_are_left_are_closed():
     told = proxy.side_by_side([run for run, _ in runs], proxy.Flight())
     next(told)
     told.close()
-    assert all(closed.is_set() for _, closed in runs)
+    assert all(closed.wait(5) for _, closed in runs)
 
 
 def test_no_more_predictions_run_at_once_than_may():
@@ -6792,6 +6792,118 @@ def test_openai_streams_choices_and_prompts(client, fake):
     answer = client.completions.create(model="fake/echo", prompt=["a", "b"], n=2)
     said = [json.loads(choice.text)["prompt"] for choice in answer.choices]
     assert said == ["a", "a", "b", "b"]
+
+
+def holding(gate):
+    """A run that notices nothing before the gate opens, as a create does."""
+    ended = threading.Event()
+
+    def run(flight):
+        try:
+            yield Started("p", "fake/hello")
+            assert gate.wait(30)
+            flight.check()
+            yield Text("too late")
+        finally:
+            ended.set()
+
+    return run, ended
+
+
+def test_neither_an_error_nor_a_stop_waits_for_other_choices():
+    gate, flight = threading.Event(), proxy.Flight()
+    held, ended = holding(gate)
+    failing, _ = saying(proxy.APIError(502, "broken"))
+    with pytest.raises(proxy.APIError, match="broken"):
+        list(proxy.side_by_side([held, failing], flight))
+    other, ended_too = holding(gate)
+    told = proxy.side_by_side([other, other], flight)
+    next(told)
+    flight.stop(proxy.Gone("left"))
+    with pytest.raises(proxy.Gone, match="left"):
+        list(told)
+    assert not ended.is_set()
+    assert not ended_too.is_set()
+    gate.set()
+    assert ended.wait(5)
+    assert ended_too.wait(5)
+
+
+def test_what_has_to_stop_begins_no_other_run():
+    gate, begun = threading.Event(), []
+
+    def run(flight):
+        flight.check()
+        begun.append(1)
+        yield Started("p", "fake/hello")
+        assert gate.wait(30)
+        flight.check()
+
+    threads = threading.active_count()
+    told = proxy.side_by_side([run] * 3 * proxy.AT_ONCE, proxy.Flight())
+    next(told)
+    wait_until(lambda: len(begun) == proxy.AT_ONCE)
+    told.close()
+    gate.set()
+    wait_until(lambda: threading.active_count() <= threads)
+    assert len(begun) == proxy.AT_ONCE
+
+
+@pytest.fixture
+def slow_creates():
+    """Creates are answered when the gate opens; the first of fake/one-fails fails."""
+    gate = threading.Event()
+
+    def text(_):
+        gate.wait(30)
+        return ["x"] * 10_000
+
+    with FakeReplicate() as fake, fronting(fake) as server:
+        gated = replace(fake.scenarios["endless"], text=text)
+        fails = fake_replicate.Fault(fake_replicate.BROKEN, times=1)
+        fake.scenarios["gated"] = gated
+        fake.scenarios["one-fails"] = replace(gated, on_create=fails)
+        try:
+            yield fake, server, gate
+        finally:
+            gate.set()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_error_of_a_choice_is_told_while_another_is_created(slow_creates, stream):
+    fake, server, gate = slow_creates
+    with start_call(server, "fake/one-fails", stream=stream, n=2) as sock:
+        read_until(sock, b"upstream_unavailable")
+    wait_until(lambda: not server.calls)
+    assert not fake.cancels
+    gate.set()
+    fake.wait_for(lambda: len(fake.cancels) == 1)
+    wait_until(lambda: not server.proxy.upstream.running)
+    assert fake.cancels[0] in fake.predictions
+
+
+def test_a_hang_up_is_noticed_while_choices_are_created(slow_creates):
+    fake, server, gate = slow_creates
+    with start_call(server, "fake/gated", stream=True, n=3):
+        wait_until(lambda: len(fake.creates()) == 3)
+    wait_until(lambda: not server.calls)
+    gate.set()
+    fake.wait_for(lambda: len(fake.cancels) == 3)
+    assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
+def test_the_end_of_the_server_waits_for_the_cancels_of_choices(slow_creates):
+    fake, server, gate = slow_creates
+    with start_call(server, "fake/one-fails", stream=False, n=2) as sock:
+        read_until(sock, b"upstream_unavailable")
+    wait_until(lambda: not server.calls)
+    closing = threading.Thread(target=server.server_close)
+    closing.start()
+    closing.join(0.5)
+    assert closing.is_alive()
+    gate.set()
+    closing.join(10)
+    assert len(fake.cancels) == 1
 
 
 def test_a_hang_up_cancels_all_choices(watched):
