@@ -2101,7 +2101,8 @@ ALPHABET = string.ascii_letters + string.digits
 
 
 def random_id(prefix: str, length: int) -> str:
-    return prefix + "".join(secrets.choice(ALPHABET) for _ in range(length))
+    picks = secrets.token_bytes(length)
+    return prefix + "".join(ALPHABET[pick % len(ALPHABET)] for pick in picks)
 
 
 def stop_at(events: Events, stops: Sequence[str]) -> Events:
@@ -2207,6 +2208,9 @@ def part_thoughts(events: Events, thinks: bool) -> Events:
                 if isinstance(event, Done):
                     yield from inside.end(event.finish_reason)
                 yield event
+            if inside.tell == inside.after:
+                break
+        yield from events
 
 
 class Tagged:
@@ -2406,8 +2410,8 @@ VALUE_TYPES = {
 }
 
 
-def compact(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+# One encoder for all: json.dumps would make another for each value.
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Wording(NamedTuple):
@@ -5213,7 +5217,7 @@ class Prediction:
 # as they were recorded, with its nulls.
 
 Told = Generator[tuple[int, Event], None, None]  # with the index of its choice
-Chunks = Generator[list[Json], None, None]
+Frames = Generator[bytes, None, None]  # server-sent events
 
 
 class Head(NamedTuple):
@@ -5426,15 +5430,43 @@ CHAT_FORM = Form("chatcmpl-", chat_chunks, chat_usage_chunk, chat_completion)
 TEXT_FORM = Form("cmpl-", text_chunks, text_usage_chunk, text_completion)
 
 
-def tell_in_chunks(told: Told, form: Form, head: Head) -> Chunks:
-    """Tell events as they come."""
+def encode(value: Any) -> bytes:
+    return compact(value).encode("utf-8", "replace")
+
+
+def encode_for_people(value: Any) -> bytes:
+    """Indented, as OpenAI's are."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    return text.encode("utf-8", "replace") + b"\n"
+
+
+def frame(chunk: Json) -> bytes:
+    return b"data: " + encode(chunk) + b"\n\n"
+
+
+def tell_in_frames(told: Told, form: Form, head: Head) -> Frames:
+    """Tell events as they come; what the frames of texts share is made once."""
+    around: dict[int, tuple[bytes, bytes]] = {}
     usages = []
     for index, event in told:
-        if isinstance(event, Done):
-            usages.append(event.usage)
-        yield form.chunks(event, index, head)
+        if isinstance(event, Text):
+            if index not in around:
+                around[index] = around_text(form, index, head)
+            before, after = around[index]
+            yield before + encode(event.text) + after
+        else:
+            if isinstance(event, Done):
+                usages.append(event.usage)
+            yield b"".join(map(frame, form.chunks(event, index, head)))
     if head.with_usage:
-        yield [form.usage_chunk(add(usages), head)]
+        yield frame(form.usage_chunk(add(usages), head))
+
+
+def around_text(form: Form, index: int, head: Head) -> tuple[bytes, bytes]:
+    mark = random_id("", 20)
+    [chunk] = form.chunks(Text(mark), index, head)
+    before, _, after = frame(chunk).partition(encode(mark))
+    return before, after
 
 
 def tell_at_once(told: Told, form: Form, head: Head) -> Json:
@@ -5458,20 +5490,6 @@ def fold(events: Sequence[Event]) -> Choice:
 def model_object(id: str, ref: str, created: int) -> Json:
     owner = ref.removeprefix("deployments/").partition("/")[0]
     return {"id": id, "object": "model", "created": created, "owned_by": owner}
-
-
-def encode(body: Json, indent: int | None = None) -> bytes:
-    separators = None if indent else (",", ":")
-    text = json.dumps(body, ensure_ascii=False, indent=indent, separators=separators)
-    return text.encode("utf-8", "replace")
-
-
-def frame(chunk: Json) -> bytes:
-    return b"data: " + encode(chunk) + b"\n\n"
-
-
-def frames(chunks: list[Json]) -> bytes:
-    return b"".join(map(frame, chunks))
 
 
 # == Repairs ===================================================================
@@ -5664,7 +5682,7 @@ class Call(NamedTuple):
 
 
 class Reply(NamedTuple):
-    body: Json | Chunks | None
+    body: Json | Frames | None
     status: int = 200
     headers: Mapping[str, str] = {}
 
@@ -5691,7 +5709,7 @@ def tell(
     runs = [partial(shaped, order) for order in orders]
     told = noted(side_by_side(runs, call.flight), call.notes)
     if body["stream"]:
-        return Reply(tell_in_chunks(told, form, head))
+        return Reply(tell_in_frames(told, form, head))
     with closing(told):
         return Reply(tell_at_once(told, form, head))
 
@@ -6451,7 +6469,7 @@ class Exchange:
         reply = answer(self.server.proxy, call)
         self.reading.sock.settimeout(settings.write_timeout)
         if isinstance(reply.body, Generator):
-            self.send_chunks(reply.body)
+            self.send_frames(reply.body)
         else:
             self.send_object(reply.status, reply.body, reply.headers)
 
@@ -6472,7 +6490,7 @@ class Exchange:
         self, status: int, body: Json | None, headers: Mapping[str, str]
     ) -> None:
         self.keep = self.keep and self.body is not None and self.body.is_passable
-        data = b"" if body is None else encode(body, indent=2) + b"\n"
+        data = b"" if body is None else encode_for_people(body)
         kind = {"content-type": "application/json"} if data else {}
         length = {"content-length": str(len(data))} if status != 204 else {}
         head = self.head(status, {**kind, **length, **headers})
@@ -6484,7 +6502,7 @@ class Exchange:
             self.keep = False
         self.send_object(error.status, error.body, error.headers)
 
-    def send_chunks(self, chunks: Chunks) -> None:
+    def send_frames(self, frames: Frames) -> None:
         """Send server-sent events, each as it comes, and a failure as the last of them.
 
         As long as there is no status line, a failure is raised: it has its own.
@@ -6493,12 +6511,12 @@ class Exchange:
         head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
         telling = Telling(self.reading.sock, head, chunked)
         last = b""
-        with closing(chunks), self.server.watcher.kept_alive(telling):
+        with closing(frames), self.server.watcher.kept_alive(telling):
             try:
-                telling.hold(frames(next(chunks)))
-                for batch in chunks:
-                    if batch:
-                        telling.write(frames(batch))
+                telling.hold(next(frames))
+                for data in frames:
+                    if data:
+                        telling.write(data)
             except Gone:
                 raise
             except Exception as error:

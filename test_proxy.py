@@ -6478,14 +6478,32 @@ def test_texts_are_told_at_once_each_at_its_index():
     assert counts(whole["usage"]) == (4, 3, 1)
 
 
-@pytest.mark.parametrize("form", [proxy.CHAT_FORM, proxy.TEXT_FORM])
+def chunks_in(frames):
+    texts = [text for frame in frames for text in frame.split(b"\n\n")[:-1]]
+    return [json.loads(text.removeprefix(b"data: ")) for text in texts]
+
+
+FORMS = pytest.mark.parametrize("form", [proxy.CHAT_FORM, proxy.TEXT_FORM])
+
+
+@FORMS
+@given(st.text(), st.text(), st.integers(0, 7), st.booleans())
+def test_the_frame_of_a_text_is_that_of_its_chunk(form, text, model, index, with_usage):
+    head = HEAD._replace(model=model, with_usage=with_usage)
+    told = [(index, Text(text)), (index, Text("again")), (index, DONE)]
+    [first, second, *_] = proxy.tell_in_frames(iter(told), form, head)
+    assert first == b"".join(map(proxy.frame, form.chunks(Text(text), index, head)))
+    assert second == b"".join(map(proxy.frame, form.chunks(Text("again"), index, head)))
+
+
+@FORMS
 def test_usage_is_in_a_last_chunk_of_its_own_and_null_before(form):
     told = [(0, STARTED), (0, Text("a")), (0, DONE)]
     with_usage = HEAD._replace(with_usage=True)
-    *before, last = sum(proxy.tell_in_chunks(told, form, with_usage), [])
+    *before, last = chunks_in(proxy.tell_in_frames(told, form, with_usage))
     assert {json.dumps(chunk["usage"]) for chunk in before} == {"null"}
     assert (last["choices"], last["usage"]) == ([], USAGE)
-    plain = sum(proxy.tell_in_chunks(told, form, HEAD), [])
+    plain = chunks_in(proxy.tell_in_frames(told, form, HEAD))
     assert not any("usage" in chunk for chunk in plain)
 
 
@@ -6507,7 +6525,7 @@ def test_a_stream_and_a_whole_say_the_same(path, texts, end, data):
     answerer = proxy.Proxy(proxy.Settings(proxy_api_key=KEY), models, upstream)
     whole = proxy.answer(answerer, call("POST", path, body)).body
     streamed = proxy.answer(answerer, call("POST", path, {**body, **streaming})).body
-    assert folded(sum(streamed, [])) == outcome(whole)
+    assert folded(chunks_in(streamed)) == outcome(whole)
 
 
 class NamedModels(NamedTuple):
