@@ -17,15 +17,15 @@ RUN python -m pip uninstall --yes --quiet --root-user-action ignore setuptools w
 WORKDIR /app
 COPY --from=packages /packages /packages
 COPY --chmod=444 proxy.py fake_replicate.py models.json ./
-ENV PYTHONPATH=/packages HOST=0.0.0.0
+ENV PYTHONPATH=/app:/packages HOST=0.0.0.0
 
 # One call along the whole path. If it fails, so does the build; and it leaves
 # behind the bytecode of all that is imported, which nobody can write later.
-RUN python proxy.py --demo --check
+RUN python -m proxy --demo --check
 ENV PYTHONDONTWRITEBYTECODE=1
 
 USER 10001:10001
 EXPOSE 3000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.getenv('PORT') or 3000), timeout=4); c.request('GET', '/health'); exit(c.getresponse().status != 200)"]
-ENTRYPOINT ["python", "proxy.py"]
+ENTRYPOINT ["python", "-m", "proxy"]

@@ -68,6 +68,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import http.client
 import io
 import json
@@ -82,6 +83,7 @@ import signal
 import socket
 import ssl
 import string
+import struct
 import subprocess
 import sys
 import threading
@@ -4286,6 +4288,20 @@ def shut(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
+def block(sock: socket.socket, option: int, seconds: float) -> None:
+    """Have the kernel end what takes too long: SO_RCVTIMEO a read, SO_SNDTIMEO a write.
+
+    With a time-out of Python's own, each piece is two system calls, and two turns at
+    the lock that all threads want.
+    """
+    if os.name == "nt":  # which counts in other units
+        sock.settimeout(seconds)
+        return
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, option, limit)
+    sock.settimeout(None)
+
+
 def prepare(
     origin: Origin, timeout: float, tls: ssl.SSLContext
 ) -> http.client.HTTPConnection:
@@ -4379,6 +4395,7 @@ def open_stream(
         kind, status = response.getheader("content-type", ""), response.status
         if status != 200 or not kind.startswith("text/event-stream"):
             raise StreamRefused(f"status {status}, type {kind!r}")
+        block(answer.sock, socket.SO_RCVTIMEO, connections.patience.stream)
         with flight.waking(partial(shut, answer.sock)):
             yield read_pieces(response)
     finally:
@@ -6227,7 +6244,7 @@ class Telling:
             self.is_over = True
             return not self.is_open
 
-    def break_silence(self, patience: Patience, write_timeout: float) -> None:
+    def break_silence(self, patience: Patience) -> None:
         """Send a sign of life if it is time, and no more of it than goes at once."""
         limit = patience.keep_alive if self.is_open else patience.hold
         if time.monotonic() - self.last < limit:
@@ -6235,28 +6252,29 @@ class Telling:
         if self.lock.acquire(blocking=False):  # else its call is writing
             try:
                 if not self.is_over:
-                    self.sock.settimeout(0)
                     due = self.take(KEEP_ALIVE)
                     self.held = due[send_at_once(self.sock, due) :]
-                    self.sock.settimeout(write_timeout)
             finally:
                 self.lock.release()
 
 
 def send_at_once(sock: socket.socket, data: bytes) -> int:
+    limit = sock.gettimeout()
+    sock.settimeout(0)
     try:
         return sock.send(data)
     except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
         return 0
+    finally:
+        sock.settimeout(limit)
 
 
 class Watcher(threading.Thread):
     """Stops the flights of clients that hang up, and breaks the silence of others."""
 
-    def __init__(self, patience: Patience, write_timeout: float) -> None:
+    def __init__(self, patience: Patience) -> None:
         super().__init__(name="watcher", daemon=True)
         self.patience = patience
-        self.write_timeout = write_timeout
         self.lock = threading.Lock()
         self.selector = selectors.DefaultSelector()
         self.tellings: set[Telling] = set()
@@ -6287,7 +6305,7 @@ class Watcher(threading.Thread):
         for sock, flight in list(self.early.items()):
             self.look_behind(sock, flight)
         for telling in list(self.tellings):
-            telling.break_silence(self.patience, self.write_timeout)
+            telling.break_silence(self.patience)
 
     def watch(self, sock: socket.socket, flight: Flight) -> None:
         with self.lock, suppress(OSError, ValueError):
@@ -6415,6 +6433,7 @@ class Exchange:
         self.stream = stream
         self.flight = Flight()
         self.id = f"req_{secrets.token_hex(16)}"
+        self.write_timeout = server.proxy.settings.write_timeout
         self.began = time.monotonic()
         self.request = Request("-", "-", 0, {})
         self.body: Body | None = None
@@ -6467,7 +6486,6 @@ class Exchange:
             notes=self.notes,
         )
         reply = answer(self.server.proxy, call)
-        self.reading.sock.settimeout(settings.write_timeout)
         if isinstance(reply.body, Generator):
             self.send_frames(reply.body)
         else:
@@ -6509,6 +6527,7 @@ class Exchange:
         """
         chunked = self.request.minor > 0
         head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
+        block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
         telling = Telling(self.reading.sock, head, chunked)
         last = b""
         with closing(frames), self.server.watcher.kept_alive(telling):
@@ -6545,7 +6564,7 @@ class Exchange:
 
     def write(self, data: bytes) -> None:
         try:
-            self.reading.sock.settimeout(self.server.proxy.settings.write_timeout)
+            self.reading.sock.settimeout(self.write_timeout)
             self.reading.sock.sendall(data)
         except OSError as error:
             raise Gone from error
@@ -6613,7 +6632,7 @@ class Server(CountingServer):
         self.proxy = Proxy(settings, models, Upstream(self.api, patience))
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
-        self.watcher = Watcher(patience, settings.write_timeout)
+        self.watcher = Watcher(patience)
         self.calls: set[Exchange] = set()  # in flight
         self.readings: set[Reading] = set()  # of all connections
         self.is_stopping = False  # no connection is kept …
@@ -6700,6 +6719,11 @@ def make_server(settings: Settings, patience: Patience | None = None) -> Server:
 
 BALANCED = sys.platform == "linux"  # elsewhere one of many sockets may get all calls
 LOOK = 0.1  # seconds between looks at who has died
+# A module, as Python keeps in memory what it has parsed of a program: 10 MB.
+WORK = (
+    f"import sys; sys.path[0] = {str(HERE)!r}; import proxy; "
+    "sys.exit(proxy.main(sys.argv[1:]))"
+)
 SETTLED = 10  # seconds a worker lives if it was not its start that failed
 LONGEST_PAUSE = 30.0  # seconds before one that dies at its start is started again
 
@@ -6738,7 +6762,7 @@ class Worker:
             self.line, end = socket.socketpair()
             with end:
                 self.process = subprocess.Popen(
-                    [sys.executable, str(HERE / "proxy.py"), "--worker", str(fd)],
+                    [sys.executable, "-c", WORK, "--worker", str(fd)],
                     stdin=end.fileno(),
                     pass_fds=[fd],
                 )
@@ -6979,6 +7003,7 @@ def work(fd: int) -> int:
 
 
 def serve_to_the_end(server: Server) -> int:
+    gc.freeze()  # what stays: to look at all of it would take 50 ms, again and again
     server.serve_forever()
     log.info("stopping calls=%d", len(server.calls))
     server.server_close()

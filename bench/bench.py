@@ -94,11 +94,14 @@ def stand_in(port: int = 0) -> Starting:
     return running(command, "REPLICATE_BASE_URL=(.*)")
 
 
-def proxy(path: Path, upstream: str) -> Starting:
+def proxy(path: Path, upstream: str, *, script: bool = False) -> Starting:
+    """As the image runs it, `python -m proxy`; or as a script."""
     files = ["--models", str(ROOT / "models.json"), "--env-file", os.devnull]
+    how = [str(path)] if script else ["-m", path.stem]
     return running(
-        [sys.executable, str(path), "--port", "0", *files],
+        [sys.executable, *how, "--port", "0", *files],
         r"on (http\S+/v1)",
+        PYTHONPATH=str(path.parent),
         REPLICATE_API_TOKEN=TOKEN,
         REPLICATE_BASE_URL=upstream,
         PROXY_API_KEY=KEY,
@@ -368,7 +371,8 @@ class Side:
     name: str
     at: Started
     play: Callable[[str, Load], list[Sample]]
-    fresh: Callable[[], Starting] | None = None  # the same anew, idle
+    fresh: Callable[[], Starting] | None = None  # the same anew, idle …
+    script: Callable[[], Starting] | None = None  # … as one types it
     module: Path | None = None
 
 
@@ -379,8 +383,9 @@ def sides(options: argparse.Namespace) -> Iterator[list[Side]]:
         api = enter(stand_in(options.port))
         found = [raw_side(api), enter(sdk_side(api.url))]
         for name, path in {"proxy": ROOT / "proxy.py", **dict(options.proxy)}.items():
-            fresh = functools.partial(proxy, Path(path), api.url)
-            found.append(openai_side(name, enter(fresh()), fresh, Path(path)))
+            fresh = functools.partial(proxy, Path(path).resolve(), api.url)
+            typed = functools.partial(fresh, script=True)
+            found.append(openai_side(name, enter(fresh()), fresh, typed, Path(path)))
         for name, url in options.against:
             found.append(openai_side(name, Started(0, url)))
         yield found
@@ -388,7 +393,8 @@ def sides(options: argparse.Namespace) -> Iterator[list[Side]]:
 
 def raw_side(api: Started) -> Side:
     play = functools.partial(talk_all, ask_replicate)
-    return Side("raw", api, play, stand_in, ROOT / "fake_replicate.py")
+    path = ROOT / "fake_replicate.py"
+    return Side("raw", api, play, stand_in, stand_in, path)
 
 
 def openai_side(name: str, at: Started, *more: Any) -> Side:
@@ -406,7 +412,7 @@ def sdk_side(url: str) -> Iterator[Side]:
         idle = functools.partial(
             running, [sys.executable, "-c", IDLE_SDK], "client of (.*)"
         )
-        yield Side("sdk", Started(pid, url), play, idle, Path("replicate"))
+        yield Side("sdk", Started(pid, url), play, idle, None, Path("replicate"))
 
 
 # == Takes =====================================================================
@@ -446,8 +452,8 @@ def take_start(side: Side, scale: float) -> Taken:
         began = time.monotonic()
         subprocess.run(command, env=path, check=True)
         took["import"] = time.monotonic() - began
-    if side.fresh and side.name != "sdk":
-        with side.fresh() as at:
+    if side.script:
+        with side.script() as at:
             await_health(at.url)
             took["start"] = (time.monotonic_ns() - at.began) / 1e9
     return Taken(more=took)
