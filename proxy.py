@@ -629,6 +629,7 @@ KINDS: dict[type, str] = {
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
+NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
 ALL_CHOICES = "All choices are returned, with n."
 
@@ -1114,7 +1115,7 @@ class Field(NamedTuple):
     default: Any = None  # sent when nobody named a value
     choices: tuple[Any, ...] = ()
     joined: str = ""  # a list goes as one string, with this between
-    kind: str = ""  # its JSON type, where it is known
+    kind: str = ""  # its JSON type; "": that of the parameter
 
 
 class Slot(NamedTuple):
@@ -1154,7 +1155,7 @@ def limit(
     return {"max_tokens": Field(name, low, high, default)}
 
 
-COMMA_STOP = {"stop": Field("stop_sequences", joined=",")}
+COMMA_STOP = {"stop": Field("stop_sequences", joined=",", kind="string")}
 PENALTIES = same("presence_penalty", "frequency_penalty")
 LLAMA = {
     **same("temperature", "top_p", "top_k", "min_tokens"),
@@ -1836,15 +1837,18 @@ def order(
     short_enough = len(prompt.encode()) <= LONGEST
     param = "messages" if "messages" in body else "prompt"
     require(short_enough, too_long, code="context_length_exceeded", param=param)
-    asked = tame(in_our_words(body, family.fields), model.config)
-    fitted = {**fit_all(asked, family.fields), **pass_on(body, family.others)}
-    given = {**model.config.input, **body["replicate"]}
-    input = {**laid_out, **fitted, **given}
+    fields = {**family.others, **family.fields}
+    asked = tame(asked_of(body, fields), model.config)
+    input = {  # what comes later counts
+        **bounded(asked, fields),
+        **laid_out,
+        **model.config.input,
+        **body["replicate"],
+    }
     require_inputs(model, family, input)
-    names = {field.name: name for name, field in family.fields.items()}
-    limit = next(
-        (input.get(name) for name in names if names[name] == "max_tokens"), None
-    )
+    names = {field.name: name for name, field in fields.items()}
+    limit = input.get(fields["max_tokens"].name) if "max_tokens" in fields else None
+    limit = limit if type(limit) is int else None  # `replicate` may hold anything
     short = asked["max_tokens"] and limit and asked["max_tokens"] < limit
     return Order(
         model, input, names, prompt, limit, asked["max_tokens"] if short else None
@@ -1905,65 +1909,55 @@ ABLE = {
 }
 
 
-def tame(body: Json, config: ModelConfig) -> Json:
+def asked_of(body: Json, wanted: Mapping[str, Field]) -> Json:
+    """What the client asks for; the model's own name counts before OpenAI's."""
+    body = {**body, "stop": list(filter(None, body["stop"])) or None}
+    asked = {}
+    for parameter, row in wanted.items():
+        own = [row.name] if row.name not in DOCUMENTED else []
+        names = [*own, NEWER.get(parameter, parameter), parameter]
+        given = [name for name in names if body.get(name) is not None]
+        if given:
+            asked[parameter] = fit(given[0], body[given[0]], parameter, row)
+    return asked
+
+
+def tame(asked: Json, config: ModelConfig) -> Json:
     """The parameters after the operator's word on them in models.json."""
-    limits = [
-        body["max_completion_tokens"] or body["max_tokens"],
-        config.max_tokens,
-    ]
-    temperature = body["temperature"]
+    limits = (asked.get("max_tokens"), config.max_tokens)
+    temperature = asked.get("temperature")
     if config.temperature_range and temperature is not None:
         temperature = clamp(temperature, *config.temperature_range)
     limit = min(filter(None, limits), default=None)
-    return {**body, "max_tokens": limit, "temperature": temperature}
+    return {**asked, "max_tokens": limit, "temperature": temperature}
 
 
-def fit_all(asked: Json, fields: Mapping[str, Field]) -> Json:
-    sent = {}
-    for name, wanted in fields.items():
-        value = wanted.default if asked.get(name) is None else asked[name]
-        if isinstance(value, list):
-            value = [item for item in value if item != ""]
-        if value in (None, []):
-            continue
-        if (fitted := fit(name, value, wanted)) != "":
-            sent[wanted.name] = fitted
-    return sent
+def bounded(asked: Json, wanted: Mapping[str, Field]) -> Json:
+    """Inputs within the model's bounds; where nothing was asked for, the default."""
+    inputs = {}
+    for parameter, row in wanted.items():
+        value = row.default if asked.get(parameter) is None else asked[parameter]
+        if value is not None:
+            is_real = is_number(value)
+            inputs[row.name] = clamp(value, row.low, row.high) if is_real else value
+    return inputs
 
 
-def in_our_words(body: Json, fields: Mapping[str, Field]) -> Json:
-    """Let a client use the model's own name for what OpenAI has another for."""
-    own = {
-        name: fit(field.name, body[field.name], field)
-        for name, field in fields.items()
-        if field.name not in DOCUMENTED and body.get(field.name) is not None
-    }
-    return {**body, **own}
-
-
-def pass_on(body: Json, others: Mapping[str, Field]) -> Json:
-    """What OpenAI has no name for, by the name that model and client have for it."""
-    asked = {name: body[name] for name in others if body.get(name) is not None}
-    return {name: fit(name, value, others[name]) for name, value in asked.items()}
-
-
-def fit(name: str, value: Any, field: Field) -> Any:
-    """Bring a value to what the model takes: its type, its words, its bounds."""
+def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
+    """Bring a value to what the model takes: its type, and its words."""
     if field.joined and isinstance(value, list):
         return join(value, field.joined)
-    cast = CASTS.get(field.kind)
-    fitted = cast(value) if cast else value
+    kind = field.kind or KIND_OF.get(parameter, "")
+    fitted = CASTS[kind](value) if kind else value
     if fitted is None:
-        raise misfit(name, value, field.kind)
-    if field.choices:
-        return choose(name, fitted, field.choices)
-    is_real = isinstance(fitted, NUMBER) and not isinstance(fitted, bool)
-    return clamp(fitted, field.low, field.high) if is_real else fitted
+        raise misfit(name, value, kind)
+    scale = GRADED.get(parameter, ())
+    return choose(name, fitted, field.choices, scale) if field.choices else fitted
 
 
-def join(items: list[Any], between: str) -> str:
+def join(items: list[Any], between: str) -> str | None:
     """An item that holds the separator can't be sent."""
-    return between.join(str(item) for item in items if between not in str(item))
+    return between.join(str(item) for item in items if between not in str(item)) or None
 
 
 def whole(value: Any) -> int | None:
@@ -1986,6 +1980,12 @@ CASTS: dict[str, Callable[[Any], Any]] = {
     "array": listed,
     "object": lambda value: value if isinstance(value, dict) else None,
 }
+# … and the type of what a checked parameter holds: stop strings are a list by then.
+JSON_KINDS = {STRING: "string", INTEGER: "integer", NUMBER: "number"}
+KIND_OF = {
+    **{name: JSON_KINDS.get(param.kinds, "") for name, param in SAMPLING.items()},
+    "stop": "array",
+}
 ARTICLES = {"integer": "an", "array": "an", "object": "an"}
 
 
@@ -1998,11 +1998,10 @@ def misfit(name: str, value: Any, kind: str) -> APIError:
     return APIError(400, message, code="invalid_type", param=name)
 
 
-def choose(name: str, value: Any, choices: Sequence[Any]) -> Any:
+def choose(name: str, value: Any, choices: Sequence[Any], scale: Sequence[str]) -> Any:
     """A grade that the model does not know becomes its nearest."""
-    scale = GRADED.get(name, ())
     graded = [word for word in choices if str(word).lower() in scale]
-    if value in choices or not graded:
+    if value in choices or value not in scale or not graded:
         check_choice(name, value, choices)
         return value
     rank = scale.index(value)

@@ -2575,6 +2575,62 @@ def test_a_value_is_brought_to_what_the_model_takes(family, given, expected):
     assert changes(family, given) == expected
 
 
+@table(
+    "family, given, said",
+    [
+        ("a text", "llama-2", {"max_new_tokens": "50"}, "takes an integer, .* string"),
+        ("an object", "llama-2", {"max_new_tokens": {}}, "takes an integer, .* object"),
+        ("true", "llama-2", {"max_new_tokens": True}, "takes an integer, .* boolean"),
+        ("half a token", "llama-2", {"min_new_tokens": 1.5}, "takes an integer"),
+        ("a number to stop at", "llama-2", {"stop_sequences": 5}, "takes a string"),
+        ("no grade", "gemini-3", {"thinking_level": "banana"}, "'low', and 'high'"),
+        ("a number for a grade", "gemini-3", {"thinking_level": 1}, "takes a string"),
+    ],
+)
+def test_a_row_holds_the_models_own_names_to_the_parameters_type(family, given, said):
+    with pytest.raises(proxy.APIError, match=said) as raised:
+        changes(family, given)
+    assert (raised.value.status, raised.value.param) == (400, *given)
+
+
+@table(
+    "family, given, expected",
+    [
+        ("2.0", "llama-2", {"max_new_tokens": 2.0}, {"max_new_tokens": 2}),
+        ("as written", "llama-2", {"stop_sequences": "a,b"}, {"stop_sequences": "a,b"}),
+        ("a list", "llama-2", {"stop_sequences": ["a"]}, {"stop_sequences": "a"}),
+        (
+            "the nearest grade",
+            "gemini-3",
+            {"thinking_level": "medium"},
+            {"thinking_level": "low"},
+        ),
+        (
+            "before OpenAI's name",
+            "llama-2",
+            {"max_new_tokens": 5, "max_tokens": 6},
+            {"max_new_tokens": 5},
+        ),
+    ],
+)
+def test_a_row_knows_the_models_own_names(family, given, expected):
+    assert changes(family, given) == expected
+
+
+@table(
+    "ref, replicate",
+    [
+        ("a text", "openai/gpt-4o", {"max_completion_tokens": "abc"}),
+        ("true", "openai/gpt-4o", {"max_completion_tokens": True}),
+        ("null", "meta/llama-2-7b-chat", {"max_new_tokens": None}),
+    ],
+)
+def test_what_is_for_replicate_is_no_limit_unless_it_is_whole(ref, replicate):
+    order = chat_order(ref, {"max_tokens": 5, "replicate": replicate})
+    assert replicate.items() <= order.input.items()
+    assert (order.limit, order.cut) == (None, None)
+
+
 RANGE = "temperature_range"
 
 
@@ -6044,7 +6100,7 @@ BREAKS = "cut-in-event reset-midway timeout-408 timeout-408-cold silent-stream n
 # A scenario, what its answer is, and its usage: tokens in, out, and thought.
 SAID = [
     ("hello", HELLO, (1, 8, 0)),
-    ("echo", '{"prompt": "Hi", "max_tokens": 4096}', (1, 3, 0)),
+    ("echo", '{"max_tokens": 4096, "prompt": "Hi"}', (1, 3, 0)),
     ("slow", "".join(f"{n} " for n in range(1, 21)), (1, 20, 0)),
     ("cold", HELLO, (1, 8, 0)),
     ("silence", "", (1, 0, 0)),
