@@ -1464,6 +1464,7 @@ CONVERSATION = {
         "instructions system pre_prompt",
     ),
 }
+SYSTEM_NAMES = CONVERSATION["system"].names.split()
 # … what is attached to it, by the type of part …
 ATTACHED = {
     "image_url": Synonyms(
@@ -1781,6 +1782,7 @@ def family_for(
 def says_all(row: Family, body: Json, attached: set[str]) -> bool:
     sent = {name for name, value in body.items() if value is not None}
     own = {field.name for field in row.fields.values()}
+    own |= {*SYSTEM_NAMES} if "messages" in body else set()
     unknown = sent - DOCUMENTED - row.fields.keys() - own
     return not unknown and attached <= row.slots.keys()
 
@@ -1808,6 +1810,7 @@ class Order(NamedTuple):
 
 
 def chat_order(body: Json, model: Model, family: Family) -> Order:
+    body, model = with_system_texts(body, model)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
     laid_out = {
         **family.lay_out(unplaced(body["messages"], family.slots), family.system),
@@ -1815,6 +1818,23 @@ def chat_order(body: Json, model: Model, family: Family) -> Order:
     }
     asked = order(body, model, family, laid_out, prompt)
     return asked._replace(again=partial(chat_again, body, model, family))
+
+
+def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
+    """System text beside the messages as one of them: an input would hide theirs."""
+    sources = (model.config.input, body)
+    named = [(src, name) for src in sources for name in SYSTEM_NAMES if src.get(name)]
+    for source, name in named:
+        if not isinstance(source[name], str):
+            raise misfit(name, source[name], "string")
+    told = [{"role": "system", "content": source[name]} for source, name in named]
+    given, body = (
+        {name: value for name, value in source.items() if name not in SYSTEM_NAMES}
+        for source in sources
+    )
+    config = model.config._replace(input=given)
+    messages = [*told, *body["messages"]]
+    return {**body, "messages": messages}, replace(model, config=config)
 
 
 def chat_again(body: Json, model: Model, family: Family, said: str, what: str) -> Order:

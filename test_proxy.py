@@ -2455,6 +2455,7 @@ def family_by(ref, given=None, attached=(), schema=SAID_READ, **config):
         ("a known image", "openai/gpt-4o", {}, ["image_url"], 0),
         ("for Replicate", "openai/gpt-4o", {"replicate": {"a": 1}}, (), 0),
         ("null", "openai/gpt-4o", {"min_p": None}, (), 0),
+        ("a system prompt", "openai/gpt-4o", {"system_prompt": "x"}, (), 0),
         ("an unknown extra", "openai/gpt-4o", {"min_p": 1}, (), 1),
         ("an extra of another model", "openai/gpt-4o", {"top_k": 1}, (), 1),
         ("an unknown image", "meta/llama-2-7b-chat", {}, ["image_url"], 1),
@@ -2629,6 +2630,56 @@ def test_what_is_for_replicate_is_no_limit_unless_it_is_whole(ref, replicate):
     order = chat_order(ref, {"max_tokens": 5, "replicate": replicate})
     assert replicate.items() <= order.input.items()
     assert (order.limit, order.cut) == (None, None)
+
+
+OWN = {"role": "system", "content": "OWN"}
+
+
+@table(
+    "ref, expected",
+    [
+        (
+            "an input",
+            "anthropic/claude-4-sonnet",
+            {"system_prompt": "OWN\n\nBe brief.", "prompt": "Hi"},
+        ),
+        (
+            "another name for it",
+            "google/gemini-2.5-flash",
+            {"system_instruction": "OWN\n\nBe brief.", "prompt": "Hi"},
+        ),
+        ("a message", "openai/gpt-4o", {"messages": [OWN, SYSTEM, *HI]}),
+        ("no place", "me/mine", {"prompt": "OWN\n\nBe brief.\n\nHi"}),
+    ],
+)
+@pytest.mark.parametrize("name", ["system_prompt", "system_instruction"])
+def test_a_system_prompt_hides_nothing_that_the_messages_say(ref, expected, name):
+    given = {"messages": [SYSTEM, *HI]}
+    assert chat_order(ref, {**given, name: "OWN"}).input == expected
+    assert chat_order(ref, given, input={name: "OWN"}).input == expected
+    assert chat_order(ref, {**given, name: ""}).input == chat_order(ref, given).input
+
+
+def test_the_operators_system_prompt_comes_first_and_a_second_try_has_it_once():
+    given = {"messages": [*HI], "system_prompt": "OWN"}
+    order = chat_order("openai/gpt-4o", given, input={"system_prompt": "OPERATOR"})
+    told = [{"role": "system", "content": "OPERATOR"}, OWN, *HI]
+    assert order.input["messages"] == told
+    assert order.again("Hm", "Again").input["messages"][:3] == told
+    assert order.input.keys() == {"messages"}
+
+
+def test_a_system_prompt_that_is_no_text_is_refused_by_name():
+    with pytest.raises(proxy.APIError, match="takes a string") as raised:
+        chat_input("openai/gpt-4o", system_prompt=["OWN"])
+    assert (raised.value.status, raised.value.param) == (400, "system_prompt")
+
+
+def test_an_image_in_a_message_counts_before_one_beside_it():
+    schema = short("prompt str; image uri; system_prompt str")
+    given = {"image": B, "messages": seeing(A)}
+    assert schema_order(schema, given).input["image"] == A
+    assert schema_order(schema, {"image": B}).input["image"] == B
 
 
 RANGE = "temperature_range"
