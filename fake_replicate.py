@@ -811,6 +811,7 @@ MODEL_FIELDS = {
     """,
 }
 COMMUNITY = {"someone/llama-tuned"}
+DEPLOYMENTS = {"acme/mine": "acme/parrot", "acme/tuned": "someone/llama-tuned"}
 MODELS = {
     ref: make_model(ref, fields, official=ref not in COMMUNITY)
     for ref, fields in MODEL_FIELDS.items()
@@ -1172,7 +1173,12 @@ def create_model_prediction(
 
 def create_deployed(account: Account, call: Call, owner: str, name: str) -> Reply:
     check_body(call.body, {"input"})
-    return create(account, call, account.find_model(f"{owner}/{name}"))
+    return create(account, call, account.find_model(deployed(owner, name)))
+
+
+def deployed(owner: str, name: str) -> str:
+    """The model that a deployment runs; any other name is of the model's own."""
+    return DEPLOYMENTS.get(f"{owner}/{name}", f"{owner}/{name}")
 
 
 def check_body(body: Any, required: set[str]) -> Json:
@@ -1288,6 +1294,13 @@ def retrieve_version(
     return Reply(200, model["latest_version"])
 
 
+def retrieve_deployment(account: Account, call: Call, owner: str, name: str) -> Reply:
+    ref = deployed(owner, name)
+    version = version_id(account.find_model(ref))
+    release = {"number": 1, "model": ref, "version": version}
+    return Reply(200, {"owner": owner, "name": name, "current_release": release})
+
+
 def retrieve_account(account: Account, call: Call) -> Reply:
     row = {"type": "user", "username": "fake", "name": "A stand-in"}
     return Reply(200, {**row, "github_url": None, "avatar_url": None})
@@ -1382,6 +1395,7 @@ ENDPOINTS = (
     Endpoint("POST", "/v1/predictions/*/cancel", cancel),
     Endpoint("GET", "/v1/models/*/*", retrieve_model),
     Endpoint("GET", "/v1/models/*/*/versions/*", retrieve_version),
+    Endpoint("GET", "/v1/deployments/*/*", retrieve_deployment),
     Endpoint("GET", "/v1/account", retrieve_account),
     Endpoint("POST", "/v1/files", create_file),
     Endpoint("GET", "/v1/files/*", retrieve_file),

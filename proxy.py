@@ -390,7 +390,8 @@ class Model:
 
     @property
     def owner_and_name(self) -> str:
-        return self.ref.removeprefix("deployments/").partition(":")[0]
+        """Of a deployment, whose owner may run anybody's model, it is neither."""
+        return without_version(self.ref)
 
 
 @dataclass(frozen=True)
@@ -401,7 +402,12 @@ class Catalogue:
     created: int = 0  # when the file was last written: Unix seconds
 
     def model(self, id: str, ref: str, *, is_default: bool = False) -> Model:
-        return Model(id, ref, self.configs.get(ref, ModelConfig()), is_default)
+        config = self.configs.get(ref) or self.configs.get(without_version(ref))
+        return Model(id, ref, config or ModelConfig(), is_default)
+
+
+def without_version(ref: str) -> str:
+    return ref.partition(":")[0]
 
 
 def is_ref(value: Any) -> bool:
@@ -1296,10 +1302,14 @@ PLAIN = Family("", lay_out_transcript, "", {})
 def find_family(model: Model) -> Family:
     if model.config.family:
         return FAMILIES[model.config.family]
+    return row_of(model.owner_and_name)
+
+
+def row_of(name: str) -> Family:
     matching = (
         family
         for family in FAMILIES.values()
-        if re.fullmatch(family.pattern, model.owner_and_name)
+        if re.fullmatch(family.pattern, name, re.IGNORECASE)
     )
     return next(matching, PLAIN)
 
@@ -1703,6 +1713,7 @@ SCHEMA_LASTS = 3600  # seconds, for one that was read …
 RETRY_AFTER = 60  # … and for one that could not be
 MOST_SCHEMAS = 1000
 OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
+DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
 class Inquiry:
@@ -1720,10 +1731,12 @@ class Schemas:
     def __init__(
         self,
         look_up: Callable[[str, str, str], Json],  # owner, name, version or ""
+        release_of: Callable[[str, str], str],  # a deployment's owner, name -> ref
         clock: Callable[[], float] = time.monotonic,
         limit: float = 5,  # seconds that a call waits for one
     ) -> None:
         self.look_up = look_up
+        self.release_of = release_of
         self.clock = clock
         self.limit = limit
         self.lock = threading.Lock()
@@ -1731,14 +1744,14 @@ class Schemas:
 
     def find(self, ref: str) -> Family | None:
         """The last family that was read, or None: no schema, or not in time."""
-        # Replicate tells none of a deployment, nor of a version without its model.
-        if not (match := OWNED.fullmatch(ref)):
-            return None
-        inquiry = self.inquire(ref, match.groups(""))
-        inquiry.done.wait(self.limit)
+        if not (OWNED.fullmatch(ref) or DEPLOYED.fullmatch(ref)):
+            return None  # Replicate tells nothing of a version without its model
+        inquiry = self.inquire(ref)
+        if inquiry.family is None:  # an old one serves while it is read again
+            inquiry.done.wait(self.limit)
         return inquiry.family
 
-    def inquire(self, ref: str, where: Sequence[str]) -> Inquiry:
+    def inquire(self, ref: str) -> Inquiry:
         with self.lock:
             last = self.inquiries.get(ref)
             if last and self.clock() < last.expires:
@@ -1748,18 +1761,28 @@ class Schemas:
             self.inquiries[ref] = fresh
             for oldest in list(self.inquiries)[:-MOST_SCHEMAS]:
                 del self.inquiries[oldest]
-        threading.Thread(target=self.read, args=(where, fresh), daemon=True).start()
+        threading.Thread(target=self.answer, args=(ref, fresh), daemon=True).start()
         return fresh
 
-    def read(self, where: Sequence[str], inquiry: Inquiry) -> None:
+    def answer(self, ref: str, inquiry: Inquiry) -> None:
         try:
-            inquiry.family = read_family(self.look_up(*where))
+            inquiry.family = self.read(ref)
             inquiry.expires = self.clock() + SCHEMA_LASTS
         except Exception as error:
             told = as_api_error(error)
-            log.warning("the schema of %s/%s can't be read: %s", *where[:2], told)
+            log.warning("the schema of %s can't be read: %s", ref, told)
         finally:
             inquiry.done.set()
+
+    def read(self, ref: str) -> Family | None:
+        """Of a deployment: the row of the model that it runs, or that one's schema."""
+        if deployed := DEPLOYED.fullmatch(ref):
+            ref = self.release_of(deployed[1], deployed[2])
+            row = row_of(without_version(ref))
+            if row is not PLAIN:
+                return merge(row, self.find(ref))
+        owned = OWNED.fullmatch(ref)
+        return read_family(self.look_up(*owned.groups(""))) if owned else None
 
 
 def family_for(
@@ -4560,14 +4583,26 @@ class ReplicateAPI:
         of: Json = {"model_owner": owner, "model_name": name}
         of["timeout"] = self.patience.schema
         models = self.client.models
-        with self.failures_told():
-            if version:
+        if version:
+            with suppress(APIError), self.failures_told():  # official ones list none
                 get = models.versions.with_raw_response.get
                 found = read_object_of(get(version_id=version, **of))
-            else:
-                found = read_object_of(models.with_raw_response.get(**of))
-                found = as_object(found.get("latest_version"))
-        return as_object(found.get("openapi_schema"))
+                return as_object(found.get("openapi_schema"))
+        with self.failures_told():
+            found = read_object_of(models.with_raw_response.get(**of))
+        return as_object(as_object(found.get("latest_version")).get("openapi_schema"))
+
+    def find_release(self, owner: str, name: str) -> str:
+        """The ref of what a deployment runs."""
+        get = self.client.deployments.with_raw_response.get
+        of: Json = {"deployment_owner": owner, "deployment_name": name}
+        with self.failures_told():
+            found = read_object_of(get(timeout=self.patience.schema, **of))
+            release = as_object(found.get("current_release"))
+            parts = filter(None, (release.get("model"), release.get("version")))
+            if not OWNED.fullmatch(ref := ":".join(map(str, parts))):
+                raise NoObject("a deployment without a release")
+            return ref
 
     def look(self, id: str) -> Json:
         with self.failures_told():
@@ -5018,7 +5053,7 @@ class Upstream:
         self.api = api
         self.patience = patience
         self.hosted = Hosted(api.upload)
-        self.schemas = Schemas(api.find_schema, limit=patience.schema)
+        self.schemas = Schemas(api.find_schema, api.find_release, limit=patience.schema)
         self.changed = threading.Condition()
         self.running = 0  # orders, from before their uploads until after a cancel
 

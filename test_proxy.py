@@ -150,11 +150,15 @@ class Answer(NamedTuple):
         return "".join(choice["delta"].get("content", "") for choice in choices)
 
 
+def no_release(owner, name):
+    raise proxy.APIError(404, "There is no such deployment.", code="model_not_found")
+
+
 class FakeUpstream:
     """Plays events, raises what is an exception among them, and remembers."""
 
     def __init__(self, *script):
-        self.schemas = proxy.Schemas(lambda *where: {})
+        self.schemas = proxy.Schemas(lambda *where: {}, no_release)
         self.script = script
         self.asked = []
         self.closed = 0
@@ -613,6 +617,14 @@ def test_a_name_is_found_by_mapping_or_by_form(id, ref):
     assert (model.id, model.ref, model.is_default) == (id, ref, False)
 
 
+def test_a_row_for_a_model_counts_for_its_versions_unless_they_have_their_own():
+    ref = f"meta/llama-2-7b-chat:{VERSION}"
+    model = proxy.find_model(read_models(LISTED), ref)
+    assert model.config == proxy.ModelConfig(4096, [0.1, 2.0], True)
+    own = {**LISTED, "model_configs": {**LISTED["model_configs"], ref: {}}}
+    assert proxy.find_model(read_models(own), ref).config == proxy.ModelConfig()
+
+
 def test_another_name_is_the_default_with_its_config():
     assert proxy.find_model(read_models(LISTED), "o9") == proxy.Model(
         "o9",
@@ -1041,6 +1053,9 @@ def test_each_model_is_of_the_family_that_fits(family):
     [
         ("a version of a model", f"meta/llama-2-7b-chat:{VERSION}", "llama-2"),
         ("a version alone", VERSION, None),
+        ("in capitals", "Meta/Llama-2-7b-Chat", "llama-2"),
+        ("a deployment of one of that owner's", "deployments/qwen/mine", None),
+        ("a deployment of that name", "deployments/meta/llama-2-7b-chat", None),
         ("somebody's model", "me/llama-2-7b-chat", None),
         ("a base model", "meta/llama-2-7b", None),
         ("a name that goes on", "meta/llama-2-7b-chat-hf", None),
@@ -1714,7 +1729,9 @@ def schema_order(schema, body=None, ref="some/one"):
     """What is ordered of a model that nothing but its schema is known of."""
     model = proxy.Model(ref, ref)
     checked = proxy.check({**ANY_CHAT, **(body or {})}, proxy.CHAT)
-    family = proxy.family_for(model, checked, set(), proxy.Schemas(lambda *_: schema))
+    family = proxy.family_for(
+        model, checked, set(), proxy.Schemas(lambda *_: schema, no_release)
+    )
     return proxy.chat_order(checked, model, family)
 
 
@@ -2332,19 +2349,42 @@ def clock():
 
 def test_a_schema_is_read_once_an_hour(clock):
     models = Models(SAID_READ, SAID_LATER)
-    schemas = proxy.Schemas(models, clock)
+    schemas = proxy.Schemas(models, no_release, clock)
     assert schemas.find("a/b") is schemas.find("a/b")
     clock.now += 3599
     assert schemas.find("a/b").prompt == "prompt"
     clock.now += 2
-    assert schemas.find("a/b").prompt == "text"
+    assert read_again(schemas).prompt == "text"
     assert models.asked == [("a", "b", "")] * 2
+
+
+def read_again(schemas):
+    """What is found once the look that this call starts has ended."""
+    schemas.find("a/b")
+    assert schemas.inquiries["a/b"].done.wait(10)
+    return schemas.find("a/b")
+
+
+def test_an_old_schema_serves_while_it_is_read_again(clock):
+    told = threading.Event()
+    answers = [SAID_READ, SAID_LATER]
+    schemas = proxy.Schemas(
+        lambda *where: (len(answers) == 2 or told.wait(10)) and answers.pop(0),
+        no_release,
+        clock,
+        limit=600,
+    )
+    assert schemas.find("a/b").prompt == "prompt"
+    clock.now += 3601
+    assert schemas.find("a/b").prompt == "prompt"
+    told.set()
+    assert read_again(schemas).prompt == "text"
 
 
 @pytest.mark.parametrize("failure", [GONE, TypeError("a fault of ours")], ids=repr)
 def test_a_failure_is_tried_again_after_a_minute(clock, failure):
     models = Models(failure, SAID_READ)
-    schemas = proxy.Schemas(models, clock)
+    schemas = proxy.Schemas(models, no_release, clock)
     assert schemas.find("a/b") is None
     clock.now += 59
     assert schemas.find("a/b") is None
@@ -2354,17 +2394,17 @@ def test_a_failure_is_tried_again_after_a_minute(clock, failure):
 
 
 def test_a_failure_leaves_what_was_read_before(clock):
-    schemas = proxy.Schemas(Models(SAID_READ, GONE, SAID_LATER), clock)
+    schemas = proxy.Schemas(Models(SAID_READ, GONE, SAID_LATER), no_release, clock)
     before = schemas.find("a/b")
     clock.now += 3601
-    assert schemas.find("a/b") is before
+    assert read_again(schemas) is before
     clock.now += 61
-    assert schemas.find("a/b").prompt == "text"
+    assert read_again(schemas).prompt == "text"
 
 
 def test_a_dummy_is_remembered_as_one(clock):
     models = Models({})
-    schemas = proxy.Schemas(models, clock)
+    schemas = proxy.Schemas(models, no_release, clock)
     assert schemas.find("a/b") is schemas.find("a/b") is None
     assert len(models.asked) == 1
 
@@ -2380,8 +2420,46 @@ def test_a_dummy_is_remembered_as_one(clock):
 )
 def test_a_schema_is_looked_up_where_it_can_be(ref, expected):
     models = Models(SAID_READ)
-    assert bool(proxy.Schemas(models).find(ref)) == bool(expected)
+    assert bool(proxy.Schemas(models, no_release).find(ref)) == bool(expected)
     assert models.asked == expected
+
+
+@table(
+    "runs, expected, asked",
+    [
+        ("a schema", "me/mine:abc", "a/b", [("me", "mine", "abc")]),
+        ("no version", "me/mine", "a/b", [("me", "mine", "")]),
+        ("a row", "xai/grok-4:abc", "xai/grok-4", [("xai", "grok-4", "abc")]),
+    ],
+)
+def test_a_deployment_is_asked_as_the_model_it_runs(runs, expected, asked):
+    models = Models(short(OPEN_ONE + "; min_p float"))
+    schemas = proxy.Schemas(models, lambda owner, name: runs)
+    family, _ = family_by(expected, {"min_p": 1}, schema=models.answers[0])
+    assert schemas.find("deployments/acme/mine") == family
+    assert schemas.find("deployments/acme/mine").others.keys() == {"min_p"}
+    assert models.asked == asked
+
+
+def test_a_deployment_that_tells_nothing_is_asked_again_after_a_minute(clock):
+    releases = [GONE, "me/mine"]
+
+    def release_of(owner, name):
+        if isinstance(runs := releases.pop(0), Exception):
+            raise runs
+        return runs
+
+    schemas = proxy.Schemas(Models(SAID_READ), release_of, clock)
+    assert schemas.find("deployments/acme/mine") is None
+    clock.now += 59
+    assert schemas.find("deployments/acme/mine") is None
+    clock.now += 2
+    assert schemas.find("deployments/acme/mine").prompt == "prompt"
+
+
+def test_a_deployments_row_stands_where_the_schema_can_not_be_had():
+    schemas = proxy.Schemas(Models(GONE), lambda owner, name: "xai/grok-4")
+    assert schemas.find("deployments/acme/mine") == proxy.FAMILIES["open"]
 
 
 def test_calls_that_arrive_together_share_one_look():
@@ -2393,7 +2471,7 @@ def test_calls_that_arrive_together_share_one_look():
         assert told.wait(10)
         return models(*where)
 
-    schemas = proxy.Schemas(look_up, limit=10)
+    schemas = proxy.Schemas(look_up, no_release, limit=10)
     found = []
     calls = [
         threading.Thread(target=lambda: found.append(schemas.find("a/b")))
@@ -2413,7 +2491,9 @@ def test_calls_that_arrive_together_share_one_look():
 
 def test_a_call_waits_no_longer_than_its_limit(clock):
     told = threading.Event()
-    schemas = proxy.Schemas(lambda *where: told.wait(10) and SAID_READ, clock, limit=0)
+    schemas = proxy.Schemas(
+        lambda *where: told.wait(10) and SAID_READ, no_release, clock, limit=0
+    )
     assert schemas.find("a/b") is None
     inquiry = schemas.inquiries["a/b"]
     told.set()
@@ -2422,7 +2502,7 @@ def test_a_call_waits_no_longer_than_its_limit(clock):
 
 
 def test_only_so_many_schemas_are_kept():
-    schemas = proxy.Schemas(Models(SAID_READ))
+    schemas = proxy.Schemas(Models(SAID_READ), no_release)
     for number in range(proxy.MOST_SCHEMAS + 5):
         schemas.find(f"a/b{number}")
     assert len(schemas.inquiries) == proxy.MOST_SCHEMAS
@@ -2434,7 +2514,9 @@ def family_by(ref, given=None, attached=(), schema=SAID_READ, **config):
     models = Models(schema)
     model = proxy.Model("", ref, proxy.ModelConfig(**config))
     body = proxy.check({**ANY_CHAT, **(given or {})}, proxy.CHAT)
-    family = proxy.family_for(model, body, set(attached), proxy.Schemas(models))
+    family = proxy.family_for(
+        model, body, set(attached), proxy.Schemas(models, no_release)
+    )
     return family, models.asked
 
 
@@ -5726,6 +5808,40 @@ def test_a_community_model_is_looked_up_once_and_run_by_its_version(fake, settin
     assert asked == ["someone/llama-tuned", *[version] * 3]
     looks = [s for s in fake.seen if s.path == "/v1/models/someone/llama-tuned"]
     assert len(looks) == 1
+
+
+@table(
+    "model, expected",
+    [
+        (
+            "a deployment",
+            "deployments/acme/mine",
+            {"prompt": "Hi", "max_length": 10, "temperature": 0.5},
+        ),
+        (
+            "one of a community model",
+            "deployments/acme/tuned",
+            {"prompt": "Hi", "max_new_tokens": 10, "temperature": 0.5},
+        ),
+        (
+            "a version of an official model",
+            f"acme/parrot:{VERSION}",
+            {"prompt": "Hi", "max_length": 10, "temperature": 0.5},
+        ),
+        ("of no deployment", "deployments/missing/mine", None),
+    ],
+)
+def test_deployments_and_versions_are_asked_as_their_models(fake, api, model, expected):
+    schemas = proxy.Schemas(api.find_schema, api.find_release)
+    family = schemas.find(model)
+    if expected is None:
+        assert family is None
+        return
+    body = proxy.check({**ANY_CHAT, "messages": HI}, proxy.CHAT)
+    body.update(max_tokens=10, temperature=0.5)
+    order = proxy.chat_order(body, proxy.Model(model, model), family)
+    assert order.input == expected
+    assert family is schemas.find(model)
 
 
 def test_a_model_that_nobody_has_is_unknown(fake, server):
