@@ -1122,6 +1122,7 @@ class Field(NamedTuple):
     choices: tuple[Any, ...] = ()
     joined: str = ""  # a list goes as one string, with this between
     kind: str = ""  # its JSON type; "": that of the parameter
+    words: Mapping[str, Any] = {}  # what a word of OpenAI's stands for
 
 
 class Slot(NamedTuple):
@@ -1190,6 +1191,15 @@ def effort(*choices: str, name: str = "reasoning_effort") -> dict[str, Field]:
     return {"reasoning_effort": Field(name, choices=choices)}
 
 
+# Tokens to think with, as Google counts them behind an API like OpenAI's.
+BUDGETS = {
+    **dict.fromkeys(("none", "minimal"), 0),
+    "low": 1024,
+    "medium": 8192,
+    **dict.fromkeys(("high", "xhigh", "max"), 24576),
+}
+BUDGET = Field("thinking_budget", 0, 24576, kind="integer", words=BUDGETS)
+
 O_SERIES = {**GPT_LIMIT, **effort("low", "medium", "high")}
 GPT_5 = {**GPT_LIMIT, **same("verbosity"), **effort("minimal", "low", "medium", "high")}
 GPT_51 = {**GPT_5, **effort("none", "low", "medium", "high")}
@@ -1200,6 +1210,7 @@ GEMINI = {
     **same("top_p"),
     **limit("max_output_tokens", 1, 65535, default=None),
 }
+GEMINI_25 = {**GEMINI, "reasoning_effort": BUDGET}
 GEMINI_3 = {**GEMINI, **effort("low", "high", name="thinking_level")}
 GEMINI_31 = {**GEMINI, **effort("low", "medium", "high", name="thinking_level")}
 STRUCTURED = {**GPT_5, **limit("max_output_tokens", default=None)}
@@ -1245,6 +1256,12 @@ FAMILIES = {
     "kimi-k2.5": Family(
         r"moonshotai/kimi-k2\.5", lay_out_transcript, "", OPEN, slots=ONE_IMAGE
     ),
+    "deepseek-v3.1": Family(
+        r"deepseek-ai/deepseek-v3\.1",
+        lay_out_transcript,
+        "",
+        {**OPEN, **effort("None", "medium", name="thinking")},
+    ),
     "open": Family(
         r"deepseek-ai/.*|openai/gpt-oss-.*|xai/grok-.*|qwen/.*|moonshotai/.*",
         lay_out_transcript,
@@ -1285,7 +1302,7 @@ FAMILIES = {
         r"google/gemini-.*",
         lay_out_transcript,
         "system_instruction",
-        GEMINI,
+        GEMINI_25,
         slots=IMAGES,
     ),
     "granite": Family(
@@ -1584,7 +1601,11 @@ def read_inputs(inputs: Json, schemas: Json) -> Family | None:
         return None
     needed = tuple(name for name in known if is_needed(name, known[name], inputs))
     family = lay_out_family(talk, needed)
-    parameters = find_inputs(SYNONYMS, offered)
+    parameters = {
+        parameter: own
+        for parameter, own in find_inputs(SYNONYMS, offered).items()
+        if is_graded(parameter, known[own])
+    }
     spoken = {*parameters.values(), talk.get("messages"), talk.get("prompt")}
     return family._replace(
         fields={p: read_field(p, own, known[own]) for p, own in parameters.items()},
@@ -1617,6 +1638,12 @@ def find_inputs(
         if fitting:
             found[name] = fitting[0]
     return found
+
+
+def is_graded(parameter: str, schema: Json) -> bool:
+    """Whether the model's words for it, if it says which, are grades of OpenAI's."""
+    words, scale = as_list(schema.get("enum")), GRADED.get(parameter, ())
+    return not (words and scale) or any(str(word).lower() in scale for word in words)
 
 
 def is_needed(name: str, schema: Json, inputs: Json) -> bool:
@@ -1988,6 +2015,8 @@ def bounded(asked: Json, wanted: Mapping[str, Field]) -> Json:
 
 def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
     """Bring a value to what the model takes: its type, and its words."""
+    if isinstance(value, str):
+        value = field.words.get(value, value)
     if field.joined and isinstance(value, list):
         return join(value, field.joined)
     kind = field.kind or KIND_OF.get(parameter, "")

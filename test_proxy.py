@@ -1017,7 +1017,8 @@ MODELS_OF = {
     "gpt-5.2": "openai/gpt-5.2 openai/gpt-5.4",
     "gpt-5": "openai/gpt-5 openai/gpt-5-mini openai/gpt-5-nano",
     "kimi-k2.5": "moonshotai/kimi-k2.5",
-    "open": """deepseek-ai/deepseek-r1 deepseek-ai/deepseek-v3 deepseek-ai/deepseek-v3.1
+    "deepseek-v3.1": "deepseek-ai/deepseek-v3.1",
+    "open": """deepseek-ai/deepseek-r1 deepseek-ai/deepseek-v3
     openai/gpt-oss-20b openai/gpt-oss-120b xai/grok-4 moonshotai/kimi-k2-thinking
     qwen/qwen3-235b-a22b-instruct-2507""",
     "gpt-4": """openai/gpt-4o openai/gpt-4o-mini openai/gpt-4.1 openai/gpt-4.1-mini
@@ -1683,12 +1684,18 @@ INPUTS = {
     "gpt-5": {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"},
     "kimi-k2.5": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
     "open": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
+    "deepseek-v3.1": {
+        **BY_LONG_PROMPT,
+        **OPEN,
+        "max_tokens": 100,
+        "thinking": "medium",
+    },
     "gpt-4": {**BY_MESSAGES, **OPEN},
     "claude-3.5": {"system_prompt": "Be brief.", **BY_PROMPT, "max_tokens": 100},
     "claude": {"system_prompt": "Be brief.", **BY_PROMPT, "max_tokens": 1024},
     "gemini-3.1": {**GEMINI, "thinking_level": "high"},
     "gemini-3": {**GEMINI, "thinking_level": "high"},
-    "gemini": GEMINI,
+    "gemini": {**GEMINI, "thinking_budget": 24576},
     "granite": {"system_prompt": "Be brief.", **BY_PROMPT, **LLAMA},
     "granite-messages": {
         **BY_MESSAGES,
@@ -1863,7 +1870,7 @@ FROM_SCHEMAS = [
         {**less(INPUTS["mistral"], "repetition_penalty"), "temperature": 0},
     ),
     ("deepseek-r1, gpt-oss, grok-4, qwen3", OPEN_ONE, INPUTS["open"]),
-    ("deepseek-v3.1", DEEPSEEK_31, {**INPUTS["open"], "thinking": "medium"}),
+    ("deepseek-v3.1", DEEPSEEK_31, INPUTS["deepseek-v3.1"]),
     ("gpt-4o, gpt-4.1", GPT_4_ONE, INPUTS["gpt-4"]),
     ("o1, o4-mini", O1_ONE, INPUTS["o-series"]),
     ("o1-mini", O1_MINI_ONE, MESSAGES),
@@ -1881,7 +1888,7 @@ FROM_SCHEMAS = [
     ),
     ("claude-3.5-haiku", HAIKU, INPUTS["claude-3.5"]),
     ("claude-4-sonnet", SONNET, INPUTS["claude"]),
-    ("gemini-2.5", GEMINI_25, INPUTS["gemini"]),
+    ("gemini-2.5", GEMINI_25, GEMINI),
     ("gemini-3", GEMINI_3_ONE.format("low, high"), INPUTS["gemini-3"]),
     ("gemini-3.1", GEMINI_3_ONE.format("low, medium, high"), INPUTS["gemini-3.1"]),
     ("granite-3.1", GRANITE_31, INPUTS["granite"]),
@@ -2176,7 +2183,8 @@ def test_every_synonym_is_of_a_parameter_or_a_part():
 def test_every_name_that_a_row_uses_is_a_synonym():
     for family in proxy.FAMILIES.values():
         for parameter, field in family.fields.items():
-            assert field.name in proxy.SYNONYMS[parameter].names.split()
+            names = proxy.SYNONYMS[parameter].names.split()
+            assert field.words or field.name in names  # words are a row's alone
 
 
 ANY_INPUT = """
@@ -2268,6 +2276,17 @@ GRADES = "prompt str; reasoning_effort enum {}"
 def test_an_effort_becomes_the_nearest_that_the_model_knows(choices, given, expected):
     sent = schema_input(GRADES.format(choices), {"reasoning_effort": given})
     assert sent["reasoning_effort"] == expected
+
+
+SWITCH = "prompt str; reasoning enum on, off; verbosity enum terse, chatty"
+
+
+def test_words_that_are_no_grades_are_the_models_own():
+    asked = {"reasoning_effort": "low", "verbosity": "low"}
+    assert schema_input(SWITCH, asked) == {"prompt": "Hello"}
+    assert schema_input(SWITCH, {"reasoning": "on"})["reasoning"] == "on"
+    with pytest.raises(proxy.APIError, match="'on', and 'off'"):
+        schema_input(SWITCH, {"reasoning": "low"})
 
 
 @table(
@@ -2652,6 +2671,12 @@ def changes(family, given):
         ("above the most", "gpt-5", {EFFORT: "xhigh"}, {EFFORT: "high"}),
         ("known", "gpt-5.2", {EFFORT: "xhigh"}, {EFFORT: "xhigh"}),
         ("in between", "gemini-3", {EFFORT: "medium"}, {"thinking_level": "low"}),
+        ("thinking off", "deepseek-v3.1", {EFFORT: "minimal"}, {"thinking": "None"}),
+        ("thinking on", "deepseek-v3.1", {EFFORT: "low"}, {"thinking": "medium"}),
+        ("no budget", "gemini", {EFFORT: "minimal"}, {"thinking_budget": 0}),
+        ("some budget", "gemini", {EFFORT: "low"}, {"thinking_budget": 1024}),
+        ("by number", "gemini", {"thinking_budget": 99}, {"thinking_budget": 99}),
+        ("too much", "gemini", {"thinking_budget": 99999}, {"thinking_budget": 24576}),
     ],
 )
 def test_a_value_is_brought_to_what_the_model_takes(family, given, expected):
@@ -2666,6 +2691,7 @@ def test_a_value_is_brought_to_what_the_model_takes(family, given, expected):
         ("true", "llama-2", {"max_new_tokens": True}, "takes an integer, .* boolean"),
         ("half a token", "llama-2", {"min_new_tokens": 1.5}, "takes an integer"),
         ("a number to stop at", "llama-2", {"stop_sequences": 5}, "takes a string"),
+        ("no budget", "gemini", {"thinking_budget": "ten"}, "takes an integer"),
         ("no grade", "gemini-3", {"thinking_level": "banana"}, "'low', and 'high'"),
         ("a number for a grade", "gemini-3", {"thinking_level": 1}, "takes a string"),
     ],
