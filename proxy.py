@@ -1109,7 +1109,8 @@ def items_of(message: Json) -> list[Json]:
 # A family is how a kind of model is asked: its layout, and what it calls each
 # parameter, by its page on Replicate. The map is an allow-list: what it leaves
 # out is not sent. To add a family: a row; the first row whose pattern matches
-# owner/name counts.
+# owner/name counts. A pattern names language models that are known to be so and
+# no others of their makers, whose own schemas know better.
 
 
 class Field(NamedTuple):
@@ -1170,13 +1171,15 @@ LLAMA = {
     **limit("max_tokens"),
     **COMMA_STOP,
 }
-LLAMA_2 = {
+MISTRAL = {
     "temperature": Field("temperature", 0.01, 5),
-    **same("top_p", "top_k", "seed", "repetition_penalty"),
-    "min_tokens": Field("min_new_tokens"),
+    **same("top_p", "top_k", "seed"),
+    "min_tokens": Field("min_new_tokens", -1),
     **limit("max_new_tokens"),
     **COMMA_STOP,
 }
+LLAMA_2 = {**MISTRAL, "top_k": Field("top_k", 0)}
+LLAMA_2_7B = {**MISTRAL, "top_k": Field("top_k", -1), **same("repetition_penalty")}
 GRANITE = {
     **same("temperature", "top_p", "top_k", "min_tokens", "seed", "stop"),
     **PENALTIES,
@@ -1221,6 +1224,9 @@ IMAGES = {"image_url": Slot("images", 10, as_list=True)}
 IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
 
 FAMILIES = {
+    "llama-2-7b": Family(
+        r"meta/llama-2-7b-chat", lay_out_llama_2, "system_prompt", LLAMA_2_7B
+    ),
     "llama-2": Family(
         r"meta/llama-2-.*-chat", lay_out_llama_2, "system_prompt", LLAMA_2
     ),
@@ -1239,22 +1245,30 @@ FAMILIES = {
     ),
     "o1-mini": Family(r"openai/o1-mini", lay_out_messages, "user", GPT_LIMIT),
     "o-series": Family(
-        r"openai/o\d.*", lay_out_messages, "system", O_SERIES, slots=IN_PLACE
+        r"openai/o(1|3|3-mini|4-mini)",
+        lay_out_messages,
+        "system",
+        O_SERIES,
+        slots=IN_PLACE,
     ),
     "gpt-5-pro": Family(
         r"openai/gpt-5-pro", lay_out_messages, "system", GPT_5_PRO, slots=IN_PLACE
     ),
     "gpt-5.1": Family(
-        r"openai/gpt-5\.1.*", lay_out_messages, "system", GPT_51, slots=IN_PLACE
+        r"openai/gpt-5\.1", lay_out_messages, "system", GPT_51, slots=IN_PLACE
     ),
     "gpt-5.2": Family(
-        r"openai/gpt-5\.\d.*", lay_out_messages, "system", GPT_52, slots=IN_PLACE
+        r"openai/gpt-5\.\d", lay_out_messages, "system", GPT_52, slots=IN_PLACE
     ),
     "gpt-5": Family(
-        r"openai/gpt-5.*", lay_out_messages, "system", GPT_5, slots=IN_PLACE
+        r"openai/gpt-5(-mini|-nano)?", lay_out_messages, "system", GPT_5, slots=IN_PLACE
     ),
     "kimi-k2.5": Family(
-        r"moonshotai/kimi-k2\.5", lay_out_transcript, "", OPEN, slots=ONE_IMAGE
+        r"moonshotai/kimi-k2\.5",
+        lay_out_transcript,
+        "",
+        {**OPEN, **limit("max_tokens", 1, 131072)},
+        slots=ONE_IMAGE,
     ),
     "deepseek-v3.1": Family(
         r"deepseek-ai/deepseek-v3\.1",
@@ -1263,13 +1277,18 @@ FAMILIES = {
         {**OPEN, **effort("None", "medium", name="thinking")},
     ),
     "open": Family(
-        r"deepseek-ai/.*|openai/gpt-oss-.*|xai/grok-.*|qwen/.*|moonshotai/.*",
+        r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
+        r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
         lay_out_transcript,
         "",
         OPEN,
     ),
     "gpt-4": Family(
-        r"openai/gpt-4.*", lay_out_messages, "system", GPT_4, slots=IN_PLACE
+        r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)",
+        lay_out_messages,
+        "system",
+        GPT_4,
+        slots=IN_PLACE,
     ),
     "claude-3.5": Family(
         r"anthropic/claude-(3\.5-|4\.5-haiku).*",
@@ -1278,40 +1297,46 @@ FAMILIES = {
         limit("max_tokens", 1, 8192, default=None),
     ),
     "claude": Family(
-        r"anthropic/.*",
+        r"anthropic/claude-.*",
         lay_out_transcript,
         "system_prompt",
         limit("max_tokens", 1024, 64000, default=None),
         slots=ONE_IMAGE,
     ),
     "gemini-3.1": Family(
-        r"google/gemini-3\.1.*",
+        r"google/gemini-3\.1-(pro|flash)",
         lay_out_transcript,
         "system_instruction",
         GEMINI_31,
         slots=IMAGES_AND_SOUND,
     ),
     "gemini-3": Family(
-        r"google/gemini-3.*",
+        r"google/gemini-3-(pro|flash)",
         lay_out_transcript,
         "system_instruction",
         GEMINI_3,
         slots=IMAGES_AND_SOUND,
     ),
     "gemini": Family(
-        r"google/gemini-.*",
+        r"google/gemini-2\.5-flash",
         lay_out_transcript,
         "system_instruction",
         GEMINI_25,
         slots=IMAGES,
     ),
     "granite": Family(
-        r"ibm-granite/granite-3\.[012]-.*", lay_out_transcript, "system_prompt", LLAMA
+        r"ibm-granite/granite-3\.[012]-.*-instruct",
+        lay_out_transcript,
+        "system_prompt",
+        LLAMA,
     ),
     "granite-messages": Family(
-        r"ibm-granite/granite-(3\.[3-9]|[4-9]).*", lay_out_granite, "system", GRANITE
+        r"ibm-granite/granite-(3\.3-8b-instruct|4\.0-h-small)",
+        lay_out_granite,
+        "system",
+        GRANITE,
     ),
-    "mistral": Family(r"mistralai/.*", lay_out_transcript, "", LLAMA_2),
+    "mistral": Family(r"mistralai/mistral-7b-v0\.1", lay_out_transcript, "", MISTRAL),
 }
 PLAIN = Family("", lay_out_transcript, "", {})
 

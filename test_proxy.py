@@ -1005,7 +1005,8 @@ def test_nothing_else_is_in_the_tables():
 # == Families ==================================================================
 
 MODELS_OF = {
-    "llama-2": "meta/llama-2-7b-chat meta/llama-2-13b-chat meta/llama-2-70b-chat",
+    "llama-2-7b": "meta/llama-2-7b-chat",
+    "llama-2": "meta/llama-2-13b-chat meta/llama-2-70b-chat",
     "llama-3": """meta/meta-llama-3-8b-instruct meta/meta-llama-3-70b-instruct
     meta/meta-llama-3.1-405b-instruct""",
     "llama-4": "meta/llama-4-scout-instruct meta/llama-4-maverick-instruct",
@@ -1052,9 +1053,9 @@ def test_each_model_is_of_the_family_that_fits(family):
 @table(
     "ref, expected",
     [
-        ("a version of a model", f"meta/llama-2-7b-chat:{VERSION}", "llama-2"),
+        ("a version of a model", f"meta/llama-2-7b-chat:{VERSION}", "llama-2-7b"),
         ("a version alone", VERSION, None),
-        ("in capitals", "Meta/Llama-2-7b-Chat", "llama-2"),
+        ("in capitals", "Meta/Llama-2-7b-Chat", "llama-2-7b"),
         ("a deployment of one of that owner's", "deployments/qwen/mine", None),
         ("a deployment of that name", "deployments/meta/llama-2-7b-chat", None),
         ("somebody's model", "me/llama-2-7b-chat", None),
@@ -1064,6 +1065,21 @@ def test_each_model_is_of_the_family_that_fits(family):
 )
 def test_a_family_is_found_by_owner_and_name(ref, expected):
     assert family_of(ref) == expected
+
+
+OTHERS_OF_THEIR_MAKERS = """
+    qwen/qwen-image qwen/qwen3-tts deepseek-ai/janus-pro-7b deepseek-ai/deepseek-vl2
+    openai/gpt-4o-transcribe openai/gpt-4o-mini-transcribe openai/gpt-image-1
+    google/gemini-2.5-flash-image google/gemini-3-pro-image google/gemini-2.5-flash-tts
+    xai/grok-2-image xai/grok-imagine-video moonshotai/kimi-k2.6 anthropic/other
+    ibm-granite/granite-8b-code-instruct-128k ibm-granite/granite-embedding-278m
+    ibm-granite/granite-4.0-speech mistralai/voxtral-mini meta/llama-2-7b
+"""
+
+
+@pytest.mark.parametrize("ref", OTHERS_OF_THEIR_MAKERS.split())
+def test_other_models_of_a_maker_are_left_to_their_schemas(ref):
+    assert family_of(ref) is None
 
 
 def test_models_json_has_the_first_word_on_a_family():
@@ -1634,18 +1650,19 @@ LLAMA_2 = {
     "top_p": 0.9,
     "top_k": 40,
     "seed": 7,
-    "repetition_penalty": 1.1,
     "min_new_tokens": 2,
     "max_new_tokens": 100,
     "stop_sequences": "END",
 }
 
+LLAMA_2_TALK = {
+    "system_prompt": "Be brief.",
+    "prompt": "[INST] Hi [/INST]\nHello!\n[INST] Bye [/INST]",
+}
+
 INPUTS = {
-    "llama-2": {
-        "system_prompt": "Be brief.",
-        "prompt": "[INST] Hi [/INST]\nHello!\n[INST] Bye [/INST]",
-        **LLAMA_2,
-    },
+    "llama-2-7b": {**LLAMA_2_TALK, **LLAMA_2, "repetition_penalty": 1.1},
+    "llama-2": {**LLAMA_2_TALK, **LLAMA_2},
     "llama-3": {
         "prompt": "<|begin_of_text|>"
         "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
@@ -1852,7 +1869,7 @@ FROM_SCHEMAS = [
     (
         "llama-2",
         LLAMA_2_ONE,
-        {**less(INPUTS["llama-2"], "repetition_penalty"), **AS_A_PLAY},
+        {**INPUTS["llama-2"], **AS_A_PLAY},
     ),
     (
         "llama-3",
@@ -1867,7 +1884,7 @@ FROM_SCHEMAS = [
     (
         "mistral",
         MISTRAL_ONE,
-        {**less(INPUTS["mistral"], "repetition_penalty"), "temperature": 0},
+        {**INPUTS["mistral"], "temperature": 0},
     ),
     ("deepseek-r1, gpt-oss, grok-4, qwen3", OPEN_ONE, INPUTS["open"]),
     ("deepseek-v3.1", DEEPSEEK_31, INPUTS["deepseek-v3.1"]),
@@ -2659,6 +2676,9 @@ def changes(family, given):
     [
         ("0 is illegal", "llama-2", {"temperature": 0}, {"temperature": 0.01}),
         ("0 is legal", "gpt-4", {"temperature": 0.0}, {"temperature": 0.0}),
+        ("less than none", "llama-2", {"top_k": -5}, {"top_k": 0}),
+        ("all", "llama-2-7b", {"top_k": -5}, {"top_k": -1}),
+        ("too long", "kimi-k2.5", {"max_tokens": 200_000}, {"max_tokens": 131_072}),
         ("too many", "claude-3.5", {"max_tokens": 100_000}, {"max_tokens": 8192}),
         ("too few", "claude", {"max_tokens": 16}, {"max_tokens": 1024}),
         ("the newer name", "gpt-5", {NEWER: 7, "max_tokens": 5}, {NEWER: 7}),
