@@ -116,7 +116,7 @@ from hmac import compare_digest
 from html import escape
 from http.server import ThreadingHTTPServer
 from itertools import accumulate, groupby, islice, takewhile
-from math import isfinite
+from math import ceil, floor, isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
@@ -1558,6 +1558,7 @@ DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
 
 MANY = 100  # attachments, where the schema sets no bound
 MAX_HOPS = 8  # from a schema to what it refers to
+ALTERNATIVES = ("anyOf", "oneOf")
 JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object")
 TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
 
@@ -1570,6 +1571,10 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def without(object: Json, names: Collection[str]) -> Json:
+    return {name: value for name, value in object.items() if name not in names}
+
+
 def resolve(schema: Any, schemas: Json) -> Json:
     """Fold what a schema refers to into it; its own words count before those."""
     flat: Json = {}
@@ -1580,12 +1585,19 @@ def resolve(schema: Any, schemas: Json) -> Json:
 
 
 def referred(schema: Json, schemas: Json) -> Any:
-    """What stands behind a $ref, or the first alternative that is not null."""
+    """What stands behind a $ref, or the only alternative that is not null."""
     if isinstance(ref := schema.get("$ref"), str):
         return schemas.get(ref.rpartition("/")[2])
-    lists = (as_list(schema.get(key)) for key in ("allOf", "anyOf", "oneOf"))
+    if whole := as_list(schema.get("allOf")):
+        return whole[0]
+    parts = alternatives(schema)
+    return parts[0] if len(parts) == 1 else None  # of several, it may be any
+
+
+def alternatives(schema: Json) -> list[Json]:
+    lists = (as_list(schema.get(key)) for key in ALTERNATIVES)
     parts = (as_object(part) for parts in lists for part in parts)
-    return next((part for part in parts if part.get("type") != "null"), None)
+    return [part for part in parts if part.get("type") != "null"]
 
 
 def json_type(schema: Json) -> str:
@@ -1621,20 +1633,20 @@ def read_inputs(inputs: Json, schemas: Json) -> Family | None:
     rows = as_object(inputs.get("properties")).items()
     known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
     offered = {name: kind_of(row, schemas) for name, row in known.items()}
-    talk = find_inputs(CONVERSATION, offered)
+    needed = tuple(name for name in known if is_needed(name, known[name], inputs))
+    talk = find_inputs(CONVERSATION, offered, needed)
     if not talk.keys() & {"messages", "prompt"}:
         return None
-    needed = tuple(name for name in known if is_needed(name, known[name], inputs))
     family = lay_out_family(talk, needed)
     parameters = {
         parameter: own
-        for parameter, own in find_inputs(SYNONYMS, offered).items()
+        for parameter, own in find_inputs(SYNONYMS, offered, needed).items()
         if is_graded(parameter, known[own])
     }
     spoken = {*parameters.values(), talk.get("messages"), talk.get("prompt")}
     return family._replace(
         fields={p: read_field(p, own, known[own]) for p, own in parameters.items()},
-        slots=read_slots(family, find_inputs(ATTACHED, offered), known),
+        slots=read_slots(family, find_inputs(ATTACHED, offered, needed), known),
         others=read_others(known, spoken),
         required=needed,
     )
@@ -1642,6 +1654,9 @@ def read_inputs(inputs: Json, schemas: Json) -> Family | None:
 
 def is_text(output: Json, schemas: Json) -> bool:
     """Whether what the model makes can be told as text, for all that is known."""
+    if len(parts := alternatives(output)) > 1:
+        folded = (resolve(part, schemas) for part in parts)
+        return any(is_text(without(part, ALTERNATIVES), schemas) for part in folded)
     if isinstance(output.get("x-cog-array-display"), str):
         return bool(output["x-cog-array-display"] == "concatenate")
     inside = as_object(output.get("properties"))
@@ -1654,14 +1669,14 @@ def is_text(output: Json, schemas: Json) -> bool:
 
 
 def find_inputs(
-    table: Mapping[str, Synonyms], offered: Mapping[str, str]
+    table: Mapping[str, Synonyms], offered: Mapping[str, str], needed: Sequence[str]
 ) -> dict[str, str]:
-    """The model's name for each row of which it has an input."""
+    """The model's name for each row of which it has an input; needed ones first."""
     found = {}
     for name, (legal, names) in table.items():
         fitting = [own for own in names.split() if offered.get(own, "-") in legal]
         if fitting:
-            found[name] = fitting[0]
+            found[name] = min(fitting, key=lambda own: own not in needed)
     return found
 
 
@@ -1692,13 +1707,13 @@ def lay_out_under(prompt: str, messages: Messages, system: str) -> Json:
 
 def read_field(parameter: str, name: str, schema: Json) -> Field:
     kind = json_type(schema)
-    low, high = ("minItems", "maxItems") if kind == "array" else ("minimum", "maximum")
+    low, high = read_bounds(kind, schema)
     choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
     is_short = is_bound(schema.get("default")) and 0 < schema["default"] < LONG
     return Field(
         name,
-        read_bound(schema.get(low)),
-        read_bound(schema.get(high)),
+        low,
+        high,
         default=LONG if parameter == "max_tokens" and is_short else None,
         choices=tuple(choices),
         joined="," if parameter == "stop" and kind == "string" else "",
@@ -1708,6 +1723,24 @@ def read_field(parameter: str, name: str, schema: Json) -> Field:
 
 def is_bound(value: Any) -> bool:
     return is_number(value) and abs(value) < 2**64
+
+
+def read_bounds(kind: str, schema: Json) -> tuple[float | None, float | None]:
+    """The least and the most that a field takes: of an integer, whole ones."""
+    if kind == "array":
+        return read_bound(schema.get("minItems")), read_bound(schema.get("maxItems"))
+    step = 1 if kind == "integer" else 0.01  # inwards from a bound that is left out
+    lows = (schema.get("minimum"), stepped(schema.get("exclusiveMinimum"), step))
+    highs = (schema.get("maximum"), stepped(schema.get("exclusiveMaximum"), -step))
+    low = max(filter(is_bound, lows), default=None)
+    high = min(filter(is_bound, highs), default=None)
+    if kind == "integer":
+        return low and ceil(low), high and floor(high)
+    return low, high
+
+
+def stepped(bound: Any, step: float) -> Any:
+    return bound + step if is_bound(bound) else None
 
 
 def read_bound(value: Any) -> float | None:
@@ -1726,8 +1759,8 @@ def read_slots(
 def read_slot(name: str, schema: Json) -> Slot:
     if json_type(schema) != "array":
         return Slot(name)
-    most = read_bound(schema.get("maxItems"))
-    return Slot(name, MANY if most is None else int(most), as_list=True)
+    most = read_bound(schema.get("maxItems")) or 0
+    return Slot(name, int(most) if most >= 1 else MANY, as_list=True)
 
 
 def read_others(
@@ -1739,6 +1772,18 @@ def read_others(
         for name, schema in known.items()
         if name not in DOCUMENTED and name not in spoken
     }
+
+
+# == Lookups ===================================================================
+#
+# Which family a call gets: its model's row, or what the model says of itself,
+# which is looked up no oftener than it must be, once for all who ask together.
+
+SCHEMA_LASTS = 3600  # seconds, for one that was read …
+RETRY_AFTER = 60  # … and for one that could not be
+MOST_SCHEMAS = 1000
+OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
+DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
 def merge(row: Family, read: Family | None) -> Family:
@@ -1754,18 +1799,6 @@ def merge(row: Family, read: Family | None) -> Family:
         slots={**slots, **row.slots},
         others={**others, **row.others},
     )
-
-
-# == Lookups ===================================================================
-#
-# Which family a call gets: its model's row, or what the model says of itself,
-# which is looked up no oftener than it must be, once for all who ask together.
-
-SCHEMA_LASTS = 3600  # seconds, for one that was read …
-RETRY_AFTER = 60  # … and for one that could not be
-MOST_SCHEMAS = 1000
-OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
-DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
 class Inquiry:
@@ -1903,10 +1936,7 @@ def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
         if not isinstance(source[name], str):
             raise misfit(name, source[name], "string")
     told = [{"role": "system", "content": source[name]} for source, name in named]
-    given, body = (
-        {name: value for name, value in source.items() if name not in SYSTEM_NAMES}
-        for source in sources
-    )
+    given, body = (without(source, SYSTEM_NAMES) for source in sources)
     config = model.config._replace(input=given)
     messages = [*told, *body["messages"]]
     return {**body, "messages": messages}, replace(model, config=config)

@@ -2071,8 +2071,51 @@ def test_attachments_have_their_slots(properties, expected):
 
 
 @table(
+    "fields, needed, expected",
+    [
+        ("the one it needs", "images [uri]; image uri", ["image"], "image"),
+        ("else the best", "images [uri]; image uri", [], "images"),
+    ],
+)
+def test_an_image_goes_where_the_model_needs_one(fields, needed, expected):
+    read = short(f"prompt str; {fields}")
+    read["components"]["schemas"]["Input"]["required"] = needed
+    assert proxy.read_family(read).slots["image_url"].name == expected
+
+
+def test_a_bound_of_less_than_one_image_is_none():
+    images = {"type": "array", "items": IMAGE_OUTPUT, "maxItems": -3}
+    family = proxy.read_family(document({"prompt": STRING, "images": images}))
+    assert family.slots["image_url"].most == proxy.MANY
+
+
+ANY_OF = {"anyOf": [{"type": "integer"}, STRING]}
+
+
+@table(
+    "schema, given, expected",
+    [
+        ("any of several", ANY_OF, "auto", "auto"),
+        ("or another", ANY_OF, 7, 7),
+        ("a whole number", {"type": "integer", "minimum": 1.5}, 1, 2),
+        ("from above", {"type": "integer", "maximum": 8.5}, 9, 8),
+        ("beyond", {"type": "integer", "exclusiveMinimum": 0}, 0, 1),
+        ("beyond 0", {"type": "number", "exclusiveMinimum": 0}, 0, 0.01),
+        ("below", {"type": "number", "exclusiveMaximum": 1}, 1, 0.99),
+        ("both", {"type": "integer", "minimum": 5, "exclusiveMinimum": 0}, 0, 5),
+    ],
+)
+def test_a_value_is_held_to_what_its_schema_says(schema, given, expected):
+    family = document({"prompt": STRING, "pace": schema})
+    assert schema_order(family, {"pace": given}).input["pace"] == expected
+
+
+@table(
     "output, expected",
     [
+        ("one of two", {"anyOf": [IMAGE_OUTPUT, TEXT_OUTPUT]}, True),
+        ("none of two", {"anyOf": [IMAGE_OUTPUT, {"type": "number"}]}, False),
+        ("itself", {"$ref": "#/components/schemas/Loop"}, True),
         ("text in pieces", TEXT_OUTPUT, True),
         ("a string", STRING, True),
         ("strings", {"type": "array", "items": STRING}, True),
@@ -2091,7 +2134,8 @@ def test_attachments_have_their_slots(properties, expected):
     ],
 )
 def test_a_model_is_one_of_language_if_its_output_is_text(output, expected):
-    schema = document({"prompt": STRING}, output=output, Made=IMAGE_OUTPUT)
+    loop = {"anyOf": [{"$ref": "#/components/schemas/Loop"}, STRING]}
+    schema = document({"prompt": STRING}, output=output, Made=IMAGE_OUTPUT, Loop=loop)
     assert proxy.read_family(schema).is_language == expected
 
 
