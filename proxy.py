@@ -633,6 +633,8 @@ KINDS: dict[type, str] = {
     type(None): "null",
 }
 
+MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
+INT64 = (-(2**63), 2**63 - 1)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
@@ -654,10 +656,10 @@ SAMPLING = {
     "top_p": Param(NUMBER, 0, 1),
     "presence_penalty": Param(NUMBER, -2, 2),
     "frequency_penalty": Param(NUMBER, -2, 2),
-    "max_tokens": Param(INTEGER, 1),
-    "max_completion_tokens": Param(INTEGER, 1),
+    "max_tokens": Param(INTEGER, 1, INT64[1]),
+    "max_completion_tokens": Param(INTEGER, 1, INT64[1]),
     "stop": Param((str, list), 0, 64, default=[], items=STRING),
-    "seed": Param(INTEGER, -(2**63), 2**63 - 1),
+    "seed": Param(INTEGER, *INT64),
     "reasoning_effort": Param(STRING, choices=EFFORTS),
     "verbosity": Param(STRING, choices=VERBOSITIES),
     "n": Param(INTEGER, 1, 8, default=1),
@@ -665,8 +667,8 @@ SAMPLING = {
         refused="Token ids mean nothing to Replicate's models.", choices=({},)
     ),
     # Not OpenAI's, but sent by many clients to models that have them.
-    "top_k": Param(INTEGER),
-    "min_tokens": Param(INTEGER),
+    "top_k": Param(INTEGER, *INT64),
+    "min_tokens": Param(INTEGER, *INT64),
     "repetition_penalty": Param(NUMBER, 0),
     "replicate": Param(OBJECT, default={}),  # into the input, over all else
 }
@@ -720,7 +722,8 @@ ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 MESSAGE = {  # check_history sees to what depends on the role
     "role": Param(STRING, required=True, choices=ROLES),
     "content": Param((str, list), items=OBJECT, each=PART),
-    "name": Param(STRING, 1, 64),
+    "refusal": Param(STRING),
+    "name": Param(STRING, 0, 64),
     "tool_calls": Param(ARRAY, items=OBJECT, each=MESSAGE_CALL),
     "tool_call_id": Param(STRING),
     "function_call": Param(OBJECT, each=FUNCTION_CALL),
@@ -760,7 +763,7 @@ CHAT = {
 COMPLETION = {
     **SAMPLING,
     "prompt": Param((str, list), 1, 128, default=["<|endoftext|>"], items=STRING),
-    "max_tokens": Param(INTEGER, 1, default=16),
+    "max_tokens": Param(INTEGER, 1, INT64[1], default=16),
     "echo": Param(BOOLEAN, default=False),
     "suffix": Param(
         refused="Replicate's models don't fill in the middle.", choices=("",)
@@ -878,6 +881,16 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
     )
     message = f"Invalid '{path}': {noun} too long. {expected} instead."
     require(size <= high, message, code=f"{noun}_above_max_length", param=path)
+
+
+def given_back(message: Json) -> Json:
+    """A message as `openai` dumps it may be a refusal, and may have an empty name."""
+    refusal, content = message.pop("refusal"), message["content"]
+    return {
+        **message,
+        "content": refusal if content is None else content,
+        "name": message["name"] or None,
+    }
 
 
 # == Layouts ===================================================================
@@ -2063,8 +2076,9 @@ def bounded(asked: Json, wanted: Mapping[str, Field]) -> Json:
     for parameter, row in wanted.items():
         value = row.default if asked.get(parameter) is None else asked[parameter]
         if value is not None:
+            bring = wrap if parameter == "seed" else clamp
             is_real = is_number(value)
-            inputs[row.name] = clamp(value, row.low, row.high) if is_real else value
+            inputs[row.name] = bring(value, row.low, row.high) if is_real else value
     return inputs
 
 
@@ -2159,6 +2173,13 @@ def require_inputs(model: Model, family: Family, input: Json) -> None:
         code="missing_required_parameter",
         param=first,
     )
+
+
+def wrap(value: Any, low: float | None, high: float | None) -> Any:
+    """Seeds that differ still do, within bounds."""
+    if low is None or high is None:
+        return clamp(value, low, high)
+    return low + (value - low) % (high - low + 1)
 
 
 def clamp(value: Any, low: float | None, high: float | None) -> Any:
@@ -5945,7 +5966,8 @@ def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
 
 def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, CHAT, model_id)
-    body["messages"] = check_parts(body["messages"])
+    messages = [given_back(message) for message in body["messages"]]
+    body["messages"] = check_parts(messages)
     check_history(body["messages"])
     model = find_model(proxy.models.current(), body["model"])
     attached = attachments(body["messages"])
@@ -5960,6 +5982,7 @@ def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Repl
 
 def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     body = check_body(call, COMPLETION, model_id)
+    check_count(len(body["prompt"]) * body["n"])
     model = find_model(proxy.models.current(), body["model"])
     family = family_for(model, body, set(), proxy.upstream.schemas)
     orders = [
@@ -5970,11 +5993,22 @@ def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     return tell(proxy, call, body, orders, TEXT_FORM)
 
 
+def check_count(predictions: int) -> None:
+    """Each prompt and each choice of it is a prediction, and they are paid for."""
+    message = (
+        f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
+        f"call may make {MOST_PREDICTIONS}. Send fewer prompts at once."
+    )
+    few = predictions <= MOST_PREDICTIONS
+    require(few, message, code="array_above_max_length", param="prompt")
+
+
 def variants(body: Json) -> list[Json]:
     """The body of each of n choices, which must not all have the same seed."""
     if body["seed"] is None:
         return [body] * body["n"]
-    return [{**body, "seed": body["seed"] + i} for i in range(body["n"])]
+    seeds = (wrap(body["seed"] + i, *INT64) for i in range(body["n"]))
+    return [{**body, "seed": seed} for seed in seeds]
 
 
 def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:

@@ -817,6 +817,7 @@ def refusal_of(body, params):
         ("a nested one", {"stream_options": {INCLUDE: 1}}, "invalid_type", NESTED),
         ("too low a decimal", {"top_p": -1}, "decimal_below_min_value", "top_p"),
         ("too high", {"seed": 2**63}, "integer_above_max_value", "seed"),
+        ("no end", {"max_tokens": 10**400}, "integer_above_max_value", "max_tokens"),
         ("too low", {"seed": -(2**63) - 1}, "integer_below_min_value", "seed"),
         ("too many choices", {"n": 9}, "integer_above_max_value", "n"),
         ("choices without end", {"n": 10**400}, "integer_above_max_value", "n"),
@@ -923,7 +924,7 @@ def test_each_refusal_says_what_is_wrong_in_openais_words(code):
         {"modalities": ["text"]},
         {"stop": ["a"] * 64},
         {"seed": -(2**63)},
-        {"max_tokens": 10**400},
+        {"max_tokens": 2**63 - 1},
         {"messages": [{"role": "user", "content": "", "tool_calls": []}]},
     ],
     ids=str,
@@ -7534,6 +7535,69 @@ def test_an_answer_is_cut(offline, why, more, texts, text, finish_reason):
     assert choice["message"]["content"] == text
     assert choice["finish_reason"] == finish_reason
     assert answerer.upstream.closed == 1
+
+
+@table(
+    "message, expected",
+    [
+        (
+            "a refusal",
+            {"role": "assistant", "content": None, "refusal": "No."},
+            {"role": "assistant", "content": "No."},
+        ),
+        (
+            "a text and no refusal",
+            {"role": "assistant", "content": "Yes.", "refusal": None},
+            {"role": "assistant", "content": "Yes."},
+        ),
+        (
+            "an empty name",
+            {"role": "user", "content": "Hi", "name": ""},
+            {"role": "user", "content": "Hi"},
+        ),
+    ],
+)
+def test_a_message_may_come_as_openais_client_dumps_it(offline, message, expected):
+    answerer = offline(*SCRIPT)
+    body = {"model": "openai/gpt-4o", "messages": [message, *HI]}
+    proxy.answer(answerer, call("POST", CHAT_PATH, body))
+    [(order, _)] = answerer.upstream.asked
+    assert order.input["messages"] == [expected, *HI]
+
+
+@table(
+    "prompts, n, status",
+    [("as many", 16, 8, 200), ("one more", 17, 8, 400), ("too many", 128, 2, 400)],
+)
+def test_a_call_makes_128_predictions_at_most(offline, prompts, n, status):
+    answerer = offline(*SCRIPT)
+    body = {"model": "gpt-4o", "prompt": ["Hi"] * prompts, "n": n}
+    asked = call("POST", "/v1/completions", body)
+    if status == 200:
+        assert proxy.answer(answerer, asked).status == 200
+        assert len(answerer.upstream.asked) == 128
+        return
+    with pytest.raises(proxy.APIError, match=f"{prompts * n} predictions") as raised:
+        proxy.answer(answerer, asked)
+    assert (raised.value.status, raised.value.param) == (status, "prompt")
+    assert not answerer.upstream.asked
+
+
+@table(
+    "seed, high, expected",
+    [
+        ("beyond the models", 2**40, 2**32 - 1, [0, 1, 2]),
+        ("at its end", 2**32 - 2, 2**32 - 1, [2**32 - 2, 2**32 - 1, 0]),
+        ("at the end", 2**63 - 1, None, [2**63 - 1, -(2**63), 1 - 2**63]),
+    ],
+)
+def test_no_two_choices_have_the_same_seed(seed, high, expected):
+    field = proxy.Field("seed", None if high is None else 0, high)
+    sent = [
+        proxy.bounded(body, {"seed": field})["seed"]
+        for body in proxy.variants({"seed": seed, "n": 3})
+    ]
+    assert sent == expected
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
