@@ -3477,7 +3477,7 @@ class Dialect(NamedTuple):
     closing: str = ""
     is_sure: bool = False  # it means a call, even of a tool that is not there
     where: str = ANYWHERE
-    holds: str = "call"  # in it: more signs or an object; or "arguments", "python"
+    holds: str = "call"  # more signs or an object; or "arguments", "tagged", "python"
     name: str = ""  # of the tool, once it is known
 
 
@@ -3490,7 +3490,23 @@ DIALECTS = (
     Dialect("<|python_tag|>", "<|eom_id|>", is_sure=True),  # Llama 3
     Dialect("[TOOL_CALLS]", is_sure=True),  # Mistral …
     Dialect("*[ARGS]", where=INSIDE, holds="arguments"),  # … since its tokenizer 11
-    Dialect("<function=*>", "</function>", holds="arguments"),  # Llama 3
+    Dialect("<function=*>", "</function>", holds="arguments"),  # Llama 3, Qwen3 Coder
+    Dialect("*\n<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),  # GLM
+    Dialect("*<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),
+    Dialect("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", is_sure=True),  # DeepSeek
+    Dialect(
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>*",
+        "<｜tool▁call▁end｜>",
+        holds="arguments",
+    ),
+    Dialect(
+        "<｜tool▁call▁begin｜>*<｜tool▁sep｜>", "<｜tool▁call▁end｜>", holds="arguments"
+    ),
+    Dialect(
+        "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", is_sure=True
+    ),  # Kimi K2
+    Dialect("<|tool_call_begin|>functions.*:", "<|tool_call_end|>", holds="arguments"),
+    Dialect("<|channel|>commentary to=functions.*", "<|call|>", holds="arguments"),
     Dialect("```json", "```"),
     Dialect("```tool_call", "```"),
     Dialect("```tool_code", "```"),  # Gemma
@@ -3513,6 +3529,16 @@ STARTS = re.compile(r"\s*[<\[{`]|\s+\Z")  # what any call begins with
 DEEPEST = 6  # signs of one call
 LONGEST_BEGINNING = 200  # characters: of OBJECTS with the longest name
 LONGEST_PYTHON = 16_000  # characters, as each bracket in them is tried
+LONGEST_TAGGED = 200_000  # characters, as none of them is told before the last
+LONGEST_LEAD = 60  # characters, of which LEAD is made
+LEAD = re.compile(  # what may stand between a name and its arguments
+    r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*(commentary\s*)?|```)?(json)?\s*){0,3}"
+)
+TAGGED = re.compile(  # Qwen3 Coder has the first form, GLM the other
+    r"<parameter=(?P<name>[^<>]{1,64})>"
+    r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
+)
+TAGGED_END = re.compile(r"</parameter>|</arg_value>")
 SPACE, GAP = re.compile(r"\s*"), re.compile(r"[\s,;]*")
 
 
@@ -3600,6 +3626,24 @@ def python_arguments(text: str, tool: Tool | None) -> Json | None:
     return arguments
 
 
+def tagged_arguments(text: str, tool: Tool | None) -> Json:
+    """Arguments between tags: strings where the tool says so, else as they parse."""
+    known = as_object(as_object(tool and tool.parameters).get("properties"))
+    arguments: Json = {}
+    for piece in TAGGED_END.split(text)[:-1]:
+        if tag := TAGGED.search(piece):
+            name, value = (tag["name"] or tag["key"]).strip(), piece[tag.end() :]
+            value = value.removeprefix("\n").removesuffix("\n")
+            is_text = json_type(as_object(known.get(name))) == "string"
+            arguments[name] = value if is_text else parsed_or_text(value)
+    return arguments
+
+
+def parsed_or_text(text: str) -> Any:
+    value = parsed(text)
+    return text if value is None and text.strip() != "null" else value
+
+
 # == Listening =================================================================
 #
 # One answer, heard as it comes: what is a call is told as one, at once, and what
@@ -3664,6 +3708,8 @@ class Listener:
             self.held = ""
         elif self.step == self.candidate and not was_cut:
             self.judge()
+        elif self.step == self.tagged and not was_cut:
+            self.tell_tagged(len(self.held))
         else:
             self.refuse()
 
@@ -3705,7 +3751,11 @@ class Listener:
         if self.taken > DEEPEST:
             return self.refuse()
         self.seen = start + len(sign.opening)
-        steps = {"arguments": self.named, "python": self.python}
+        steps = {
+            "arguments": self.named,
+            "tagged": self.tagged,
+            "python": self.python,
+        }
         self.step = steps.get(sign.holds, self.opening)
         return True
 
@@ -3762,13 +3812,20 @@ class Listener:
 
     def named(self) -> bool:
         """Begin the arguments that a sign with a name holds."""
-        rest = self.held[self.seen :].lstrip()
-        if not rest:
+        rest = self.held[self.seen :]
+        lead = rest.partition("{")[0]
+        if lead.lstrip().startswith("<parameter="):
+            self.step = self.tagged
+            return True
+        if lead == rest and len(lead) < LONGEST_LEAD:
             return False
-        if rest[0] != "{":
+        if lead == rest or not LEAD.fullmatch(lead):
             return self.refuse()
+        name, start = self.signs[-1].name, self.seen + len(lead)
+        if "```" in lead:
+            self.signs.append(Dialect("```", "```"))
         self.begin_object(0)
-        return self.begin_arguments(self.signs[-1].name, len(self.held) - len(rest))
+        return self.begin_arguments(name, start)
 
     def begin_arguments(self, name: str, start: int) -> bool:
         self.held = self.held[start:]
@@ -3802,6 +3859,25 @@ class Listener:
             self.mender.feed(c)
         self.held = ""
         return False
+
+    def tagged(self) -> bool:
+        """Read tags up to what closes them."""
+        closing = self.signs[-1].closing
+        end = self.held.find(closing, self.seen, LONGEST_TAGGED)
+        if end >= 0:
+            return self.tell_tagged(end)
+        self.seen = max(self.seen, len(self.held) - len(closing))
+        return len(self.held) >= LONGEST_TAGGED and self.refuse()
+
+    def tell_tagged(self, end: int) -> bool:
+        sign = self.signs[-1]
+        start = self.held.index(sign.opening)
+        tool = self.toolbox.find(sign.name)
+        arguments = tagged_arguments(self.held[start:end], tool)
+        self.held = self.held[end:]
+        self.tell_call(sign.name)
+        self.tell_arguments(compact(arguments))
+        return self.close()
 
     def python(self) -> bool:
         """Read a Python call to its end: the first bracket that makes it whole."""

@@ -4427,6 +4427,64 @@ DIALECTS = [  # what is said, its text, its calls
         [PARIS],
     ),
     (
+        "Qwen3 Coder",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
+        "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
+        "",
+        [("get_weather", '{"city":"Paris","days":2}')],
+    ),
+    (
+        "Qwen3 Coder, with all that a value may be",
+        "<function=get_weather><parameter=city>\n2\n\n{<b>\n</parameter>"
+        '<parameter=x>{"a": null}</parameter><parameter=y>null</parameter></function>.',
+        ".",
+        [("get_weather", r'{"city":"2\n\n{<b>","x":{"a":null},"y":null}')],
+    ),
+    (
+        "Qwen3 Coder, without an end",
+        "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<para",
+        "",
+        [PARIS],
+    ),
+    (
+        "GLM",
+        "I look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n"
+        "<arg_value>Paris</arg_value>\n</tool_call>",
+        "I look.",
+        [PARIS],
+    ),
+    (
+        "DeepSeek V3",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
+        '```json\n{"city": "Paris"}\n```<｜tool▁call▁end｜>\n'
+        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_time\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "",
+        [PARIS, NOW],
+    ),
+    (
+        "DeepSeek V3.1",
+        "Well.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
+        '{"city": "Paris"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        "Well.",
+        [PARIS],
+    ),
+    (
+        "Kimi K2",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
+        '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+        "<|tool_call_begin|>functions.get_time:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        "",
+        [PARIS, NOW],
+    ),
+    (
+        "gpt-oss",
+        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
+        '{"city": "Paris"}<|call|>',
+        "",
+        [PARIS],
+    ),
+    (
         "a json fence",
         'Sure:\n```json\n{"name": "get_weather", "arguments":{"city": "Paris"}}\n```\n',
         "Sure:",
@@ -4550,6 +4608,10 @@ DIALECTS = [  # what is said, its text, its calls
 ]
 
 NEAR_MISSES = [
+    (
+        "a name, and then no arguments",
+        "<function=get_weather> is how it is called, and I write on and on about it.",
+    ),
     ("a description in a tag", '<tool_call>{"name": "f", "strict": true}</tool_call>'),
     ("plain text", "It is sunny in Paris.\n"),
     ("nothing", ""),
@@ -4636,6 +4698,7 @@ def test_a_call_is_heard_in_every_dialect(dialect):
         "call": '{"name":"get_weather","arguments":{"city":"Paris"}}',
         "arguments": '{"city":"Paris"}',
         "python": 'city="Paris")',
+        "tagged": "city</arg_key><arg_value>Paris</arg_value>",
     }[dialect.holds]
     opening = dialect.opening.replace("*", "get_weather")
     around = "[TOOL_CALLS]" if dialect.where == proxy.INSIDE else ""
