@@ -40,7 +40,9 @@ Each section uses only names from those above it.
     Tools       what a model may call, and how it is told so
     History     calls and results in a conversation
     Mending     JSON as models write it, made whole
+    Objects     calls that are JSON objects: one row per shape
     Dialects    how models write tool calls: one row per dialect
+    Python      calls as Python has them
     Listening   calls told apart from text, as they come
     JSON        answers that are to be JSON
     Native      what some models know of tools and JSON by themselves
@@ -2254,9 +2256,9 @@ def random_id(prefix: str, length: int) -> str:
     return prefix + "".join(ALPHABET[pick % len(ALPHABET)] for pick in picks)
 
 
-def stop_at(events: Events, stops: Sequence[str]) -> Events:
+def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
     """End before the first stop string that is completed, however it is cut up."""
-    held = ""
+    held, reason = "", "stop"
     with closing(events):
         for event in events:
             if isinstance(event, Text):
@@ -2267,12 +2269,14 @@ def stop_at(events: Events, stops: Sequence[str]) -> Events:
                     yield Text(held[:safe])
                 held = held[safe:]
                 if end is not None:
-                    yield Done("stop")
+                    yield Done(reason)
                     return
-            else:
-                if held and isinstance(event, Done):
-                    yield Text(held)
-                yield event
+                continue
+            if held and isinstance(event, (ToolCall, Done)):
+                yield Text(held)
+                held = ""
+            reason = called if isinstance(event, ToolCall) else reason
+            yield event
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -2287,6 +2291,19 @@ def overhang(text: str, stops: Sequence[str]) -> int:
     """How much of the end of the text may be the beginning of a stop string."""
     lengths = range(min(max(map(len, stops), default=0) - 1, len(text)), 0, -1)
     return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stops)), 0)
+
+
+def merged(events: Iterable[Event]) -> list[Event]:
+    """Join pieces of one text, or of the arguments of one call."""
+    told: list[Event] = []
+    for _, group in groupby(events, lambda e: (type(e), getattr(e, "index", 0))):
+        first, *others = group
+        if isinstance(first, (Text, Arguments)):
+            pieces = (event.text for event in others if isinstance(event, type(first)))
+            told.append(replace(first, text=first.text + "".join(pieces)))
+        else:
+            told += [first, *others]
+    return told
 
 
 def cut_after(events: Events, tokens: int) -> Events:
@@ -2981,8 +2998,18 @@ class Toolbox(NamedTuple):
     parallel: bool = True
     legacy: bool = False  # asked for with `functions`, and answered in kind
 
+    @property
+    def called(self) -> str:
+        """The finish_reason of an answer that calls."""
+        return "function_call" if self.legacy else "tool_calls"
+
     def find(self, name: str) -> Tool | None:
         return next((tool for tool in self.tools if tool.name == name), None)
+
+    def knows(self, name: str, is_whole: bool) -> bool:
+        """Whether a tool has that name, or one that begins so."""
+        names = (tool.name for tool in self.tools)
+        return any(n == name if is_whole else n.startswith(name) for n in names)
 
 
 def read_toolbox(body: Json) -> Toolbox | None:
@@ -3119,10 +3146,16 @@ MANY_CALLS = "To make several calls, write these tags once for each."
 
 def tool_instructions(toolbox: Toolbox) -> str:
     """The text above the system's own."""
-    lines = [compact(without_empty(tool._asdict())) for tool in toolbox.tools]
+    lines = [compact(taught_tool(tool)) for tool in toolbox.tools]
     how_many = MANY_CALLS if toolbox.parallel else ONE_CALL
     when = told_when(toolbox)
     return INSTRUCTIONS.format(tools="\n".join(lines), when=when, how_many=how_many)
+
+
+def taught_tool(tool: Tool) -> Json:
+    """With a description, if empty: a tool that is recited looks unlike a call."""
+    told = {"name": tool.name, "description": tool.description}
+    return {**told, **without_empty({"parameters": tool.parameters})}
 
 
 def told_when(toolbox: Toolbox) -> str:
@@ -3157,7 +3190,7 @@ def without_empty(fields: Json) -> Json:
 def parsed(text: str) -> Any:
     """The value of a JSON text, None if it is not one."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError):
         return None
 
@@ -3363,7 +3396,8 @@ class Mender:
     def feed(self, c: str) -> str:
         if self.quote:
             return self.in_escape(c) if self.escape else self.in_string(c)
-        if self.word and c not in ",:{}[]\"'\n":
+        is_comment = self.word.startswith("//")
+        if self.word and (is_comment and c != "\n" or c not in ",:{}[]\"'\n"):
             self.word += c
             return ""
         return self.end_word() + self.between(c)
@@ -3388,7 +3422,7 @@ class Mender:
         return c if begun + c == "\\'" else "\\" + begun + self.in_string(c)
 
     def between(self, c: str) -> str:
-        if c in "\"'":
+        if c in "\"'`":
             self.quote = c
             return self.begin() + '"'
         if c in CLOSERS:
@@ -3430,7 +3464,7 @@ class Mender:
 
     def end_word(self) -> str:
         word, self.word = self.word.strip(), ""
-        if not word:
+        if not word or word.startswith("//"):
             return ""
         before = self.begin()
         word = LITERALS.get(word, word)
@@ -3446,28 +3480,243 @@ class Mender:
         self.is_done = not self.closers
         return rest
 
+    def read(self, text: str, depth: int = 0) -> tuple[str, int | None]:
+        """Mend a text up to where so many brackets are left, and say where that is."""
+        pieces: list[str] = []
+        for at, c in enumerate(text):
+            if self.ends_at(c):
+                return "".join([*pieces, self.close(depth)]), at
+            pieces.append(self.feed(c))
+            if len(self.closers) == depth:
+                return "".join(pieces), at + 1
+        return "".join(pieces), None
+
+    def ends_at(self, c: str) -> bool:
+        """Whether what was never closed has come to an end all the same."""
+        is_value = c == "`" and self.place == VALUE
+        return c in "<`" and not (self.quote or is_value)
+
+    def is_cut(self) -> bool:
+        """Whether it ends where more than brackets is missing."""
+        return bool(self.quote or self.word or self.place != NEXT)
+
 
 def mended(text: str) -> str:
     """The object that a text is meant to be; an empty one if it is none."""
     mender = Mender()
-    start = text.find("{")
-    if start < 0:
-        return "{}"
     pieces: list[str] = []
-    for c in text[start:]:
+    for c in text[text.find("{") :] if "{" in text else "{}":
         pieces.append(mender.feed(c))
         if mender.is_done:
             break
     return "".join([*pieces, mender.close()])
 
 
+CLOSED_BY = {"}": "{", "]": "[", ")": "("}
+
+
+class Nesting:
+    """How deep in brackets a text has come, however it is cut up."""
+
+    def __init__(self, marks: re.Pattern[str], opened: str = "") -> None:
+        self.marks = marks
+        self.open = opened
+        self.quote = ""
+        self.is_escaped = False
+
+    def end(self, text: str) -> int | None:
+        """Find where in the text the first bracket is closed, if it is there."""
+        if not text:
+            return None
+        start, self.is_escaped = int(self.is_escaped), False
+        for mark in self.marks.finditer(text, start):
+            self.follow(mark[0])
+            if not self.open:
+                return mark.end()
+        return None
+
+    def follow(self, mark: str) -> None:
+        if mark[0] == "\\":
+            self.is_escaped = mark == "\\"
+        elif mark == "\n":  # ends what one quote began, and so all
+            self.open = "" if len(self.quote) == 1 else self.open
+        elif mark[0] in "\"'":
+            is_end = self.quote and mark.startswith(self.quote)
+            self.quote = "" if is_end else self.quote or mark
+        elif not self.quote:
+            self.bracket(mark)
+
+    def bracket(self, mark: str) -> None:
+        """What is left open ends with what it is in; a close too many ends nothing."""
+        opened = CLOSED_BY.get(mark)
+        if opened is None:
+            self.open += mark
+        elif opened in self.open:
+            self.open = self.open[: self.open.rindex(opened)]
+
+
+# == Objects ===================================================================
+#
+# A call as a JSON object, whatever its keys. Where no sign has said that it is
+# a call, how it begins must say so. To add a shape of it: a row in OBJECTS.
+
+OBJECTS = (  # how one begins, with * for the name, or for an id and then the name
+    '{"name":"*"',
+    '{"function":"*"',
+    '{"tool":"*"',
+    '{"tool_name":"*"',
+    '{"type":"function","name":"*"',
+    '{"function":{"name":"*"',
+    '{"type":"function","function":{"name":"*"',
+    '{"id":"*","type":"function","function":{"name":"*"',
+)
+NAME_KEYS = ("name", "function", "tool", "tool_name")
+ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
+TAILS = tuple(f',"{key}":' for key in ARGUMENT_KEYS)  # what follows the name
+OTHER_TAILS = ("}", ',"id":')
+RECITED = ("type", "properties", "$schema")  # with these begins no call but a schema
+FIRST_ARGUMENTS = tuple(f'{{"{key}":' for key in ARGUMENT_KEYS)
+LIST_BEGINS = '{"tool_calls":['  # of such objects
+NAME_CHARACTERS = ALPHABET + "_-"
+LONGEST_BEGINNING = 200  # characters: of OBJECTS with the longest name and id
+
+
+def matched(form: str, text: str, at: int = 0) -> tuple[str, int] | None:
+    """The last name in a form, and where the form ends: -1 if the text ends before."""
+    part, star, rest = form.partition("*")
+    if not text.startswith(part, at):
+        return ("", -1) if part.startswith(text[at : at + len(part)]) else None
+    at += len(part)
+    if not star:
+        return "", at
+    name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 64]))
+    at += len(name)
+    found = matched(rest, text, at) if at < len(text) else ("", -1)
+    return found and (found[0] if "*" in rest else name, found[1])
+
+
+def head_of(begun: str, toolbox: Toolbox) -> tuple[str, str] | None:
+    """The tool that an object calls, "" until it is named, and what follows."""
+    for form in OBJECTS:
+        name, end = matched(form, begun) or ("", 0)
+        if end and toolbox.knows(name, end > 0):
+            return (name, begun[end:]) if end > 0 else ("", "")
+    return None
+
+
+def may_call(begun: str, toolbox: Toolbox) -> bool:
+    """Whether an object that begins so may be a call though no sign says so."""
+    head = head_of(begun, toolbox)
+    if head is None:
+        return LIST_BEGINS.startswith(begun)
+    name, rest = head
+    known = properties_of(toolbox.find(name))
+    if any(rest.endswith(f':{{"{key}":') for key in RECITED if key not in known):
+        return False
+    tails = (*TAILS, *OTHER_TAILS)
+    return any(tail.startswith(rest) or rest.startswith(tail) for tail in tails)
+
+
+def arguments_begun(begun: str, toolbox: Toolbox, is_sure: bool) -> tuple[str, str]:
+    """Whose arguments have begun and what there is of them, "" until that is clear."""
+    name, rest = head_of(begun, toolbox) or ("", "")
+    found = [rest[len(tail) :] for tail in TAILS if rest.startswith(tail + "{")]
+    recited = [f'{{"{key}":' for key in RECITED]
+    may_be_recited = any(key.startswith(text) for key in recited for text in found)
+    return (name, found[0]) if found and (is_sure or not may_be_recited) else ("", "")
+
+
+def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str]]:
+    """The names and arguments in a JSON value of any shape; none if it is no call."""
+    if isinstance(value, list):
+        return [call for item in value for call in calls_in(item, toolbox, is_sure)]
+    if not isinstance(value, dict):
+        return []
+    inner = value.get("tool_calls", value.get("function"))
+    if isinstance(inner, (dict, list)):
+        return calls_in(inner, toolbox, is_sure)
+    name, given = loosely_named(value, toolbox) if is_sure else named(value)
+    tool = toolbox.find(name)
+    if not TOOL_NAME.fullmatch(name) or not (tool or is_sure):
+        return []
+    arguments = arguments_text(given, tool if is_sure else None)
+    is_whole = given is not None or not properties_of(tool)
+    return [(name, arguments)] if is_sure or is_whole and arguments[0] == "{" else []
+
+
+def named(value: Json) -> tuple[str, Any]:
+    """The name and the arguments in an object that has nothing else."""
+    name = next((value[key] for key in NAME_KEYS if key in value), "")
+    given = next((value[key] for key in ARGUMENT_KEYS if key in value), None)
+    is_call = isinstance(name, str) and not value.keys() - CALL_KEYS
+    return (name, given) if is_call else ("", None)
+
+
+def loosely_named(value: Json, toolbox: Toolbox) -> tuple[str, Any]:
+    """The same after a sure sign, where arguments may stand beside their name."""
+    rest = {key: value[key] for key in value if key not in CALL_KEYS}
+    name, given = named({key: value[key] for key in value if key not in rest})
+    if not name and len(value) == len(rest) == 1:
+        [(name, given)] = rest.items()
+        return (name, given) if toolbox.find(name) else ("", None)
+    name = name.removeprefix("functions.")
+    if not rest:
+        return name, given
+    is_flat = given is None and rest.keys() <= properties_of(toolbox.find(name)).keys()
+    return (name, rest) if is_flat else ("", None)
+
+
+def properties_of(tool: Tool | None) -> Json:
+    return as_object(as_object(tool and tool.parameters).get("properties"))
+
+
+def arguments_text(given: Any, tool: Tool | None) -> str:
+    """Arguments as JSON: a text may hold them, or be the only one a tool needs."""
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        return mended(given)
+    if isinstance(given, str) and given:
+        needed = as_list(tool and tool.parameters.get("required"))
+        known = properties_of(tool)
+        is_it = len(needed) == 1 and json_type(as_object(known.get(needed[0])))
+        given = {needed[0]: given} if is_it == "string" else given
+    return compact({} if given in (None, "") else given)
+
+
+class Candidate(Mender):
+    """An object as it comes, that may be a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense: list[str] = []
+        self.begun = ""  # how it begins, in dense JSON
+        self.depth = 0  # of the arguments in it
+
+    def take(self, c: str) -> bool:
+        """Take one character, and say whether that adds to it."""
+        piece = self.feed(c)
+        self.dense.append(piece)
+        if len(self.begun) <= LONGEST_BEGINNING:
+            self.begun += piece
+        return bool(piece)
+
+    def whole(self) -> str:
+        return "".join([*self.dense, self.close()])
+
+    def is_half_call(self, toolbox: Toolbox, is_sure: bool) -> bool:
+        """Whether it was cut off in a call: it names a tool, or a sign says so."""
+        name, rest = head_of(self.begun, toolbox) or ("", "")
+        is_cut = self.is_cut() or (bool(name) and not rest)
+        may_be = may_call(self.begun, toolbox) or self.begun.startswith(FIRST_ARGUMENTS)
+        return is_cut and may_be and (is_sure or bool(name))
+
+
 # == Dialects ==================================================================
 #
 # Calls as models write them, told apart from their text: whatever was taught,
 # each writes what it was trained on. A call is a sign or several, then an object
-# that names a tool, or what the last sign holds, and what closes the signs. Held
-# back is only what may still become one. To add a dialect: a row in DIALECTS if
-# it has a sign of its own, in OBJECTS if it is an object of another shape.
+# that names a tool, or what the last sign holds, and what closes the signs. To
+# add a dialect: a row in DIALECTS.
 
 ANYWHERE, LINE, INSIDE = "anywhere", "at the beginning of a line", "after a sign"
 
@@ -3477,59 +3726,61 @@ class Dialect(NamedTuple):
     closing: str = ""
     is_sure: bool = False  # it means a call, even of a tool that is not there
     where: str = ANYWHERE
-    holds: str = "call"  # more signs or an object; or "arguments", "tagged", "python"
+    holds: str = "opening"  # the step that reads what it holds: signs or an object, …
     name: str = ""  # of the tool, once it is known
 
 
 DIALECTS = (
     Dialect("<tool_call>", "</tool_call>", is_sure=True),  # Qwen, Hermes, granite
     Dialect("<tool_calls>", "</tool_calls>", is_sure=True),
-    Dialect("<|tool_call|>", is_sure=True),  # granite 3
+    Dialect("<|tool_call|>", "<|/tool_call|>", is_sure=True),  # granite 3, phi-4
     Dialect("<function_call>", "</function_call>", is_sure=True),
     Dialect("<functioncall>", "</functioncall>", is_sure=True),  # glaive
     Dialect("<|python_tag|>", "<|eom_id|>", is_sure=True),  # Llama 3
     Dialect("[TOOL_CALLS]", is_sure=True),  # Mistral …
-    Dialect("*[ARGS]", where=INSIDE, holds="arguments"),  # … since its tokenizer 11
-    Dialect("<function=*>", "</function>", holds="arguments"),  # Llama 3, Qwen3 Coder
+    Dialect("*[ARGS]", where=INSIDE, holds="named"),  # … since its tokenizer 11
+    Dialect("<function=*>", "</function>", holds="named"),  # Llama 3, Qwen3 Coder
     Dialect("*\n<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),  # GLM
     Dialect("*<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),
+    Dialect("*\n", where=INSIDE, holds="named"),
     Dialect("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", is_sure=True),  # DeepSeek
     Dialect(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>*",
         "<｜tool▁call▁end｜>",
-        holds="arguments",
+        holds="named",
     ),
     Dialect(
-        "<｜tool▁call▁begin｜>*<｜tool▁sep｜>", "<｜tool▁call▁end｜>", holds="arguments"
+        "<｜tool▁call▁begin｜>*<｜tool▁sep｜>", "<｜tool▁call▁end｜>", holds="named"
     ),
     Dialect(
         "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", is_sure=True
     ),  # Kimi K2
-    Dialect("<|tool_call_begin|>functions.*:", "<|tool_call_end|>", holds="arguments"),
-    Dialect("<|channel|>commentary to=functions.*", "<|call|>", holds="arguments"),
+    Dialect("<|tool_call_begin|>functions.*:", "<|tool_call_end|>", holds="named"),
+    Dialect("<|channel|>commentary to=functions.*", "<|call|>", holds="named"),
     Dialect("```json", "```"),
+    Dialect("```xml", "```"),
     Dialect("```tool_call", "```"),
     Dialect("```tool_code", "```"),  # Gemma
     Dialect("```", "```"),
     Dialect("[", "]", where=LINE),
     Dialect("*(", where=INSIDE, holds="python"),  # Llama 4: [get_weather(city="Paris")]
+    Dialect("<tool_response", holds="result"),  # made up, after a call
 )
-OBJECTS = (  # how one begins, with * for the name
-    '{"name":"*"',
-    '{"function":"*"',
-    '{"type":"function","name":"*"',
-    '{"function":{"name":"*"',
-    '{"type":"function","function":{"name":"*"',
+LIST_SIGNS = (  # what LIST_BEGINS opens
+    Dialect('{"tool_calls":', "}", is_sure=True),
+    Dialect("[", "]"),
 )
-LISTS = ('{"tool_calls":[',)
-ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-CALL_KEYS = {"name", "function", "type", "id", *ARGUMENT_KEYS}
-
-STARTS = re.compile(r"\s*[<\[{`]|\s+\Z")  # what any call begins with
+BY_BEGINNING = {
+    begun: tuple(sign for sign in DIALECTS if sign.opening[0] == begun)
+    for begun in sorted({sign.opening[0] for sign in DIALECTS})
+}
+START = re.compile(r"[<\[{`]")  # what any call begins with
+LONGEST_SPACE = 200  # characters, before a call and between its parts
+SPACE = re.compile(rf"\s{{0,{LONGEST_SPACE + 1}}}")
+GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
 DEEPEST = 6  # signs of one call
-LONGEST_BEGINNING = 200  # characters: of OBJECTS with the longest name
-LONGEST_PYTHON = 16_000  # characters, as each bracket in them is tried
 LONGEST_TAGGED = 200_000  # characters, as none of them is told before the last
+LONGEST_PIECE = 1000  # characters that are looked at together
 LONGEST_LEAD = 60  # characters, of which LEAD is made
 LEAD = re.compile(  # what may stand between a name and its arguments
     r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*(commentary\s*)?|```)?(json)?\s*){0,3}"
@@ -3539,96 +3790,30 @@ TAGGED = re.compile(  # Qwen3 Coder has the first form, GLM the other
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
 TAGGED_END = re.compile(r"</parameter>|</arg_value>")
-SPACE, GAP = re.compile(r"\s*"), re.compile(r"[\s,;]*")
 
 
-def spelt_out(toolbox: Toolbox) -> Iterator[Dialect]:
-    for dialect in DIALECTS:
-        if "*" not in dialect.opening:
-            yield dialect
-            continue
-        for tool in toolbox.tools:
-            opening = dialect.opening.replace("*", tool.name)
-            yield dialect._replace(opening=opening, name=tool.name)
+def signs_at(text: str, at: int, toolbox: Toolbox) -> Iterator[tuple[Dialect, int]]:
+    """The signs that stand there, with where they end: -1 if they may still come."""
+    named = BY_BEGINNING["*"] if text[at] in NAME_CHARACTERS else ()
+    for sign in (*BY_BEGINNING.get(text[at], ()), *named):
+        name, end = matched(sign.opening, text, at) or ("", 0)
+        if end and "*" in sign.opening:
+            end = end if toolbox.knows(name, end > 0) else 0
+            sign = sign._replace(name=name)
+        if end:
+            yield sign, end
 
 
-def streamed_beginnings(toolbox: Toolbox) -> dict[str, str]:
-    """Objects up to the bracket that opens the arguments, and whose they are."""
-    return {
-        f'{begun.replace("*", tool.name)},"{key}":{{': tool.name
-        for begun in OBJECTS
-        for tool in toolbox.tools
-        for key in ARGUMENT_KEYS
-    }
-
-
-def beginnings(toolbox: Toolbox) -> list[str]:
-    """All that an object can begin with, if it is a call of one of the tools."""
-    names = [begun.replace("*", t.name) for begun in OBJECTS for t in toolbox.tools]
-    keys = [f'"{key}":' for key in sorted(CALL_KEYS - {"name", "function", "type"})]
-    followed = [f"{name},{key}" for name in names for key in keys]
-    first = ["{" + key for key in keys]
-    return [*LISTS, *first, *followed, *(name + "}" for name in names)]
-
-
-def merged(events: Iterable[Event]) -> list[Event]:
-    """Join pieces of one text, or of the arguments of one call."""
-    told: list[Event] = []
-    for event in events:
-        last = told[-1] if told else None
-        if isinstance(last, Text) and isinstance(event, Text):
-            told[-1] = Text(last.text + event.text)
-        elif isinstance(last, Arguments) and isinstance(event, Arguments):
-            told[-1] = Arguments(event.index, last.text + event.text)
-        else:
-            told.append(event)
-    return told
-
-
-def calls_in(value: Any) -> list[tuple[str, str]]:
-    """The names and arguments in a JSON value of any shape; none if it is no call."""
-    if isinstance(value, list):
-        return [call for item in value for call in calls_in(item)]
-    if not isinstance(value, dict):
-        return []
-    if "tool_calls" in value:
-        return calls_in(value["tool_calls"])
-    if isinstance(value.get("function"), dict):
-        return calls_in(value["function"])
-    name = value.get("name") or value.get("function")
-    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-        return []
-    if value.keys() - CALL_KEYS:
-        return []
-    given = [value[key] for key in ARGUMENT_KEYS if key in value]
-    return [(name, arguments_text(given[0] if given else {}))]
-
-
-def arguments_text(given: Any) -> str:
-    if isinstance(given, str):
-        return mended(given)
-    return compact(given) if isinstance(given, dict) else "{}"
-
-
-def python_arguments(text: str, tool: Tool | None) -> Json | None:
-    """The arguments of a Python call; None if it is not whole, or not of literals."""
-    try:
-        call = ast.parse(text, mode="eval").body
-        if not isinstance(call, ast.Call):
-            return None
-        values = [ast.literal_eval(argument) for argument in call.args]
-        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords if k.arg}
-        names = (tool.parameters.get("properties") or {}) if tool else {}
-        arguments = {**dict(zip(names, values, strict=False)), **given}
-        json.dumps(arguments, allow_nan=False)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return None
-    return arguments
+def start_of(text: str) -> int:
+    """Where a call may begin in a text, with the space before it."""
+    start = START.search(text)
+    end = start.start() if start else len(text)
+    return max(len(text[:end].rstrip()), end - LONGEST_SPACE)
 
 
 def tagged_arguments(text: str, tool: Tool | None) -> Json:
     """Arguments between tags: strings where the tool says so, else as they parse."""
-    known = as_object(as_object(tool and tool.parameters).get("properties"))
+    known = properties_of(tool)
     arguments: Json = {}
     for piece in TAGGED_END.split(text)[:-1]:
         if tag := TAGGED.search(piece):
@@ -3644,15 +3829,104 @@ def parsed_or_text(text: str) -> Any:
     return text if value is None and text.strip() != "null" else value
 
 
+Step = Callable[[], bool]
+
+
+class Heard:
+    """What one answer has been heard to be."""
+
+    def __init__(self, parallel: bool) -> None:
+        self.parallel = parallel  # more calls than one are told
+        self.events: list[Event] = []  # that nobody has taken yet
+        self.calls = 0
+        self.is_fresh = True  # nothing was said yet, or nothing since a call
+
+    def so_far(self) -> list[Event]:
+        events, self.events = self.events, []
+        return merged(events)
+
+    def text(self, text: str) -> None:
+        if text:
+            self.is_fresh = False
+            self.events.append(Text(text))
+
+    def call(self, name: str, arguments: str) -> None:
+        """Tell a call, with its arguments or how they begin."""
+        if not self.calls or self.parallel:
+            self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
+        self.calls += 1
+        self.arguments(arguments)
+
+    def arguments(self, text: str) -> None:
+        if text and (self.calls == 1 or self.parallel):
+            self.events.append(Arguments(self.calls - 1, text))
+
+
+# == Python ====================================================================
+#
+# A call written as Python has it, of literals only. What else there is in it is
+# never given to Python's parser, which recurses without an end of its own.
+
+PYTHON_MARK = re.compile(r"""\\.?|\"""|\'\'\'|["'\n(){}\[\]]""", re.DOTALL)
+LONGEST_PYTHON = 8_000  # characters
+DEEPEST_PYTHON = 20  # brackets
+PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
+PYTHON_TOKEN = re.compile(
+    r"""(?P<text>\"""(?:[^\\]|\\.)*?\"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'
+    |"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
+    |(?P<name>[A-Za-z_]\w*)(?=\s*=)
+    |(?P<word>\b(?:True|False|None|true|false|null)\b)
+    |-?\b\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?\b""",
+    re.DOTALL | re.VERBOSE,
+)
+PYTHON_NOISE = re.compile(r"[^0=\s,:()\[\]{}]|[0)\]}]\s*[0(\[{=]")
+PYTHON_ESCAPE = re.compile(r"\\(?=[^\n\\'\"abfnrtvxuU0])(.)|\\.", re.DOTALL)
+
+
+def python_arguments(text: str, tool: Tool | None) -> Json | None:
+    """The arguments of a call in their brackets; None if they are not literals."""
+    try:
+        call = ast.parse(f"f{as_literals(text)}", mode="eval").body
+        if not isinstance(call, ast.Call):
+            return None
+        values = [ast.literal_eval(argument) for argument in call.args]
+        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+        named = zip(islice(properties_of(tool), len(values)), values, strict=True)
+        arguments = {**dict(named), **given}
+        json.dumps(arguments, allow_nan=False)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        return None
+    return arguments
+
+
+def as_literals(text: str) -> str:
+    """The text as Python may have it; ValueError if there is more in it."""
+    bare = PYTHON_TOKEN.sub(lambda token: "" if token["name"] else "0", text)
+    depth = 0
+    for c in bare:
+        depth += (c in "([{") - (c in ")]}")
+        if depth > DEEPEST_PYTHON:
+            refuse("too deep")
+    if PYTHON_NOISE.search(bare):
+        refuse("more than literals")
+    return PYTHON_TOKEN.sub(as_literal, text)
+
+
+def as_literal(token: re.Match[str]) -> str:
+    if token["text"]:
+        return PYTHON_ESCAPE.sub(lambda e: f"\\{e[0]}" if e[1] else e[0], token[0])
+    return PYTHON_WORDS.get(token[0], token[0])
+
+
 # == Listening =================================================================
 #
 # One answer, heard as it comes: what is a call is told as one, at once, and what
 # is none as text. The law: cut into single characters it is heard the same.
 
 
-def hear_tool_calls(events: Events, toolbox: Toolbox) -> Events:
+def hear_tool_calls(events: Events, toolbox: Toolbox, strict: bool = False) -> Events:
     """Tell calls apart from text, and end with `tool_calls` if there were any."""
-    listener = Listener(toolbox)
+    listener = Listener(toolbox, strict)
     with closing(events):
         for event in events:
             if isinstance(event, Text):
@@ -3662,69 +3936,84 @@ def hear_tool_calls(events: Events, toolbox: Toolbox) -> Events:
                 yield Done(listener.finish_reason(event.finish_reason), event.usage)
             else:
                 yield event
+            if listener.is_over:
+                yield Done(listener.finish_reason("stop"))
+                return
 
 
 class Listener:
     """How far one answer has come: `step` gets on, or waits for more."""
 
-    def __init__(self, toolbox: Toolbox) -> None:
+    def __init__(self, toolbox: Toolbox, strict: bool = False) -> None:
         self.toolbox = toolbox
-        self.dialects = list(spelt_out(toolbox))
-        self.longest = max(len(dialect.opening) for dialect in self.dialects)
-        self.beginnings = beginnings(toolbox)
-        self.streamed = streamed_beginnings(toolbox)
-        self.told: list[Event] = []
-        self.calls = 0
+        self.strict = strict  # a call of another tool is text
+        self.heard = Heard(toolbox.parallel)
+        self.was_cut = False
+        self.is_over = False  # what comes now is no answer
         self.held = ""
         self.seen = 0  # how much of it has been taken for a part of a call
+        self.begun = 0  # where in it begins what the last sign holds
         self.signs: list[Dialect] = []  # that are open
         self.taken = 0  # how many of them are in what is held
-        self.is_fresh = True  # nothing was said yet, or nothing since a call
-        self.mender = Mender()
-        self.mended: list[str] = []
-        self.depth = 0  # of the arguments in their object
-        self.step: Callable[[], bool] = self.seek
+        self.object = Candidate()
+        self.nesting = Nesting(PYTHON_MARK)
+        self.step: Step = self.seek
 
     def hear(self, text: str) -> list[Event]:
-        self.held += text
-        while self.held and self.step():
-            pass
-        told, self.told = self.told, []
-        return merged(told)
+        """Hear a long text in pieces, as what is held is copied again and again."""
+        for start in range(0, len(text), LONGEST_PIECE):
+            self.held += text[start : start + LONGEST_PIECE]
+            while self.held and self.step():
+                pass
+        return self.heard.so_far()
 
     def end(self, finish_reason: str) -> list[Event]:
         """Decide on what is held: nothing more will come."""
-        was_cut = finish_reason == "length"
-        if self.step == self.arguments and not was_cut:
-            self.tell_arguments(self.mender.close(self.depth))
+        self.was_cut = finish_reason == "length"
         while self.held:
             if not self.step():
-                self.decide(was_cut)
-        return self.hear("")
+                self.decide()
+        if self.step == self.arguments:
+            self.was_cut = self.was_cut or self.object.is_cut()
+            rest = "" if self.was_cut else self.object.close(self.object.depth)
+            self.heard.arguments(rest)
+        return self.heard.so_far()
 
-    def decide(self, was_cut: bool) -> None:
-        is_half = was_cut and self.is_sure()
-        if self.step == self.after or is_half:
+    def decide(self) -> None:
+        if self.step == self.after:
             self.held = ""
-        elif self.step == self.candidate and not was_cut:
+        elif self.is_half():
+            self.held, self.was_cut = "", True
+        elif self.step == self.candidate:
             self.judge()
-        elif self.step == self.tagged and not was_cut:
+        elif self.step == self.tagged:
             self.tell_tagged(len(self.held))
         else:
             self.refuse()
 
+    def is_half(self) -> bool:
+        """Whether it was cut off in what would have been a call."""
+        if self.was_cut and self.is_sure():
+            return True
+        if self.step == self.candidate:
+            return self.object.is_half_call(self.toolbox, self.is_sure())
+        if self.step == self.tagged:
+            return bool(TAGGED.search(TAGGED_END.split(self.held)[-1]))
+        if self.step == self.named:
+            return bool(LEAD.fullmatch(self.held, self.seen))
+        return self.step == self.python
+
     def finish_reason(self, told: str) -> str:
-        if not self.calls or told != "stop":
-            return told
-        return "function_call" if self.toolbox.legacy else "tool_calls"
+        if self.was_cut:
+            return "length"
+        return self.toolbox.called if self.heard.calls and told == "stop" else told
 
     # Steps: each takes from what is held, and says whether there is a next one.
 
     def seek(self) -> bool:
         """Tell text, up to where a call may begin."""
         if not self.signs:
-            start = STARTS.search(self.held)
-            self.tell_text(start.start() if start else len(self.held))
+            self.tell_text(start_of(self.held))
         self.seen = self.taken = 0
         self.step = self.opening
         return True
@@ -3732,35 +4021,40 @@ class Listener:
     def opening(self) -> bool:
         """Take one sign, or come to what it holds."""
         space = (GAP if self.signs else SPACE).match(self.held, self.seen)
-        start = space.end() if space else 0
-        rest = self.held[start : start + self.longest]
-        is_line = self.is_fresh or "\n" in self.held[self.seen : start]
-        places = self.places(is_line)
-        known = [dialect for dialect in self.dialects if dialect.where in places]
-        if any(d.opening.startswith(rest) and d.opening != rest for d in known):
+        start = space.end() if space else self.seen
+        if start - self.seen > LONGEST_SPACE:
+            self.step = self.seek
+            return not self.signs or self.refuse()
+        if start == len(self.held):
             return False
-        if found := [d for d in known if rest.startswith(d.opening)]:
-            return self.take(max(found, key=lambda d: len(d.opening)), start)
-        if rest[0] == "{" and LINE in places:
+        is_line = self.heard.is_fresh or "\n" in self.held[self.seen : start]
+        found = self.signs_at(start, is_line)
+        if any(end < 0 for _, end in found):
+            return False
+        if found:
+            sign, end = max(found, key=itemgetter(1))
+            return self.take([sign], end, getattr(self, sign.holds))
+        if self.held[start] == "{" and (is_line or self.signs):
             return self.begin_object(start)
         return self.refuse()
 
-    def take(self, sign: Dialect, start: int) -> bool:
-        self.signs.append(sign)
-        self.taken += 1
-        if self.taken > DEEPEST:
-            return self.refuse()
-        self.seen = start + len(sign.opening)
-        steps = {
-            "arguments": self.named,
-            "tagged": self.tagged,
-            "python": self.python,
-        }
-        self.step = steps.get(sign.holds, self.opening)
-        return True
+    def signs_at(self, start: int, is_line: bool) -> list[tuple[Dialect, int]]:
+        found = signs_at(self.held, start, self.toolbox)
+        if self.signs:
+            return list(found)
+        places = (ANYWHERE, LINE) if is_line else (ANYWHERE,)
+        return [(sign, end) for sign, end in found if sign.where in places]
+
+    def take(self, signs: Sequence[Dialect], end: int, step: Step) -> bool:
+        self.signs += signs
+        self.taken += len(signs)
+        self.seen = self.begun = end
+        self.nesting = Nesting(PYTHON_MARK, "(")
+        self.step = step
+        return self.taken <= DEEPEST or self.refuse()
 
     def begin_object(self, start: int) -> bool:
-        self.mender, self.mended, self.depth = Mender(), [], 0
+        self.object = Candidate()
         self.seen = start
         self.step = self.candidate
         return True
@@ -3768,47 +4062,41 @@ class Listener:
     def candidate(self) -> bool:
         """Read an object for as long as it may be a call without saying whose."""
         for c in self.held[self.seen :]:
-            if self.is_over_at(c):
+            if self.object.ends_at(c):
                 return self.judge()
             self.seen += 1
-            if piece := self.mender.feed(c):
-                self.mended.append(piece)
-                if self.mender.is_done:
+            if self.object.take(c):
+                if self.object.is_done:
                     return self.judge()
-                if len(self.mended) < LONGEST_BEGINNING and not self.may_be_call():
-                    return self.refuse()
-                if self.step != self.candidate:
+                if self.is_decided():
                     return True
         return False
 
-    def may_be_call(self) -> bool:
-        """Look how it begins, and go on to its arguments if that says all."""
-        begun = "".join(self.mended)
-        if begun in LISTS and self.taken <= DEEPEST:
-            self.taken += 2
-            self.signs += [Dialect("", "}"), Dialect("", "]")]
-            self.step = self.opening
-        elif name := self.streamed.get(begun):
-            self.depth = len(self.mender.closers) - 1
-            self.begin_arguments(name, self.seen)
-            self.tell_arguments("{")
-        return self.is_sure() or any(
-            beginning.startswith(begun) or begun.startswith(beginning)
-            for beginning in self.beginnings
-        )
+    def is_decided(self) -> bool:
+        """Go on to a list of calls, to arguments or to text, once it says which."""
+        begun, is_sure = self.object.begun, self.is_sure()
+        if len(begun) > LONGEST_BEGINNING:
+            return False
+        if begun == LIST_BEGINS:
+            return self.take(LIST_SIGNS, self.seen, self.opening)
+        if not is_sure and not may_call(begun, self.toolbox):
+            return self.refuse()
+        name, arguments = arguments_begun(begun, self.toolbox, is_sure)
+        if not name:
+            return False
+        self.object.depth = begun.removesuffix(arguments).count("{")
+        return self.begin_arguments(name, self.seen, arguments)
 
     def judge(self) -> bool:
         """Tell the calls of an object that has ended, or take it for text."""
-        value = parsed("".join([*self.mended, self.mender.close()]))
-        calls = calls_in(value)
+        is_sure = self.is_sure()
+        calls = calls_in(parsed(self.object.whole()), self.toolbox, is_sure)
         known = all(self.toolbox.find(name) for name, _ in calls)
-        if not calls or not (known or self.is_sure()):
+        if not calls or not (known or is_sure and not self.strict):
             return self.refuse()
-        self.held = self.held[self.seen :]
         for name, arguments in calls:
-            self.tell_call(name)
-            self.tell_arguments(arguments)
-        return self.close()
+            self.heard.call(name, arguments)
+        return self.close(self.seen)
 
     def named(self) -> bool:
         """Begin the arguments that a sign with a name holds."""
@@ -3824,41 +4112,30 @@ class Listener:
         name, start = self.signs[-1].name, self.seen + len(lead)
         if "```" in lead:
             self.signs.append(Dialect("```", "```"))
-        self.begin_object(0)
-        return self.begin_arguments(name, start)
+        self.begin_object(start)
+        return self.begin_arguments(name, start, "")
 
-    def begin_arguments(self, name: str, start: int) -> bool:
+    def begin_arguments(self, name: str, start: int, begun: str) -> bool:
         self.held = self.held[start:]
-        self.tell_call(name)
-        self.step = self.arguments
+        self.heard.call(name, begun)
+        is_whole = begun == "{}"
+        self.step = self.remainder if is_whole else self.arguments
         return True
 
     def arguments(self) -> bool:
         """Tell arguments as they are written."""
-        for at, c in enumerate(self.held):
-            if self.is_over_at(c):
-                self.tell_arguments(self.mender.close(self.depth))
-                return self.leave(at)
-            self.tell_arguments(self.mender.feed(c))
-            if len(self.mender.closers) == self.depth:
-                return self.leave(at + 1)
-        self.held = ""
-        return False
-
-    def leave(self, at: int) -> bool:
-        self.held = self.held[at:]
-        self.step = self.remainder
-        return True
+        told, end = self.object.read(self.held, self.object.depth)
+        self.heard.arguments(told)
+        self.held = "" if end is None else self.held[end:]
+        self.step = self.arguments if end is None else self.remainder
+        return end is not None
 
     def remainder(self) -> bool:
         """Pass over what an object holds after its arguments."""
-        for at, c in enumerate(self.held):
-            if self.mender.is_done or self.is_over_at(c):
-                self.held = self.held[at:]
-                return self.close()
-            self.mender.feed(c)
-        self.held = ""
-        return False
+        end = 0 if self.object.is_done else self.object.read(self.held)[1]
+        if end is None:
+            self.held = ""
+        return end is not None and self.close(end)
 
     def tagged(self) -> bool:
         """Read tags up to what closes them."""
@@ -3866,89 +4143,78 @@ class Listener:
         end = self.held.find(closing, self.seen, LONGEST_TAGGED)
         if end >= 0:
             return self.tell_tagged(end)
-        self.seen = max(self.seen, len(self.held) - len(closing))
+        self.seen = min(max(self.seen, len(self.held) - len(closing)), LONGEST_TAGGED)
         return len(self.held) >= LONGEST_TAGGED and self.refuse()
 
     def tell_tagged(self, end: int) -> bool:
-        sign = self.signs[-1]
-        start = self.held.index(sign.opening)
-        tool = self.toolbox.find(sign.name)
-        arguments = tagged_arguments(self.held[start:end], tool)
-        self.held = self.held[end:]
-        self.tell_call(sign.name)
-        self.tell_arguments(compact(arguments))
-        return self.close()
+        name = self.signs[-1].name
+        arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
+        self.heard.call(name, compact(arguments))
+        return self.close(end)
 
     def python(self) -> bool:
-        """Read a Python call to its end: the first bracket that makes it whole."""
-        sign = self.signs[-1]
-        tool = self.toolbox.find(sign.name)
-        start = self.held.index(sign.opening)
-        while (end := self.held.find(")", self.seen, LONGEST_PYTHON)) >= 0:
-            self.seen = end + 1
-            arguments = python_arguments(self.held[start : self.seen], tool)
-            if arguments is not None:
-                self.held = self.held[self.seen :]
-                self.tell_call(sign.name)
-                self.tell_arguments(compact(arguments))
-                self.signs.pop()
-                return self.close()
-        return len(self.held) >= LONGEST_PYTHON and self.refuse()
+        """Read a Python call to its last bracket; quotes in a row are seen at once."""
+        limit = self.begun + LONGEST_PYTHON
+        text = self.held[self.seen : limit].rstrip("\"'")
+        end = self.nesting.end(text)
+        self.seen += len(text) if end is None else end
+        if end is None:
+            return len(self.held) > limit and self.refuse()
+        name = self.signs[-1].name
+        text = self.held[self.begun - 1 : self.seen]
+        arguments = python_arguments(text, self.toolbox.find(name))
+        if arguments is None:
+            return self.refuse()
+        self.heard.call(name, compact(arguments))
+        self.signs.pop()
+        return self.close(self.seen)
 
-    def close(self) -> bool:
-        self.is_fresh = True
+    def result(self) -> bool:
+        """What a tool gives is not the model's to say: after a call, all is said."""
+        self.is_over = self.heard.calls > 0
+        self.held = "" if self.is_over else self.held
+        return not self.is_over and self.refuse()
+
+    def close(self, end: int) -> bool:
+        self.held = self.held[end:]
+        self.heard.is_fresh = True
         self.step = self.after
         return True
 
     def after(self) -> bool:
-        """Drop what closes the signs of a call."""
-        rest = GAP.sub("", self.held, count=1)
+        """Drop what closes the signs of a call, and a bracket too many."""
+        space = GAP.match(self.held)
+        rest = self.held[space.end() :] if space else ""
         for depth, sign in reversed(list(enumerate(self.signs))):
             if sign.closing and rest.startswith(sign.closing):
                 self.held = rest.removeprefix(sign.closing)
                 del self.signs[depth:]
                 return True
-        if not rest or any(sign.closing.startswith(rest) for sign in self.signs):
+        if rest[:1] in ("}", "]") and self.is_sure():
+            self.held = rest[1:]
+            return True
+        if any(sign.closing.startswith(rest) for sign in self.signs) or not rest:
             return False
         self.step = self.seek
         return True
 
     def refuse(self) -> bool:
-        """It was no call: its first character is text, and the rest may be one yet."""
-        blank = len(self.held) - len(self.held.lstrip())
+        """It was no call, so its first character is text, and the rest may be one yet.
+
+        After a long look the rest is text too: none is looked at again and again."""
+        space = SPACE.match(self.held)
+        first = (space.end() if space else 0) + 1
         self.signs = []
         self.step = self.seek
-        self.tell_text(blank + 1)
+        self.tell_text(self.seen if self.seen > LONGEST_BEGINNING else first)
         return True
 
-    # What the steps share.
-
-    def places(self, is_line: bool) -> tuple[str, ...]:
-        if self.signs:
-            return ANYWHERE, LINE, INSIDE
-        return (ANYWHERE, LINE) if is_line else (ANYWHERE,)
+    def tell_text(self, length: int) -> None:
+        self.heard.text(self.held[:length])
+        self.held = self.held[length:]
 
     def is_sure(self) -> bool:
         return any(sign.is_sure for sign in self.signs)
-
-    def is_over_at(self, c: str) -> bool:
-        """Whether an object that was never closed has come to an end all the same."""
-        return c in "<`" and not self.mender.quote
-
-    def tell_text(self, length: int) -> None:
-        text, self.held = self.held[:length], self.held[length:]
-        if text:
-            self.is_fresh = False
-            self.told.append(Text(text))
-
-    def tell_call(self, name: str) -> None:
-        if not self.calls or self.toolbox.parallel:
-            self.told.append(ToolCall(self.calls, random_id("call_", 24), name))
-        self.calls += 1
-
-    def tell_arguments(self, text: str) -> None:
-        if text and (self.calls == 1 or self.toolbox.parallel):
-            self.told.append(Arguments(self.calls - 1, text))
 
 
 # == JSON ======================================================================
@@ -4060,7 +4326,6 @@ LONE_VALUE = re.compile(
 MOST_LONE_VALUES = 50
 MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
 OPENINGS = {"object": r"\{", "array": r"\["}
-CLOSED_BY = {"}": "{", "]": "["}
 LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
 
 
@@ -4095,7 +4360,7 @@ class Extract:
         self.openings = openings_of(format.schema)
         self.passed: list[str] = []  # text that no value begins in
         self.held = ""  # text that one may begin with
-        self.nesting = Nesting()
+        self.nesting = Nesting(MARK)
         self.epilogue = 0  # characters since the value ended
         self.tell: Callable[[str], Iterator[Event]] = self.before
 
@@ -4153,40 +4418,6 @@ class Extract:
             found[0] for found in islice(LONE_VALUE.finditer(text), MOST_LONE_VALUES)
         ]
         return next((s for s in small if not parsed_or_why(s, self.format)[1]), text)
-
-
-class Nesting:
-    """How deep in a value its text has come, however it is cut up."""
-
-    def __init__(self) -> None:
-        self.open = ""
-        self.is_quoted = False
-        self.is_escaped = False
-
-    def end(self, text: str) -> int | None:
-        """Find where in the text the value ends, if it does there."""
-        start, self.is_escaped = int(self.is_escaped), False
-        for mark in MARK.finditer(text, start):
-            self.follow(mark[0])
-            if not self.open:
-                return mark.end()
-        return None
-
-    def follow(self, mark: str) -> None:
-        if mark[0] == "\\":
-            self.is_escaped = mark == "\\"
-        elif mark == '"':
-            self.is_quoted = not self.is_quoted
-        elif not self.is_quoted:
-            self.bracket(mark)
-
-    def bracket(self, mark: str) -> None:
-        """What is left open ends with what it is in; a close too many ends nothing."""
-        opened = CLOSED_BY.get(mark)
-        if opened is None:
-            self.open += mark
-        elif opened in self.open:
-            self.open = self.open[: self.open.rindex(opened)]
 
 
 # == Native ====================================================================
@@ -5031,7 +5262,10 @@ def calls_beside(output: Json) -> list[str]:
     is_one = output.get("type") == "function_call"
     items = [output] if is_one else as_list(output.get("tool_calls"))
     plain = [{k: v for k, v in as_object(i).items() if k in CALL_KEYS} for i in items]
-    return [told_call({"name": n, "arguments": a}) for n, a in calls_in(plain)]
+    return [
+        told_call({"name": n, "arguments": a})
+        for n, a in calls_in(plain, Toolbox(()), True)
+    ]
 
 
 def read_usage(seen: Json) -> Usage:
@@ -5984,18 +6218,24 @@ def shape(
 def heard(
     proxy: Proxy, body: Json, wanted: Wanted, order: Order, flight: Flight
 ) -> Events:
+    """The answer to an order, in steps that each read what the one before tells.
+
+    Thoughts come before all else; a model's own limit is a length of its text; stop
+    strings are looked for in what the client reads, not in tags, fences or calls; and
+    what was told in the end is counted."""
     events = proxy.upstream.run(order, flight, wait=not body["stream"])
     if "messages" in body:
         thinks = THINKERS.fullmatch(order.model.owner_and_name)
         events = part_thoughts(events, bool(thinks))
     if order.cut:
         events = cut_after(events, order.cut)
-    if stops := list(filter(None, body["stop"])):
-        events = stop_at(events, stops)
     if wanted.toolbox:
-        events = hear_tool_calls(events, wanted.toolbox)
+        events = hear_tool_calls(events, wanted.toolbox, strict=body["stream"])
     if wanted.format:
         events = only_json(events, wanted.format)
+    if stops := list(filter(None, body["stop"])):
+        called = wanted.toolbox.called if wanted.toolbox else "stop"
+        events = stop_at(events, stops, called)
     return with_usage(events, order.prompt)
 
 

@@ -3874,7 +3874,7 @@ Schema:
 {"name":"get_weather","description":"The weather of a city.","parameters":\
 {"type":"object","properties":{"city":{"type":"string"},"days":{"type":"integer"}},\
 "required":["city"]}}
-{"name":"get_time"}
+{"name":"get_time","description":""}
 </tools>
 To call a tool, write its name and its arguments as JSON between these tags:
 <tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>
@@ -4358,12 +4358,6 @@ DIALECTS = [  # what is said, its text, its calls
         [PARIS],
     ),
     (
-        "nothing closed at all",
-        '<tool_call>{"name":"get_weather","arguments":{"city":"Paris',
-        "",
-        [PARIS],
-    ),
-    (
         "arguments before the name",
         '<tool_call>{"arguments": {"city": "Paris"}, "name":"get_weather"}</tool_call>',
         "",
@@ -4607,6 +4601,89 @@ DIALECTS = [  # what is said, its text, its calls
     ),
 ]
 
+DIALECTS += [
+    (
+        "Python with JSON's words",
+        '[get_weather(city="a\\d\\n", x=[true, null, -1.5e-3, "é\'"],)]',
+        "",
+        [("get_weather", r'{"city":"a\\d\n","x":[true,null,-0.0015,"é' + "'" + '"]}')],
+    ),
+    (
+        "Python with three quotes",
+        '[get_weather(city="""it\'s\n("a")""")]',
+        "",
+        [("get_weather", '{"city":"it\'s\\n(\\"a\\")"}')],
+    ),
+    ("a prefix", '<tool_call>{"name": "functions.get_time"}</tool_call>', "", [NOW]),
+    (
+        "arguments beside the name",
+        '<tool_call>{"name": "get_weather", "city": "Paris"}</tool_call>',
+        "",
+        [PARIS],
+    ),
+    (
+        "the name as a key",
+        '<tool_call>{"get_weather": {"city": "Paris"}}</tool_call>',
+        "",
+        [PARIS],
+    ),
+    (
+        "the name before the object",
+        '<tool_call>get_weather\n{"city": "Paris"}</tool_call>',
+        "",
+        [PARIS],
+    ),
+    (
+        "the name as tool",
+        '{"tool": "get_weather", "parameters": {"city": "Paris"}}',
+        "",
+        [PARIS],
+    ),
+    (
+        "the name as tool_name",
+        '<tool_call>{"tool_name":"get_weather","args":{"city":"Paris"}}</tool_call>',
+        "",
+        [PARIS],
+    ),
+    (
+        "the only argument as text",
+        '<tool_call>{"name": "get_weather", "arguments": "Paris"}</tool_call>',
+        "",
+        [PARIS],
+    ),
+    (
+        "a list of arguments",
+        '<tool_call>{"name": "get_weather", "arguments": ["Paris"]}</tool_call>',
+        "",
+        [("get_weather", '["Paris"]')],
+    ),
+    (
+        "brackets too many",
+        '<tool_call>{"name": "get_time", "arguments": {}}}}\n</tool_call>.',
+        ".",
+        [NOW],
+    ),
+    ("phi-4", '<|tool_call|>[{"name":"get_time"}]<|/tool_call|>', "", [NOW]),
+    (
+        "tags in a fence",
+        '```xml\n<tool_call>{"name": "get_time"}</tool_call>\n```',
+        "",
+        [NOW],
+    ),
+    (
+        "a comment",
+        '<tool_call>{"name": "get_weather", "arguments": {// the city: "here", so\n'
+        '"city": "Paris" // it is\n}}</tool_call>',
+        "",
+        [PARIS],
+    ),
+    (
+        "a backquoted value",
+        '<tool_call>{"name":"get_weather","arguments":{"city":`Paris`}}</tool_call>',
+        "",
+        [PARIS],
+    ),
+]
 NEAR_MISSES = [
     (
         "a name, and then no arguments",
@@ -4634,8 +4711,27 @@ NEAR_MISSES = [
     ("a link", "[get_weather](https://example.org) [x]\n[1]: y"),
     ("Python with a variable", "[get_weather(city)]"),
     ("Python of an unknown tool", '[f(city="Paris")]'),
-    ("Python that does not end", '[get_weather(city="Par'),
     ("half an object", '{"name": "get_wea'),
+    ("a recited tool", '{"name":"get_weather","parameters":{"type":"object"}}'),
+    (
+        "a recited tool in OpenAI's form",
+        '{"type":"function","function":{"name":"get_weather","parameters":'
+        '{"properties":{"city":{"type":"string"}}}}}',
+    ),
+    ("a table of tools", '[\n{"name": "get_weather", "input": "text"}]'),
+    ("only a name, of a tool that takes more", '```json\n{"name":"get_weather"}\n```'),
+    ("Python with a variable that is a word", "[get_weather(city=not True)]"),
+    ("Python with too many values", '[get_weather("a", 1, 2)]'),
+    ("Python with an open dictionary", '[get_weather(**{"city": "Rome"})]'),
+    ("Python that is deep", f"[get_weather(city={'-' * 4000}1)]"),
+    ("Python in brackets", f"[get_weather(city={'(' * 21}1{')' * 21})]"),
+    ("Python that calls", "[get_weather(city=''('')(''))]"),
+    ("Python with a sum", "[get_weather(days=1-1)]"),
+    (
+        "a number without bounds",
+        '<tool_call>{"arguments":{"x":1e999},"name":"get_time"}</tool_call>',
+    ),
+    ("a made-up result without a call", "<tool_response>\n5\n</tool_response>"),
     ("an unknown function tag", "<function=f>{}</function>"),
     ("a function tag without object", "<function=get_time>now</function>"),
     ("brackets", "{{{[[[```"),
@@ -4692,11 +4788,14 @@ def test_where_an_answer_is_cut_does_not_matter(said, text, calls, where):
     assert summary(hear([said[:where], said[where:]]))[:2] == (text, calls)
 
 
-@pytest.mark.parametrize("dialect", proxy.DIALECTS, ids=lambda d: d.opening)
+CALLING = [dialect for dialect in proxy.DIALECTS if dialect.holds != "result"]
+
+
+@pytest.mark.parametrize("dialect", CALLING, ids=lambda d: d.opening)
 def test_a_call_is_heard_in_every_dialect(dialect):
     holds = {
-        "call": '{"name":"get_weather","arguments":{"city":"Paris"}}',
-        "arguments": '{"city":"Paris"}',
+        "opening": '{"name":"get_weather","arguments":{"city":"Paris"}}',
+        "named": '{"city":"Paris"}',
         "python": 'city="Paris")',
         "tagged": "city</arg_key><arg_value>Paris</arg_value>",
     }[dialect.holds]
@@ -4740,15 +4839,17 @@ def test_the_law_of_cuts(said, finish_reason, parallel):
 @given(SAYINGS)
 def test_no_text_is_lost_when_there_is_no_call(said):
     heard = hear(list(said))
-    if not calls_of(heard):
+    if not calls_of(heard) and heard[-1].finish_reason == "stop":
         assert summary(heard) == (said, [], Done("stop", Usage(1, 2)))
 
 
 @thoroughly
 @given(SAYINGS)
-def test_arguments_are_always_an_object(said):
-    for _, arguments in calls_of(hear([said])):
-        assert isinstance(json.loads(arguments), dict)
+def test_arguments_are_json_unless_they_are_cut_off(said):
+    heard = hear([said])
+    was_cut = heard[-1].finish_reason == "length"
+    for _, arguments in calls_of(heard)[: -1 if was_cut else None]:
+        json.loads(arguments)
 
 
 def test_arguments_are_told_as_they_are_written():
@@ -4777,7 +4878,19 @@ def test_text_that_is_no_call_is_told_at_once(pieces, expected):
     assert texts == expected
 
 
-NOTHING_LATE = ["The answer is 42.", "{x}", "[a](b)", "```py\nx = 1", "<b>x</b>"]
+NOTHING_LATE = [
+    "[get_weather(city)]\nis",
+    "[get_weather(don't\nknow",
+    "```\nget_weather(city: str) -> dict\n.",
+    '{"id": 1, "text": "a',
+    '```json\n{"input": "a',
+    '{"args": [1',
+    "The answer is 42.",
+    "{x}",
+    "[a](b)",
+    "```py\nx = 1",
+    "<b>x</b>",
+]
 
 
 @pytest.mark.parametrize("said", NOTHING_LATE)
@@ -4787,28 +4900,46 @@ def test_text_does_not_wait_for_the_end(said):
 
 
 def test_python_that_does_not_end_is_not_held_for_ever():
-    said = "[get_weather(" + "x" * proxy.LONGEST_PYTHON
+    said = "[get_weather(" + "x" * (proxy.LONGEST_PYTHON + 1)
     assert text_of(proxy.Listener(BOX).hear(said)) == said
 
 
-CUT_OFF = [
+IN_TAGS = '<tool_call>{"name":"get_time","arguments":{}}</tool_call>'
+CUT_OFF = [  # what is said, and the arguments that are told of it
     (
         "in the arguments",
-        '<tool_call>{"name":"get_time","arguments":{"a":"b',
-        '{"a":"b',
+        '<tool_call>{"name":"get_weather","arguments":{"city":"Par',
+        '{"city":"Par',
     ),
-    ("before them", 'Well. <tool_call>{"name": "get_ti', None),
-    ("at the tag", "Well. <tool_call>", None),
+    ("in a number", '{"name":"get_weather","arguments":{"days":1', '{"days":'),
+    ("after a key", '{"name":"get_weather","arguments":{"city":', '{"city":'),
+    ("in arguments as text", '{"name":"get_weather","arguments":"{\\"ci', None),
+    ("in an open string", '<tool_call>{"arguments":{"city":"Pa', None),
+    ("before the arguments", '<tool_call>{"name": "get_weather"', None),
+    ("in the key of the arguments", '<tool_call>{"name": "get_time", "argu', None),
+    ("in their key, without a sign", '{"name": "get_time", "argu', None),
+    ("in their key, in a fence", '```json\n{"name": "get_time", "argu', None),
+    ("in the name", 'Well. <tool_call>{"name": "get_ti', None),
+    ("after a name in a sign", "<function=get_time>", None),
+    ("in a tag", "<function=get_weather><parameter=city>Par", None),
+    ("in Python", '[get_weather(city="Par', None),
 ]
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("finish_reason", ["stop", "length"])
 @table(("said", "arguments"), CUT_OFF)
-def test_a_call_cut_for_its_length_stays_as_it_was_heard(said, arguments, cut):
-    heard = hear(cut(said), finish_reason="length")
-    assert calls_of(heard) == ([("get_time", arguments)] if arguments else [])
+def test_a_call_that_is_cut_off_is_not_completed(said, arguments, finish_reason, cut):
+    heard = hear(cut(said), finish_reason=finish_reason)
+    assert [told for _, told in calls_of(heard)] == ([arguments] if arguments else [])
     assert heard[-1].finish_reason == "length"
-    assert "<" not in text_of(heard)
+    assert not set(text_of(heard)) & set("<{[`")
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_a_sign_cut_off_for_its_length_is_not_shown(cut):
+    heard = hear(cut("Well. <tool_call>"), finish_reason="length")
+    assert summary(heard) == ("Well.", [], Done("length", Usage(1, 2)))
 
 
 @table(("said", "text", "calls"), DIALECTS)
@@ -4822,6 +4953,21 @@ def test_one_at_a_time_is_the_first(said, text, calls):
         assert summary(heard) == (text, calls[:1], Done(reason, Usage(1, 2)))
 
 
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_an_answer_ends_where_it_makes_up_a_result(cut):
+    events = script(cut(f"{IN_TAGS}\n<tool_response>\n5\n</tool_response>\nIt is 5."))
+    heard = list(proxy.hear_tool_calls(events, BOX))
+    assert summary(heard) == ("", [NOW], Done("tool_calls"))
+    assert events.gi_frame is None
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_where_calls_are_told_at_once_an_unknown_tool_is_text(cut):
+    said = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+    heard = proxy.hear_tool_calls(script(cut(said)), BOX, strict=True)
+    assert summary(list(heard)) == (said, [], Done("stop", Usage(1, 2)))
+
+
 def test_hearing_that_is_closed_closes_what_it_hears():
     events = script(["x", "y"])
     heard = proxy.hear_tool_calls(events, BOX)
@@ -4830,15 +4976,55 @@ def test_hearing_that_is_closed_closes_what_it_hears():
     assert events.gi_frame is None
 
 
-LONG = [
-    ("arguments before the name", {"city": "x" * 20_000}),
-    ("brackets of Python", "[get_weather(" + "f()" * 1000),
-    ("words", "word " * 5000),
-    ("brackets", "[" * 5000),
-    ("fences", "`" * 5000),
-    ("lists in lists", '\n{"tool_calls":[' * 300),
-    ("space", " " * 5000),
+TEDIOUS = [
+    ("words", "word "),
+    ("space", " "),
+    ("spaces and a word", "a" + " " * 300),
+    ("brackets", "["),
+    ("braces", "{"),
+    ("fences", "`"),
+    ("less", "<"),
+    ("tags", "<tool_call>"),
+    ("tags and braces", "<tool_call>{"),
+    ("sure objects in objects", '<tool_call>{"a":'),
+    ("sure calls in calls", '<tool_call>{"arguments":'),
+    ("lists in lists", '\n{"tool_calls":['),
+    ("objects in objects", '{"id":\n'),
+    ("nearly calls", '{"name":"get_weather_"}\n'),
+    ("calls in calls", '\n{"name":"get_weather","input":'),
+    ("Python", "[get_weather(x)\n"),
+    ("Python in Python", "[get_weather("),
+    ("quotes in Python", "[get_weather('"),
+    ("Python without an end", '[get_weather("""'),
+    ("tags without an end", "<function=get_weather><parameter=a>"),
+    ("calls", '<tool_call>{"name":"get_time","arguments":{}}</tool_call>\n'),
 ]
+
+
+def steps_of_hearing(said, cut):
+    """How many lines of proxy.py it takes."""
+    lines = 0
+
+    def count(frame, event, _):
+        nonlocal lines
+        lines += event == "line"
+        return count if frame.f_code.co_filename == proxy.__file__ else None
+
+    traced = sys.gettrace()
+    sys.settrace(count)
+    try:
+        hear(cut(said))
+    finally:
+        sys.settrace(traced)
+    return lines
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@table(("piece",), TEDIOUS)
+def test_twice_the_text_is_no_more_than_twice_the_work(piece, cut):
+    once, twice = ((piece * n)[:n] for n in (1500, 3000))
+    work = steps_of_hearing(once, cut)
+    assert steps_of_hearing(twice, cut) < 2.5 * work + 1000
 
 
 # == JSON ======================================================================
