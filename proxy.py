@@ -4204,9 +4204,10 @@ class Listener:
         After a long look the rest is text too: none is looked at again and again."""
         space = SPACE.match(self.held)
         first = (space.end() if space else 0) + 1
+        was_long = self.seen > LONGEST_BEGINNING or self.taken > DEEPEST
         self.signs = []
         self.step = self.seek
-        self.tell_text(self.seen if self.seen > LONGEST_BEGINNING else first)
+        self.tell_text(self.seen if was_long else first)
         return True
 
     def tell_text(self, length: int) -> None:
@@ -4285,9 +4286,9 @@ def json_instructions(format: Format) -> str:
     return f"Answer with one JSON {noun} {only}{about}{schema if format.name else ''}"
 
 
-def json_repair(format: Format, answer: str, why: str) -> str:
+def json_repair(format: Format, why: str) -> str:
     return (
-        f"This answer is wrong:\n{answer}\n\nThe reason: {why}\n\n"
+        f"This answer is wrong: {why}\n\n"
         f"Give the answer again, corrected and whole. {json_instructions(format)}"
     )
 
@@ -4306,6 +4307,7 @@ def parsed_or_why(text: str, format: Format) -> tuple[Any, str]:
 # its brackets or has none can't be told from prose: it is looked for in the end.
 
 GAPS = r"\s{0,99}"
+DEEPEST_LIST = 8  # of lists that begin in each other: they are held, and seen again
 KEY = r'"(?:[^"\\]|\\.){0,200}'
 NUMERAL = r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?"
 SCALAR = rf"(?:{NUMERAL}|true|false|null)"
@@ -4313,15 +4315,17 @@ OBJECT_BEGINS = rf'\{{{GAPS}{KEY}"{GAPS}:'
 EMPTY = rf"\{{{GAPS}\}}|\[{GAPS}\]"
 ITEM = rf"(?:{SCALAR}|{EMPTY}){GAPS}[,\]]"
 BEGINS = re.compile(
-    rf'{OBJECT_BEGINS}|(?:\[{GAPS}){{1,20}}(?:{OBJECT_BEGINS}|"|{ITEM})', re.DOTALL
+    rf'{OBJECT_BEGINS}|(?:\[{GAPS}){{1,{DEEPEST_LIST}}}(?:{OBJECT_BEGINS}|"|{ITEM})',
+    re.DOTALL,
 )
 MAY_BEGIN = re.compile(
-    rf"""(?:\[{GAPS}){{0,20}}(?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
+    rf"""(?:\[{GAPS}){{0,{DEEPEST_LIST}}}
+    (?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
     | \{{{GAPS}(?:{KEY}(?:\\|"{GAPS})?|\}}{GAPS})?)?""",
     re.DOTALL | re.VERBOSE,
 )
 LONE_VALUE = re.compile(
-    rf'{EMPTY}|"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
+    rf'{EMPTY}|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
 )
 MOST_LONE_VALUES = 50
 MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
@@ -5991,8 +5995,9 @@ class Demand(NamedTuple):
     """What an answer has to be, and from which event on it is told as it comes."""
 
     complaint: Callable[[Choice], str]  # a sentence, or "" if there is none
-    remedy: Callable[[Choice, str], str]  # what to do now, by what was wrong
+    remedy: Callable[[str], str]  # what to do now, by what was wrong
     lets_go: Callable[[Event], bool]
+    is_partly_good: Callable[[Choice], bool]  # and better than one without calls
 
 
 def demand_of(wanted: Wanted, stream: bool) -> Demand | None:
@@ -6002,14 +6007,16 @@ def demand_of(wanted: Wanted, stream: bool) -> Demand | None:
         must_call = toolbox.must_call
         return Demand(
             lambda answer: misuses(answer.calls, toolbox) or misfits(answer, format),
-            lambda _, why: repair_instructions(toolbox, why),
+            lambda why: repair_instructions(toolbox, why),
             lambda event: stream and (not must_call or isinstance(event, ToolCall)),
+            lambda answer: any(not misuses([call], toolbox) for call in answer.calls),
         )
     if format:
         return Demand(
             lambda answer: misfits(answer, format),
-            lambda answer, why: json_repair(format, answer.text, why),
+            lambda why: json_repair(format, why),
             lambda _: stream,
+            lambda _: False,
         )
     return None
 
@@ -6046,8 +6053,9 @@ def held_to(demand: Demand, events: Events, again: Again | None = None) -> Event
         log.warning("event=%s why=%s", "repair" if repairs else "misfit", quoted(why))
     if repairs and again:
         said = told_message(chat_message(answer, legacy=False))["content"]
-        better = held_to(demand, again(said, demand.remedy(answer, why)))
-        yield from after_all(better, usage_of(seen))
+        better = held_to(demand, again(said, demand.remedy(why)))
+        better = after_all(better, usage_of(seen))
+        yield from instead(better, seen) if demand.is_partly_good(answer) else better
     else:
         yield from seen[told:]
 
@@ -6064,6 +6072,17 @@ def after_all(events: Events, spent: Usage) -> Events:
                 yield Done(event.finish_reason, add([spent, event.usage]))
             elif not isinstance(event, Started):
                 yield event
+
+
+def instead(events: Events, first: Sequence[Event]) -> Events:
+    """The answer of a second prediction if it calls, else the first one's."""
+    with closing(events):
+        second = list(events)
+    if any(isinstance(event, ToolCall) for event in second):
+        yield from second
+        return
+    yield from (e for e in first if not isinstance(e, (Started, Done)))
+    yield Done(fold(first).finish_reason, usage_of(second))
 
 
 # == Choices ===================================================================
@@ -6191,7 +6210,7 @@ def tell(
     )
     model = orders[0].model
     call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
-    shaped = partial(shape, proxy, body, wanted or Wanted())
+    shaped = partial(shape, proxy, call.notes, body, wanted or Wanted())
     runs = [partial(shaped, order) for order in orders]
     told = noted(side_by_side(runs, call.flight), call.notes)
     if body["stream"]:
@@ -6201,29 +6220,30 @@ def tell(
 
 
 def shape(
-    proxy: Proxy, body: Json, wanted: Wanted, order: Order, flight: Flight
+    proxy: Proxy, notes: Json, body: Json, wanted: Wanted, order: Order, flight: Flight
 ) -> Events:
     """Run an order, and do to its answer what the model can't."""
-    events = heard(proxy, body, wanted, order, flight)
+
+    def run(order: Order) -> Events:
+        wait = not body["stream"]
+        events = started(proxy.upstream.run(order, flight, wait=wait), notes)
+        return heard(events, body, wanted, order)
 
     def ask(said: str, what: str) -> Events:
-        again = order.again(said, what) if order.again else order
-        return heard(proxy, body, wanted, again, flight)
+        return run(order.again(said, what) if order.again else order)
 
+    events = run(order)
     if demand := demand_of(wanted, body["stream"]):
         return held_to(demand, events, ask)
     return echo(events, order.prompt) if order.echo else events
 
 
-def heard(
-    proxy: Proxy, body: Json, wanted: Wanted, order: Order, flight: Flight
-) -> Events:
+def heard(events: Events, body: Json, wanted: Wanted, order: Order) -> Events:
     """The answer to an order, in steps that each read what the one before tells.
 
     Thoughts come before all else; a model's own limit is a length of its text; stop
     strings are looked for in what the client reads, not in tags, fences or calls; and
     what was told in the end is counted."""
-    events = proxy.upstream.run(order, flight, wait=not body["stream"])
     if "messages" in body:
         thinks = THINKERS.fullmatch(order.model.owner_and_name)
         events = part_thoughts(events, bool(thinks))
@@ -6239,13 +6259,20 @@ def heard(
     return with_usage(events, order.prompt)
 
 
+def started(events: Events, notes: Json) -> Events:
+    """Note down each prediction, as one that repairs another is paid for as well."""
+    with closing(events):
+        for event in events:
+            if isinstance(event, Started):
+                notes["predictions"].append(event.prediction)
+            yield event
+
+
 def noted(told: Told, notes: Json) -> Told:
     """Note down for the log what passes by."""
     with closing(told):
         for index, event in told:
             match event:
-                case Started(prediction):
-                    notes["predictions"].append(prediction)
                 case Thought() | Text() | ToolCall():
                     notes.setdefault("first_text_at", time.monotonic())
                 case Done(_, usage):

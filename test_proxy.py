@@ -5324,6 +5324,21 @@ def test_text_cut_anywhere_gives_the_same_json(text, format, places):
     assert heard(proxy.only_json(play(*text), format)) == told
 
 
+@pytest.mark.parametrize("piece", ["[" + " " * 99, "[", '{"', '{"a" ', "{" + " " * 99])
+def test_what_may_begin_a_value_is_never_long(piece):
+    """As it is looked at again with each character that comes."""
+    value = proxy.Extract(ARRAY if piece[0] == "[" else OBJECT)
+    lengths = []
+    for character in piece * 50:
+        list(value.hear(character))
+        lengths.append(len(value.held))
+    assert max(lengths) < 1000
+
+
+def test_no_string_is_looked_for_at_an_escaped_quote():
+    assert not proxy.LONE_VALUE.search('"a\\' * 10)
+
+
 ANY_JSON_AT_ALL = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
     lambda inner: (
@@ -5458,9 +5473,9 @@ def test_instructions_hold_the_schema():
     )
 
 
-def test_a_repair_shows_the_answer_and_says_why():
-    assert proxy.json_repair(OBJECT, "[]", "$ must be an object.") == (
-        "This answer is wrong:\n[]\n\nThe reason: $ must be an object.\n\n"
+def test_a_repair_says_why():
+    assert proxy.json_repair(OBJECT, "$ must be an object.") == (
+        "This answer is wrong: $ must be an object.\n\n"
         "Give the answer again, corrected and whole. " + proxy.json_instructions(OBJECT)
     )
 
@@ -7239,6 +7254,17 @@ def test_what_lacks_a_second_time_is_told_as_it_is(caplog):
         'event=repair why="no tool was called."',
         'event=misfit why="arguments.city must be a string, not an integer."',
     ]
+
+
+def test_a_good_call_is_kept_if_the_second_answer_has_none():
+    demand = proxy.demand_of(proxy.Wanted(MUST), stream=False)
+    first = calling(IN_PARIS, BAD_CALL)
+    told = list(proxy.held_to(demand, first, lambda *_: calling("Sunny.")))
+    assert [call["function"]["arguments"] for call in proxy.calls_of(told)] == [
+        '{"city":"Paris"}',
+        '{"city":7}',
+    ]
+    assert told[-1].usage[:2] == (2, 2)
 
 
 AS_PERSON = proxy.Format(PERSON, "person")
