@@ -27,6 +27,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -3154,6 +3155,13 @@ def test_an_answer_that_is_cut_short_closes_its_events(name):
 def test_a_failure_passes_through(shape):
     with pytest.raises(proxy.APIError, match="No"):
         list(shape(play("a", end=proxy.APIError(502, "No"))))
+
+
+def test_what_is_held_for_a_stop_string_is_told_before_a_call():
+    call = ToolCall(0, "call_1", "f")
+    events = iter([Text("a E"), call, Text("b END c"), Done("tool_calls")])
+    told = list(proxy.stop_at((e for e in events), ["END"], "tool_calls"))
+    assert told == [Text("a "), Text("E"), call, Text("b "), Done("tool_calls")]
 
 
 # == Thoughts ==================================================================
@@ -7520,6 +7528,44 @@ def test_a_hang_up_cancels_all_choices(watched):
         fake.wait_for(lambda: len(fake.predictions) == 3)
     fake.wait_for(lambda: len(fake.cancels) == 3)
     assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
+# == Answers ===================================================================
+
+NO_CUT = SimpleNamespace(cut=None, prompt="")
+STOPS = [  # a stop string, what is said, what is wanted, what is told
+    (
+        "a fence around JSON",
+        "```",
+        '```json\n{"a": 1}\n```',
+        proxy.Wanted(format=OBJECT),
+        ('{"a": 1}', []),
+    ),
+    (
+        "a line break in a tag",
+        "\n",
+        '<tool_call>\n{"name": "get_time"}\n</tool_call>',
+        proxy.Wanted(BOX),
+        ("", [NOW]),
+    ),
+    (
+        "a word in the arguments",
+        "Paris",
+        '<tool_call>{"name":"get_weather","arguments":{"city":"Paris"}}</tool_call>',
+        proxy.Wanted(BOX),
+        ("", [PARIS]),
+    ),
+    ("a word of the answer", "END", "a END b", proxy.Wanted(BOX), ("a ", [])),
+]
+
+
+@table(("stop", "said", "wanted", "expected"), STOPS)
+def test_stop_strings_are_looked_for_in_what_the_client_reads(
+    stop, said, wanted, expected
+):
+    body = {"stop": [stop], "stream": False}
+    told = list(proxy.heard(play(said), body, wanted, NO_CUT))
+    assert (text_of(told), calls_of(told)) == expected
 
 
 # == Endpoints =================================================================
