@@ -5035,6 +5035,11 @@ def test_twice_the_text_is_no_more_than_twice_the_work(piece, cut):
     assert steps_of_hearing(twice, cut) < 2.5 * work + 1000
 
 
+def test_what_was_read_in_vain_for_long_is_not_read_again():
+    said = "[get_weather(" * (2 * proxy.LONGEST_PYTHON // 13)
+    assert steps_of_hearing(said, list) < 60 * len(said)
+
+
 # == JSON ======================================================================
 
 CHAT_OF_JSON = {"response_format": Param((dict,), each=proxy.RESPONSE_FORMAT)}
@@ -5344,7 +5349,8 @@ def test_what_may_begin_a_value_is_never_long(piece):
 
 
 def test_no_string_is_looked_for_at_an_escaped_quote():
-    assert not proxy.LONE_VALUE.search('"a\\' * 10)
+    assert proxy.LONE_VALUE.search('"a"')
+    assert not proxy.LONE_VALUE.search('\\"a"')
 
 
 ANY_JSON_AT_ALL = st.recursive(
