@@ -8344,10 +8344,14 @@ def test_a_hang_up_behind_a_call_that_came_early_is_noticed(watched):
     fake.wait_for(lambda: len(fake.cancels) == 1)
 
 
+def is_look(seen):
+    return seen.method == "GET" and seen.path.startswith("/v1/predictions/")
+
+
 def test_a_finished_prediction_is_never_cancelled(watched):
     fake, server = watched
     sock = start_call(server, "fake/late-end", stream=True)
-    read_until(sock, b'"content":"?"')
+    fake.wait_for(lambda: any(is_look(seen) for seen in fake.seen))  # as it is done
     sock.close()
     wait_until(lambda: not server.calls)
     assert not fake.cancels
@@ -9805,11 +9809,11 @@ import sys, proxy
 proxy.BALANCED = False
 sys.exit(proxy.main(sys.argv[1:]))
 """
-WAYS = table("program", [("a socket each", "proxy.py"), ("one socket", "turns.py")])
+WAYS = table("program", [("a socket each", "proxy"), ("one socket", "turns.py")])
 
 
 @contextmanager
-def started_workers(folder, fake, program="proxy.py", **environ):
+def started_workers(folder, fake, program="proxy", **environ):
     """Two workers: their parent, its port, and their ids."""
     environ = {**settings_for(fake), "PROXY_API_KEY": "key", "WORKERS": "2", **environ}
     with started(folder, environ=environ, program=program) as (parent, (url, _)):
@@ -9870,9 +9874,9 @@ def tell_all(parent, number):
 SIGNALS = table(
     "tell, number, program",
     [
-        ("docker stop", tell_the_parent, signal.SIGTERM, "proxy.py"),
+        ("docker stop", tell_the_parent, signal.SIGTERM, "proxy"),
         ("one socket", tell_the_parent, signal.SIGTERM, "turns.py"),
-        ("Ctrl-C, or systemd", tell_all, signal.SIGINT, "proxy.py"),
+        ("Ctrl-C, or systemd", tell_all, signal.SIGINT, "proxy"),
     ],
 )
 
@@ -10058,8 +10062,10 @@ def settings_for(fake):
 
 
 def start(folder, *arguments, environ, program="proxy.py"):
+    """As it is typed, or as the image does: `-m proxy` is not parsed each time."""
+    how = [str(folder / program)] if program.endswith(".py") else ["-m", program]
     return subprocess.Popen(
-        [sys.executable, str(folder / program), *arguments],
+        [sys.executable, *how, *arguments],
         cwd=folder,
         env=environment(environ),
         stdout=subprocess.PIPE,
@@ -10077,7 +10083,7 @@ def run(folder, *arguments, environ):
 
 
 @contextmanager
-def started(folder, *arguments, environ, program="proxy.py"):
+def started(folder, *arguments, environ, program="proxy"):
     """The program as it serves, and the lines it has printed until then."""
     with start(folder, *arguments, environ=environ, program=program) as program:
         watchdog = threading.Timer(60, end_group, [program])
