@@ -4750,14 +4750,15 @@ def block(sock: socket.socket, option: int, seconds: float) -> None:
     """Have the kernel end what takes too long: SO_RCVTIMEO a read, SO_SNDTIMEO a write.
 
     With a time-out of Python's own, each piece is two system calls, and two turns at
-    the lock that all threads want.
+    the lock that all threads want. TLS knows no other, and Windows counts in
+    other units.
     """
-    if os.name == "nt":  # which counts in other units
-        sock.settimeout(seconds)
-        return
     limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, option, limit)
-    sock.settimeout(None)
+    sock.settimeout(seconds)
+    if not isinstance(sock, ssl.SSLSocket) and os.name != "nt":
+        with suppress(OSError):  # where a time has another size
+            sock.setsockopt(socket.SOL_SOCKET, option, limit)
+            sock.settimeout(None)
 
 
 def prepare(
@@ -5077,6 +5078,7 @@ class ReplicateAPI:
             raise refusal(error, order, self.token) from None
         except (ReplicateError, httpx.HTTPError, NoObject) as error:
             if isinstance(error.__cause__, httpx.ConnectError):
+                log.warning("event=unreachable why=%s", quoted(error.__cause__))
                 message = "Replicate can't be reached from the proxy. Try again later."
                 raise APIError(502, message, code="upstream_unavailable") from None
             raise APIError(
@@ -6813,6 +6815,7 @@ class Watcher(threading.Thread):
                 self.go_round()
             except Exception:  # all calls depend on this thread
                 log.exception("the watcher failed")
+                time.sleep(self.patience.tick)
 
     def go_round(self) -> None:
         self.selector.select(self.patience.tick)
@@ -7517,7 +7520,17 @@ def work(fd: int) -> int:
     return serve_to_the_end(server)
 
 
+def allow_many_sockets() -> None:
+    """A call has two of them, and the usual limit is 1024."""
+    with suppress(ImportError, ValueError, OSError):  # Windows has none
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def serve_to_the_end(server: Server) -> int:
+    allow_many_sockets()
     gc.freeze()  # what stays: to look at all of it would take 50 ms, again and again
     server.serve_forever()
     log.info("stopping calls=%d", len(server.calls))

@@ -5799,6 +5799,18 @@ def test_an_answer_may_be_compressed():
         assert post(connections, host.url).json() == {"a": "b"}
 
 
+def test_a_read_over_tls_is_timed_by_python_and_another_by_the_kernel():
+    with TLS.wrap_socket(socket.socket(), server_hostname="x") as secured:
+        proxy.block(secured, socket.SO_RCVTIMEO, 5)
+        assert secured.gettimeout() == 5
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        proxy.block(ours, socket.SO_RCVTIMEO, 0.05)
+        assert ours.gettimeout() is None
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+
+
 @pytest.mark.parametrize("bad", [b"a\r\nb", b"a\nb", b"a\rb", b"\0"])
 def test_no_line_of_a_request_holds_another(bad):
     for target, headers in ((bad, []), (b"/", [(b"x", bad)]), (b"/", [(bad, b"x")])):
