@@ -2708,6 +2708,12 @@ def rule(
     return check
 
 
+def sized(
+    kinds: tuple[type, ...], holds: Callable[[Any, Any], bool], many: str
+) -> Check:
+    return rule(kinds, lambda value, said: holds(len(value), said), f"have {many}")
+
+
 def frozen(value: Any, steps: Iterator[int]) -> Any:
     """Make what is equal where JSON is: 1 is 1.0, but true is not 1."""
     spend(steps)
@@ -2830,7 +2836,6 @@ class Keyword(NamedTuple):
     check: Check = no_faults
 
 
-LIST = (list,)
 KEYWORDS = {
     "type": Keyword(TYPE, type_faults),
     "enum": Keyword(VALUES, enum_faults),
@@ -2839,27 +2844,15 @@ KEYWORDS = {
     "properties": Keyword(NAMED, property_faults),
     "additionalProperties": Keyword(ONE, addition_faults),
     "propertyNames": Keyword(ONE, name_faults),
-    "minProperties": Keyword(
-        COUNT, rule(OBJECT, lambda v, s: len(v) >= s, "have at least {} properties")
-    ),
-    "maxProperties": Keyword(
-        COUNT, rule(OBJECT, lambda v, s: len(v) <= s, "have at most {} properties")
-    ),
+    "minProperties": Keyword(COUNT, sized(OBJECT, ge, "at least {} properties")),
+    "maxProperties": Keyword(COUNT, sized(OBJECT, le, "at most {} properties")),
     "items": Keyword(ONE, item_faults),
     "prefixItems": Keyword(SEVERAL, prefix_faults),
-    "minItems": Keyword(
-        COUNT, rule(LIST, lambda v, s: len(v) >= s, "have at least {} items")
-    ),
-    "maxItems": Keyword(
-        COUNT, rule(LIST, lambda v, s: len(v) <= s, "have at most {} items")
-    ),
+    "minItems": Keyword(COUNT, sized(ARRAY, ge, "at least {} items")),
+    "maxItems": Keyword(COUNT, sized(ARRAY, le, "at most {} items")),
     "uniqueItems": Keyword(FLAG, unique_faults),
-    "minLength": Keyword(
-        COUNT, rule(STRING, lambda v, s: len(v) >= s, "have at least {} characters")
-    ),
-    "maxLength": Keyword(
-        COUNT, rule(STRING, lambda v, s: len(v) <= s, "have at most {} characters")
-    ),
+    "minLength": Keyword(COUNT, sized(STRING, ge, "at least {} characters")),
+    "maxLength": Keyword(COUNT, sized(STRING, le, "at most {} characters")),
     "pattern": Keyword(PATTERN, pattern_faults),
     "minimum": Keyword(BOUND, rule(NUMBER, ge, "be at least {}")),
     "maximum": Keyword(BOUND, rule(NUMBER, le, "be at most {}")),
@@ -4447,18 +4440,14 @@ class Native(NamedTuple):
     format: Callable[[Format], Json]
 
 
-def function_object(tool: Tool) -> Json:
-    return {"name": tool.name, **without_empty(tool._asdict())}
-
-
 def chat_tool(tool: Tool) -> Json:
     """OpenAI's own object, of chat completions …"""
-    return {"type": "function", "function": function_object(tool)}
+    return {"type": "function", "function": without_empty(tool._asdict())}
 
 
 def response_tool(tool: Tool) -> Json:
     """… and of responses."""
-    return {"type": "function", **function_object(tool)}
+    return {"type": "function", **without_empty(tool._asdict())}
 
 
 def granite_format(format: Format) -> Json:
@@ -7237,7 +7226,7 @@ def make_server(settings: Settings, patience: Patience | None = None) -> Server:
 
 BALANCED = sys.platform == "linux"  # elsewhere one of many sockets may get all calls
 LOOK = 0.1  # seconds between looks at who has died
-# A module, as Python keeps in memory what it has parsed of a program: 10 MB.
+# Python keeps the syntax tree of a script in memory, 10 MB, but not of a module.
 WORK = (
     f"import sys; sys.path[0] = {str(HERE)!r}; import proxy; "
     "sys.exit(proxy.main(sys.argv[1:]))"

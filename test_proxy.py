@@ -9,6 +9,7 @@ import json
 import operator
 import os
 import re
+import resource
 import select
 import selectors
 import shutil
@@ -6105,6 +6106,14 @@ def test_what_replicate_refuses_is_told_in_openai_terms(
     assert 1 <= len(fake.creates()) <= (2 if status == 404 else 1)
 
 
+def test_why_replicate_is_out_of_reach_is_in_the_log(settings, caplog):
+    nowhere = f"http://127.0.0.1:{free_port()}/v1"
+    with serving(replace(settings, replicate_base_url=nowhere)) as server:
+        chat(server, "hello")
+    assert 'event=unreachable why="ConnectionRefusedError' in caplog.text
+    assert TOKEN not in caplog.text
+
+
 def test_replicate_out_of_reach_is_told_and_may_be_tried_again(settings):
     nowhere = f"http://127.0.0.1:{free_port()}/v1"
     with serving(replace(settings, replicate_base_url=nowhere)) as server:
@@ -10302,6 +10311,16 @@ def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
         program.terminate()
         assert program.wait(timeout=10) == 0
         assert not is_healthy(url)
+
+
+def test_the_program_may_open_as_many_files_as_it_is_allowed():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft - 1, hard))
+        proxy.allow_many_sockets()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_flags_are_not_abbreviated():
