@@ -217,10 +217,13 @@ def as_api_error(error: Exception) -> APIError:
     )
 
 
+ONE_WORD = re.compile(r"[!#-<>-~]+")
+
+
 def quoted(value: Any) -> str:
     """A value of a key=value line, in quotes where it would not stay one word."""
     text = str(value)[:200]
-    return text if re.fullmatch(r"[!#-<>-~]+", text) else json.dumps(text)
+    return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
 # == Settings ==================================================================
@@ -797,6 +800,8 @@ def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
     checked = {
         name: check_param(path + name, given.get(name), param)
+        if param.required or name in given
+        else param.default
         for name, param in params.items()
     }
     return {**given, **checked}
@@ -805,10 +810,7 @@ def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
 def check_param(path: str, value: Any, param: Param) -> Any:
     if value is None:
         missing = f"Missing required parameter: '{path}'."
-        require(
-            not param.required, missing, code="missing_required_parameter", param=path
-        )
-        return param.default
+        raise APIError(400, missing, code="missing_required_parameter", param=path)
     if param.refused:
         check_refused(path, value, param)
         return param.default
@@ -852,10 +854,12 @@ def check_kind(path: str, value: Any, kinds: tuple[type, ...]) -> None:
 
 
 def check_choice(path: str, value: str, choices: Sequence[str]) -> None:
+    if value in choices:
+        return
     *some, last = [f"'{choice}'" for choice in choices]
     listed = f"{', '.join(some)}, and {last}" if some else last
     message = f"Invalid value: '{value}'. Supported values are: {listed}."
-    require(value in choices, message, code="invalid_value", param=path)
+    raise APIError(400, message, code="invalid_value", param=path)
 
 
 def check_number(path: str, value: float, param: Param) -> None:
@@ -873,18 +877,17 @@ def check_number(path: str, value: float, param: Param) -> None:
 def check_length(path: str, value: str | list[Any], param: Param) -> None:
     """Hold a string or an array to the row's bounds, as far as it has any."""
     noun = "array" if isinstance(value, list) else "string"
-    low, high, size = param.low or 0, param.high or float("inf"), len(value)
-    a = KINDS[type(value)]
-    expected = (
-        f"Expected {a} with minimum length {low}, but got an empty {noun} instead."
-    )
-    message = f"Invalid '{path}': empty {noun}. {expected}"
-    require(size >= low, message, code=f"empty_{noun}", param=path)
-    expected = (
-        f"Expected {a} with maximum length {high}, but got {a} with length {size}"
-    )
-    message = f"Invalid '{path}': {noun} too long. {expected} instead."
-    require(size <= high, message, code=f"{noun}_above_max_length", param=path)
+    a, size = KINDS[type(value)], len(value)
+    if param.low and size < param.low:
+        expected = f"{a} with minimum length {param.low}, but got an empty {noun}"
+        message = f"Invalid '{path}': empty {noun}. Expected {expected} instead."
+        raise APIError(400, message, code=f"empty_{noun}", param=path)
+    if param.high and size > param.high:
+        expected = f"{a} with maximum length {param.high}, but got {a} with length"
+        message = (
+            f"Invalid '{path}': {noun} too long. Expected {expected} {size} instead."
+        )
+        raise APIError(400, message, code=f"{noun}_above_max_length", param=path)
 
 
 def given_back(message: Json) -> Json:
@@ -1364,6 +1367,7 @@ def find_family(model: Model) -> Family:
     return row_of(model.owner_and_name)
 
 
+@lru_cache(1000)  # a call looks for one
 def row_of(name: str) -> Family:
     matching = (
         family
@@ -1948,6 +1952,8 @@ def chat_order(body: Json, model: Model, family: Family) -> Order:
 def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
     """System text beside the messages as one of them: an input would hide theirs."""
     sources = (model.config.input, body)
+    if all(source.keys().isdisjoint(SYSTEM_NAMES) for source in sources):
+        return body, model
     named = [(src, name) for src in sources for name in SYSTEM_NAMES if src.get(name)]
     for source, name in named:
         if not isinstance(source[name], str):
@@ -4572,7 +4578,7 @@ class Flight:
 # http.server and http.client read it, takes what is not, and ten times as long.
 
 MAX_HEAD = 65536
-HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
+HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
 ONCE = frozenset(("content-length", "transfer-encoding", "host", "authorization"))
 
 
@@ -4582,13 +4588,13 @@ class BadHead(http.client.HTTPException):
 
 def read_headers(lines: Iterable[bytes]) -> dict[str, str]:
     """Names in lower case; what several by one name say is joined."""
+    text = b"".join(line + b"\r\n" for line in lines)
+    if not HEADERS.fullmatch(text):
+        raise BadHead("a header is not of the form Name: value")
     headers: dict[str, str] = {}
-    for line in lines:
-        match = HEADER.fullmatch(line)
-        if not match:
-            raise BadHead("a header is not of the form Name: value")
-        name = match[1].decode("ascii").lower()
-        value = match[2].strip(b" \t").decode("latin-1")
+    for line in text.decode("latin-1").split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
         if name in headers and name in ONCE:
             raise BadHead(f"it has two headers {name}")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -6548,11 +6554,12 @@ def answer(proxy: Proxy, call: Call) -> Reply:
     return endpoint.operation(proxy, call, *ids)
 
 
-def find_endpoint(method: str, path: str) -> tuple[Endpoint, list[str]]:
+@lru_cache(1000)
+def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
     wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
     found = [
-        (endpoint, list(match.groups()))
+        (endpoint, match.groups())
         for endpoint in ENDPOINTS
         if (match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted))
     ]
@@ -6644,13 +6651,17 @@ class Reading(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Raise Gone, or 408 after the deadline."""
+        left = max(self.deadline - time.monotonic(), 0.001)
         try:
-            self.sock.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            block(self.sock, socket.SO_RCVTIMEO, left)
             return self.sock.recv_into(buffer)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise bad_request("it came too slowly", 408) from None
         except OSError as error:
             raise Gone from error
+
+
+ORIGIN = re.compile(r"\A\w+://[^/?]*")
 
 
 class Request(NamedTuple):
@@ -6668,7 +6679,7 @@ class Request(NamedTuple):
     @property
     def path(self) -> str:
         """Of a target in any of its forms, without the query."""
-        return re.sub(r"^\w+://[^/?]*", "", self.target).partition("?")[0]
+        return ORIGIN.sub("", self.target, 1).partition("?")[0]
 
 
 def bad_request(message: str, status: int = 400) -> APIError:
@@ -6808,11 +6819,12 @@ def is_chunked(request: Request) -> bool:
 
 def reply_head(status: int, headers: Mapping[str, str]) -> bytes:
     """A header can't carry all that a client may call a model: the rest becomes ?."""
-    lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"]
-    for name, value in headers.items():
-        if value:
-            lines.append(f"{name}: {re.sub('[^ -~]', '?', value)}")
-    return "\r\n".join([*lines, "", ""]).encode()
+    first = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
+    lines = [f"{name}: {value}" for name, value in headers.items() if value]
+    text = "".join(lines)
+    if not (text.isascii() and text.isprintable()):
+        lines = [re.sub("[^ -~]", "?", line) for line in lines]
+    return "\r\n".join([first, *lines, "", ""]).encode()
 
 
 STREAM_HEADERS = {
@@ -7204,7 +7216,7 @@ class Exchange:
 
     def write(self, data: bytes) -> None:
         try:
-            self.reading.sock.settimeout(self.write_timeout)
+            block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
             self.reading.sock.sendall(data)
         except OSError as error:
             raise Gone from error
