@@ -125,7 +125,7 @@ from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
 from socketserver import BaseRequestHandler, StreamRequestHandler, TCPServer
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 try:
@@ -2261,7 +2261,7 @@ ALPHABET = string.ascii_letters + string.digits
 
 def random_id(prefix: str, length: int) -> str:
     picks = secrets.token_bytes(length)
-    return prefix + "".join(ALPHABET[pick % len(ALPHABET)] for pick in picks)
+    return prefix + "".join([ALPHABET[pick % len(ALPHABET)] for pick in picks])
 
 
 def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
@@ -4535,27 +4535,27 @@ class Flight:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.stopped = threading.Event()
-        self.cause: Exception = Gone()
+        self.cause: Exception | None = None
         self.wakers: list[Callable[[], None]] = []
 
     def stop(self, cause: Exception) -> None:
         with self.lock:
-            if self.stopped.is_set():
+            if self.cause:
                 return
             self.cause = cause
-            self.stopped.set()
             for wake in self.wakers:
                 with suppress(Exception):  # those after it must wake too
                     wake()
 
     def check(self) -> None:
         """Raise the cause if the call has to stop."""
-        if self.stopped.is_set():
+        if self.cause:
             raise self.cause
 
     def sleep(self, seconds: float) -> None:
-        self.stopped.wait(seconds)
+        woken = threading.Event()
+        with self.waking(woken.set):
+            woken.wait(seconds)
         self.check()
 
     @contextmanager
@@ -4834,7 +4834,7 @@ class Courier(DefaultHttpxClient):
     def build_request(
         self, method: str, url: httpx.URL | str, *, timeout: Any = None, **given: Any
     ) -> httpx.Request:
-        given["extensions"] = {"timeout": httpx.Timeout(timeout).as_dict()}
+        given["extensions"] = {"timeout": timeout}  # to read
         return httpx.Request(method, url, **given)
 
     def send(self, request: httpx.Request, **_: Any) -> httpx.Response:
@@ -4842,15 +4842,19 @@ class Courier(DefaultHttpxClient):
         url, headers = request.url, request.headers.raw
         origin = url.scheme, url.netloc.decode()
         asked = request_head(request.method, url.raw_path, headers) + request.read()
-        timeout = request.extensions["timeout"]["read"]
+        timeout = request.extensions["timeout"]
         answer = self.connections.ask(origin, request.method, asked, timeout, Flight())
         try:
             content = b"".join(answer.body)
         finally:
             self.connections.put_back(origin, answer)
+        told = {name: answer.says(name) for name in TOLD if name in answer.headers}
         return httpx.Response(
-            answer.status, headers=answer.headers, content=content, request=request
+            answer.status, headers=told, content=content, request=request
         )
+
+
+TOLD = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
 
 
 def request_head(method: str, target: bytes, headers: Headers) -> bytes:
@@ -4877,13 +4881,17 @@ def has_input(sock: socket.socket) -> bool:
     """Whether something came that nobody asked for: most often, the end."""
     if sock.gettimeout() or not DONT_WAIT:
         sock.settimeout(0)
+    return peek(sock) is not None
+
+
+def peek(sock: socket.socket) -> bytes | None:
+    """What can be read, as it is on the wire: b"" is the end, None nothing yet."""
     try:
-        socket.socket.recv(sock, 1, socket.MSG_PEEK | DONT_WAIT)
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK | DONT_WAIT)
     except BlockingIOError:
-        return False
+        return None
     except OSError:
-        return True
-    return True
+        return b""
 
 
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none
@@ -5094,7 +5102,7 @@ class ReplicateAPI:
             bearer_token=self.token,
             base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
             max_retries=0,  # a create would be a second bill
-            timeout=httpx.Timeout(patience.create, connect=patience.connect),
+            timeout=patience.create,
             http_client=Courier(self.connections),
         )
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
@@ -5131,7 +5139,7 @@ class ReplicateAPI:
 
     def send(self, path: str, body: Json | None = None, **options: Any) -> Any:
         """The library's own objects would take a third of a create's time."""
-        told: Any = options
+        told: Any = {"idempotency_key": "none", **options}  # or one is drawn in vain
         return self.client.post(path, cast_to=httpx.Response, body=body, options=told)
 
     def find(self, path: str, **options: Any) -> Any:
@@ -5483,9 +5491,7 @@ class Hosted:
         uploads = {url: self.begin(url, turns) for url in urls}
         try:
             with flight.waking(self.wake), self.changed:
-                self.changed.wait_for(
-                    lambda: flight.stopped.is_set() or is_over(uploads.values())
-                )
+                self.changed.wait_for(lambda: flight.cause or is_over(uploads.values()))
             flight.check()
         finally:
             with self.changed:
@@ -5702,7 +5708,7 @@ class Prediction:
     def texts(self) -> Iterator[Text]:
         """Tell its output as it comes, by its stream or by looks, until it is over."""
         patience = self.patience
-        while self.stream_url and not self.is_over and self.has_time:
+        while not self.is_over and self.stream_url and self.has_time:
             if not (yield from self.listen()):
                 break
             self.is_late = True
@@ -6251,7 +6257,7 @@ def side_by_side(runs: Sequence[Run], flight: Flight) -> Told:
             yield from ((0, event) for event in events)
         return
     branch = Flight()
-    with flight.waking(lambda: branch.stop(flight.cause)):
+    with flight.waking(lambda: branch.stop(flight.cause or Gone())):
         yield from led_by_the_first(gathered(runs, branch))
 
 
@@ -6262,7 +6268,7 @@ def gathered(runs: Sequence[Run], branch: Flight) -> Told:
     work = partial(drive, jobs, branch, heard.put, threading.Lock())
     threads = [threading.Thread(target=work) for _ in runs[:AT_ONCE]]
     try:
-        with branch.waking(lambda: heard.put(branch.cause)):
+        with branch.waking(lambda: heard.put(branch.cause or Gone())):
             for thread in threads:
                 thread.start()
             at_work = len(threads)
@@ -6420,8 +6426,8 @@ def noted(told: Told, notes: Json) -> Told:
     with closing(told):
         for index, event in told:
             match event:
-                case Thought() | Text() | ToolCall():
-                    notes.setdefault("first_text_at", time.monotonic())
+                case Thought() | Text() | ToolCall() if "first_text_at" not in notes:
+                    notes["first_text_at"] = time.monotonic()
                 case Done(_, usage):
                     notes["usages"].append(usage)
             yield index, event
@@ -6827,6 +6833,11 @@ def reply_head(status: int, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([first, *lines, "", ""]).encode()
 
 
+@lru_cache(1)  # thousands of replies share a second
+def http_date(now: int) -> str:
+    return formatdate(now, usegmt=True)
+
+
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -6861,6 +6872,24 @@ class Telling:
         self.is_open = False
         self.is_over = False
         self.last = time.monotonic()
+
+    def tell(self, frames: Frames) -> APIError | None:
+        """Write frames as they come; give the failure that broke them off.
+
+        As long as there is no status line, it is raised: it has its own.
+        """
+        try:
+            self.hold(next(frames))
+            for data in frames:
+                if data:
+                    self.write(data)
+        except Gone:
+            raise
+        except Exception as error:
+            if self.close():
+                raise
+            return as_api_error(error)
+        return None
 
     def hold(self, data: bytes) -> None:
         """Say this with what comes next."""
@@ -6920,16 +6949,30 @@ def send_at_once(sock: socket.socket, data: bytes) -> int:
         sock.settimeout(limit)
 
 
+class Watch:
+    """One client, for as long as its call lasts.
+
+    Each has its own lock: what is done with it held takes turns at Python's, and so
+    long would all other calls wait for one that they share.
+    """
+
+    def __init__(self, sock: socket.socket, flight: Flight) -> None:
+        self.sock = sock
+        self.flight = flight
+        self.lock = threading.Lock()
+        self.is_quiet = True  # nothing came, or it is not known yet
+        self.is_early = False  # what came is the next call
+
+
 class Watcher(threading.Thread):
     """Stops the flights of clients that hang up, and breaks the silence of others."""
 
     def __init__(self, patience: Patience) -> None:
         super().__init__(name="watcher", daemon=True)
         self.patience = patience
-        self.lock = threading.Lock()
         self.selector = selectors.DefaultSelector()
         self.tellings: set[Telling] = set()
-        self.early: dict[socket.socket, Flight] = {}  # the next call is here already
+        self.early: set[Watch] = set()
         self.is_stopped = False
         self.bell, self.ear = socket.socketpair()  # ends a wait; and some need one
         self.selector.register(self.ear, selectors.EVENT_READ)
@@ -6952,44 +6995,51 @@ class Watcher(threading.Thread):
                 time.sleep(self.patience.tick)
 
     def go_round(self) -> None:
-        self.selector.select(self.patience.tick)
-        self.look()
-        for sock, flight in list(self.early.items()):
-            self.look_behind(sock, flight)
+        for key, _ in self.selector.select(self.patience.tick):
+            if key.data:
+                self.look(key.data)
+        for watch in list(self.early):
+            self.look_behind(watch)
         for telling in list(self.tellings):
             telling.break_silence(self.patience)
 
-    def watch(self, sock: socket.socket, flight: Flight) -> None:
-        with self.lock, suppress(OSError, ValueError):
-            self.selector.register(sock, selectors.EVENT_READ, flight)
+    def watch(self, sock: socket.socket, flight: Flight) -> Watch:
+        watch = Watch(sock, flight)
+        with suppress(OSError, ValueError):
+            self.selector.register(sock, selectors.EVENT_READ, watch)
+        return watch
 
-    def forget(self, sock: socket.socket) -> None:
-        with self.lock, suppress(OSError, ValueError, KeyError):
-            self.early.pop(sock, None)
-            self.selector.unregister(sock)
+    def forget(self, watch: Watch) -> None:
+        """Best before the last word to a client, whose next call would wake us."""
+        with watch.lock:
+            self.drop(watch)
+            watch.is_early = False
+            self.early.discard(watch)
 
-    def look(self) -> None:
-        """See why sockets can be read: their end, or a call that comes too early.
+    def drop(self, watch: Watch) -> None:
+        if watch.is_quiet:
+            watch.is_quiet = False
+            with suppress(OSError, ValueError, KeyError):
+                self.selector.unregister(watch.sock)
 
-        Which ones is asked anew, with the lock: a call may have ended since, and
-        the next one read what was there. Nobody reads a socket that is watched,
-        so that this never blocks.
-        """
-        with self.lock:
-            for key, _ in self.selector.select(0):
-                if key.fileobj is not self.ear:
-                    sock = cast(socket.socket, key.fileobj)
-                    self.selector.unregister(sock)
-                    if has_ended(sock):
-                        key.data.stop(Gone())
-                    else:
-                        self.early[sock] = key.data
+    def look(self, watch: Watch) -> None:
+        """See why it can be read, if it still can: its end, or a call too early."""
+        with watch.lock:
+            came = peek(watch.sock) if watch.is_quiet else None
+            if came is None:
+                return
+            self.drop(watch)
+            if came:
+                watch.is_early = True
+                self.early.add(watch)
+            else:
+                watch.flight.stop(Gone())
 
-    def look_behind(self, sock: socket.socket, flight: Flight) -> None:
-        with self.lock:
-            if self.early.get(sock) is flight and has_left(sock):
-                del self.early[sock]
-                flight.stop(Gone())
+    def look_behind(self, watch: Watch) -> None:
+        with watch.lock:
+            if watch.is_early and has_left(watch.sock):
+                self.early.discard(watch)
+                watch.flight.stop(Gone())
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -7007,13 +7057,6 @@ def has_left(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, closed)
     return bool(poll.poll(0))
-
-
-def has_ended(sock: socket.socket) -> bool:
-    try:
-        return not sock.recv(1, socket.MSG_PEEK)
-    except OSError:
-        return True
 
 
 # == Sockets ===================================================================
@@ -7089,6 +7132,7 @@ class Exchange:
         self.began = time.monotonic()
         self.request = Request("-", "-", 0, {})
         self.body: Body | None = None
+        self.watch: Watch | None = None
         self.notes: Json = {"predictions": [], "usages": []}
         self.status = 0  # once it is sent
         self.keep = False  # the connection, for another call
@@ -7153,8 +7197,12 @@ class Exchange:
             self.body.is_awaited = False
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.body.read()
-        self.server.watcher.watch(self.reading.sock, self.flight)
+        self.watch = self.server.watcher.watch(self.reading.sock, self.flight)
         return body
+
+    def unwatch(self) -> None:
+        if self.watch:
+            self.server.watcher.forget(self.watch)
 
     def send_object(
         self, status: int, body: Json | None, headers: Mapping[str, str]
@@ -7164,6 +7212,7 @@ class Exchange:
         kind = {"content-type": "application/json"} if data else {}
         length = {"content-length": str(len(data))} if status != 204 else {}
         head = self.head(status, {**kind, **length, **headers})
+        self.unwatch()
         self.write(head if self.request.method == "HEAD" else head + data)
 
     def send_error(self, error: APIError) -> None:
@@ -7173,36 +7222,24 @@ class Exchange:
         self.send_object(error.status, error.body, error.headers)
 
     def send_frames(self, frames: Frames) -> None:
-        """Send server-sent events, each as it comes, and a failure as the last of them.
-
-        As long as there is no status line, a failure is raised: it has its own.
-        """
+        """Send server-sent events, each as it comes, and a failure as the last of them."""
         chunked = self.request.minor > 0
         head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
         block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
         telling = Telling(self.reading.sock, head, chunked)
-        last = b""
         with closing(frames), self.server.watcher.kept_alive(telling):
-            try:
-                telling.hold(next(frames))
-                for data in frames:
-                    if data:
-                        telling.write(data)
-            except Gone:
-                raise
-            except Exception as error:
-                if telling.close():
-                    raise
-                failure = as_api_error(error)
+            failure = telling.tell(frames)
+            if failure:
                 self.notes["error"] = failure.code or failure.status
-                last = frame(failure.body)
+            last = frame(failure.body) if failure else b""
+            self.unwatch()
             telling.end(last + DONE_FRAME)
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status
         self.keep = self.keep and not self.server.is_stopping
         told = {
-            "date": formatdate(usegmt=True),
+            "date": http_date(int(time.time())),
             **headers,
             "x-request-id": self.id,
             "openai-version": "2020-10-01",
@@ -7234,6 +7271,8 @@ class Exchange:
 
     def log(self) -> None:
         """One line per call: nothing of a key, a token or what was said."""
+        if not log.isEnabledFor(logging.INFO):
+            return
         notes = self.notes
         usage = add(notes["usages"]) if notes["usages"] else None
         first = notes.get("first_text_at")
@@ -7311,7 +7350,7 @@ class Server(CountingServer):
             self.calls.add(exchange)
 
     def dismiss(self, exchange: Exchange) -> None:
-        self.watcher.forget(exchange.reading.sock)
+        exchange.unwatch()
         with self.changed:
             self.calls.discard(exchange)
             self.changed.notify_all()
