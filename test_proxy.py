@@ -4793,10 +4793,11 @@ def test_what_is_no_call_stays_text(said, cut):
     assert summary(hear(cut(said))) == (said, [], Done("stop", Usage(1, 2)))
 
 
-@pytest.mark.parametrize("where", range(0, 100, 7))
 @table(("said", "text", "calls"), DIALECTS)
-def test_where_an_answer_is_cut_does_not_matter(said, text, calls, where):
-    assert summary(hear([said[:where], said[where:]]))[:2] == (text, calls)
+def test_where_an_answer_is_cut_does_not_matter(said, text, calls):
+    for where in range(0, 100, 7):
+        heard = hear([said[:where], said[where:]])
+        assert summary(heard)[:2] == (text, calls), where
 
 
 CALLING = [dialect for dialect in proxy.DIALECTS if dialect.holds != "result"]
@@ -5016,13 +5017,16 @@ def steps_of_hearing(said, cut):
     """How many lines of proxy.py it takes."""
     lines = 0
 
-    def count(frame, event, _):
+    def count(_, event, __):
         nonlocal lines
         lines += event == "line"
+        return count
+
+    def enter(frame, *_):
         return count if frame.f_code.co_filename == proxy.__file__ else None
 
     traced = sys.gettrace()
-    sys.settrace(count)
+    sys.settrace(enter)
     try:
         hear(cut(said))
     finally:
