@@ -9881,6 +9881,15 @@ def begin_on(port, model):
     return sock, read_until(sock, b"\r\n\r\n")
 
 
+@pytest.fixture
+def gate(fake):
+    """What each event of fake/gated but the first waits for."""
+    gate = threading.Semaphore(0)
+    fake.scenarios["gated"] = gated(gate)
+    yield gate
+    gate.release(1000)
+
+
 @WAYS
 def test_workers_share_a_port_and_each_has_its_own_limits(folder, fake, program):
     limits = {"MAX_CONCURRENT_CALLS": "1", "SHUTDOWN_GRACE": "0"}
@@ -9923,12 +9932,13 @@ SIGNALS = table(
 
 @SIGNALS
 def test_a_signal_lets_the_calls_of_all_workers_finish(
-    folder, fake, tell, number, program
+    folder, fake, gate, tell, number, program
 ):
     with started_workers(folder, fake, program) as (parent, port):
-        calls = [begin_on(port, "fake/story") for _ in range(4)]
+        calls = [begin_on(port, "fake/gated") for _ in range(4)]
         tell(parent, number)
         wait_until(lambda: is_refused(port))
+        gate.release(1000)
         answers = [begun + read_all(sock) for sock, begun in calls]
         for sock, _ in calls:
             sock.close()
@@ -9980,12 +9990,14 @@ def test_a_worker_that_dies_is_replaced(folder, fake, tmp_path, program):
     assert sorted(map(int, deaths)) == sorted(before)
 
 
-def test_workers_end_when_their_parent_is_killed(folder, fake):
+def test_workers_end_when_their_parent_is_killed(folder, fake, gate):
     with started_workers(folder, fake) as (parent, port):
         workers = worker_ids(parent)
-        sock, begun = begin_on(port, "fake/story")
+        sock, begun = begin_on(port, "fake/gated")
         with sock:
             parent.kill()
+            wait_until(lambda: is_refused(port))
+            gate.release(1000)
             answer = begun + read_all(sock)
         assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         wait_until(lambda: all(map(is_gone, workers)), 10)
@@ -10356,11 +10368,15 @@ def test_flags_are_not_abbreviated():
         proxy.parse_arguments(["--rel"])
 
 
-def test_a_second_signal_ends_the_program_at_once():
-    with (
-        apart() as (port, child),
-        socket.create_connection(("127.0.0.1", port)) as sock,
-    ):
+@contextmanager
+def started_alone(folder, fake):
+    """One process, and its port."""
+    with started_workers(folder, fake, WORKERS="1") as started:
+        yield started
+
+
+def test_a_second_signal_ends_the_program_at_once(folder, fake):
+    with started_alone(folder, fake) as (child, port), dial_port(port) as sock:
         sock.sendall(chat_bytes("fake/endless", stream=True))
         read_until(sock, b"content")
         child.send_signal(signal.SIGTERM)
@@ -10378,12 +10394,14 @@ def is_refused(port):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_a_call_finish(number):
-    with apart() as (port, child):
+def test_a_signal_lets_a_call_finish(folder, fake, gate, number):
+    with started_alone(folder, fake) as (child, port):
         with dial_port(port) as sock:
-            sock.sendall(chat_bytes("fake/story", stream=True))
+            sock.sendall(chat_bytes("fake/gated", stream=True))
             answer = read_until(sock, b"content")
             child.send_signal(number)
+            wait_until(lambda: is_refused(port))
+            gate.release(1000)
             answer += read_all(sock)
         assert child.wait(5) == 0
     assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
