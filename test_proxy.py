@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import compileall
 import gzip
 import http.client
 import inspect
@@ -9122,8 +9123,7 @@ def test_no_secret_is_told_on_any_path(caplog):
 
 
 LOAD = """
-import sys, time
-sys.path.insert(0, {folder!r})
+import sys
 from fake_replicate import FakeReplicate
 with FakeReplicate(record=False) as fake:
     print(fake.base_url, fake.token, flush=True)
@@ -9142,23 +9142,20 @@ def process(command, **more):
 
 
 @contextmanager
-def apart():
+def apart(folder):
     """A stand-in and a proxy, each a process of its own: its port and its id."""
-    folder = str(HERE)
-    script = [sys.executable, "-c", LOAD.format(folder=folder)]
-    with process(script, stdin=subprocess.PIPE) as fake:
+    script = [sys.executable, "-c", LOAD]
+    with process(script, stdin=subprocess.PIPE, cwd=folder) as fake:
         base_url, token = fake.stdout.readline().split()
         environ = {
-            "PATH": os.environ["PATH"],
             "REPLICATE_API_TOKEN": token,
             "REPLICATE_BASE_URL": base_url,
             "PROXY_API_KEY": "key",
+            "PORT": "0",
             "LOG_LEVEL": "ERROR",
         }
-        command = [sys.executable, os.path.join(folder, "proxy.py"), "--port", "0"]
-        with process(command, env=environ) as child:
-            port = int(re.search(r":(\d+)/v1", child.stdout.readline())[1])
-            yield port, child
+        with started(folder, environ=environ) as (child, (url, _)):
+            yield urlsplit(url).port, child
 
 
 def resources(pid):
@@ -9195,11 +9192,11 @@ async def call_often(port, times):
     return good
 
 
-def test_five_hundred_streams_at_once_all_arrive():
+def test_five_hundred_streams_at_once_all_arrive(folder):
     async def drive(port):
         return await asyncio.gather(*(read_stamped(port) for _ in range(500)))
 
-    with apart() as (port, child):
+    with apart(folder) as (port, child):
         assert asyncio.run(call_often_alone(port)) == 20
         threads, memory = resources(child.pid)
         assert asyncio.run(drive(port)) == [10] * 500
@@ -9213,11 +9210,11 @@ async def call_often_alone(port):
     return await call_often(port, 20)
 
 
-def test_five_hundred_calls_over_fifty_connections_all_arrive():
+def test_five_hundred_calls_over_fifty_connections_all_arrive(folder):
     async def drive(port):
         return await asyncio.gather(*(call_often(port, 10) for _ in range(50)))
 
-    with apart() as (port, _):
+    with apart(folder) as (port, _):
         assert asyncio.run(drive(port)) == [10] * 50
 
 
@@ -10097,6 +10094,9 @@ def folder(tmp_path_factory):
     for name in ("proxy.py", "models.json", "fake_replicate.py"):
         shutil.copy(Path(proxy.__file__).with_name(name), folder)
     (folder / "turns.py").write_text(TURNS)
+    # The command line of httpx needs it, which is slow to import: the image has none.
+    (folder / "click.py").write_text("raise ImportError")
+    assert compileall.compile_dir(folder, quiet=1)  # once, not at each start
     return folder
 
 
@@ -10511,7 +10511,9 @@ def fleet_in(program_folder, folder, **given):
         fake.scenarios["patient"] = replace(SCENARIOS["very-cold"], hold=0.1)
         environ = {**settings_for(fake), "REPLICATE_API_TOKEN": fake.token, **given}
         environ |= {"PROXY_API_KEY": "key", "LOG_LEVEL": "ERROR"}
-        programs = [start(program_folder, environ=environ) for _ in range(2)]
+        programs = [
+            start(program_folder, environ=environ, program="proxy") for _ in range(2)
+        ]
         for program in programs:
             stack.enter_context(program)
             stack.callback(end_group, program)
