@@ -10003,12 +10003,14 @@ def test_workers_end_when_their_parent_is_killed(folder, fake, gate):
 
 def test_workers_do_not_share_a_port_with_strangers(folder, fake, server):
     with started_workers(folder, fake) as (_, port):
-        for taken in (port, server.server_port):
-            for count in ("1", "2"):
-                environ = {**SET, "PORT": str(taken), "WORKERS": count}
-                code, out, err = run(folder, environ=environ)
-                assert (code, out) == (2, "")
-                assert "in use" in err and "--port" in err and "Traceback" not in err
+        rows = [
+            ([], {**SET, "PORT": str(taken), "WORKERS": count})
+            for taken in (port, server.server_port)
+            for count in ("1", "2")
+        ]
+        for code, out, err in run_each(folder, rows):
+            assert (code, out) == (2, "")
+            assert "in use" in err and "--port" in err and "Traceback" not in err
 
 
 def test_one_demonstration_serves_all_workers(folder):
@@ -10139,6 +10141,48 @@ def run(folder, *arguments, environ):
         return program.returncode, *told
 
 
+RUNS = """
+import json, os, signal, sys, tempfile
+import proxy
+
+def run(arguments, environ):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            os.environ.clear()
+            os.environ.update(environ)
+            code = proxy.main(arguments)
+            sys.stdout.flush()
+            os._exit(code)
+        _, status = os.waitpid(child, 0)
+        return os.waitstatus_to_exitcode(status), *map(content, (out, err))
+
+def content(file):
+    file.seek(0)
+    return file.read()
+
+json.dump([run(*row) for row in json.load(sys.stdin)], sys.stdout)
+"""
+
+
+def run_each(folder, rows):
+    """As `run`, for rows of arguments and environ: processes of a single start."""
+    given = [(arguments, environment(environ)) for arguments, environ in rows]
+    program = subprocess.run(
+        [sys.executable, "-c", RUNS],
+        cwd=folder,
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert not program.stderr
+    return [tuple(end) for end in json.loads(program.stdout)]
+
+
 @contextmanager
 def started(folder, *arguments, environ, program="proxy"):
     """The program as it serves, and the lines it has printed until then."""
@@ -10243,20 +10287,19 @@ ENV_FILES = [
 
 @pytest.fixture(scope="module")
 def ended(folder, replicate, tmp_path_factory):
-    """How the program ended in each row of the tables above: a few at a time."""
+    """How the program ended in each row of the tables above."""
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("with-env") / "copy")
     right = settings_for(replicate)
     lines = [f'{name}="{value}"' for name, value in right.items()]
     (copy / ".env").write_text("\n".join([*lines, "LOG_LEVEL=ERROR # for now"]))
     (copy / "other").write_text("\n".join([*lines, "export LOG_LEVEL='WARNING'"]))
     rows = [
-        *[(why, folder, given, environ) for why, given, environ, _ in PROBLEMS],
-        *[(why, folder, ["--check"], {**right, **given}) for why, given, *_ in CHECKS],
-        *[(why, copy, ["--check", *a], environ) for why, a, environ, _ in ENV_FILES],
+        *[(given, environ) for _, given, environ, _ in PROBLEMS],
+        *[(["--check"], {**right, **given}) for _, given, *_ in CHECKS],
     ]
-    with ThreadPoolExecutor(4) as pool:
-        ends = pool.map(lambda row: run(row[1], *row[2], environ=row[3]), rows)
-    return dict(zip(whys(rows), ends, strict=True))
+    with_file = [(["--check", *given], environ) for _, given, environ, _ in ENV_FILES]
+    ends = run_each(folder, rows) + run_each(copy, with_file)
+    return dict(zip(whys(PROBLEMS + CHECKS + ENV_FILES), ends, strict=True))
 
 
 @pytest.mark.parametrize(
