@@ -10862,8 +10862,11 @@ def test_a_pod_on_kubernetes_may_do_nothing(pod):
 
 BANNER = re.compile(r"^# == ([\w ]+) =+$", re.MULTILINE)
 STARTS = [SOURCE[: match.start()].count("\n") + 1 for match in BANNER.finditer(SOURCE)]
-TREE = ast.parse(SOURCE)
-FUNCTIONS = [node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return ast.parse(SOURCE)
 
 
 def section(node):
@@ -10893,14 +10896,14 @@ def test_banners_reach_to_column_80_and_nothing_else_looks_like_one():
     assert len(lines) == len(BANNER.findall(SOURCE))
 
 
-def test_sections_use_only_names_above_them():
+def test_sections_use_only_names_above_them(tree):
     home = {}
-    for node in TREE.body:
+    for node in tree.body:
         own = {node.name} if hasattr(node, "name") else names_made(node)
         home |= dict.fromkeys(own, section(node))
     assert len(home) > 200
     below = []
-    for node in TREE.body:
+    for node in tree.body:
         local = names_made(node)
         used = [name for name in names_in(node, ast.Load) if name.id not in local]
         below += [name for name in used if home.get(name.id, 0) > section(node)]
@@ -10916,10 +10919,11 @@ def test_no_section_is_long():
     assert not {name: length for name, length in lengths.items() if length > 300}
 
 
-def test_functions_are_short():
-    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in FUNCTIONS}
+def test_functions_are_short(tree):
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert not {name: length for name, length in lengths.items() if length > 25}
-    each = [node.end_lineno - node.lineno + 1 for node in FUNCTIONS]
+    each = [node.end_lineno - node.lineno + 1 for node in functions]
     assert statistics.median(each) <= 8
 
 
