@@ -7222,7 +7222,7 @@ class Exchange:
         self.send_object(error.status, error.body, error.headers)
 
     def send_frames(self, frames: Frames) -> None:
-        """Send server-sent events, each as it comes, and a failure as the last of them."""
+        """Send server-sent events as they come, and a failure as the last of them."""
         chunked = self.request.minor > 0
         head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
         block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)

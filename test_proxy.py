@@ -11077,15 +11077,15 @@ def test_sections_use_only_names_above_them(tree):
     assert not [f"line {name.lineno}: {name.id}" for name in below]
 
 
-def test_no_name_is_given_twice():
+def test_no_name_is_given_twice(tree):
     targets = [
         target.id
-        for node in TREE.body
+        for node in tree.body
         if isinstance(node, ast.Assign | ast.AnnAssign)
         for target in names_in(node, ast.Store)
         if target.col_offset == 0
     ]
-    own = [node.name for node in TREE.body if hasattr(node, "name")]
+    own = [node.name for node in tree.body if hasattr(node, "name")]
     assert len(targets) > 50
     assert not [name for name, times in Counter([*targets, *own]).items() if times > 1]
 
