@@ -2223,6 +2223,8 @@ class Started:
 @dataclass(frozen=True)
 class Text:
     text: str
+    # The next one came together with it, and so they leave together.
+    more: bool = field(default=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -4967,32 +4969,53 @@ class ServerSent(NamedTuple):
     event: str
     data: str
 
-
-def server_sent(pieces: Iterable[bytes]) -> Iterator[ServerSent]:
-    """Decode an event stream (Replicate's docs, "Streaming"), however it is cut up."""
-    for said in blocks(pieces):
-        event, data = "", []
-        for name, value, timed_out in FIELD.findall(said):
-            if timed_out:
-                return
-            if name == b"data":
-                data.append(value)
-            else:
-                event = value.decode("utf-8", "replace")
-        if data or event:
-            yield ServerSent(event, b"\n".join(data).decode("utf-8", "replace"))
+    @property
+    def is_output(self) -> bool:
+        return self.event == "output" and self.data != ""
 
 
-def blocks(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """What stands before each empty line: LF, CRLF and CR end one, and nothing else."""
+NOTHING = ServerSent("", "")
+TIMED_OUT = ServerSent(":408", "")
+
+
+def server_sent(pieces: Iterable[bytes]) -> Iterator[list[ServerSent]]:
+    """Decode an event stream (Replicate's docs, "Streaming"), however it is cut up.
+
+    What came together is told together.
+    """
+    for blocks in split_blocks(pieces):
+        said = [event for event in map(read_block, blocks) if event]
+        if TIMED_OUT in said:
+            yield said[: said.index(TIMED_OUT)]
+            return
+        yield said
+
+
+def split_blocks(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """What ends in an empty line. LF, CRLF and CR end a line, and nothing else does."""
     rest, after_cr = b"", False
     for piece in pieces:
         fresh = piece[1:] if after_cr and piece.startswith(b"\n") else piece
         after_cr = piece.endswith(b"\r")
         if b"\r" in fresh:
             fresh = fresh.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *whole, rest = (rest + fresh).split(b"\n\n")
-        yield from whole
+        *blocks, rest = (rest + fresh).split(b"\n\n")
+        yield blocks
+
+
+def read_block(block: bytes) -> ServerSent | None:
+    event, data = b"", []
+    for name, value, timed_out in FIELD.findall(block):
+        if timed_out:
+            return TIMED_OUT
+        if name == b"data":
+            data.append(value)
+        else:
+            event = value
+    if not data and not event:
+        return None
+    text = b"\n".join(data).decode("utf-8", "replace")
+    return ServerSent(event.decode("utf-8", "replace"), text)
 
 
 class StreamBroken(Exception):
@@ -5738,16 +5761,18 @@ class Prediction:
 
     def hear(self, pieces: Iterable[bytes]) -> Generator[Text, None, bool]:
         """Tell its words; False if they came to their end, or are not its words."""
-        for event, data in server_sent(pieces):
-            if event == "done":
-                self.hear_done(data)
-                self.look()  # while the stream's last bytes arrive
-                return False
-            if event == "output" and data:
-                if not self.fits(data):
+        for said in server_sent(pieces):
+            for sent, following in zip(said, [*said[1:], NOTHING], strict=True):
+                if sent.event == "done":
+                    self.hear_done(sent.data)
+                    self.look()  # while the stream's last bytes arrive
                     return False
-                self.told.append(data)
-                yield Text(data)
+                if sent.is_output:
+                    if not self.fits(sent.data):
+                        return False
+                    self.told.append(sent.data)
+                    more = following.is_output and not self.is_late
+                    yield Text(sent.data, more)
         return True
 
     def in_time(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -6091,16 +6116,21 @@ def tell_in_frames(told: Told, form: Form, head: Head) -> Frames:
     """Tell events as they come; what the frames of texts share is made once."""
     around: dict[int, tuple[bytes, bytes]] = {}
     usages = []
+    due = b""
     for index, event in told:
         if isinstance(event, Text):
             if index not in around:
                 around[index] = around_text(form, index, head)
             before, after = around[index]
-            yield before + encode(event.text) + after
+            due += before + encode(event.text) + after
+            if event.more:
+                continue
         else:
             if isinstance(event, Done):
                 usages.append(event.usage)
-            yield b"".join(map(frame, form.chunks(event, index, head)))
+            due += b"".join(map(frame, form.chunks(event, index, head)))
+        yield due
+        due = b""
     if head.with_usage:
         yield frame(form.usage_chunk(add(usages), head))
 
