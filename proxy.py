@@ -70,6 +70,7 @@ Each section uses only names from those above it.
 
 from __future__ import annotations
 
+import _thread
 import argparse
 import ast
 import gc
@@ -4619,29 +4620,29 @@ def read_length(headers: Mapping[str, str]) -> int | None:
 # http.client each chunk is a piece: here tokens that came together stay together.
 
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9]\d\d)(?: .*)?")
-CHUNK_HEAD = re.compile(rb"(?:\r\n)?0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(;.*)?\r\n")
-LAST_CHUNK = re.compile(rb"(?:\r\n)?0+[ \t]*(;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
+CHUNK_HEAD = re.compile(rb"0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
+LAST_CHUNK = re.compile(rb"0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
 BODILESS = (204, 304)
 Pieces = Generator[bytes, None, bytes]  # and, at the end, what came beyond
 
 
 def unchunked(pieces: Iterable[bytes]) -> Pieces:
     """What is in the chunks, with no regard to where they begin and end."""
-    data, left = b"", 0  # to come of a chunk
+    data, left = b"", 0  # to come of a chunk, with the CR LF behind it
     for piece in pieces:
         data, at, told = data + piece, 0, []
         while at < len(data):
             if not left:
                 if not (head := CHUNK_HEAD.match(data, at)):
                     break
-                at, left = head.end(), int(head[1], 16)
-            told.append(data[at : at + left])
-            at += len(told[-1])
-            left -= len(told[-1])
+                at, left = head.end(), int(head[1], 16) + 2
+            told.append(data[at : max(at + left - 2, 0)])
+            at += left
+            left = max(at - len(data), 0)
         if told:
             yield b"".join(told)
         data = data[at:]
-        if not left and (last := LAST_CHUNK.match(data)):
+        if data and not left and (last := LAST_CHUNK.match(data)):
             return data[last.end() :]
         if len(data) > MAX_HEAD:
             raise BadHead("a chunk has no size")
@@ -4974,7 +4975,6 @@ class ServerSent(NamedTuple):
         return self.event == "output" and self.data != ""
 
 
-NOTHING = ServerSent("", "")
 TIMED_OUT = ServerSent(":408", "")
 
 
@@ -5038,7 +5038,9 @@ def open_stream(
         if answer.status != 200 or not kind.startswith("text/event-stream"):
             raise StreamRefused(f"status {answer.status}, type {kind!r}")
         with flight.waking(partial(shut, answer.sock)):
-            yield read_pieces(answer)
+            yield answer.body
+    except (OSError, http.client.HTTPException) as error:
+        raise StreamBroken(repr(error)) from error
     finally:
         connections.put_back(origin, answer)
 
@@ -5056,13 +5058,6 @@ def ask_for_stream(
         raise StreamBroken(repr(error)) from error
     except (OSError, http.client.HTTPException) as error:
         raise StreamRefused(repr(error)) from error
-
-
-def read_pieces(answer: Answer) -> Iterator[bytes]:
-    try:
-        yield from answer.body
-    except (OSError, http.client.HTTPException) as error:
-        raise StreamBroken(repr(error)) from error
 
 
 # == Replicate =================================================================
@@ -5121,9 +5116,10 @@ class ReplicateAPI:
         self.patience = patience
         tls = httpx.create_ssl_context()  # takes 20 ms: one for all
         self.connections = Connections(patience, tls)
+        self.url = self.base._replace(path=self.base.path or "/v1").geturl()
         self.client = Replicate(
             bearer_token=self.token,
-            base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
+            base_url=self.url,
             max_retries=0,  # a create would be a second bill
             timeout=patience.create,
             http_client=Courier(self.connections),
@@ -5161,13 +5157,15 @@ class ReplicateAPI:
             return read_prediction(self.send(path, body, headers=headers))
 
     def send(self, path: str, body: Json | None = None, **options: Any) -> Any:
-        """The library's own objects would take a third of a create's time."""
+        """Through the library's raw methods: its objects take a third of the time."""
         told: Any = {"idempotency_key": "none", **options}  # or one is drawn in vain
-        return self.client.post(path, cast_to=httpx.Response, body=body, options=told)
+        url = f"{self.url}{path}"  # whole: one that is not is parsed three times
+        return self.client.post(url, cast_to=httpx.Response, body=body, options=told)
 
     def find(self, path: str, **options: Any) -> Any:
         told: Any = options
-        return self.client.get(path, cast_to=httpx.Response, options=told)
+        url = f"{self.url}{path}"
+        return self.client.get(url, cast_to=httpx.Response, options=told)
 
     def find_version(self, ref: str) -> str | None:
         """The newest version of a community model, or None if it is none."""
@@ -5748,7 +5746,7 @@ class Prediction:
         """Tell what its stream says, then look; True if it is worth opening again."""
         try:
             with self.api.open_stream(self.stream_url, self.flight) as pieces:
-                if not (yield from self.hear(self.in_time(pieces))):
+                if not (yield from self.hear(pieces)):
                     return False
         except StreamRefused as error:
             log.info("prediction=%s event=polled why=%s", self.id, quoted(error))
@@ -5762,7 +5760,7 @@ class Prediction:
     def hear(self, pieces: Iterable[bytes]) -> Generator[Text, None, bool]:
         """Tell its words; False if they came to their end, or are not its words."""
         for said in server_sent(pieces):
-            for sent, following in zip(said, [*said[1:], NOTHING], strict=True):
+            for at, sent in enumerate(said, 1):
                 if sent.event == "done":
                     self.hear_done(sent.data)
                     self.look()  # while the stream's last bytes arrive
@@ -5771,15 +5769,11 @@ class Prediction:
                     if not self.fits(sent.data):
                         return False
                     self.told.append(sent.data)
-                    more = following.is_output and not self.is_late
+                    more = at < len(said) and said[at].is_output and not self.is_late
                     yield Text(sent.data, more)
-        return True
-
-    def in_time(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        for piece in pieces:
-            yield piece
             if not self.has_time:
-                return
+                break
+        return True
 
     def hear_done(self, data: str) -> None:
         """Its record may lag behind its stream, but not for long."""
@@ -6098,14 +6092,24 @@ CHAT_FORM = Form("chatcmpl-", chat_chunks, chat_usage_chunk, chat_completion)
 TEXT_FORM = Form("cmpl-", text_chunks, text_usage_chunk, text_completion)
 
 
+spaced = json.JSONEncoder(ensure_ascii=False).encode
+
+
 def encode(value: Any) -> bytes:
     return compact(value).encode("utf-8", "replace")
 
 
-def encode_for_people(value: Any) -> bytes:
-    """Indented, as OpenAI's are."""
-    text = json.dumps(value, ensure_ascii=False, indent=2)
-    return text.encode("utf-8", "replace") + b"\n"
+def encode_for_people(value: Json) -> bytes:
+    """A line for each key, and each item of a list: the encoder in C can't indent."""
+    lines = [f'"{name}": {in_lines(each)}' for name, each in value.items()]
+    text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
+    return text.encode("utf-8", "replace")
+
+
+def in_lines(value: Any) -> str:
+    if not isinstance(value, list) or not value:
+        return spaced(value)
+    return "[\n    " + ",\n    ".join(map(spaced, value)) + "\n  ]"
 
 
 def frame(chunk: Json) -> bytes:
@@ -6445,22 +6449,23 @@ def heard(events: Events, body: Json, wanted: Wanted, order: Order) -> Events:
 def started(events: Events, notes: Json) -> Events:
     """Note down each prediction, as one that repairs another is paid for as well."""
     with closing(events):
-        for event in events:
-            if isinstance(event, Started):
-                notes["predictions"].append(event.prediction)
-            yield event
+        first = next(events)
+        assert isinstance(first, Started)
+        notes["predictions"].append(first.prediction)
+        yield first
+        yield from events
 
 
 def noted(told: Told, notes: Json) -> Told:
     """Note down for the log what passes by."""
     with closing(told):
-        for index, event in told:
-            match event:
-                case Thought() | Text() | ToolCall() if "first_text_at" not in notes:
-                    notes["first_text_at"] = time.monotonic()
-                case Done(_, usage):
-                    notes["usages"].append(usage)
-            yield index, event
+        for item in told:
+            _, event = item
+            if isinstance(event, Done):
+                notes["usages"].append(event.usage)
+            elif "first_text_at" not in notes and not isinstance(event, Started):
+                notes["first_text_at"] = time.monotonic()
+            yield item
 
 
 # == Endpoints =================================================================
@@ -7096,7 +7101,6 @@ def has_left(sock: socket.socket) -> bool:
 
 
 class CountingServer(ThreadingHTTPServer):
-    daemon_threads = True
     request_queue_size = 1024  # of 200 callers at once, 5 left 100 without an answer
     allow_reuse_port = False  # some Pythons would share a port that is in use
 
@@ -7107,22 +7111,29 @@ class CountingServer(ThreadingHTTPServer):
         self.connections: set[socket.socket] = set()
         super().__init__(address, handler)
 
+    def server_activate(self) -> None:
+        super().server_activate()
+        self.socket.setblocking(False)
+
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Have a thread serve it; `Thread.start` would wait until that has begun.
+
+        Where many come at once, each would wait for all threads before it.
+        """
         self.connections.add(request)
-        super().process_request(request, client_address)
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+
+    def service_actions(self) -> None:
+        """Let in all who have come, with one look for who has."""
+        with suppress(OSError):
+            for _ in range(self.request_queue_size):
+                self.process_request(*self.get_request())
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
         with self.changed:
             self.connections.discard(request)
             self.changed.notify_all()
-
-    def let_in_the_last(self) -> None:
-        """Take over whom the system has let in: else a close would reset them."""
-        self.socket.settimeout(0)
-        with suppress(OSError):
-            while True:
-                self.process_request(*self.get_request())
 
     def await_end_of(self, those: Collection[object], seconds: float) -> None:
         with self.changed:
@@ -7332,6 +7343,7 @@ class Handler(StreamRequestHandler):
     server: Server
 
     def handle(self) -> None:
+        self.connection.setblocking(True)  # a Mac's is as the one that listens
         reading = Reading(self.connection)
         stream = io.BufferedReader(reading)
         self.server.readings.add(reading)
@@ -7398,7 +7410,7 @@ class Server(CountingServer):
             if self.is_stopping:
                 return
             self.is_stopping = True
-        self.let_in_the_last()
+        self.service_actions()  # a close would reset whom the system has let in
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.patience.drain, grace)
@@ -7459,7 +7471,6 @@ class BoundServer(Server):
     def server_bind(self) -> None:
         self.socket.close()
         self.socket = self.bound
-        self.socket.settimeout(0.1)  # another process may be the first to accept
         self.server_address = self.socket.getsockname()
         self.server_name = self.proxy.settings.host
         self.server_port = int(self.server_address[1])

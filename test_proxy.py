@@ -6180,11 +6180,11 @@ def test_a_stream_that_ends_before_its_end_is_broken(why, hangs_up, told):
     with (
         hosting(stream_of(b"data: a\n\n", end=b"ff\r\nda"), hangs_up) as host,
         closing(connections_for(0.2)) as connections,
+        pytest.raises(proxy.StreamBroken, match=told),
         proxy.open_stream(connections, host.url, [], proxy.Flight()) as pieces,
     ):
         assert next(pieces).startswith(b"data: a\n\n")
-        with pytest.raises(proxy.StreamBroken, match=told):
-            list(pieces)
+        list(pieces)
 
 
 AUTHORIZED = {"Proxy-Authorization": "Basic bWU6cEBzcw=="}
@@ -7118,7 +7118,9 @@ def test_a_stream_is_read_no_longer_than_its_prediction_may_take(api):
         waited=False,
     )
     prediction.deadline = 0
-    assert len(list(prediction.in_time([b": still here"] * 100))) == 1
+    pieces = iter([b": still here\n\n"] * 100)
+    assert list(prediction.hear(pieces)) == []
+    assert len(list(pieces)) == 99
 
 
 def test_a_prediction_that_never_ends_ends_by_our_own_deadline():
@@ -10229,7 +10231,7 @@ def test_a_worker_that_dies_at_its_start_is_started_less_and_less_often(settings
 
 def test_a_server_does_not_wait_for_a_call_that_another_has_taken(settings):
     server = proxy.BoundServer(settings, socket.create_server(("127.0.0.1", 0)))
-    with pytest.raises(TimeoutError):
+    with pytest.raises(BlockingIOError):
         server.get_request()
     server.server_close()
 
