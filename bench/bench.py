@@ -41,6 +41,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -66,6 +67,15 @@ class Started(NamedTuple):
 
 
 Starting = contextlib.AbstractContextManager[Started]
+
+
+@contextlib.contextmanager
+def bytecode_kept() -> Iterator[None]:
+    """Have modules compiled once, as in an image, and nothing left beside them."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        yield
 
 
 @contextlib.contextmanager
@@ -777,7 +787,7 @@ def read_options() -> argparse.Namespace:
 def main() -> None:
     options = read_options()
     found = {}
-    with sides(options) as all:
+    with bytecode_kept(), sides(options) as all:
         names = [side.name for side in all]
         print(f"{describe_machine()}; {options.rounds} rounds\n")
         heads = "".join(f"{name:>9}{'':10}" for name in names)
