@@ -4623,7 +4623,7 @@ STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9]\d\d)(?: .*)?")
 CHUNK_HEAD = re.compile(rb"0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
 LAST_CHUNK = re.compile(rb"0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
 BODILESS = (204, 304)
-PIECE = 8192  # bytes, at the most, of one read
+READ_MOST = 8192  # bytes, at the most, of one read
 Pieces = Generator[bytes, None, bytes]  # and, at the end, what came beyond
 
 
@@ -4667,7 +4667,7 @@ class Answer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.buffer = memoryview(bytearray(PIECE))  # a new one each time leaves holes
+        self.buffer = memoryview(bytearray(READ_MOST))  # a new one each time leaves holes
         self.unread = b""
         first, *lines = self.read_head()
         while first.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # there is more to come
