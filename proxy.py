@@ -4667,7 +4667,7 @@ class Answer:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.buffer = memoryview(bytearray(READ_MOST))  # a new one each time leaves holes
+        self.buffer = memoryview(bytearray(READ_MOST))  # new ones would leave holes
         self.unread = b""
         first, *lines = self.read_head()
         while first.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # there is more to come

@@ -6052,6 +6052,12 @@ def decoded(pieces):
     return [event for said in proxy.server_sent(pieces) for event in said]
 
 
+def test_what_came_together_is_told_together():
+    wire = encoded(["a", "b", "c"], "\n")
+    [a_and_b, c] = proxy.server_sent([wire[:-3], wire[-3:]])
+    assert (a_and_b, c) == ([("output", "a"), ("output", "b")], [("output", "c")])
+
+
 def encoded(texts, line_end):
     """Texts as Replicate sends them."""
     lines = []
@@ -7109,6 +7115,25 @@ def test_a_stream_opened_late_is_compared_with_the_record(outputs, word, fits):
     assert prediction.fits(word) == fits
 
 
+@table(
+    "is_late, expected",
+    [
+        ("in time", False, [True, False, True, False]),
+        ("late, as each is compared with the record", True, [False] * 4),
+    ],
+)
+def test_only_texts_that_came_together_leave_together(is_late, expected):
+    upstream = proxy.Upstream.__new__(proxy.Upstream)
+    upstream.api, upstream.patience = LaggingAPI("abcd"), PATIENCE
+    seen = {"id": "p", "status": "processing", "output": "abcd"}
+    prediction = proxy.Prediction(
+        upstream, order("fake/hello"), proxy.Flight(), seen, waited=is_late
+    )
+    done = b"event: done\ndata: {}\n\n"
+    texts = prediction.hear([encoded("ab", "\n"), encoded("cd", "\n") + done])
+    assert [text.more for text in texts] == expected
+
+
 def test_a_stream_is_read_no_longer_than_its_prediction_may_take(api):
     prediction = proxy.Prediction(
         proxy.Upstream(api, PATIENCE),
@@ -7296,6 +7321,14 @@ def test_the_frame_of_a_text_is_that_of_its_chunk(form, text, model, index, with
     [first, second, *_] = proxy.tell_in_frames(iter(told), form, head)
     assert first == b"".join(map(proxy.frame, form.chunks(Text(text), index, head)))
     assert second == b"".join(map(proxy.frame, form.chunks(Text("again"), index, head)))
+
+
+@FORMS
+def test_texts_that_leave_together_are_the_same_frames(form):
+    alone = [(0, STARTED), (0, Text("a")), (0, Text("b")), (0, Text("c")), (0, DONE)]
+    together = [(0, STARTED), (0, Text("a", more=True)), *alone[2:]]
+    begun, a, b, c, end = proxy.tell_in_frames(iter(alone), form, HEAD)
+    assert [*proxy.tell_in_frames(iter(together), form, HEAD)] == [begun, a + b, c, end]
 
 
 @FORMS
@@ -7782,6 +7815,59 @@ def test_stop_strings_are_looked_for_in_what_the_client_reads(
     body = {"stop": [stop], "stream": False}
     told = list(proxy.heard(play(said), body, wanted, NO_CUT))
     assert (text_of(told), calls_of(told)) == expected
+
+
+def in_batches(text, together, told):
+    """Its events, of which so many come at once; what comes later is waited for."""
+    pieces = [text[at : at + 2] for at in range(0, len(text), 2)]
+    yield Started("p", "fake/hello")
+    for at, piece in enumerate(pieces, 1):
+        yield Text(piece, more=at < len(pieces) and at % together > 0)
+        if at % together == 0:
+            assert not told or not getattr(told[-1], "more", False)
+    yield Done("stop")
+
+
+PLAIN_CHAT = {"messages": HI, "stop": [], "stream": True}
+BATCHED = [
+    ("plain", "one two three four", PLAIN_CHAT, proxy.Wanted()),
+    ("thoughts", "<think>so it is</think>one two three", PLAIN_CHAT, proxy.Wanted()),
+    ("stop strings", "one two END", {**PLAIN_CHAT, "stop": ["END"]}, proxy.Wanted()),
+    (
+        "calls",
+        'one two <tool_call>{"name":"get_time"}</tool_call> three',
+        PLAIN_CHAT,
+        proxy.Wanted(BOX),
+    ),
+    (
+        "JSON",
+        'one ```json\n{"a": "one two three"}\n``` four',
+        PLAIN_CHAT,
+        proxy.Wanted(format=OBJECT),
+    ),
+    (
+        "a completion",
+        "one two three four",
+        {"stop": [], "stream": True},
+        proxy.Wanted(),
+    ),
+]
+
+
+@pytest.mark.parametrize("together", [2, 3, 5, 100])
+@pytest.mark.parametrize("cut", [None, 3], ids=["whole", "cut"])
+@table("text, body, wanted", BATCHED)
+def test_no_text_waits_for_one_that_does_not_come_with_it(
+    text, body, wanted, cut, together
+):
+    told = []
+    order = SimpleNamespace(cut=cut, prompt="", model=proxy.Model("m", "fake/hello"))
+    events = proxy.heard(in_batches(text, together, told), body, wanted, order)
+    if demand := proxy.demand_of(wanted, True):
+        events = proxy.held_to(demand, events)
+    for event in proxy.echo(events, "prompt"):
+        told.append(event)
+    assert isinstance(told[-1], Done)
 
 
 # == Endpoints =================================================================
