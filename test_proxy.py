@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import statistics
 import subprocess
 import sys
@@ -5868,16 +5869,22 @@ class Host(socketserver.ThreadingTCPServer):
 
     daemon_threads = True
 
-    def __init__(self, says, hangs_up=False, most=None):
+    def __init__(self, says, hangs_up=False, most=None, tls=None):
         self.says = says
         self.hangs_up = hangs_up
         self.most = most  # answers on a connection; the next request is its end
+        self.tls = tls
         self.connected = 0
         super().__init__(("127.0.0.1", 0), HostHandler)
 
+    def get_request(self):
+        sock, address = super().get_request()
+        return self.tls.wrap_socket(sock, True) if self.tls else sock, address
+
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1/streams/x?y=z"
+        scheme = "https" if self.tls else "http"
+        return f"{scheme}://127.0.0.1:{self.server_address[1]}/v1/streams/x?y=z"
 
 
 class HostHandler(socketserver.StreamRequestHandler):
@@ -5899,8 +5906,8 @@ class HostHandler(socketserver.StreamRequestHandler):
 
 
 @contextmanager
-def hosting(says, hangs_up=False, most=None):
-    with Host(says, hangs_up, most) as host:
+def hosting(says, hangs_up=False, most=None, tls=None):
+    with Host(says, hangs_up, most, tls) as host:
         thread = threading.Thread(target=host.serve_forever, args=[0.01])
         thread.start()
         try:
@@ -6244,6 +6251,69 @@ def test_streams_go_through_the_proxy_of_the_environment(
     wanted = AUTHORIZED if "me:" in str(environ) else {}
     sent = {name: tunnel._tunnel_headers.get(name) for name in wanted}
     assert sent == wanted
+
+
+@pytest.fixture(scope="module")
+def tls_of_both(tmp_path_factory):
+    """A host's side of TLS, and that of who trusts it."""
+    if not shutil.which("openssl") and os.environ.get("CI") != "true":
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    made = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 2"
+    name = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    command = f"openssl {made} {name} -keyout key.pem -out cert.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    theirs.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    return theirs, ssl.create_default_context(cafile=folder / "cert.pem")
+
+
+def test_requests_and_streams_over_tls_share_connections(tls_of_both):
+    theirs, ours = tls_of_both
+    said = stream_of(b"data: a\n\n", b"data: b\n\n")
+    patience = proxy.Patience(stream=5)
+    with (
+        hosting(answering(b"{}"), tls=theirs) as api,
+        hosting(said, tls=theirs) as streams,
+        closing(proxy.Connections(patience, ours)) as connections,
+    ):
+        assert [post(connections, api.url).json() for _ in range(5)] == [{}] * 5
+        read = [read_stream(connections, streams.url) for _ in range(5)]
+        assert read == [b"data: a\n\ndata: b\n\n"] * 5
+        assert (api.connected, streams.connected) == (1, 1)
+
+
+def test_a_connection_over_tls_that_was_closed_takes_no_request(tls_of_both):
+    theirs, ours = tls_of_both
+    with (
+        hosting(answering(b"{}"), hangs_up=True, tls=theirs) as host,
+        closing(proxy.Connections(proxy.Patience(), ours)) as connections,
+    ):
+        for _ in range(3):
+            assert post(connections, host.url).status_code == 201
+            for idle in connections.idle.values():
+                assert all(select.select([sock], [], [], 10)[0] for _, sock in idle)
+        assert host.connected == 3
+
+
+def test_a_stream_over_tls_that_falls_silent_is_broken(tls_of_both):
+    theirs, ours = tls_of_both
+    with (
+        hosting(stream_of(b"data: a\n\n", end=b"ff\r\nda"), tls=theirs) as host,
+        closing(proxy.Connections(proxy.Patience(stream=0.2), ours)) as connections,
+        pytest.raises(proxy.StreamBroken, match="TimeoutError"),
+    ):
+        read_stream(connections, host.url)
+
+
+def test_nobody_is_trusted_over_tls_who_can_not_show_who_they_are(tls_of_both):
+    theirs, _ = tls_of_both
+    with (
+        hosting(answering(b"{}"), tls=theirs) as host,
+        closing(connections_for(5)) as connections,
+        pytest.raises(proxy.NotConnected, match="CERTIFICATE_VERIFY_FAILED"),
+    ):
+        post(connections, host.url)
 
 
 def test_closing_ends_what_is_idle():
