@@ -132,6 +132,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 try:
     import httpx
     from replicate import (
+        APIConnectionError,
         APIStatusError,
         DefaultHttpxClient,
         Replicate,
@@ -2224,7 +2225,8 @@ class Started:
 @dataclass(frozen=True)
 class Text:
     text: str
-    # The next one came together with it, and so they leave together.
+    # The next one came together with it, so that they can leave together. Who makes
+    # a text of texts leaves it out, and so nothing waits for what may not come.
     more: bool = field(default=False, compare=False, repr=False)
 
 
@@ -4578,7 +4580,7 @@ class Flight:
 #
 # The head of an HTTP message, of a client's or of Replicate's, read strictly: what
 # can be read in two ways lets one message hide in another. email.parser, by which
-# http.server and http.client read it, takes what is not, and ten times as long.
+# http.server and http.client read one, is not strict, and takes ten times as long.
 
 MAX_HEAD = 65536
 HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
@@ -4620,8 +4622,12 @@ def read_length(headers: Mapping[str, str]) -> int | None:
 # http.client each chunk is a piece: here tokens that came together stay together.
 
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9]\d\d)(?: .*)?")
-CHUNK_HEAD = re.compile(rb"0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
-LAST_CHUNK = re.compile(rb"0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
+# What stands before a chunk ends the one before it; the first has none.
+CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
+LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
+UNDECIDED = re.compile(  # as it is cut off in the middle
+    rb"\r?\Z|\r\n[0-9A-Fa-f]*[ \t]*(?:;.*)?\r?\Z|\r\n0+[ \t]*(?:;.*)?\r\n"
+)
 BODILESS = (204, 304)
 READ_MOST = 8192  # bytes, at the most, of one read
 Pieces = Generator[bytes, None, bytes]  # and, at the end, what came beyond
@@ -4629,37 +4635,42 @@ Pieces = Generator[bytes, None, bytes]  # and, at the end, what came beyond
 
 def unchunked(pieces: Iterable[bytes]) -> Pieces:
     """What is in the chunks, with no regard to where they begin and end."""
-    data, left = b"", 0  # to come of a chunk, with the CR LF behind it
+    data, left = b"\r\n", 0  # to come of a chunk
     for piece in pieces:
         data, at, told = data + piece, 0, []
         while at < len(data):
             if not left:
                 if not (head := CHUNK_HEAD.match(data, at)):
                     break
-                at, left = head.end(), int(head[1], 16) + 2
-            told.append(data[at : max(at + left - 2, 0)])
-            at += left
-            left = max(at - len(data), 0)
+                at, left = head.end(), int(head[1], 16)
+            told.append(data[at : at + left])
+            at += len(told[-1])
+            left -= len(told[-1])
         if told:
             yield b"".join(told)
         data = data[at:]
-        if data and not left and (last := LAST_CHUNK.match(data)):
-            return data[last.end() :]
-        if len(data) > MAX_HEAD:
-            raise BadHead("a chunk has no size")
+        if not left and (beyond := beyond_last(data)) is not None:
+            return beyond
     raise http.client.IncompleteRead(data)
 
 
-def cut_off(pieces: Iterator[bytes], length: int) -> Pieces:
-    """The first so many bytes."""
-    piece = b""
-    while length > 0:
-        piece = next(pieces, b"")
-        if not piece:
-            raise http.client.IncompleteRead(piece, length)
+def beyond_last(data: bytes) -> bytes | None:
+    """What follows the last chunk, if that is here. Raise BadHead if it is no chunk."""
+    if last := LAST_CHUNK.match(data):
+        return data[last.end() :]
+    if not UNDECIDED.match(data) or len(data) > MAX_HEAD:
+        raise BadHead("a chunk has no size")
+    return None
+
+
+def cut_off(pieces: Iterable[bytes], length: int) -> Pieces:
+    """The first so many bytes, of which there is one at least."""
+    for piece in pieces:
         yield piece[:length]
         length -= len(piece)
-    return piece[length:] if length else b""
+        if length <= 0:
+            return piece[len(piece) + length :]
+    raise http.client.IncompleteRead(b"", length)
 
 
 class Answer:
@@ -4703,10 +4714,12 @@ class Answer:
         """`is_over` tells those who read it to its end that it was."""
         pieces, coding = self.pieces(), self.says("transfer-encoding")
         length = 0 if self.status in BODILESS else read_length(self.headers)
-        if coding == "chunked":
+        if coding and (coding != "chunked" or length is not None):
+            raise BadHead("its length is told in two ways, or in one that is not known")
+        if coding:
             beyond = yield from unchunked(pieces)
-        elif coding:
-            raise BadHead(f"its Transfer-Encoding is {coding}")
+        elif length == 0:
+            beyond = self.unread
         elif length is not None:
             beyond = yield from cut_off(pieces, length)
         else:
@@ -4807,7 +4820,8 @@ class Connections:
         with suppress(OSError, http.client.HTTPException):
             if not answer.is_over:
                 sock.settimeout(0.001)
-                next(answer.body, b"")
+                for _ in islice(answer.body, 2):  # a little, and then its end
+                    pass
             if answer.is_over and answer.keeps:
                 idle = self.idle[origin]
                 idle.append((time.monotonic(), sock))
@@ -4827,6 +4841,10 @@ class Connections:
             while idle:
                 with suppress(IndexError):
                     idle.pop()[1].close()
+
+
+# The headers of an answer that the library or we look at.
+KEPT = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
 
 
 class Courier(DefaultHttpxClient):
@@ -4853,13 +4871,10 @@ class Courier(DefaultHttpxClient):
             content = b"".join(answer.body)
         finally:
             self.connections.put_back(origin, answer)
-        told = {name: answer.says(name) for name in TOLD if name in answer.headers}
+        kept = {name: answer.says(name) for name in KEPT if name in answer.headers}
         return httpx.Response(
-            answer.status, headers=told, content=content, request=request
+            answer.status, headers=kept, content=content, request=request
         )
-
-
-TOLD = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
 
 
 def request_head(method: str, target: bytes, headers: Headers) -> bytes:
@@ -5085,7 +5100,14 @@ OUR_TOKEN = Refusal(
     NO_RETRY,
 )
 UNAVAILABLE = Refusal(502, "upstream_unavailable", "Replicate could not run this.")
+ELSEWHERE = Refusal(
+    502,
+    "upstream_unavailable",
+    "Replicate's API is not where the proxy looks for it. Check REPLICATE_BASE_URL.",
+    NO_RETRY,
+)
 REFUSALS = {
+    **dict.fromkeys((301, 302, 303, 307, 308), ELSEWHERE),  # the token follows none
     401: OUR_TOKEN,
     403: OUR_TOKEN,
     402: Refusal(
@@ -5105,6 +5127,7 @@ REFUSED_FILES = {401, 402, 403, 413, 429}  # mean the same as for a prediction
 NOT_UPLOADED = (
     "A file of this call could not be handed to Replicate. Nothing was run: try again."
 )
+AWAY = (OSError, http.client.HTTPException, httpx.HTTPError)  # no fault of ours
 WAITS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 
 
@@ -5156,44 +5179,44 @@ class ReplicateAPI:
         if wait:
             headers["Prefer"] = f"wait={self.patience.wait}"
         with self.failures_told(order):
-            return read_prediction(self.send(path, body, headers=headers))
+            return read_prediction(
+                self.submit(path, body=body, options={"headers": headers})
+            )
 
-    def send(self, path: str, body: Json | None = None, **options: Any) -> Any:
-        """Through the library's raw methods: its objects take a third of the time."""
-        told: Any = {"idempotency_key": "none", **options}  # or one is drawn in vain
-        url = f"{self.url}{path}"  # whole: one that is not is parsed three times
-        return self.client.post(url, cast_to=httpx.Response, body=body, options=told)
+    def fetch(self, path: str, **options: Any) -> Any:
+        return self.client.get(f"{self.url}{path}", cast_to=httpx.Response, **options)
 
-    def find(self, path: str, **options: Any) -> Any:
-        told: Any = options
-        url = f"{self.url}{path}"
-        return self.client.get(url, cast_to=httpx.Response, options=told)
+    def submit(self, path: str, **options: Any) -> Any:
+        """Not by the library's own objects, which would take half as long again."""
+        return self.client.post(f"{self.url}{path}", cast_to=httpx.Response, **options)
 
     def find_version(self, ref: str) -> str | None:
         """The newest version of a community model, or None if it is none."""
         if ":" in ref or not OWNED.fullmatch(ref):
             return None
         with suppress(APIError), self.failures_told():
-            version = read_object_of(self.find(f"/models/{ref}")).get("latest_version")
+            version = read_object_of(self.fetch(f"/models/{ref}")).get("latest_version")
             return as_object(version).get("id")
         return None
 
     def find_schema(self, owner: str, name: str, version: str) -> Json:
         """What a version says of itself, or the newest one; {} if it says nothing."""
-        path, timeout = f"/models/{owner}/{name}", self.patience.schema
+        path = f"/models/{owner}/{name}"
+        options = {"timeout": self.patience.schema}
         if version:
             with suppress(APIError), self.failures_told():  # official ones list none
-                found = self.find(f"{path}/versions/{version}", timeout=timeout)
+                found = self.fetch(f"{path}/versions/{version}", options=options)
                 return as_object(read_object_of(found).get("openapi_schema"))
         with self.failures_told():
-            newest = read_object_of(self.find(path, timeout=timeout))
+            newest = read_object_of(self.fetch(path, options=options))
         return as_object(as_object(newest.get("latest_version")).get("openapi_schema"))
 
     def find_release(self, owner: str, name: str) -> str:
         """The ref of what a deployment runs."""
         path = f"/deployments/{owner}/{name}"
         with self.failures_told():
-            found = read_object_of(self.find(path, timeout=self.patience.schema))
+            options = {"timeout": self.patience.schema}
+            found = read_object_of(self.fetch(path, options=options))
             release = as_object(found.get("current_release"))
             parts = filter(None, (release.get("model"), release.get("version")))
             if not OWNED.fullmatch(ref := ":".join(map(str, parts))):
@@ -5203,12 +5226,13 @@ class ReplicateAPI:
     def look(self, id: str) -> Json:
         path = f"/predictions/{quote(id, safe='')}"
         with self.failures_told():
-            return read_prediction(self.find(path, timeout=self.patience.look))
+            options = {"timeout": self.patience.look}
+            return read_prediction(self.fetch(path, options=options))
 
     def cancel(self, id: str) -> None:
         path = f"/predictions/{quote(id, safe='')}/cancel"
         with self.failures_told():
-            self.send(path, timeout=self.patience.look)
+            self.submit(path, options={"timeout": self.patience.look})
 
     def upload(self, attached: Attachment) -> str:
         """Give the link of a file of Replicate's."""
@@ -5221,7 +5245,7 @@ class ReplicateAPI:
 
     def account(self) -> Json:
         with self.failures_told():
-            return read_object_of(self.find("/account"))
+            return read_object_of(self.fetch("/account"))
 
     def open_stream(
         self, url: str, flight: Flight
@@ -5253,8 +5277,11 @@ class ReplicateAPI:
         except APIStatusError as error:
             raise refusal(error, order, self.token) from None
         except (ReplicateError, NoObject) as error:
-            if isinstance(error.__cause__, NotConnected):
-                log.warning("event=unreachable why=%s", quoted(error.__cause__))
+            cause = error.__cause__
+            if isinstance(error, APIConnectionError) and not isinstance(cause, AWAY):
+                raise cause or error from None
+            if isinstance(cause, NotConnected):
+                log.warning("event=unreachable why=%s", quoted(cause))
                 message = "Replicate can't be reached from the proxy. Try again later."
                 raise APIError(502, message, code="upstream_unavailable") from None
             raise APIError(
@@ -5772,7 +5799,7 @@ class Prediction:
                         return False
                     self.told.append(sent.data)
                     more = at < len(said) and said[at].is_output and not self.is_late
-                    yield Text(sent.data, more)
+                    yield Text(sent.data, more=more)
             if not self.has_time:
                 break
         return True
@@ -6319,6 +6346,11 @@ def gathered(runs: Sequence[Run], branch: Flight) -> Told:
         branch.stop(Gone())
 
 
+def alone(event: Event) -> Event:
+    """A text that waits for no other, as another choice may fail in between."""
+    return Text(event.text) if isinstance(event, Text) else event
+
+
 def drive(
     jobs: Iterator[tuple[int, Run]],
     branch: Flight,
@@ -6334,7 +6366,7 @@ def drive(
                 return tell(None)
             with closing(run(branch)) as events:
                 for event in events:
-                    tell((index, event))
+                    tell((index, alone(event)))
     except Exception as error:
         tell(error)
 
@@ -6597,14 +6629,19 @@ def answer(proxy: Proxy, call: Call) -> Reply:
     return endpoint.operation(proxy, call, *ids)
 
 
-@lru_cache(1000)
+@lru_cache
+def pattern_of(path: str) -> re.Pattern[str]:
+    """By the path of a row: there are few of them."""
+    return re.compile(path.replace("*", "(.+)"))
+
+
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
     wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
     found = [
         (endpoint, match.groups())
         for endpoint in ENDPOINTS
-        if (match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted))
+        if (match := pattern_of(endpoint.path).fullmatch(wanted))
     ]
     if not found:
         message = (
@@ -6670,9 +6707,8 @@ def preflight(call: Call) -> dict[str, str]:
 
 # == HTTP ======================================================================
 #
-# Requests as they come over a socket. http.server's parser takes bare line
-# feeds, folded lines and two lengths, which let one request hide in another
-# behind a load balancer; this one takes what can be read in one way only.
+# Requests as they come over a socket: no bare line feeds, no folded lines and no
+# two lengths, which http.server takes, and behind which one could hide another.
 
 SMALL = 65536  # a body that is rather read and forgotten than the connection closed
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) HTTP/1\.([01])")
@@ -6989,16 +7025,16 @@ def send_at_once(sock: socket.socket, data: bytes) -> int:
 class Watch:
     """One client, for as long as its call lasts.
 
-    Each has its own lock: what is done with it held takes turns at Python's, and so
-    long would all other calls wait for one that they share.
+    Each has a lock of its own. What is done under it are system calls, after which a
+    thread waits for its turn again: if all shared one lock, all would wait for that.
     """
 
     def __init__(self, sock: socket.socket, flight: Flight) -> None:
         self.sock = sock
         self.flight = flight
         self.lock = threading.Lock()
-        self.is_quiet = True  # nothing came, or it is not known yet
-        self.is_early = False  # what came is the next call
+        self.is_registered = True  # with the selector, until something comes
+        self.is_early = False  # what came was the next call
 
 
 class Watcher(threading.Thread):
@@ -7054,15 +7090,15 @@ class Watcher(threading.Thread):
             self.early.discard(watch)
 
     def drop(self, watch: Watch) -> None:
-        if watch.is_quiet:
-            watch.is_quiet = False
+        if watch.is_registered:
+            watch.is_registered = False
             with suppress(OSError, ValueError, KeyError):
                 self.selector.unregister(watch.sock)
 
     def look(self, watch: Watch) -> None:
         """See why it can be read, if it still can: its end, or a call too early."""
         with watch.lock:
-            came = peek(watch.sock) if watch.is_quiet else None
+            came = peek(watch.sock) if watch.is_registered else None
             if came is None:
                 return
             self.drop(watch)
@@ -7098,8 +7134,9 @@ def has_left(sock: socket.socket) -> bool:
 
 # == Sockets ===================================================================
 #
-# Sockets and threads are those of http.server; each connection is counted from
-# when it is accepted, so that a server that closes knows when it has served all.
+# Connections as http.server has them, a thread each; but they begin without waiting
+# for one another, and are counted from when they are accepted, so that a server that
+# closes knows when it has served all.
 
 
 class CountingServer(ThreadingHTTPServer):
@@ -7123,13 +7160,22 @@ class CountingServer(ThreadingHTTPServer):
         Where many come at once, each would wait for all threads before it.
         """
         self.connections.add(request)
-        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        work = (self.process_request_thread, (request, client_address))
+        try:
+            _thread.start_new_thread(*work)
+        except RuntimeError:  # there are as many as the system allows
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
+
+    def let_in(self) -> None:
+        """Take over all whom the system has let in."""
+        with suppress(OSError):
+            for _ in range(self.request_queue_size):  # it holds no more at once
+                self.process_request(*self.get_request())
 
     def service_actions(self) -> None:
-        """Let in all who have come, with one look for who has."""
-        with suppress(OSError):
-            for _ in range(self.request_queue_size):
-                self.process_request(*self.get_request())
+        """One look for who has come is enough for all of them."""
+        self.let_in()
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -7412,7 +7458,7 @@ class Server(CountingServer):
             if self.is_stopping:
                 return
             self.is_stopping = True
-        self.service_actions()  # a close would reset whom the system has let in
+        self.let_in()  # or the close would reset them
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.patience.drain, grace)

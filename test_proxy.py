@@ -5753,15 +5753,27 @@ NO_CHUNKS = [
     ("no last chunk", b"3\r\nabc\r\n", "IncompleteRead"),
     ("trailers without an end", b"0\r\na: b\r\n", "IncompleteRead"),
     ("no size, and no end", b"x" * 70_000, "BadHead"),
-    ("a size below nothing", b"-1\r\n" + b"x" * 70_000, "BadHead"),
+    ("a size below nothing", b"-1\r\n", "BadHead"),
+    ("a size that is none", b"zz\r\n", "BadHead"),
+    ("a size beyond measure", b"1" * 9 + b"\r\n", "BadHead"),
+    ("more than its size", b"3\r\nabcd\r\n0\r\n\r\n", "BadHead"),
+    ("no end of a line after it", b"3\r\nabc0\r\n\r\n", "BadHead"),
+    ("a bare line feed after it", b"3\r\nabc\n0\r\n\r\n", "BadHead"),
+    ("trailers without a colon's end", b"0\r\n" + b"a" * 70_000, "BadHead"),
 ]
 
 
 @table("wire, told", NO_CHUNKS)
 def test_what_is_not_chunked_is_refused(wire, told):
-    with pytest.raises(http.client.HTTPException) as caught:
-        list(proxy.unchunked([wire]))
-    assert type(caught.value).__name__ == told
+    for pieces in ([wire], [bytes([byte]) for byte in wire[:100]] + [wire[100:]]):
+        with pytest.raises(http.client.HTTPException) as caught:
+            list(proxy.unchunked(pieces))
+        assert type(caught.value).__name__ == told
+
+
+def test_the_end_of_a_chunk_is_no_piece_of_what_is_in_it():
+    pieces = [b"3\r\nabc", b"\r", b"\n", b"1\r\nd\r\n", b"0\r\n\r\n"]
+    assert list(proxy.unchunked(pieces)) == [b"abc", b"d"]
 
 
 ANSWERED = [
@@ -5797,6 +5809,12 @@ ANSWERED = [
 ]
 
 
+KEPT_NO_LONGER = [
+    ("no content, and more", b"204 No Content\r\n\r\nabc"),
+    ("nothing, and more", b"200 OK\r\ncontent-length: 0\r\n\r\nabc"),
+]
+
+
 @contextmanager
 def answered(wire):
     """What is made of these bytes, after which the connection ends."""
@@ -5814,6 +5832,13 @@ def test_an_answer_is_read_and_its_connection_kept_where_it_can_be(wire, expecte
         body = b"".join(answer.body)
         assert (answer.status, body, answer.keeps) == expected
         assert answer.is_over
+
+
+@table("wire", KEPT_NO_LONGER)
+def test_a_connection_with_more_on_it_than_an_answer_is_not_kept(wire):
+    with answered(b"HTTP/1.1 " + wire) as sock:
+        answer = proxy.Answer(sock)
+        assert not b"".join(answer.body) and not answer.keeps
 
 
 NO_ANSWERS = [
@@ -5836,6 +5861,11 @@ NO_ANSWERS = [
     (
         "another coding",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
+        "BadHead",
+    ),
+    (
+        "a length and chunks",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
         "BadHead",
     ),
     (
@@ -5969,6 +5999,29 @@ def test_a_post_that_may_have_arrived_is_not_sent_again():
         with pytest.raises(http.client.RemoteDisconnected):
             post(connections, host.url)
         assert host.connected == 1
+
+
+def test_a_get_that_is_not_answered_in_time_is_not_sent_again():
+    with (
+        hosting(b"") as host,
+        closing(connections_for(5)) as connections,
+        pytest.raises(TimeoutError),
+    ):
+        origin = ("http", f"127.0.0.1:{host.server_address[1]}")
+        head = proxy.request_head("GET", b"/", [])
+        connections.ask(origin, "GET", head, 0.1, proxy.Flight())
+    assert host.connected == 1
+
+
+def test_a_request_that_nobody_reads_ends_in_time():
+    patience = proxy.Patience(create=0.2)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as deaf,
+        closing(proxy.Connections(patience, TLS)) as connections,
+        pytest.raises(OSError, match="timed out|unavailable"),
+    ):
+        origin = ("http", f"127.0.0.1:{deaf.getsockname()[1]}")
+        connections.ask(origin, "POST", b"x" * 30_000_000, 60, proxy.Flight())
 
 
 def test_a_request_that_could_not_be_sent_is_told_apart():
@@ -6138,6 +6191,24 @@ def test_a_connection_idle_for_too_long_is_not_used_again():
     ):
         assert [read_stream(connections, host.url) for _ in range(2)]
         assert host.connected == 2
+
+
+def test_a_short_answer_that_is_no_stream_leaves_its_connection():
+    says = answering(b"{}", status=b"404 Not Found")
+    with hosting(says) as host, closing(connections_for(5)) as connections:
+        for _ in range(3):
+            with pytest.raises(proxy.StreamRefused, match="status 404"):
+                read_stream(connections, host.url)
+        assert host.connected == 1
+
+
+def test_text_comes_out_of_chunks_wherever_they_are_cut():
+    wire = encoded(["a", " b", "c"], "\r\n")
+    for at in range(1, len(wire)):
+        chunks = [b"%x\r\n%b" % (len(w), w) for w in (wire[:at], wire[at:])]
+        pieces = [chunks[0], b"\r\n", chunks[1], b"\r\n", b"0\r\n\r\n"]
+        said = decoded(proxy.unchunked(pieces))
+        assert [text for _, text in said] == ["a", " b", "c"]
 
 
 def test_a_stream_that_was_left_leaves_nothing_to_the_next():
@@ -6365,6 +6436,47 @@ def test_what_replicate_refuses_is_told_in_openai_terms(
     assert TOKEN not in f"{answer.headers} {answer.body}"
     # One that was not found is looked up, for the version of a community model.
     assert 1 <= len(fake.creates()) <= (2 if status == 404 else 1)
+
+
+@pytest.mark.parametrize("status", [b"301 Moved", b"307 Temporary Redirect"])
+def test_the_token_follows_no_redirect(settings, status):
+    with hosting(answering(b"{}")) as there:
+        says = answering(b"", status, b"location: %b\r\n" % there.url.encode())
+        with (
+            hosting(says) as here,
+            serving(replace(settings, replicate_base_url=here.url[:-16])) as server,
+        ):
+            answer = chat(server, "hello")
+        assert there.connected == 0
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+    assert "Check REPLICATE_BASE_URL" in answer.error["message"]
+
+
+def test_a_fault_of_ours_is_not_told_as_replicates(api, caplog):
+    def send(request, **_):
+        raise TypeError("ours")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api.client._client, "send", send)
+        with pytest.raises(TypeError, match="ours"):
+            api.look("p")
+
+
+def test_the_id_of_a_prediction_stays_in_its_place(api, fake):
+    with pytest.raises(proxy.APIError):
+        api.look("a/b?c#d")
+    assert fake.seen[-1].path == "/v1/predictions/a%2Fb%3Fc%23d"
+
+
+def test_each_request_has_its_own_patience(settings):
+    patience = PATIENCE._replace(look=0.1, create=60)
+    with hosting(b"") as host:
+        there = replace(settings, replicate_base_url=host.url[:-16])
+        with (
+            closing(proxy.ReplicateAPI(there, patience)) as api,
+            pytest.raises(proxy.APIError, match="no answer that can be understood"),
+        ):
+            api.look("p")
 
 
 def test_why_replicate_is_out_of_reach_is_in_the_log(settings, caplog):
