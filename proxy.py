@@ -126,7 +126,7 @@ from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
 from socketserver import BaseRequestHandler, StreamRequestHandler, TCPServer
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 try:
@@ -5171,63 +5171,57 @@ class ReplicateAPI:
         return self.post(order, newest, wait)
 
     def post(self, order: Order, ref: str, wait: bool) -> Json:
-        path, body = "/predictions", {"input": order.input, "version": ref}
-        if ref.startswith("deployments/"):
-            path = f"/{ref}/predictions"
-            del body["version"]
+        is_deployed = ref.startswith("deployments/")
+        path = f"/{ref}/predictions" if is_deployed else "/predictions"
+        body = {"input": order.input, **({} if is_deployed else {"version": ref})}
         headers = {"Cancel-After": f"{self.time_limit}s"}
         if wait:
             headers["Prefer"] = f"wait={self.patience.wait}"
         with self.failures_told(order):
-            return read_prediction(
-                self.submit(path, body=body, options={"headers": headers})
-            )
-
-    def fetch(self, path: str, **options: Any) -> Any:
-        return self.client.get(f"{self.url}{path}", cast_to=httpx.Response, **options)
+            answer = self.submit(path, body=body, options={"headers": headers})
+            return read_prediction(read_object_of(answer, needs="id"))
 
     def submit(self, path: str, **options: Any) -> Any:
         """Not by the library's own objects, which would take half as long again."""
         return self.client.post(f"{self.url}{path}", cast_to=httpx.Response, **options)
 
+    def fetch(self, path: str, timeout: float, needs: str = "") -> Json:
+        url, options = f"{self.url}{path}", cast(Any, {"timeout": timeout})
+        with self.failures_told():
+            answer = self.client.get(url, cast_to=httpx.Response, options=options)
+            return read_object_of(answer, needs)
+
     def find_version(self, ref: str) -> str | None:
         """The newest version of a community model, or None if it is none."""
-        if ":" in ref or not OWNED.fullmatch(ref):
-            return None
-        with suppress(APIError), self.failures_told():
-            version = read_object_of(self.fetch(f"/models/{ref}")).get("latest_version")
-            return as_object(version).get("id")
+        if ":" not in ref and OWNED.fullmatch(ref):
+            with suppress(APIError):
+                found = self.fetch(f"/models/{ref}", self.patience.create)
+                return as_object(found.get("latest_version")).get("id")
         return None
 
     def find_schema(self, owner: str, name: str, version: str) -> Json:
         """What a version says of itself, or the newest one; {} if it says nothing."""
-        path = f"/models/{owner}/{name}"
-        options = {"timeout": self.patience.schema}
+        path, timeout = f"/models/{owner}/{name}", self.patience.schema
         if version:
-            with suppress(APIError), self.failures_told():  # official ones list none
-                found = self.fetch(f"{path}/versions/{version}", options=options)
-                return as_object(read_object_of(found).get("openapi_schema"))
-        with self.failures_told():
-            newest = read_object_of(self.fetch(path, options=options))
-        return as_object(as_object(newest.get("latest_version")).get("openapi_schema"))
+            with suppress(APIError):  # official ones list none
+                found = self.fetch(f"{path}/versions/{version}", timeout)
+                return as_object(found.get("openapi_schema"))
+        newest = as_object(self.fetch(path, timeout).get("latest_version"))
+        return as_object(newest.get("openapi_schema"))
 
     def find_release(self, owner: str, name: str) -> str:
         """The ref of what a deployment runs."""
-        path = f"/deployments/{owner}/{name}"
+        found = self.fetch(f"/deployments/{owner}/{name}", self.patience.schema)
+        release = as_object(found.get("current_release"))
+        parts = filter(None, (release.get("model"), release.get("version")))
         with self.failures_told():
-            options = {"timeout": self.patience.schema}
-            found = read_object_of(self.fetch(path, options=options))
-            release = as_object(found.get("current_release"))
-            parts = filter(None, (release.get("model"), release.get("version")))
             if not OWNED.fullmatch(ref := ":".join(map(str, parts))):
                 raise NoObject("a deployment without a release")
-            return ref
+        return ref
 
     def look(self, id: str) -> Json:
         path = f"/predictions/{quote(id, safe='')}"
-        with self.failures_told():
-            options = {"timeout": self.patience.look}
-            return read_prediction(self.fetch(path, options=options))
+        return read_prediction(self.fetch(path, self.patience.look, needs="id"))
 
     def cancel(self, id: str) -> None:
         path = f"/predictions/{quote(id, safe='')}/cancel"
@@ -5244,8 +5238,7 @@ class ReplicateAPI:
             raise not_uploaded(error, self.token) from None
 
     def account(self) -> Json:
-        with self.failures_told():
-            return read_object_of(self.fetch("/account"))
+        return self.fetch("/account", self.patience.create)
 
     def open_stream(
         self, url: str, flight: Flight
@@ -5315,9 +5308,8 @@ def read_link(answer: Any) -> str:
     return link
 
 
-def read_prediction(answer: Any) -> Json:
+def read_prediction(seen: Json) -> Json:
     """A prediction whose fields have their types, whatever was in them."""
-    seen = read_object_of(answer, needs="id")
     for name, kind in PREDICTION.items():
         if not isinstance(seen.get(name), kind):
             seen[name] = kind()
