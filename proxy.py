@@ -6621,19 +6621,14 @@ def answer(proxy: Proxy, call: Call) -> Reply:
     return endpoint.operation(proxy, call, *ids)
 
 
-@lru_cache
-def pattern_of(path: str) -> re.Pattern[str]:
-    """By the path of a row: there are few of them."""
-    return re.compile(path.replace("*", "(.+)"))
-
-
+@lru_cache(16)  # programs use few, and anyone may send long ones
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
     wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
     found = [
         (endpoint, match.groups())
         for endpoint in ENDPOINTS
-        if (match := pattern_of(endpoint.path).fullmatch(wanted))
+        if (match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted))
     ]
     if not found:
         message = (

@@ -8442,6 +8442,13 @@ def test_any_origin_may_ask_with_any_header(offline):
     assert reply.headers["access-control-allow-methods"] == "GET, POST, DELETE, OPTIONS"
 
 
+def test_no_more_of_paths_is_kept_than_programs_use():
+    for number in range(100):
+        with suppress(proxy.APIError):
+            proxy.find_endpoint("GET", f"/v1/models/{number}" + "x" * 60_000)
+    assert proxy.find_endpoint.cache_info().currsize <= 16
+
+
 # == HTTP ======================================================================
 
 
