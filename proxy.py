@@ -134,7 +134,6 @@ try:
     from replicate import (
         APIConnectionError,
         APIStatusError,
-        DefaultHttpxClient,
         Replicate,
         ReplicateError,
     )
@@ -4847,7 +4846,7 @@ class Connections:
 KEPT = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
 
 
-class Courier(DefaultHttpxClient):
+class Courier(httpx.Client):
     """What the library sends by: httpx, without what Replicate's API has no use for."""
 
     def __init__(self, connections: Connections) -> None:
@@ -7021,7 +7020,6 @@ class Watch:
         self.flight = flight
         self.lock = threading.Lock()
         self.is_registered = True  # with the selector, until something comes
-        self.is_early = False  # what came was the next call
 
 
 class Watcher(threading.Thread):
@@ -7032,7 +7030,7 @@ class Watcher(threading.Thread):
         self.patience = patience
         self.selector = selectors.DefaultSelector()
         self.tellings: set[Telling] = set()
-        self.early: set[Watch] = set()
+        self.early: set[Watch] = set()  # what came is the next call
         self.is_stopped = False
         self.bell, self.ear = socket.socketpair()  # ends a wait; and some need one
         self.selector.register(self.ear, selectors.EVENT_READ)
@@ -7073,7 +7071,6 @@ class Watcher(threading.Thread):
         """Best before the last word to a client, whose next call would wake us."""
         with watch.lock:
             self.drop(watch)
-            watch.is_early = False
             self.early.discard(watch)
 
     def drop(self, watch: Watch) -> None:
@@ -7090,14 +7087,13 @@ class Watcher(threading.Thread):
                 return
             self.drop(watch)
             if came:
-                watch.is_early = True
                 self.early.add(watch)
             else:
                 watch.flight.stop(Gone())
 
     def look_behind(self, watch: Watch) -> None:
         with watch.lock:
-            if watch.is_early and has_left(watch.sock):
+            if watch in self.early and has_left(watch.sock):
                 self.early.discard(watch)
                 watch.flight.stop(Gone())
 
