@@ -12,60 +12,51 @@ Data flows down the page and calls go up it: a call is checked, put into the
 terms of its model, run, and told again in OpenAI's terms.
 
     client                                                     Replicate
-      |  call      body            input                           ^
-      +---> Server ---> Parameters ---> Inputs ---> Upstream ------+
-      |                                                |
-      |  bytes     chunks, or one object               | events
-      +<--- Server <--- Replies <----------------------+
+      |  request       input                                       ^
+      +---> Serving ---> Requests ---> Inputs ---> Predictions ----+
+      |                                                 |
+      |  bytes           objects            text        | events
+      +<--- Serving <--- Objects <--------- Text <------+
 
 Each section uses only names from those above it.
 
-    Errors      what a client is told went wrong
-    Settings    what the operator chooses, read once from the environment
-    Catalogue   which models there are, read from models.json
-    Bodies      what a client sends, read as JSON
-    Parameters  what a client may ask: one row per parameter
-    Layouts     how a conversation becomes what a model reads
-    Families    how each kind of model is asked: one row per family
-    Files       images and the like that come inside a message
-    Schemas     a family read from what a model says of itself
-    Lookups     which family a call gets, and schemas kept for a while
-    Inputs      a call in the terms of its model
-    Events      what a prediction is seen to do, and what shapes its text
-    Thoughts    reasoning told apart from the answer
-    Patterns    regular expressions that can't run away
-    Wordings    what the keywords of a schema may be given
-    Fitting     whether a value fits a schema
-    Faults      what is wrong in a schema
-    Tools       what a model may call, and how it is told so
-    History     calls and results in a conversation
-    Mending     JSON as models write it, made whole
-    Objects     calls that are JSON objects: one row per shape
-    Dialects    how models write tool calls: one row per dialect
-    Python      calls as Python has them
-    Listening   calls told apart from text, as they come
-    JSON        answers that are to be JSON
-    Native      what some models know of tools and JSON by themselves
-    Flights     how a call in the air is made to stop
-    Heads       the head of an HTTP message, read strictly
-    Hosts       what a host of Replicate's answers, as it comes
-    Transport   connections to Replicate's hosts, for its library and for streams
-    Streams     server-sent events as Replicate sends them
-    Replicate   its API, and nothing but this section knows its library
-    Outputs     what the record of a prediction tells
-    Uploads     what is large in an input, put into Replicate's files
-    Upstream    predictions, each followed to its end or cancelled
-    Replies     events told as OpenAI objects, whole or in chunks
-    Repairs     what an answer lacks asked for once more
-    Choices     the predictions of one call, side by side
-    Answers     an order run, and its answer shaped and told
-    Endpoints   one row per path, one function per OpenAI operation
-    HTTP        requests as they come over a socket, read strictly
-    Watching    hang-ups noticed, and silences broken
-    Sockets     connections, counted until each is closed
-    Server      calls answered on connections
-    Workers     several servers on one port, each a process
-    Main        the program
+    1. Ground
+        Errors              what a client is told went wrong
+        Settings            what the operator chooses, read once from the environment
+        Models              which models there are, read from models.json
+    2. Requests
+        Validation          what a client may send: one row per parameter
+        Messages            the parts of a message, and what is attached to it
+        Tools               which tools a model may call
+        Output formats      which JSON an answer has to be
+    3. Inputs
+        Tool prompts        tools and formats described in words
+        Chat templates      how a conversation becomes what a model reads
+        Families            how each kind of model is asked: one row per family
+        Native              what some models know of tools and JSON by themselves
+        Input schemas       a family read from what a model says of itself
+        Prediction inputs   a request in the terms of its model
+    4. Predictions
+        Events              what a prediction is seen to do
+        Cancellation        how a request in progress is made to stop
+        HTTP client         connections to Replicate's hosts, and event streams
+        Replicate           its API, what it refuses, and the records it keeps
+        Uploads             large data put into Replicate's files
+        Predictions         each followed to its end or cancelled
+    5. Text
+        Stop and reasoning  stop strings, limits, reasoning and usage
+        JSON Schema         whether a value fits a schema
+        JSON                broken JSON repaired, and JSON taken out of prose
+        Tool calls          how models write calls: one row per format
+    6. Objects
+        Objects             events as OpenAI's objects, whole or in chunks
+    7. Serving
+        Generation          n choices, retries, and the response made of them
+        Endpoints           one row per path, one function per OpenAI operation
+        HTTP                requests as they come over a socket, read strictly
+        Server              connections, hang-ups, silences and the end
+        Workers             several servers on one port, each a process
+        Command line        the program
 """
 
 from __future__ import annotations
@@ -152,12 +143,17 @@ log = logging.getLogger("proxy")
 Json = dict[str, Any]
 
 
-# == Errors ====================================================================
+# ==== 1. GROUND ===============================================================
+
+
+# -- Errors --------------------------------------------------------------------
 #
 # Whoever finds something wrong raises an APIError, with the remedy in its
 # message. Codes and words are those that api.openai.com was seen to answer.
 
+
 RETRY = {"x-should-retry": "true"}
+
 NO_RETRY = {"x-should-retry": "false"}  # OpenAI's SDKs obey it, at any status
 
 ERROR_TYPES: dict[str | int | None, str] = {
@@ -227,13 +223,16 @@ def quoted(value: Any) -> str:
     return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
-# == Settings ==================================================================
+# -- Settings ------------------------------------------------------------------
 #
 # Nothing else reads the environment, but for its HTTPS_PROXY. To add one: a
 # field here, with its range if it is a number, and its line in .env.example.
 
+
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
 PLACEHOLDER = re.compile(r"(r8_)?(your|changeme|change-me|xxx)|<.*>", re.IGNORECASE)
+
 ENV_LINE = re.compile(
     r"""\s*(?:export\s+)?(?P<name>[A-Za-z_][A-Za-z0-9_]*)\s*=
         (?:\s*'(?P<literal>[^']*)'\s*(?:\#.*)?
@@ -241,6 +240,7 @@ ENV_LINE = re.compile(
          | (?P<plain>.*?)(?:\s+\#.*)?\s*)""",
     re.VERBOSE,
 )
+
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
@@ -318,7 +318,7 @@ class Settings:
                 yield f"{row.name.upper()} must be a number from {low} to {high}."
 
 
-class Patience(NamedTuple):
+class Timeouts(NamedTuple):
     """How long we wait for what, in seconds: for those who embed or test a server."""
 
     connect: float = 5
@@ -353,7 +353,7 @@ def secret_fault(value: str) -> str:
     )
 
 
-def read_env_file(text: str) -> dict[str, str]:
+def parse_env_file(text: str) -> dict[str, str]:
     """Read KEY=value lines as shells and Docker do: export, quotes and comments."""
     values = {}
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
@@ -370,12 +370,14 @@ def read_env_file(text: str) -> dict[str, str]:
     return values
 
 
-# == Catalogue =================================================================
+# -- Models --------------------------------------------------------------------
 #
 # models.json says which model a name stands for. It is read again when it has
 # changed. To add a model: a row in models.json. To add a key: a row in CONFIG.
 
+
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
 REF = re.compile(
     rf"deployments/{NAME}/{NAME}|(?!deployments/){NAME}/{NAME}(:{NAME})?|[0-9a-f]{{64}}"
 )
@@ -403,7 +405,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class Models:
     mappings: Mapping[str, str]
     default_model: str | None
     configs: Mapping[str, ModelConfig]
@@ -418,12 +420,12 @@ def without_version(ref: str) -> str:
     return ref.partition(":")[0]
 
 
-def is_ref(value: Any) -> bool:
-    return isinstance(value, str) and bool(REF.fullmatch(value))
-
-
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_ref(value: Any) -> bool:
+    return isinstance(value, str) and bool(REF.fullmatch(value))
 
 
 def is_range(value: Any) -> bool:
@@ -444,7 +446,7 @@ CONFIG: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def read_catalogue(text: str, families: Iterable[str], created: int = 0) -> Catalogue:
+def parse_models(text: str, families: Iterable[str], created: int = 0) -> Models:
     """Raise ConfigError with the JSON path of what is wrong and what was expected."""
     try:
         root = json.loads(text.removeprefix("\ufeff"))
@@ -462,7 +464,7 @@ def read_catalogue(text: str, families: Iterable[str], created: int = 0) -> Cata
     configs = read_object(root, "model_configs")
     names = list(families)
     read = {ref: read_config(ref, row, names) for ref, row in configs.items()}
-    return Catalogue(mappings, default, read, created)
+    return Models(mappings, default, read, created)
 
 
 def read_object(root: Json, key: str) -> Json:
@@ -490,7 +492,7 @@ def expect(condition: object, path: str, expected: str) -> None:
         raise ConfigError(f"{path}: expected {expected}.")
 
 
-class CatalogueFile:
+class ModelsFile:
     """models.json as it stands: an edit takes effect at once, unless it is wrong."""
 
     def __init__(self, path: str, families: Iterable[str]) -> None:
@@ -507,14 +509,14 @@ class CatalogueFile:
             return ()
         return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
-    def read(self) -> Catalogue:
+    def read(self) -> Models:
         try:
             text = self.path.read_text(encoding="utf-8")
-            return read_catalogue(text, self.families, int(self.path.stat().st_mtime))
+            return parse_models(text, self.families, int(self.path.stat().st_mtime))
         except (OSError, UnicodeDecodeError, ConfigError) as error:
             raise ConfigError(f"{self.path} can't be used: {error}") from None
 
-    def current(self) -> Catalogue:
+    def current(self) -> Models:
         stamp = self.look()
         with self.lock:
             if stamp != self.stamp:
@@ -531,7 +533,7 @@ class CatalogueFile:
             return self.catalogue
 
 
-def find_model(catalogue: Catalogue, id: str) -> Model:
+def find_model(catalogue: Models, id: str) -> Model:
     """Find by mapping, else by the form of a ref, else the default; else raise 404."""
     if id in catalogue.mappings:
         return catalogue.model(id, catalogue.mappings[id])
@@ -552,21 +554,28 @@ def unknown_model(id: str, why: str = "") -> APIError:
     )
 
 
-# == Bodies ====================================================================
+# ==== 2. REQUESTS =============================================================
+
+
+# -- Validation ----------------------------------------------------------------
 #
 # A body is a JSON object that every reader would read alike: what JSON has no
 # word for, or two of, is refused.
+# Every parameter that OpenAI documents is in exactly one place: a row here
+# (honoured, or refused with the reason), or IGNORED (harmless to drop). What
+# OpenAI does not document goes to the model if its family names it. null is
+# the same as absent. To add one: a row here, and its name in the families.
 
 
-def read_json(data: bytes, kind: str) -> Json:
+def parse_json_body(data: bytes, kind: str) -> Json:
     """What JSON has no word for is refused, though Python would read it."""
     try:
         text = data.decode("utf-8-sig")
         body = json.loads(
             text,
             parse_constant=refuse,
-            parse_float=finite,
-            object_pairs_hook=without_twins,
+            parse_float=finite_float,
+            object_pairs_hook=reject_duplicate_keys,
         )
         if "\\ud" in text.lower():  # "\ud800" alone is half a character
             json.dumps(body, ensure_ascii=False).encode()
@@ -598,22 +607,14 @@ def refuse(constant: str) -> NoReturn:
     raise ValueError(constant)
 
 
-def without_twins(pairs: list[tuple[str, Any]]) -> Json:
+def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
     """Of two keys of a name, another reader might take the other."""
     return dict(pairs) if len(dict(pairs)) == len(pairs) else refuse("a key")
 
 
-def finite(text: str) -> float:
+def finite_float(text: str) -> float:
     number = float(text)
     return number if isfinite(number) else refuse(text)
-
-
-# == Parameters ================================================================
-#
-# Every parameter that OpenAI documents is in exactly one place: a row here
-# (honoured, or refused with the reason), or IGNORED (harmless to drop). What
-# OpenAI does not document goes to the model if its family names it. null is
-# the same as absent. To add one: a row here, and its name in the families.
 
 
 class Param(NamedTuple):
@@ -629,6 +630,7 @@ class Param(NamedTuple):
 
 
 STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dict,)
+
 NUMBER = (int, float)
 
 KINDS: dict[type, str] = {
@@ -642,11 +644,17 @@ KINDS: dict[type, str] = {
 }
 
 MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
+
 INT64 = (-(2**63), 2**63 - 1)
+
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
 VERBOSITIES = ("low", "medium", "high")
+
 NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
+
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
+
 ALL_CHOICES = "All choices are returned, with n."
 
 STREAM_OPTIONS = {
@@ -706,20 +714,24 @@ PART = {
         },
     ),
 }
+
 FUNCTION = {
     "name": Param(STRING, 1, required=True),
     "description": Param(STRING),
     "parameters": Param(OBJECT),
     "strict": Param(BOOLEAN),
 }
+
 TOOL = {
     "type": Param(STRING, required=True, choices=("function", "custom")),
     "function": Param(OBJECT, each=FUNCTION),
 }
+
 FUNCTION_CALL = {
     "name": Param(STRING, 1, required=True),
     "arguments": Param(STRING, required=True),
 }
+
 MESSAGE_CALL = {
     "id": Param(STRING, 1, required=True),
     "type": Param(STRING, default="function", choices=("function",)),
@@ -727,6 +739,7 @@ MESSAGE_CALL = {
 }
 
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+
 MESSAGE = {  # check_history sees to what depends on the role
     "role": Param(STRING, required=True, choices=ROLES),
     "content": Param((str, list), items=OBJECT, each=PART),
@@ -743,6 +756,7 @@ JSON_SCHEMA = {
     "schema": Param(OBJECT, required=True),
     "strict": Param(BOOLEAN, default=False),
 }
+
 RESPONSE_FORMAT = {
     "type": Param(
         STRING, required=True, choices=("text", "json_object", "json_schema")
@@ -891,6 +905,41 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
         raise APIError(400, message, code=f"{noun}_above_max_length", param=path)
 
 
+def as_object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def without(object: Json, names: Collection[str]) -> Json:
+    return {name: value for name, value in object.items() if name not in names}
+
+
+def wrap(value: Any, low: float | None, high: float | None) -> Any:
+    """Seeds that differ still do, within bounds."""
+    if low is None or high is None:
+        return clamp(value, low, high)
+    return low + (value - low) % (high - low + 1)
+
+
+def clamp(value: Any, low: float | None, high: float | None) -> Any:
+    raised = value if low is None else max(value, low)
+    return raised if high is None else min(raised, high)
+
+
+# One encoder for all: json.dumps would make another for each value.
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+# -- Messages ------------------------------------------------------------------
+#
+# Images and other files that come inside a message, as links or in base64. They
+# are checked before anything is done with them. To add a type of part: a row in
+# ATTACHABLE, and one in PART.
+
+
 def given_back(message: Json) -> Json:
     """A message as `openai` dumps it may be a refusal, and may have an empty name."""
     refusal, content = message.pop("refusal"), message["content"]
@@ -901,40 +950,9 @@ def given_back(message: Json) -> Json:
     }
 
 
-# == Layouts ===================================================================
-#
-# How a conversation becomes what a kind of model reads. To add a layout: a
-# function from messages and the input (or role) for system text to inputs.
-#
-# No text closes its turn or opens another, whoever wrote it: what would be a
-# sign gets a zero-width space after its first character. TOKENS, the control
-# tokens of the templates we know, are signs everywhere, in names and calls too.
-# LABEL_SIGNS are signs in what shares a prompt with others: in a transcript, and
-# in a system text on top of a prompt and what is below it. A lone question that
-# fills its prompt, and a system text in a field of its own, keep their labels.
-# Not covered are look-alikes: a label within a line, in letters that only look
-# like it, without a colon or by another name ("Me:", "### Response"). Nothing
-# is done to the prompt of a completion, unless it has to go as a message.
-
 Messages = list[Json]
-Turns = list[tuple[str, str]]  # each a role and a text
 
-LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
-BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # what may end a line: see splitlines
-LABEL_SIGNS = re.compile(  # spaces and Markdown may be around it, but no JSON
-    rf"(?i)(?:\A|(?<=[{BREAKS}]))[^\w{BREAKS}{{]*_*"
-    rf"(?=(?:user|human|assistant|system)_*[^\w{BREAKS}\"']*[:：])."
-)
-TOKENS = re.compile(
-    r"<(?=[|｜][^|｜\s<>]*[|｜]>"  # ChatML, Llama 3 and 4, DeepSeek, Kimi, gpt-oss …
-    r"|/?s>|</?SYS>>"  # Llama 2, Mistral
-    r"|(?:start|end)_of_turn>|[be]os>)"  # Gemma
-    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
-    r"|(?:BOS|EOS|EOT|PAD)\])"  # Kimi
-)
-PLACEHOLDERS = re.compile(r"\{(?=(?:system_)?prompt\})")
 WORDS = ("text", "refusal")  # the parts of a message that are text
-AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
 
 
 def text_of(content: str | list[Json]) -> str:
@@ -945,453 +963,17 @@ def text_of(content: str | list[Json]) -> str:
     return "".join(part.get(part["type"]) or "" for part in said)
 
 
-def defused(text: str, *signs: re.Pattern[str]) -> str:
-    """Each sign matches up to its first character, and looks ahead at the rest."""
-    for sign in signs:
-        text = sign.sub("\\g<0>\u200b", text)
-    return text
-
-
-def defused_content(
-    content: str | list[Json], *signs: re.Pattern[str]
-) -> str | list[Json]:
-    """The text of a message defused, and nothing else of its parts."""
-    if isinstance(content, str):
-        return defused(content, *signs)
-    parts = [
-        {
-            name: defused(said, *signs) if name in WORDS and said else said
-            for name, said in part.items()
-        }
-        for part in content
-    ]
-    if defused(text_of(parts), *signs) == text_of(parts):
-        return parts
-    gap = {"type": "text", "text": "\u200b"}  # they make a sign together
-    return [each for part in parts for each in (part, gap)]
-
-
-def split_system(messages: Messages) -> tuple[str, Turns]:
-    """Part the system's first words from the turns; later ones are turns too."""
-    turns = joined(
-        (
-            "system" if message["role"] == "developer" else message["role"],
-            text_of(message["content"]),
-        )
-        for message in messages
-    )
-    if turns[0][0] != "system":
-        return "", turns
-    (_, told), *said = turns
-    return (told, said) if said else ("", [("user", told)])  # then it is the question
-
-
-def joined(turns: Iterable[tuple[str, str]]) -> Turns:
-    """Let those who speak twice in a row speak once."""
-    spoken = groupby(turns, key=itemgetter(0))
-    return [(role, "\n\n".join(text for _, text in said)) for role, said in spoken]
-
-
-def is_lone(turns: Turns) -> bool:
-    return len(turns) == 1 and turns[0][0] == "user"
-
-
-def with_system(told: str, prompt: str, system: str) -> Json:
-    if told and system:
-        return {system: told, "prompt": prompt}
-    return {"prompt": f"{told}\n\n{prompt}" if told else prompt}
-
-
-def lay_out_transcript(messages: Messages, system: str) -> Json:
-    """A conversation as a play is written; one lone question stays as it is."""
-    told, turns = split_system(messages)
-    shared = (LABEL_SIGNS, TOKENS)
-    told = defused(told, *((TOKENS,) if system else shared))
-    if is_lone(turns):
-        signs = shared if told and not system else (TOKENS,)
-        return with_system(told, defused(turns[0][1], *signs), system)
-    lines = [f"{LABELS[role]}: {defused(text, *shared)}" for role, text in turns]
-    if turns[-1][0] != "assistant":
-        lines.append("Assistant:")
-    return with_system(told, "\n\n".join(lines), system)
-
-
-def lay_out_llama_2(messages: Messages, system: str) -> Json:
-    """Turns as Replicate's page for llama-2-70b-chat gives them: it wraps the rest."""
-    told, turns = split_system(messages)
-    told = defused(told, TOKENS)
-    turns = joined(
-        ("user" if role == "system" else role, defused(text, TOKENS))
-        for role, text in turns
-    )
-    if is_lone(turns):
-        return with_system(told, turns[0][1], system)
-    said = [
-        f"[INST] {text} [/INST]" if role == "user" else text for role, text in turns
-    ]
-    return with_system(told, "\n".join(said), system)
-
-
-def lay_out_headers(
-    start: str, end: str, stop: str, messages: Messages, _: str
-) -> Json:
-    """Meta's template, written out, with the answer begun at its end."""
-    told, turns = split_system(messages)
-    if told:
-        turns.insert(0, ("system", told))
-    parts = [
-        f"{start}{role}{end}\n\n{defused(text, TOKENS, PLACEHOLDERS)}{stop}"
-        for role, text in turns
-    ]
-    if turns[-1][0] == "assistant":
-        parts[-1] = parts[-1].removesuffix(stop)
-    else:
-        parts.append(f"{start}assistant{end}\n\n")
-    return {"prompt": "<|begin_of_text|>" + "".join(parts), **AS_IT_IS}
-
-
-lay_out_llama_3 = partial(
-    lay_out_headers, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
-)
-lay_out_llama_4 = partial(
-    lay_out_headers, "<|header_start|>", "<|header_end|>", "<|eot|>"
-)
-
-
-def lay_out_messages(messages: Messages, system: str) -> Json:
-    """The model takes messages: they are only brought to the roles that all know."""
-    names = {"developer": system, "system": system}
-    told = [
-        {
-            **without_tokens({**message, "content": None}),
-            "role": names.get(message["role"], message["role"]),
-            "content": content_of(message),
-        }
-        for message in messages
-    ]
-    return {"messages": [without_nulls(message) for message in told]}
-
-
-def content_of(message: Json) -> str | list[Json]:
-    """Parts only where there is more than text: every model knows a string."""
-    content = message["content"]
-    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
-        return defused(text_of(content), TOKENS)
-    return defused_content([without_nulls(part) for part in content], TOKENS)
-
-
-def without_tokens(value: Any) -> Any:
-    """All the text in a value defused: names, ids and arguments."""
-    if isinstance(value, dict):
-        return {name: without_tokens(inside) for name, inside in value.items()}
-    if isinstance(value, list):
-        return [without_tokens(inside) for inside in value]
-    return defused(value, TOKENS) if isinstance(value, str) else value
-
-
-def lay_out_granite(messages: Messages, system: str) -> Json:
-    """Messages whose content is text alone."""
-    plain = [
-        {**message, "content": text_of(message["content"])} for message in messages
-    ]
-    return lay_out_messages(plain, system)
-
-
-def without_nulls(message: Json) -> Json:
-    return {name: value for name, value in message.items() if value is not None}
-
-
-def lay_out_items(messages: Messages, system: str) -> Json:
-    """Items of OpenAI's Responses API: calls and their results are some too."""
-    first = list(takewhile(lambda m: m["role"] in ("system", "developer"), messages))
-    told = defused("\n\n".join(text_of(m["content"]) for m in first), TOKENS)
-    said = [item for message in messages[len(first) :] for item in items_of(message)]
-    said = without_tokens(said)
-    if not said:
-        return {"input_item_list": [{"role": "user", "content": told}]}
-    return {"input_item_list": said, **({system: told} if told else {})}
-
-
-def items_of(message: Json) -> list[Json]:
-    text = text_of(message["content"])
-    if message["role"] == "tool":
-        id = message["tool_call_id"]
-        return [{"type": "function_call_output", "call_id": id, "output": text}]
-    calls = [
-        {"type": "function_call", "call_id": call["id"], **call["function"]}
-        for call in message.get("tool_calls") or []
-    ]
-    said = {"role": message["role"], "content": text}
-    return [said, *calls] if text or not calls else calls
-
-
-# == Families ==================================================================
-#
-# A family is how a kind of model is asked: its layout, and what it calls each
-# parameter, by its page on Replicate. The map is an allow-list: what it leaves
-# out is not sent. To add a family: a row; the first row whose pattern matches
-# owner/name counts. A pattern names language models that are known to be so and
-# no others of their makers, whose own schemas know better.
-
-
-class Field(NamedTuple):
-    """One input of a model: its name, and what it may be."""
-
-    name: str
-    low: float | None = None
-    high: float | None = None
-    default: Any = None  # sent when nobody named a value
-    choices: tuple[Any, ...] = ()
-    joined: str = ""  # a list goes as one string, with this between
-    kind: str = ""  # its JSON type; "": that of the parameter
-    words: Mapping[str, Any] = {}  # what a word of OpenAI's stands for
-
-
-class Slot(NamedTuple):
-    """Where a model takes what is attached to messages, and how many of it."""
-
-    name: str  # "": in the messages themselves
-    most: int = 1
-    as_list: bool = False
-
-
-class Family(NamedTuple):
-    pattern: str
-    lay_out: Callable[[Messages, str], Json]  # messages, system field -> input
-    system: str  # the input, or role, for system text; "": on top of the prompt
-    fields: Mapping[str, Field]
-    raw: Json = {}  # what makes the model take a prompt as it is
-    slots: Mapping[str, Slot] = {}  # by the type of part
-    prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
-    others: Mapping[str, Field] = {}  # inputs that OpenAI has no name for
-    required: tuple[str, ...] = ()  # inputs without which it does not run
-    is_language: bool = True
-
-
-# Where a model's own default is short (128 to 2,048 tokens), an answer would
-# break off in the middle for programs that name no limit: ask for more.
-LONG = 4096
-
-
-def same(*names: str) -> dict[str, Field]:
-    """Parameters that a family calls what OpenAI calls them."""
-    return {name: Field(name) for name in names}
-
-
-def limit(
-    name: str, low: int = 1, high: int | None = None, default: Any = LONG
-) -> dict[str, Field]:
-    return {"max_tokens": Field(name, low, high, default)}
-
-
-COMMA_STOP = {"stop": Field("stop_sequences", joined=",", kind="string")}
-PENALTIES = same("presence_penalty", "frequency_penalty")
-LLAMA = {
-    **same("temperature", "top_p", "top_k", "min_tokens"),
-    **PENALTIES,
-    **limit("max_tokens"),
-    **COMMA_STOP,
-}
-MISTRAL = {
-    "temperature": Field("temperature", 0.01, 5),
-    **same("top_p", "top_k", "seed"),
-    "min_tokens": Field("min_new_tokens", -1),
-    **limit("max_new_tokens"),
-    **COMMA_STOP,
-}
-LLAMA_2 = {**MISTRAL, "top_k": Field("top_k", 0)}
-LLAMA_2_7B = {**MISTRAL, "top_k": Field("top_k", -1), **same("repetition_penalty")}
-GRANITE = {
-    **same("temperature", "top_p", "top_k", "min_tokens", "seed", "stop"),
-    **PENALTIES,
-    **limit("max_completion_tokens"),
-}
-OPEN = {**same("temperature", "top_p"), **PENALTIES, **limit("max_tokens")}
-GPT_LIMIT = limit("max_completion_tokens", default=None)
-GPT_4 = {**same("temperature", "top_p"), **PENALTIES, **GPT_LIMIT}
-
-
-def effort(*choices: str, name: str = "reasoning_effort") -> dict[str, Field]:
-    return {"reasoning_effort": Field(name, choices=choices)}
-
-
-# Tokens to think with, as Google counts them behind an API like OpenAI's.
-BUDGETS = {
-    **dict.fromkeys(("none", "minimal"), 0),
-    "low": 1024,
-    "medium": 8192,
-    **dict.fromkeys(("high", "xhigh", "max"), 24576),
-}
-BUDGET = Field("thinking_budget", 0, 24576, kind="integer", words=BUDGETS)
-
-O_SERIES = {**GPT_LIMIT, **effort("low", "medium", "high")}
-GPT_5 = {**GPT_LIMIT, **same("verbosity"), **effort("minimal", "low", "medium", "high")}
-GPT_51 = {**GPT_5, **effort("none", "low", "medium", "high")}
-GPT_52 = {**GPT_5, **effort("none", "low", "medium", "high", "xhigh")}
-GPT_5_PRO = {**GPT_LIMIT, **same("verbosity")}
-GEMINI = {
-    "temperature": Field("temperature", 0, 2),
-    **same("top_p"),
-    **limit("max_output_tokens", 1, 65535, default=None),
-}
-GEMINI_25 = {**GEMINI, "reasoning_effort": BUDGET}
-GEMINI_3 = {**GEMINI, **effort("low", "high", name="thinking_level")}
-GEMINI_31 = {**GEMINI, **effort("low", "medium", "high", name="thinking_level")}
-STRUCTURED = {**GPT_5, **limit("max_output_tokens", default=None)}
-
-IN_PLACE = {"image_url": Slot("", 100)}
-ONE_IMAGE = {"image_url": Slot("image")}
-IMAGES = {"image_url": Slot("images", 10, as_list=True)}
-IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
-
-FAMILIES = {
-    "llama-2-7b": Family(
-        r"meta/llama-2-7b-chat", lay_out_llama_2, "system_prompt", LLAMA_2_7B
-    ),
-    "llama-2": Family(
-        r"meta/llama-2-.*-chat", lay_out_llama_2, "system_prompt", LLAMA_2
-    ),
-    "llama-3": Family(
-        r"meta/meta-llama-3.*-instruct", lay_out_llama_3, "", LLAMA, AS_IT_IS
-    ),
-    "llama-4": Family(
-        r"meta/llama-4-.*-instruct", lay_out_llama_4, "", LLAMA, AS_IT_IS
-    ),
-    "gpt-5-structured": Family(
-        r"openai/gpt-5-structured",
-        lay_out_items,
-        "instructions",
-        STRUCTURED,
-        slots={"image_url": Slot("image_input", 100, as_list=True)},
-    ),
-    "o1-mini": Family(r"openai/o1-mini", lay_out_messages, "user", GPT_LIMIT),
-    "o-series": Family(
-        r"openai/o(1|3|3-mini|4-mini)",
-        lay_out_messages,
-        "system",
-        O_SERIES,
-        slots=IN_PLACE,
-    ),
-    "gpt-5-pro": Family(
-        r"openai/gpt-5-pro", lay_out_messages, "system", GPT_5_PRO, slots=IN_PLACE
-    ),
-    "gpt-5.1": Family(
-        r"openai/gpt-5\.1", lay_out_messages, "system", GPT_51, slots=IN_PLACE
-    ),
-    "gpt-5.2": Family(
-        r"openai/gpt-5\.\d", lay_out_messages, "system", GPT_52, slots=IN_PLACE
-    ),
-    "gpt-5": Family(
-        r"openai/gpt-5(-mini|-nano)?", lay_out_messages, "system", GPT_5, slots=IN_PLACE
-    ),
-    "kimi-k2.5": Family(
-        r"moonshotai/kimi-k2\.5",
-        lay_out_transcript,
-        "",
-        {**OPEN, **limit("max_tokens", 1, 131072)},
-        slots=ONE_IMAGE,
-    ),
-    "deepseek-v3.1": Family(
-        r"deepseek-ai/deepseek-v3\.1",
-        lay_out_transcript,
-        "",
-        {**OPEN, **effort("None", "medium", name="thinking")},
-    ),
-    "open": Family(
-        r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
-        r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
-        lay_out_transcript,
-        "",
-        OPEN,
-    ),
-    "gpt-4": Family(
-        r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)",
-        lay_out_messages,
-        "system",
-        GPT_4,
-        slots=IN_PLACE,
-    ),
-    "claude-3.5": Family(
-        r"anthropic/claude-(3\.5-|4\.5-haiku).*",
-        lay_out_transcript,
-        "system_prompt",
-        limit("max_tokens", 1, 8192, default=None),
-    ),
-    "claude": Family(
-        r"anthropic/claude-.*",
-        lay_out_transcript,
-        "system_prompt",
-        limit("max_tokens", 1024, 64000, default=None),
-        slots=ONE_IMAGE,
-    ),
-    "gemini-3.1": Family(
-        r"google/gemini-3\.1-(pro|flash)",
-        lay_out_transcript,
-        "system_instruction",
-        GEMINI_31,
-        slots=IMAGES_AND_SOUND,
-    ),
-    "gemini-3": Family(
-        r"google/gemini-3-(pro|flash)",
-        lay_out_transcript,
-        "system_instruction",
-        GEMINI_3,
-        slots=IMAGES_AND_SOUND,
-    ),
-    "gemini": Family(
-        r"google/gemini-2\.5-flash",
-        lay_out_transcript,
-        "system_instruction",
-        GEMINI_25,
-        slots=IMAGES,
-    ),
-    "granite": Family(
-        r"ibm-granite/granite-3\.[012]-.*-instruct",
-        lay_out_transcript,
-        "system_prompt",
-        LLAMA,
-    ),
-    "granite-messages": Family(
-        r"ibm-granite/granite-(3\.3-8b-instruct|4\.0-h-small)",
-        lay_out_granite,
-        "system",
-        GRANITE,
-    ),
-    "mistral": Family(r"mistralai/mistral-7b-v0\.1", lay_out_transcript, "", MISTRAL),
-}
-PLAIN = Family("", lay_out_transcript, "", {})
-
-
-def find_family(model: Model) -> Family:
-    if model.config.family:
-        return FAMILIES[model.config.family]
-    return row_of(model.owner_and_name)
-
-
-@lru_cache(1000)  # a call looks for one
-def row_of(name: str) -> Family:
-    matching = (
-        family
-        for family in FAMILIES.values()
-        if re.fullmatch(family.pattern, name, re.IGNORECASE)
-    )
-    return next(matching, PLAIN)
-
-
-# == Files =====================================================================
-#
-# Images and other files that come inside a message, as links or in base64. They
-# are checked before anything is done with them. To add a type of part: a row in
-# ATTACHABLE, and one in PART.
-
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
+
 MEDIA_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+")
+
 SIGNATURES = {
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
     "jpeg": re.compile(rb"\xff\xd8\xff"),
     "gif": re.compile(rb"GIF8[79]a"),
     "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
 }
+
 WRONG_IMAGE = (
     "You uploaded an unsupported image. Please make sure your image is valid and has "
     "one of the following formats: ['png', 'jpeg', 'gif', 'webp']."
@@ -1503,12 +1085,1074 @@ def is_image(attached: Attachment) -> bool:
     return bool(signature and signature.match(attached.content))
 
 
-# == Schemas ===================================================================
+def attachments(messages: Messages) -> list[tuple[str, str]]:
+    """What messages hold besides text, in order: the type of a part, and its URL."""
+    return [
+        (part["type"], url_of(part))
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] not in WORDS
+    ]
+
+
+NO_CALL_BEFORE = (
+    "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
+    "message with 'tool_calls'."
+)
+
+NO_ANSWERS = (
+    "An assistant message with 'tool_calls' must be followed by tool messages "
+    "responding to each 'tool_call_id'. The following tool_call_ids did not have "
+    "response messages: "
+)
+
+
+def check_history(messages: Messages) -> None:
+    """Raise 400 for missing content, and for calls and results that don't pair."""
+    calls: dict[str, bool] = {}  # of the last assistant: whether it has its result
+    for index, message in enumerate(messages):
+        check_content(message, index)
+        if message["role"] == "tool":
+            check_result(message.get("tool_call_id"), calls, index)
+            calls[message["tool_call_id"]] = True
+        else:
+            check_answered(calls, index)
+            calls = {call["id"]: False for call in message.get("tool_calls") or []}
+    check_answered(calls, len(messages) - 1)
+
+
+def check_content(message: Json, index: int) -> None:
+    is_call = message.get("tool_calls") or message.get("function_call")
+    may_lack = message["role"] == "function" or message["role"] == "assistant"
+    there = message.get("content") is not None
+    path = f"messages[{index}].content"
+    missing = f"Missing required parameter: '{path}'."
+    there = there or (may_lack and (is_call or message["role"] == "function"))
+    require(there, missing, code="missing_required_parameter", param=path)
+
+
+def check_result(id: str | None, calls: Mapping[str, bool], index: int) -> None:
+    path = f"messages[{index}].tool_call_id"
+    missing = f"Missing required parameter: '{path}'."
+    require(id, missing, code="missing_required_parameter", param=path)
+    require(calls, NO_CALL_BEFORE, param=f"messages.[{index}].role")
+    unknown = (
+        f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
+        "previous message."
+    )
+    require(id in calls, unknown, param=f"messages.[{index}].tool_call_id")
+
+
+def check_answered(calls: Mapping[str, bool], index: int) -> None:
+    open_ones = [id for id, is_answered in calls.items() if not is_answered]
+    message = NO_ANSWERS + ", ".join(open_ones)
+    require(not open_ones, message, param=f"messages.[{index}].role")
+
+
+# -- Tools ---------------------------------------------------------------------
+#
+# What a model may call, for models that know nothing of tools: they are told
+# in the system's text, and what was called and came back stands in the history
+# in the form they were taught. `Dialects` hears what they make of it.
+
+
+TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+CHOICES = ("none", "auto", "required")
+
+
+class Tool(NamedTuple):
+    name: str
+    description: str
+    parameters: Json
+
+
+class Toolbox(NamedTuple):
+    """What a model may call now; with a tool named by the client, that one only."""
+
+    tools: tuple[Tool, ...]
+    must_call: bool = False
+    parallel: bool = True
+    legacy: bool = False  # asked for with `functions`, and answered in kind
+
+    @property
+    def called(self) -> str:
+        """The finish_reason of an answer that calls."""
+        return "function_call" if self.legacy else "tool_calls"
+
+    def find(self, name: str) -> Tool | None:
+        return next((tool for tool in self.tools if tool.name == name), None)
+
+    def knows(self, name: str, is_whole: bool) -> bool:
+        """Whether a tool has that name, or one that begins so."""
+        names = (tool.name for tool in self.tools)
+        return any(n == name if is_whole else n.startswith(name) for n in names)
+
+
+def parse_toolbox(body: Json) -> Toolbox | None:
+    """Give what may be called, if anything; `body` has passed the tables."""
+    both = "Only one of 'tools' and 'functions' can be given."
+    require(not (body["tools"] and body["functions"]), both, param="functions")
+    legacy = bool(body["functions"])
+    param = "function_call" if legacy else "tool_choice"
+    tools = read_tools(body)
+    check_no_choice(body)
+    names, must_call = read_choice(body[param], param)
+    check_names(names, tools, param)
+    if not tools or names == []:
+        return None
+    chosen = tuple(tool for tool in tools if names is None or tool.name in names)
+    parallel = body["parallel_tool_calls"] and not legacy
+    return Toolbox(chosen, must_call, parallel, legacy)
+
+
+def check_no_choice(body: Json) -> None:
+    """Without tools, a choice that asks for none of them does no harm."""
+    for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
+        message = (
+            f"Invalid value for '{param}': "
+            f"'{param}' is only allowed when '{among}' are specified."
+        )
+        harmless = body[among] or body[param] in (None, "none", "auto")
+        require(harmless, message, param=param)
+
+
+def read_tools(body: Json) -> list[Tool]:
+    tools = []
+    for index, given in enumerate(body["functions"]):
+        tools.append(read_tool(given, f"functions[{index}]"))
+    for index, given in enumerate(body["tools"]):
+        path = f"tools[{index}]"
+        require_function(given, path)
+        tools.append(read_tool(given["function"], f"{path}.function"))
+    names = [tool.name for tool in tools]
+    for name in names:
+        message = f"Invalid 'tools': '{name}' is there twice; each needs its own name."
+        param = "functions" if body["functions"] else "tools"
+        require(names.count(name) == 1, message, code="invalid_value", param=param)
+    return tools
+
+
+def require_function(given: Json, path: str) -> None:
+    custom = (
+        f"Unsupported value: '{path}' is a custom tool, which Replicate's models "
+        "can't be given. Use one of type 'function'."
+    )
+    param = f"{path}.type"
+    require(given["type"] == "function", custom, code="unsupported_value", param=param)
+    missing = f"Missing required parameter: '{path}.function'."
+    code, param = "missing_required_parameter", f"{path}.function"
+    require(given["function"] is not None, missing, code=code, param=param)
+
+
+def read_tool(given: Json, path: str) -> Tool:
+    name = given["name"]
+    message = (
+        f"Invalid '{path}.name': string does not match pattern. Expected a string "
+        f"that matches the pattern '^{TOOL_NAME.pattern}$'."
+    )
+    fits = TOOL_NAME.fullmatch(name)
+    require(fits, message, code="invalid_value", param=f"{path}.name")
+    return Tool(name, given["description"] or "", given["parameters"] or {})
+
+
+def read_choice(choice: Any, param: str) -> tuple[list[str] | None, bool]:
+    """Give the names of what may be called, None for all, and whether one must be."""
+    if isinstance(choice, dict):
+        return read_named(choice, param)
+    if choice is not None:
+        choices = CHOICES if param == "tool_choice" else CHOICES[:2]
+        check_choice(param, choice, choices)
+    return ([] if choice == "none" else None), choice == "required"
+
+
+def read_named(choice: Json, param: str) -> tuple[list[str] | None, bool]:
+    if param == "function_call":
+        return [read_name(choice, param)], True
+    kind = choice.get("type")
+    if kind == "allowed_tools":
+        return read_allowed(choice.get("allowed_tools"))
+    check_choice(f"{param}.type", str(kind), ("function", "allowed_tools"))
+    return [read_name(choice.get("function"), f"{param}.function")], True
+
+
+def read_allowed(allowed: Any) -> tuple[list[str] | None, bool]:
+    path = "tool_choice.allowed_tools"
+    has_tools = isinstance(allowed, dict) and isinstance(allowed.get("tools"), list)
+    missing = f"Missing required parameter: '{path}.tools'."
+    code = "missing_required_parameter"
+    require(has_tools and allowed["tools"], missing, code=code, param=f"{path}.tools")
+    mode = allowed.get("mode")
+    check_choice(f"{path}.mode", str(mode), ("auto", "required"))
+    names = [
+        read_name(tool.get("function") if isinstance(tool, dict) else None, path)
+        for tool in allowed["tools"]
+    ]
+    return names, mode == "required"
+
+
+def read_name(function: Any, path: str) -> str:
+    name = function.get("name") if isinstance(function, dict) else None
+    missing = f"Missing required parameter: '{path}.name'."
+    code, param = "missing_required_parameter", f"{path}.name"
+    require(isinstance(name, str), missing, code=code, param=param)
+    return str(name)
+
+
+def check_names(names: list[str] | None, tools: list[Tool], param: str) -> None:
+    among = "tools" if param == "tool_choice" else "functions"
+    for name in names or []:
+        there = any(tool.name == name for tool in tools)
+        message = f"Tool choice '{name}' not found in '{among}' parameter."
+        require(there, message, code="invalid_value", param=param)
+
+
+def properties_of(tool: Tool | None) -> Json:
+    return as_object(as_object(tool and tool.parameters).get("properties"))
+
+
+# -- Output formats ------------------------------------------------------------
+#
+
+
+class ResponseFormat(NamedTuple):
+    """The JSON that an answer is to be."""
+
+    schema: Json
+    name: str = ""  # "": any object will do
+    description: str = ""
+    strict: bool = False
+
+
+ANY_OBJECT = ResponseFormat({"type": "object"})
+
+IS_NAME = re.compile("[A-Za-z0-9_-]+")
+
+
+def parse_response_format(body: Json) -> ResponseFormat | None:
+    """Read what Parameters have checked; None where text is wanted."""
+    asked = body["response_format"]
+    if asked is None or asked["type"] == "text":
+        return None
+    return ANY_OBJECT if asked["type"] == "json_object" else read_schema(asked)
+
+
+def read_schema(asked: Json) -> ResponseFormat:
+    where = "response_format.json_schema"
+    named = check_param(
+        where, asked["json_schema"], Param(OBJECT, required=True, each=JSON_SCHEMA)
+    )
+    check_name(f"{where}.name", named["name"])
+    check_schema(named["name"], named["schema"])
+    rest = {key: named[key] for key in ("name", "description", "strict")}
+    return ResponseFormat(named["schema"], **rest)
+
+
+def check_name(path: str, name: str) -> None:
+    expected = "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."
+    message = f"Invalid '{path}': string does not match pattern. {expected}"
+    require(IS_NAME.fullmatch(name), message, code="invalid_value", param=path)
+
+
+def check_schema(name: str, schema: Json) -> None:
+    for context, fault in schema_faults(schema):
+        message = f"In context={context}, {fault}."
+        raise APIError(
+            400,
+            f"Invalid schema for response_format '{name}': {message}",
+            code="invalid_json_schema",
+            param="response_format",
+        )
+
+
+class Wanted(NamedTuple):
+    """What an answer has to be besides text."""
+
+    toolbox: Toolbox | None = None
+    format: ResponseFormat | None = None
+
+
+# ==== 3. INPUTS ===============================================================
+
+
+# -- Tool prompts --------------------------------------------------------------
+#
+
+
+INSTRUCTIONS = """\
+You can call tools. Each line in <tools> describes one, with its parameters as a \
+JSON Schema:
+<tools>
+{tools}
+</tools>
+To call a tool, write its name and its arguments as JSON between these tags:
+<tool_call>{{"name": <tool-name>, "arguments": <arguments-object>}}</tool_call>
+{when} {how_many} After a call, stop: its result comes in the next message, in \
+<tool_response>. Never make up a result."""
+
+ONE_CALL = "Make one call, not more."
+
+MANY_CALLS = "To make several calls, write these tags once for each."
+
+
+def tool_instructions(toolbox: Toolbox) -> str:
+    """The text above the system's own."""
+    lines = [compact(taught_tool(tool)) for tool in toolbox.tools]
+    how_many = MANY_CALLS if toolbox.parallel else ONE_CALL
+    when = told_when(toolbox)
+    return INSTRUCTIONS.format(tools="\n".join(lines), when=when, how_many=how_many)
+
+
+def taught_tool(tool: Tool) -> Json:
+    """With a description, if empty: a tool that is recited looks unlike a call."""
+    told = {"name": tool.name, "description": tool.description}
+    return {**told, **without_empty({"parameters": tool.parameters})}
+
+
+def told_when(toolbox: Toolbox) -> str:
+    if not toolbox.must_call:
+        return (
+            "Call a tool only if you need it; if not, answer in plain words, "
+            "without these tags."
+        )
+    *others, tool = toolbox.tools
+    which = "one of these tools" if others else f"the tool {tool.name}"
+    return f"You must call {which} now: write the call and nothing else."
+
+
+def tool_demands(toolbox: Toolbox) -> str:
+    """What is still to be said to a model that was given the tools themselves."""
+    demands = [told_when(toolbox)] if toolbox.must_call else []
+    return " ".join([*demands, *([] if toolbox.parallel else [ONE_CALL])])
+
+
+def repair_instructions(toolbox: Toolbox, why: str) -> str:
+    """What the user's side says after an answer that was not what it had to be."""
+    return (
+        f"That was not a call that works: {why} {told_when(toolbox)} Write "
+        '<tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>.'
+    )
+
+
+def without_empty(fields: Json) -> Json:
+    return {name: value for name, value in fields.items() if value not in ("", {})}
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None if it is not one."""
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=finite_float)
+    except (ValueError, RecursionError):
+        return None
+
+
+def json_instructions(format: ResponseFormat) -> str:
+    kind = format.schema.get("type")
+    noun = kind if kind in ("object", "array") else "value"
+    only = "only: no explanation, no comments, no code fences."
+    about = f" It is: {format.description}" if format.description else ""
+    schema = (
+        "\nIt must fit this JSON Schema; do not repeat the schema itself:\n"
+        f"{compact(format.schema)}"
+    )
+    return f"Answer with one JSON {noun} {only}{about}{schema if format.name else ''}"
+
+
+def json_repair(format: ResponseFormat, why: str) -> str:
+    return (
+        f"This answer is wrong: {why}\n\n"
+        f"Give the answer again, corrected and whole. {json_instructions(format)}"
+    )
+
+
+# -- Chat templates ------------------------------------------------------------
+#
+# How a conversation becomes what a kind of model reads. To add a layout: a
+# function from messages and the input (or role) for system text to inputs.
+#
+# No text closes its turn or opens another, whoever wrote it: what would be a
+# sign gets a zero-width space after its first character. TOKENS, the control
+# tokens of the templates we know, are signs everywhere, in names and calls too.
+# LABEL_SIGNS are signs in what shares a prompt with others: in a transcript, and
+# in a system text on top of a prompt and what is below it. A lone question that
+# fills its prompt, and a system text in a field of its own, keep their labels.
+# Not covered are look-alikes: a label within a line, in letters that only look
+# like it, without a colon or by another name ("Me:", "### Response"). Nothing
+# is done to the prompt of a completion, unless it has to go as a message.
+# Calls and their results in a conversation, checked for belonging together, and
+# told in the form that a model was taught to call in. What is attached to them
+# stays beside their text. Results stand in the turn of the user, so what looks
+# like one in any text gets a zero-width space.
+
+
+Turns = list[tuple[str, str]]  # each a role and a text
+
+LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
+
+BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # what may end a line: see splitlines
+
+LABEL_SIGNS = re.compile(  # spaces and Markdown may be around it, but no JSON
+    rf"(?i)(?:\A|(?<=[{BREAKS}]))[^\w{BREAKS}{{]*_*"
+    rf"(?=(?:user|human|assistant|system)_*[^\w{BREAKS}\"']*[:：])."
+)
+
+TOKENS = re.compile(
+    r"<(?=[|｜][^|｜\s<>]*[|｜]>"  # ChatML, Llama 3 and 4, DeepSeek, Kimi, gpt-oss …
+    r"|/?s>|</?SYS>>"  # Llama 2, Mistral
+    r"|(?:start|end)_of_turn>|[be]os>)"  # Gemma
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|(?:BOS|EOS|EOT|PAD)\])"  # Kimi
+)
+
+PLACEHOLDERS = re.compile(r"\{(?=(?:system_)?prompt\})")
+
+AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
+
+
+def escape_control_tokens(text: str, *signs: re.Pattern[str]) -> str:
+    """Each sign matches up to its first character, and looks ahead at the rest."""
+    for sign in signs:
+        text = sign.sub("\\g<0>\u200b", text)
+    return text
+
+
+def escape_content(
+    content: str | list[Json], *signs: re.Pattern[str]
+) -> str | list[Json]:
+    """The text of a message escape_control_tokens, and nothing else of its parts."""
+    if isinstance(content, str):
+        return escape_control_tokens(content, *signs)
+    parts = [
+        {
+            name: escape_control_tokens(said, *signs)
+            if name in WORDS and said
+            else said
+            for name, said in part.items()
+        }
+        for part in content
+    ]
+    if escape_control_tokens(text_of(parts), *signs) == text_of(parts):
+        return parts
+    gap = {"type": "text", "text": "\u200b"}  # they make a sign together
+    return [each for part in parts for each in (part, gap)]
+
+
+def split_system(messages: Messages) -> tuple[str, Turns]:
+    """Part the system's first words from the turns; later ones are turns too."""
+    turns = joined(
+        (
+            "system" if message["role"] == "developer" else message["role"],
+            text_of(message["content"]),
+        )
+        for message in messages
+    )
+    if turns[0][0] != "system":
+        return "", turns
+    (_, told), *said = turns
+    return (told, said) if said else ("", [("user", told)])  # then it is the question
+
+
+def joined(turns: Iterable[tuple[str, str]]) -> Turns:
+    """Let those who speak twice in a row speak once."""
+    spoken = groupby(turns, key=itemgetter(0))
+    return [(role, "\n\n".join(text for _, text in said)) for role, said in spoken]
+
+
+def is_lone(turns: Turns) -> bool:
+    return len(turns) == 1 and turns[0][0] == "user"
+
+
+def with_system(told: str, prompt: str, system: str) -> Json:
+    if told and system:
+        return {system: told, "prompt": prompt}
+    return {"prompt": f"{told}\n\n{prompt}" if told else prompt}
+
+
+def render_transcript(messages: Messages, system: str) -> Json:
+    """A conversation as a play is written; one lone question stays as it is."""
+    told, turns = split_system(messages)
+    shared = (LABEL_SIGNS, TOKENS)
+    told = escape_control_tokens(told, *((TOKENS,) if system else shared))
+    if is_lone(turns):
+        signs = shared if told and not system else (TOKENS,)
+        return with_system(told, escape_control_tokens(turns[0][1], *signs), system)
+    lines = [
+        f"{LABELS[role]}: {escape_control_tokens(text, *shared)}"
+        for role, text in turns
+    ]
+    if turns[-1][0] != "assistant":
+        lines.append("Assistant:")
+    return with_system(told, "\n\n".join(lines), system)
+
+
+def render_llama_2(messages: Messages, system: str) -> Json:
+    """Turns as Replicate's page for llama-2-70b-chat gives them: it wraps the rest."""
+    told, turns = split_system(messages)
+    told = escape_control_tokens(told, TOKENS)
+    turns = joined(
+        ("user" if role == "system" else role, escape_control_tokens(text, TOKENS))
+        for role, text in turns
+    )
+    if is_lone(turns):
+        return with_system(told, turns[0][1], system)
+    said = [
+        f"[INST] {text} [/INST]" if role == "user" else text for role, text in turns
+    ]
+    return with_system(told, "\n".join(said), system)
+
+
+def render_header_template(
+    start: str, end: str, stop: str, messages: Messages, _: str
+) -> Json:
+    """Meta's template, written out, with the answer begun at its end."""
+    told, turns = split_system(messages)
+    if told:
+        turns.insert(0, ("system", told))
+    parts = [
+        f"{start}{role}{end}\n\n"
+        f"{escape_control_tokens(text, TOKENS, PLACEHOLDERS)}{stop}"
+        for role, text in turns
+    ]
+    if turns[-1][0] == "assistant":
+        parts[-1] = parts[-1].removesuffix(stop)
+    else:
+        parts.append(f"{start}assistant{end}\n\n")
+    return {"prompt": "<|begin_of_text|>" + "".join(parts), **AS_IT_IS}
+
+
+render_llama_3 = partial(
+    render_header_template, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+)
+
+render_llama_4 = partial(
+    render_header_template, "<|header_start|>", "<|header_end|>", "<|eot|>"
+)
+
+
+def render_messages(messages: Messages, system: str) -> Json:
+    """The model takes messages: they are only brought to the roles that all know."""
+    names = {"developer": system, "system": system}
+    told = [
+        {
+            **escape_all({**message, "content": None}),
+            "role": names.get(message["role"], message["role"]),
+            "content": content_of(message),
+        }
+        for message in messages
+    ]
+    return {"messages": [without_nulls(message) for message in told]}
+
+
+def content_of(message: Json) -> str | list[Json]:
+    """Parts only where there is more than text: every model knows a string."""
+    content = message["content"]
+    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
+        return escape_control_tokens(text_of(content), TOKENS)
+    return escape_content([without_nulls(part) for part in content], TOKENS)
+
+
+def escape_all(value: Any) -> Any:
+    """All the text in a value escape_control_tokens: names, ids and arguments."""
+    if isinstance(value, dict):
+        return {name: escape_all(inside) for name, inside in value.items()}
+    if isinstance(value, list):
+        return [escape_all(inside) for inside in value]
+    return escape_control_tokens(value, TOKENS) if isinstance(value, str) else value
+
+
+def render_text_messages(messages: Messages, system: str) -> Json:
+    """Messages whose content is text alone."""
+    plain = [
+        {**message, "content": text_of(message["content"])} for message in messages
+    ]
+    return render_messages(plain, system)
+
+
+def without_nulls(message: Json) -> Json:
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def render_response_items(messages: Messages, system: str) -> Json:
+    """Items of OpenAI's Responses API: calls and their results are some too."""
+    first = list(takewhile(lambda m: m["role"] in ("system", "developer"), messages))
+    told = escape_control_tokens(
+        "\n\n".join(text_of(m["content"]) for m in first), TOKENS
+    )
+    said = [item for message in messages[len(first) :] for item in items_of(message)]
+    said = escape_all(said)
+    if not said:
+        return {"input_item_list": [{"role": "user", "content": told}]}
+    return {"input_item_list": said, **({system: told} if told else {})}
+
+
+def items_of(message: Json) -> list[Json]:
+    text = text_of(message["content"])
+    if message["role"] == "tool":
+        id = message["tool_call_id"]
+        return [{"type": "function_call_output", "call_id": id, "output": text}]
+    calls = [
+        {"type": "function_call", "call_id": call["id"], **call["function"]}
+        for call in message.get("tool_calls") or []
+    ]
+    said = {"role": message["role"], "content": text}
+    return [said, *calls] if text or not calls else calls
+
+
+RESULTS = re.compile(r"(?i)<(?=[\s/]*tool_response)")
+
+
+def plain_history(messages: Messages) -> Messages:
+    """Calls and their results as texts, in the form that a model was taught."""
+    plain: Messages = []
+    names: dict[str, str] = {}
+    results: list[Json] = []
+    for message in messages:
+        if message["role"] in ("tool", "function"):
+            text = told_result(message, names)
+            results += beside("\n" + text if results else text, message)
+            continue
+        if results:
+            plain.append({"role": "user", "content": simplest(results)})
+            results = []
+        calls = message.get("tool_calls") or []
+        names.update((call["id"], call["function"]["name"]) for call in calls)
+        plain.append(told_message(message))
+    if results:
+        plain.append({"role": "user", "content": simplest(results)})
+    return plain
+
+
+def tools_history(messages: Messages) -> Messages:
+    """Calls and their results as they are; the older ones in the newer form."""
+    told: Messages = []
+    last = ""  # the id that stands for the last call of the older form
+    for index, message in enumerate(messages):
+        newer = {**message, "content": message["content"] or "", "function_call": None}
+        if function := message.get("function_call"):
+            last = f"call_{index}"
+            call = {"id": last, "type": "function", "function": function}
+            newer["tool_calls"] = [call]
+        if message["role"] == "function" and last:
+            newer |= {"role": "tool", "tool_call_id": last, "name": None}
+        elif message["role"] == "function":
+            parts = beside(told_result(message, {}), message)
+            newer = {"role": "user", "content": simplest(parts)}
+        told.append(newer)
+    return told
+
+
+def told_message(message: Json) -> Json:
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    if message.get("function_call"):
+        functions.append(message["function_call"])
+    content = message.get("content") or ""
+    if not functions:
+        return {**message, "content": escape_content(content, RESULTS)}
+    lines = filter(None, [text_of(content), *map(told_call, functions)])
+    parts = beside(escape_control_tokens("\n".join(lines), RESULTS), message)
+    return {"role": message["role"], "content": simplest(parts)}
+
+
+def beside(text: str, message: Json) -> list[Json]:
+    """A text in place of that of a message, and what is attached to the message."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    attached = [part for part in parts if part["type"] not in WORDS]
+    return [{"type": "text", "text": text}, *attached]
+
+
+def simplest(parts: list[Json]) -> str | list[Json]:
+    """A string where nothing is attached."""
+    is_text = all(part["type"] in WORDS for part in parts)
+    return text_of(parts) if is_text else parts
+
+
+def told_call(function: Json) -> str:
+    name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
+    arguments = text if parsed(text) is not None else json.dumps(text)
+    arguments = arguments.replace("</tool_call", r"<\/tool_call")  # the same in JSON
+    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
+
+
+def told_result(message: Json, names: Mapping[str, str]) -> str:
+    id = message.get("tool_call_id")
+    name = names[id] if id else message.get("name") or ""
+    of = f' name="{escape(name)}"' + (f' id="{escape(id)}"' if id else "")
+    text = escape_control_tokens(text_of(message.get("content") or ""), RESULTS)
+    return f"<tool_response{of}>\n{text}\n</tool_response>"
+
+
+# -- Families ------------------------------------------------------------------
+#
+# A family is how a kind of model is asked: its layout, and what it calls each
+# parameter, by its page on Replicate. The map is an allow-list: what it leaves
+# out is not sent. To add a family: a row; the first row whose pattern matches
+# owner/name counts. A pattern names language models that are known to be so and
+# no others of their makers, whose own schemas know better.
+
+
+class Field(NamedTuple):
+    """One input of a model: its name, and what it may be."""
+
+    name: str
+    low: float | None = None
+    high: float | None = None
+    default: Any = None  # sent when nobody named a value
+    choices: tuple[Any, ...] = ()
+    joined: str = ""  # a list goes as one string, with this between
+    kind: str = ""  # its JSON type; "": that of the parameter
+    words: Mapping[str, Any] = {}  # what a word of OpenAI's stands for
+
+
+class Slot(NamedTuple):
+    """Where a model takes what is attached to messages, and how many of it."""
+
+    name: str  # "": in the messages themselves
+    most: int = 1
+    as_list: bool = False
+
+
+class Family(NamedTuple):
+    pattern: str
+    render: Callable[[Messages, str], Json]  # messages, system field -> input
+    system: str  # the input, or role, for system text; "": on top of the prompt
+    fields: Mapping[str, Field]
+    raw: Json = {}  # what makes the model take a prompt as it is
+    slots: Mapping[str, Slot] = {}  # by the type of part
+    prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
+    others: Mapping[str, Field] = {}  # inputs that OpenAI has no name for
+    required: tuple[str, ...] = ()  # inputs without which it does not run
+    is_language: bool = True
+
+
+# Where a model's own default is short (128 to 2,048 tokens), an answer would
+# break off in the middle for programs that name no limit: ask for more.
+LONG = 4096
+
+
+def same(*names: str) -> dict[str, Field]:
+    """Parameters that a family calls what OpenAI calls them."""
+    return {name: Field(name) for name in names}
+
+
+def limit(
+    name: str, low: int = 1, high: int | None = None, default: Any = LONG
+) -> dict[str, Field]:
+    return {"max_tokens": Field(name, low, high, default)}
+
+
+COMMA_STOP = {"stop": Field("stop_sequences", joined=",", kind="string")}
+
+PENALTIES = same("presence_penalty", "frequency_penalty")
+
+LLAMA = {
+    **same("temperature", "top_p", "top_k", "min_tokens"),
+    **PENALTIES,
+    **limit("max_tokens"),
+    **COMMA_STOP,
+}
+
+MISTRAL = {
+    "temperature": Field("temperature", 0.01, 5),
+    **same("top_p", "top_k", "seed"),
+    "min_tokens": Field("min_new_tokens", -1),
+    **limit("max_new_tokens"),
+    **COMMA_STOP,
+}
+
+LLAMA_2 = {**MISTRAL, "top_k": Field("top_k", 0)}
+
+LLAMA_2_7B = {**MISTRAL, "top_k": Field("top_k", -1), **same("repetition_penalty")}
+
+GRANITE = {
+    **same("temperature", "top_p", "top_k", "min_tokens", "seed", "stop"),
+    **PENALTIES,
+    **limit("max_completion_tokens"),
+}
+
+OPEN = {**same("temperature", "top_p"), **PENALTIES, **limit("max_tokens")}
+
+GPT_LIMIT = limit("max_completion_tokens", default=None)
+
+GPT_4 = {**same("temperature", "top_p"), **PENALTIES, **GPT_LIMIT}
+
+
+def effort(*choices: str, name: str = "reasoning_effort") -> dict[str, Field]:
+    return {"reasoning_effort": Field(name, choices=choices)}
+
+
+# Tokens to think with, as Google counts them behind an API like OpenAI's.
+BUDGETS = {
+    **dict.fromkeys(("none", "minimal"), 0),
+    "low": 1024,
+    "medium": 8192,
+    **dict.fromkeys(("high", "xhigh", "max"), 24576),
+}
+
+BUDGET = Field("thinking_budget", 0, 24576, kind="integer", words=BUDGETS)
+
+O_SERIES = {**GPT_LIMIT, **effort("low", "medium", "high")}
+
+GPT_5 = {**GPT_LIMIT, **same("verbosity"), **effort("minimal", "low", "medium", "high")}
+
+GPT_51 = {**GPT_5, **effort("none", "low", "medium", "high")}
+
+GPT_52 = {**GPT_5, **effort("none", "low", "medium", "high", "xhigh")}
+
+GPT_5_PRO = {**GPT_LIMIT, **same("verbosity")}
+
+GEMINI = {
+    "temperature": Field("temperature", 0, 2),
+    **same("top_p"),
+    **limit("max_output_tokens", 1, 65535, default=None),
+}
+
+GEMINI_25 = {**GEMINI, "reasoning_effort": BUDGET}
+
+GEMINI_3 = {**GEMINI, **effort("low", "high", name="thinking_level")}
+
+GEMINI_31 = {**GEMINI, **effort("low", "medium", "high", name="thinking_level")}
+
+STRUCTURED = {**GPT_5, **limit("max_output_tokens", default=None)}
+
+IN_PLACE = {"image_url": Slot("", 100)}
+
+ONE_IMAGE = {"image_url": Slot("image")}
+
+IMAGES = {"image_url": Slot("images", 10, as_list=True)}
+
+IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
+
+FAMILIES = {
+    "llama-2-7b": Family(
+        r"meta/llama-2-7b-chat", render_llama_2, "system_prompt", LLAMA_2_7B
+    ),
+    "llama-2": Family(
+        r"meta/llama-2-.*-chat", render_llama_2, "system_prompt", LLAMA_2
+    ),
+    "llama-3": Family(
+        r"meta/meta-llama-3.*-instruct", render_llama_3, "", LLAMA, AS_IT_IS
+    ),
+    "llama-4": Family(r"meta/llama-4-.*-instruct", render_llama_4, "", LLAMA, AS_IT_IS),
+    "gpt-5-structured": Family(
+        r"openai/gpt-5-structured",
+        render_response_items,
+        "instructions",
+        STRUCTURED,
+        slots={"image_url": Slot("image_input", 100, as_list=True)},
+    ),
+    "o1-mini": Family(r"openai/o1-mini", render_messages, "user", GPT_LIMIT),
+    "o-series": Family(
+        r"openai/o(1|3|3-mini|4-mini)",
+        render_messages,
+        "system",
+        O_SERIES,
+        slots=IN_PLACE,
+    ),
+    "gpt-5-pro": Family(
+        r"openai/gpt-5-pro", render_messages, "system", GPT_5_PRO, slots=IN_PLACE
+    ),
+    "gpt-5.1": Family(
+        r"openai/gpt-5\.1", render_messages, "system", GPT_51, slots=IN_PLACE
+    ),
+    "gpt-5.2": Family(
+        r"openai/gpt-5\.\d", render_messages, "system", GPT_52, slots=IN_PLACE
+    ),
+    "gpt-5": Family(
+        r"openai/gpt-5(-mini|-nano)?", render_messages, "system", GPT_5, slots=IN_PLACE
+    ),
+    "kimi-k2.5": Family(
+        r"moonshotai/kimi-k2\.5",
+        render_transcript,
+        "",
+        {**OPEN, **limit("max_tokens", 1, 131072)},
+        slots=ONE_IMAGE,
+    ),
+    "deepseek-v3.1": Family(
+        r"deepseek-ai/deepseek-v3\.1",
+        render_transcript,
+        "",
+        {**OPEN, **effort("None", "medium", name="thinking")},
+    ),
+    "open": Family(
+        r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
+        r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
+        render_transcript,
+        "",
+        OPEN,
+    ),
+    "gpt-4": Family(
+        r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)",
+        render_messages,
+        "system",
+        GPT_4,
+        slots=IN_PLACE,
+    ),
+    "claude-3.5": Family(
+        r"anthropic/claude-(3\.5-|4\.5-haiku).*",
+        render_transcript,
+        "system_prompt",
+        limit("max_tokens", 1, 8192, default=None),
+    ),
+    "claude": Family(
+        r"anthropic/claude-.*",
+        render_transcript,
+        "system_prompt",
+        limit("max_tokens", 1024, 64000, default=None),
+        slots=ONE_IMAGE,
+    ),
+    "gemini-3.1": Family(
+        r"google/gemini-3\.1-(pro|flash)",
+        render_transcript,
+        "system_instruction",
+        GEMINI_31,
+        slots=IMAGES_AND_SOUND,
+    ),
+    "gemini-3": Family(
+        r"google/gemini-3-(pro|flash)",
+        render_transcript,
+        "system_instruction",
+        GEMINI_3,
+        slots=IMAGES_AND_SOUND,
+    ),
+    "gemini": Family(
+        r"google/gemini-2\.5-flash",
+        render_transcript,
+        "system_instruction",
+        GEMINI_25,
+        slots=IMAGES,
+    ),
+    "granite": Family(
+        r"ibm-granite/granite-3\.[012]-.*-instruct",
+        render_transcript,
+        "system_prompt",
+        LLAMA,
+    ),
+    "granite-messages": Family(
+        r"ibm-granite/granite-(3\.3-8b-instruct|4\.0-h-small)",
+        render_text_messages,
+        "system",
+        GRANITE,
+    ),
+    "mistral": Family(r"mistralai/mistral-7b-v0\.1", render_transcript, "", MISTRAL),
+}
+
+PLAIN = Family("", render_transcript, "", {})
+
+
+def find_family(model: Model) -> Family:
+    if model.config.family:
+        return FAMILIES[model.config.family]
+    return row_of(model.owner_and_name)
+
+
+@lru_cache(1000)  # a call looks for one
+def row_of(name: str) -> Family:
+    matching = (
+        family
+        for family in FAMILIES.values()
+        if re.fullmatch(family.pattern, name, re.IGNORECASE)
+    )
+    return next(matching, PLAIN)
+
+
+# -- Native --------------------------------------------------------------------
+#
+# Some models take tools, calls in the history and formats as inputs: they are
+# given them so. All else is the same, as what they answer is text that has to
+# be heard: in which form Replicate tells a call of theirs is not documented.
+# To add a kind of model: a row in NATIVE, by its layout.
+
+
+class Native(NamedTuple):
+    """The inputs in which a model takes what others are told in words."""
+
+    tool: Callable[[Tool], Json]  # one of the input `tools`
+    format_name: str
+    format: Callable[[ResponseFormat], Json]
+
+
+def chat_tool(tool: Tool) -> Json:
+    """OpenAI's own object, of chat completions …"""
+    return {"type": "function", "function": without_empty(tool._asdict())}
+
+
+def response_tool(tool: Tool) -> Json:
+    """… and of responses."""
+    return {"type": "function", **without_empty(tool._asdict())}
+
+
+def granite_format(format: ResponseFormat) -> Json:
+    """OpenAI's own object: ibm-granite/granite-3.3 and later take it so."""
+    if not format.name:
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": named_schema(format)}
+
+
+def structured_schema(format: ResponseFormat) -> Json:
+    """What openai/gpt-5-structured calls json_schema: as the Responses API has it."""
+    if not format.name:
+        return {"format": {"type": "json_object"}}
+    return {"format": {"type": "json_schema", **named_schema(format)}}
+
+
+def named_schema(format: ResponseFormat) -> Json:
+    described = {"description": format.description} if format.description else {}
+    return {
+        "name": format.name,
+        **described,
+        "schema": format.schema,
+        "strict": format.strict,
+    }
+
+
+NATIVE: dict[Any, Native] = {
+    render_text_messages: Native(chat_tool, "response_format", granite_format),
+    render_response_items: Native(response_tool, "json_schema", structured_schema),
+}
+
+
+def asked_for(body: Json, family: Family, wanted: Wanted) -> Json:
+    """A call as this family has to be told of what is wanted."""
+    native = NATIVE.get(family.render)
+    history = tools_history if native else plain_history
+    inputs = native_inputs(native, wanted) if native else {}
+    return {
+        **body,
+        "messages": [*taught(wanted, bool(native)), *history(body["messages"])],
+        "replicate": {**inputs, **body["replicate"]},
+    }
+
+
+def native_inputs(native: Native, wanted: Wanted) -> Json:
+    inputs: Json = {}
+    if wanted.toolbox:
+        inputs["tools"] = [native.tool(tool) for tool in wanted.toolbox.tools]
+    if wanted.format:
+        inputs[native.format_name] = native.format(wanted.format)
+    return inputs
+
+
+def taught(wanted: Wanted, is_native: bool) -> Messages:
+    """What a model has to be told in words."""
+    toolbox, format = wanted
+    told = []
+    if toolbox:
+        told += [tool_demands(toolbox) if is_native else tool_instructions(toolbox)]
+    if format and not is_native:
+        told += [json_instructions(format)]
+    return [{"role": "system", "content": text} for text in told if text]
+
+
+# -- Input schemas -------------------------------------------------------------
 #
 # A family read from the model's own input schema, for the models that have no
 # row and for what a row does not name. Nothing in a schema is sure to be there
 # or to be of its type. To add a name that models use for a parameter: a word in
 # SYNONYMS.
+# Which family a call gets: its model's row, or what the model says of itself,
+# which is looked up no oftener than it must be, once for all who ask together.
 
 
 class Synonyms(NamedTuple):
@@ -1521,7 +2165,9 @@ def kinds(words: str) -> frozenset[str]:
 
 
 TEXT, WORD = kinds("string"), kinds("string word")
+
 WHOLE, REAL = kinds("integer number"), kinds("number")
+
 FILES = kinds("file files string strings array")
 
 # What carries the conversation …
@@ -1538,7 +2184,9 @@ CONVERSATION = {
         "instructions system pre_prompt",
     ),
 }
+
 SYSTEM_NAMES = CONVERSATION["system"].names.split()
+
 # … what is attached to it, by the type of part …
 ATTACHED = {
     "image_url": Synonyms(
@@ -1550,6 +2198,7 @@ ATTACHED = {
     ),
     "file": Synonyms(FILES, "file files pdf document documents input_file"),
 }
+
 # … and what OpenAI has a parameter for.
 SYNONYMS = {
     "max_tokens": Synonyms(
@@ -1573,28 +2222,22 @@ SYNONYMS = {
     ),
     "verbosity": Synonyms(WORD, "verbosity"),
 }
+
 GRADED = {"reasoning_effort": EFFORTS, "verbosity": VERBOSITIES}
 
 NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
+
 DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
 
 MANY = 100  # attachments, where the schema sets no bound
+
 MAX_HOPS = 8  # from a schema to what it refers to
+
 ALTERNATIVES = ("anyOf", "oneOf")
+
 JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object")
+
 TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
-
-
-def as_object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def without(object: Json, names: Collection[str]) -> Json:
-    return {name: value for name, value in object.items() if name not in names}
 
 
 def resolve(schema: Any, schemas: Json) -> Json:
@@ -1659,7 +2302,7 @@ def read_inputs(inputs: Json, schemas: Json) -> Family | None:
     talk = find_inputs(CONVERSATION, offered, needed)
     if not talk.keys() & {"messages", "prompt"}:
         return None
-    family = lay_out_family(talk, needed)
+    family = family_of_schema(talk, needed)
     parameters = {
         parameter: own
         for parameter, own in find_inputs(SYNONYMS, offered, needed).items()
@@ -1712,19 +2355,21 @@ def is_needed(name: str, schema: Json, inputs: Json) -> bool:
     return name in as_list(inputs.get("required")) and "default" not in schema
 
 
-def lay_out_family(talk: Mapping[str, str], needed: Sequence[str]) -> Family:
+def family_of_schema(talk: Mapping[str, str], needed: Sequence[str]) -> Family:
     """Messages as they are, where they alone will do; else a transcript."""
     prompt = talk.get("prompt", "")
     if "messages" in talk and prompt not in needed:
-        return Family("", lay_out_messages, "system", {}, prompt=prompt)
-    lay_out = partial(lay_out_under, prompt) if prompt != "prompt" else PLAIN.lay_out
-    return Family("", lay_out, talk.get("system", ""), {}, prompt=prompt)
+        return Family("", render_messages, "system", {}, prompt=prompt)
+    render = (
+        partial(render_transcript_as, prompt) if prompt != "prompt" else PLAIN.render
+    )
+    return Family("", render, talk.get("system", ""), {}, prompt=prompt)
 
 
-def lay_out_under(prompt: str, messages: Messages, system: str) -> Json:
+def render_transcript_as(prompt: str, messages: Messages, system: str) -> Json:
     """A transcript for a model with its own name for the prompt."""
-    laid_out = lay_out_transcript(messages, system)
-    return {prompt if name == "prompt" else name: v for name, v in laid_out.items()}
+    rendered = render_transcript(messages, system)
+    return {prompt if name == "prompt" else name: v for name, v in rendered.items()}
 
 
 def read_field(parameter: str, name: str, schema: Json) -> Field:
@@ -1774,7 +2419,7 @@ def read_slots(
 ) -> dict[str, Slot]:
     """Where attachments go: for images among messages, in their place there."""
     slots = {kind: read_slot(name, known[name]) for kind, name in found.items()}
-    in_place = family.lay_out is lay_out_messages and "image_url" in slots
+    in_place = family.render is render_messages and "image_url" in slots
     return {**slots, **IN_PLACE} if in_place else slots
 
 
@@ -1796,15 +2441,14 @@ def read_others(
     }
 
 
-# == Lookups ===================================================================
-#
-# Which family a call gets: its model's row, or what the model says of itself,
-# which is looked up no oftener than it must be, once for all who ask together.
-
 SCHEMA_LASTS = 3600  # seconds, for one that was read …
+
 RETRY_AFTER = 60  # … and for one that could not be
+
 MOST_SCHEMAS = 1000
+
 OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
+
 DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
@@ -1814,7 +2458,7 @@ def merge(row: Family, read: Family | None) -> Family:
         return row
     taken = {field.name for field in row.fields.values()}
     others = {name: f for name, f in read.others.items() if name not in taken}
-    in_place = row.lay_out is lay_out_messages
+    in_place = row.render is render_messages
     slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
     return row._replace(
         fields={**read.fields, **row.fields},
@@ -1832,7 +2476,7 @@ class Inquiry:
         self.done = threading.Event()
 
 
-class Schemas:
+class SchemaCache:
     """Families by ref, each read once and kept for an hour."""
 
     def __init__(
@@ -1893,7 +2537,7 @@ class Schemas:
 
 
 def family_for(
-    model: Model, body: Json, attached: set[str], schemas: Schemas
+    model: Model, body: Json, attached: set[str], schemas: SchemaCache
 ) -> Family:
     """Its row if that says all the call needs, so that a known model costs no GET."""
     row = find_family(model)
@@ -1917,7 +2561,7 @@ def says_all(row: Family, body: Json, attached: set[str]) -> bool:
     return not unknown and attached <= row.slots.keys()
 
 
-# == Inputs ====================================================================
+# -- Prediction inputs ---------------------------------------------------------
 #
 # A call in the terms of its model: what Replicate is given, and what must be
 # known of it to tell its answer.
@@ -1926,7 +2570,7 @@ def says_all(row: Family, body: Json, attached: set[str]) -> bool:
 LONGEST = 6 * 2**20  # users report that Replicate interrupts what is larger
 
 
-class Order(NamedTuple):
+class PredictionInput(NamedTuple):
     """What Replicate is to run."""
 
     model: Model
@@ -1936,17 +2580,19 @@ class Order(NamedTuple):
     limit: int | None  # of tokens, as it was sent
     cut: int | None  # of tokens, where the client's limit is below the model's least
     echo: bool = False  # say the prompt before the answer
-    again: Callable[[str, str], Order] | None = None  # by what was said, and what to do
+    again: Callable[[str, str], PredictionInput] | None = (
+        None  # by what was said, and what to do
+    )
 
 
-def chat_order(body: Json, model: Model, family: Family) -> Order:
+def build_chat_input(body: Json, model: Model, family: Family) -> PredictionInput:
     body, model = with_system_texts(body, model)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
-    laid_out = {
-        **family.lay_out(unplaced(body["messages"], family.slots), family.system),
+    rendered = {
+        **family.render(unplaced(body["messages"], family.slots), family.system),
         **place(attachments(body["messages"]), family.slots),
     }
-    asked = order(body, model, family, laid_out, prompt)
+    asked = order(body, model, family, rendered, prompt)
     return asked._replace(again=partial(chat_again, body, model, family))
 
 
@@ -1966,31 +2612,35 @@ def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
     return {**body, "messages": messages}, replace(model, config=config)
 
 
-def chat_again(body: Json, model: Model, family: Family, said: str, what: str) -> Order:
+def chat_again(
+    body: Json, model: Model, family: Family, said: str, what: str
+) -> PredictionInput:
     """The same order, with a first answer to it and what is to be done about that."""
     answer = {"role": "assistant", "content": said}
     messages = [*body["messages"], answer, {"role": "user", "content": what}]
-    return chat_order({**body, "messages": messages}, model, family)
+    return build_chat_input({**body, "messages": messages}, model, family)
 
 
-def completion_order(body: Json, model: Model, family: Family, prompt: str) -> Order:
-    laid_out = lay_out_prompt(family, prompt)
-    asked = order(body, model, family, laid_out, prompt)
+def build_completion_input(
+    body: Json, model: Model, family: Family, prompt: str
+) -> PredictionInput:
+    rendered = render_prompt(family, prompt)
+    asked = order(body, model, family, rendered, prompt)
     return asked._replace(echo=body["echo"])
 
 
 def order(
-    body: Json, model: Model, family: Family, laid_out: Json, prompt: str
-) -> Order:
+    body: Json, model: Model, family: Family, rendered: Json, prompt: str
+) -> PredictionInput:
     too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
     short_enough = len(prompt.encode()) <= LONGEST
     param = "messages" if "messages" in body else "prompt"
     require(short_enough, too_long, code="context_length_exceeded", param=param)
     fields = {**family.others, **family.fields}
-    asked = tame(asked_of(body, fields), model.config)
+    asked = apply_model_config(asked_of(body, fields), model.config)
     input = {  # what comes later counts
         **bounded(asked, fields),
-        **laid_out,
+        **rendered,
         **model.config.input,
         **body["replicate"],
     }
@@ -1999,20 +2649,9 @@ def order(
     limit = input.get(fields["max_tokens"].name) if "max_tokens" in fields else None
     limit = limit if type(limit) is int else None  # `replicate` may hold anything
     short = asked["max_tokens"] and limit and asked["max_tokens"] < limit
-    return Order(
+    return PredictionInput(
         model, input, names, prompt, limit, asked["max_tokens"] if short else None
     )
-
-
-def attachments(messages: Messages) -> list[tuple[str, str]]:
-    """What messages hold besides text, in order: the type of a part, and its URL."""
-    return [
-        (part["type"], url_of(part))
-        for message in messages
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] not in WORDS
-    ]
 
 
 def check_places(attached: list[tuple[str, str]], model: Model, family: Family) -> None:
@@ -2071,7 +2710,7 @@ def asked_of(body: Json, wanted: Mapping[str, Field]) -> Json:
     return asked
 
 
-def tame(asked: Json, config: ModelConfig) -> Json:
+def apply_model_config(asked: Json, config: ModelConfig) -> Json:
     """The parameters after the operator's word on them in models.json."""
     limits = (asked.get("max_tokens"), config.max_tokens)
     temperature = asked.get("temperature")
@@ -2132,12 +2771,15 @@ CASTS: dict[str, Callable[[Any], Any]] = {
     "array": listed,
     "object": lambda value: value if isinstance(value, dict) else None,
 }
+
 # … and the type of what a checked parameter holds: stop strings are a list by then.
 JSON_KINDS = {STRING: "string", INTEGER: "integer", NUMBER: "number"}
+
 KIND_OF = {
     **{name: JSON_KINDS.get(param.kinds, "") for name, param in SAMPLING.items()},
     "stop": "array",
 }
+
 ARTICLES = {"integer": "an", "array": "an", "object": "an"}
 
 
@@ -2160,11 +2802,11 @@ def choose(name: str, value: Any, choices: Sequence[Any], scale: Sequence[str]) 
     return min(graded, key=lambda word: abs(scale.index(word.lower()) - rank))
 
 
-def lay_out_prompt(family: Family, prompt: str) -> Json:
+def render_prompt(family: Family, prompt: str) -> Json:
     """A bare prompt as it is, or as the one message of a model that takes no other."""
     if family.prompt:
         return {family.prompt: prompt, **family.raw}
-    return family.lay_out([{"role": "user", "content": prompt}], family.system)
+    return family.render([{"role": "user", "content": prompt}], family.system)
 
 
 def require_inputs(model: Model, family: Family, input: Json) -> None:
@@ -2186,19 +2828,10 @@ def require_inputs(model: Model, family: Family, input: Json) -> None:
     )
 
 
-def wrap(value: Any, low: float | None, high: float | None) -> Any:
-    """Seeds that differ still do, within bounds."""
-    if low is None or high is None:
-        return clamp(value, low, high)
-    return low + (value - low) % (high - low + 1)
+# ==== 4. PREDICTIONS ==========================================================
 
 
-def clamp(value: Any, low: float | None, high: float | None) -> Any:
-    raised = value if low is None else max(value, low)
-    return raised if high is None else min(raised, high)
-
-
-# == Events ====================================================================
+# -- Events --------------------------------------------------------------------
 #
 # The narrow waist: one Started, then Thoughts, Texts and ToolCalls (each with its
 # Arguments), then one Done; or it is cut short by an APIError. Upstream makes them
@@ -2230,7 +2863,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Thought:
+class Reasoning:
     text: str  # of its reasoning
 
 
@@ -2255,10 +2888,9 @@ class Done:
     usage: Usage = Usage()
 
 
-CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
-Event = Started | Thought | Text | ToolCall | Arguments | Done
-Events = Generator[Event, None, None]
+Event = Started | Reasoning | Text | ToolCall | Arguments | Done
 
+Events = Generator[Event, None, None]
 
 ALPHABET = string.ascii_letters + string.digits
 
@@ -2266,6 +2898,1413 @@ ALPHABET = string.ascii_letters + string.digits
 def random_id(prefix: str, length: int) -> str:
     picks = secrets.token_bytes(length)
     return prefix + "".join([ALPHABET[pick % len(ALPHABET)] for pick in picks])
+
+
+# -- Cancellation --------------------------------------------------------------
+#
+# A call in the air: whoever works for it may simply block, as a hang-up or the
+# end of the server wakes it and raises in it. That is what cancels predictions.
+
+
+class ClientDisconnected(Exception):
+    """The client has left: nobody is there to be told anything."""
+
+
+class Cancellation:
+    """Why a call has to stop, once it has, and how to wake those who work for it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.cause: Exception | None = None
+        self.wakers: list[Callable[[], None]] = []
+
+    def cancel(self, cause: Exception) -> None:
+        with self.lock:
+            if self.cause:
+                return
+            self.cause = cause
+            for wake in self.wakers:
+                with suppress(Exception):  # those after it must wake too
+                    wake()
+
+    def check(self) -> None:
+        """Raise the cause if the call has to stop."""
+        if self.cause:
+            raise self.cause
+
+    def sleep(self, seconds: float) -> None:
+        woken = threading.Event()
+        with self.on_cancel(woken.set):
+            woken.wait(seconds)
+        self.check()
+
+    @contextmanager
+    def on_cancel(self, wake: Callable[[], None]) -> Iterator[None]:
+        """Have `wake` called, in the meantime, if the call has to stop."""
+        with self.lock:
+            self.check()
+            self.wakers.append(wake)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.wakers.remove(wake)
+
+
+# -- HTTP client ---------------------------------------------------------------
+#
+# The head of an HTTP message, of a client's or of Replicate's, read strictly: what
+# can be read in two ways lets one message hide in another. email.parser, by which
+# http.server and http.client read one, is not strict, and takes ten times as long.
+# What a host of Replicate's answers on a connection, in pieces as they come. For
+# http.client each chunk is a piece: here tokens that came together stay together.
+# ConnectionPool to Replicate's hosts, kept for the next request. httpx's own pool is
+# quadratic in its connections, and takes more than twice the CPU for a request.
+# A GET is safe to repeat; a POST is not.
+# Replicate's event streams: this is where a proxy spends its time, token by token.
+# A stream read to its end leaves its connection for the next one.
+
+
+MAX_HEAD = 65536
+
+HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
+
+ONCE = frozenset(("content-length", "transfer-encoding", "host", "authorization"))
+
+
+class BadHead(http.client.HTTPException):
+    """What is wrong with a head, as the end of a sentence."""
+
+
+def read_headers(lines: Iterable[bytes]) -> dict[str, str]:
+    """Names in lower case; what several by one name say is joined."""
+    text = b"".join(line + b"\r\n" for line in lines)
+    if not HEADERS.fullmatch(text):
+        raise BadHead("a header is not of the form Name: value")
+    headers: dict[str, str] = {}
+    for line in text.decode("latin-1").split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers and name in ONCE:
+            raise BadHead(f"it has two headers {name}")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def read_length(headers: Mapping[str, str]) -> int | None:
+    """How long the body is, if there is a word of it."""
+    length = headers.get("content-length")
+    if length is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,18}", length):
+        raise BadHead("its Content-Length is not a number")
+    return int(length)
+
+
+STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9]\d\d)(?: .*)?")
+
+# What stands before a chunk ends the one before it; the first has none.
+CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
+
+LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
+
+UNDECIDED = re.compile(  # as it is cut off in the middle
+    rb"\r?\Z|\r\n[0-9A-Fa-f]*[ \t]*(?:;.*)?\r?\Z|\r\n0+[ \t]*(?:;.*)?\r\n"
+)
+
+BODILESS = (204, 304)
+
+READ_MOST = 8192  # bytes, at the most, of one read
+
+Pieces = Generator[bytes, None, bytes]  # and, at the end, what came beyond
+
+
+def unchunked(pieces: Iterable[bytes]) -> Pieces:
+    """What is in the chunks, with no regard to where they begin and end."""
+    data, left = b"\r\n", 0  # to come of a chunk
+    for piece in pieces:
+        data, at, told = data + piece, 0, []
+        while at < len(data):
+            if not left:
+                if not (head := CHUNK_HEAD.match(data, at)):
+                    break
+                at, left = head.end(), int(head[1], 16)
+            told.append(data[at : at + left])
+            at += len(told[-1])
+            left -= len(told[-1])
+        if told:
+            yield b"".join(told)
+        data = data[at:]
+        if not left and (beyond := beyond_last(data)) is not None:
+            return beyond
+    raise http.client.IncompleteRead(data)
+
+
+def beyond_last(data: bytes) -> bytes | None:
+    """What follows the last chunk, if that is here. Raise BadHead if it is no chunk."""
+    if last := LAST_CHUNK.match(data):
+        return data[last.end() :]
+    if not UNDECIDED.match(data) or len(data) > MAX_HEAD:
+        raise BadHead("a chunk has no size")
+    return None
+
+
+def cut_off(pieces: Iterable[bytes], length: int) -> Pieces:
+    """The first so many bytes, of which there is one at least."""
+    for piece in pieces:
+        yield piece[:length]
+        length -= len(piece)
+        if length <= 0:
+            return piece[len(piece) + length :]
+    raise http.client.IncompleteRead(b"", length)
+
+
+class Answer:
+    """An answer whose head was read. All here raises OSError or HTTPException."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.buffer = memoryview(bytearray(READ_MOST))  # new ones would leave holes
+        self.unread = b""
+        first, *lines = self.read_head()
+        while first.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # there is more to come
+            first, *lines = self.read_head()
+        self.status = read_status(first)
+        self.headers = read_headers(lines)
+        self.keeps = first[:8] == b"HTTP/1.1" and "close" not in self.says("connection")
+        self.is_over = False
+        self.body = self.read_body()
+
+    def says(self, header: str) -> str:
+        return self.headers.get(header, "").lower()
+
+    def receive(self) -> bytes:
+        """A time-out is one, by whomever: see `block`."""
+        try:
+            return bytes(self.buffer[: self.sock.recv_into(self.buffer)])
+        except BlockingIOError:
+            raise TimeoutError("nothing came in time") from None
+
+    def read_head(self) -> list[bytes]:
+        while b"\r\n\r\n" not in self.unread:
+            piece = self.receive()
+            if not piece and not self.unread:
+                raise http.client.RemoteDisconnected("it ended without an answer")
+            if not piece or len(self.unread) > MAX_HEAD:
+                raise http.client.BadStatusLine(repr(self.unread[:80]))
+            self.unread += piece
+        head, _, self.unread = self.unread.partition(b"\r\n\r\n")
+        return head.split(b"\r\n")
+
+    def read_body(self) -> Iterator[bytes]:
+        """`is_over` tells those who read it to its end that it was."""
+        pieces, coding = self.pieces(), self.says("transfer-encoding")
+        length = 0 if self.status in BODILESS else read_length(self.headers)
+        if coding and (coding != "chunked" or length is not None):
+            raise BadHead("its length is told in two ways, or in one that is not known")
+        if coding:
+            beyond = yield from unchunked(pieces)
+        elif length == 0:
+            beyond = self.unread
+        elif length is not None:
+            beyond = yield from cut_off(pieces, length)
+        else:
+            yield from pieces
+            beyond = b"its end is that of the connection"
+        self.is_over = True
+        self.keeps = self.keeps and not beyond
+
+    def pieces(self) -> Iterator[bytes]:
+        piece = self.unread or self.receive()
+        while piece:
+            yield piece
+            piece = self.receive()
+
+
+def read_status(line: bytes) -> int:
+    if not (match := STATUS_LINE.fullmatch(line)):
+        raise http.client.BadStatusLine(repr(line[:80]))
+    return int(match[1])
+
+
+MOST_IDLE = 100  # connections to one host
+
+Origin = tuple[str, str]  # scheme, and host with port
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+
+class NotConnected(OSError):
+    """Nothing was sent, as there was no way there."""
+
+
+class ConnectionPool:
+    """Idle connections, of which the last used is taken first."""
+
+    def __init__(
+        self, timeouts: Timeouts, tls: ssl.SSLContext, keep: float = 60
+    ) -> None:
+        self.timeouts = timeouts
+        self.tls = tls
+        self.keep = keep  # seconds that a connection may be idle
+        self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
+
+    def ways(self, origin: Origin) -> Iterator[socket.socket]:
+        """An idle connection if there is one, then a new one. Raise NotConnected."""
+        if idle := self.take(origin):
+            yield idle
+        connection = prepare(origin, self.timeouts.connect, self.tls)
+        try:
+            connection.connect()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise NotConnected(repr(error)) from error
+        block(connection.sock, socket.SO_SNDTIMEO, self.timeouts.create)
+        yield connection.sock
+
+    def take(self, origin: Origin) -> socket.socket | None:
+        idle = self.idle[origin]
+        self.trim(idle)
+        with suppress(IndexError):  # another thread was faster
+            while sock := idle.pop()[1]:
+                if not has_input(sock):
+                    return sock
+                sock.close()  # as the other side has done
+        return None
+
+    def ask(
+        self,
+        origin: Origin,
+        method: str,
+        request: bytes,
+        timeout: float,
+        cancellation: Cancellation,
+    ) -> Answer:
+        """Raise OSError or HTTPException: NotConnected if nothing was sent."""
+        failure: Exception = NotConnected("no way there")
+        for sock in self.ways(origin):
+            try:
+                with cancellation.on_cancel(partial(shut, sock)):
+                    return exchange(sock, request, timeout)
+            except (OSError, http.client.HTTPException) as error:
+                failure = error
+                cancellation.check()
+                if method != "GET" or isinstance(error, TimeoutError):
+                    break
+            except Exception:  # the call has stopped
+                sock.close()
+                raise
+        raise failure
+
+    def put_back(self, origin: Origin, answer: Answer) -> None:
+        """Keep the connection if the answer's last bytes are here already."""
+        sock = answer.sock
+        with suppress(OSError, http.client.HTTPException):
+            if not answer.is_over:
+                sock.settimeout(0.001)
+                for _ in islice(answer.body, 2):  # a little, and then its end
+                    pass
+            if answer.is_over and answer.keeps:
+                idle = self.idle[origin]
+                idle.append((time.monotonic(), sock))
+                self.trim(idle)
+                return
+        sock.close()
+
+    def trim(self, idle: deque[tuple[float, socket.socket]]) -> None:
+        """Close what is too old, or too much."""
+        oldest = time.monotonic() - self.keep
+        with suppress(IndexError):
+            while idle[0][0] <= oldest or len(idle) > MOST_IDLE:
+                idle.popleft()[1].close()
+
+    def close(self) -> None:
+        for idle in list(self.idle.values()):
+            while idle:
+                with suppress(IndexError):
+                    idle.pop()[1].close()
+
+
+# The headers of an answer that the library or we look at.
+KEPT = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
+
+
+class ReplicateTransport(httpx.Client):
+    """What the library sends by: httpx, without what Replicate's API has no use for."""
+
+    def __init__(self, connections: ConnectionPool) -> None:
+        super().__init__(transport=httpx.BaseTransport())  # which is never used
+        self.connections = connections
+
+    def build_request(
+        self, method: str, url: httpx.URL | str, *, timeout: Any = None, **given: Any
+    ) -> httpx.Request:
+        given["extensions"] = {"timeout": timeout}  # to read
+        return httpx.Request(method, url, **given)
+
+    def send(self, request: httpx.Request, **_: Any) -> httpx.Response:
+        """Raise what `ask` raises, which the library calls a connection error."""
+        url, headers = request.url, request.headers.raw
+        origin = url.scheme, url.netloc.decode()
+        asked = request_head(request.method, url.raw_path, headers) + request.read()
+        timeout = request.extensions["timeout"]
+        answer = self.connections.ask(
+            origin, request.method, asked, timeout, Cancellation()
+        )
+        try:
+            content = b"".join(answer.body)
+        finally:
+            self.connections.put_back(origin, answer)
+        kept = {name: answer.says(name) for name in KEPT if name in answer.headers}
+        return httpx.Response(
+            answer.status, headers=kept, content=content, request=request
+        )
+
+
+def request_head(method: str, target: bytes, headers: Headers) -> bytes:
+    """Raise HTTPException for what would end a line before its end."""
+    lines = [b"%b %b HTTP/1.1" % (method.encode(), target)]
+    lines += [name + b": " + value for name, value in headers]
+    if re.search(rb"[\r\n\0]", b"".join(lines)):
+        raise http.client.InvalidURL("a line of the request has another in it")
+    return b"\r\n".join([*lines, b"", b""])
+
+
+def exchange(sock: socket.socket, request: bytes, timeout: float) -> Answer:
+    """Send a request and read the head of its answer; the body is read by others."""
+    try:
+        block(sock, socket.SO_RCVTIMEO, timeout)
+        sock.sendall(request)
+        return Answer(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def has_input(sock: socket.socket) -> bool:
+    """Whether something came that nobody asked for: most often, the end."""
+    if sock.gettimeout() or not DONT_WAIT:
+        sock.settimeout(0)
+    return peek(sock) is not None
+
+
+def peek(sock: socket.socket) -> bytes | None:
+    """What can be read, as it is on the wire: b"" is the end, None nothing yet."""
+    try:
+        return socket.socket.recv(sock, 1, socket.MSG_PEEK | DONT_WAIT)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none
+
+
+def shut(sock: socket.socket) -> None:
+    """End a read in another thread: plainly, as TLS would take its state apart."""
+    with suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def block(sock: socket.socket, option: int, seconds: float) -> None:
+    """Have the kernel end what takes too long: SO_RCVTIMEO a read, SO_SNDTIMEO a write.
+
+    With a time-out of Python's own, each piece is two system calls, and two turns at
+    the lock that all threads want. TLS knows no other, and Windows counts in
+    other units.
+    """
+    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    ours: float | None = seconds
+    if not isinstance(sock, ssl.SSLSocket) and os.name != "nt":
+        with suppress(OSError):  # where a time has another size
+            sock.setsockopt(socket.SOL_SOCKET, option, limit)
+            ours = None
+    if sock.gettimeout() != ours:  # to set one is a system call too
+        sock.settimeout(ours)
+
+
+def prepare(
+    origin: Origin, timeout: float, tls: ssl.SSLContext
+) -> http.client.HTTPConnection:
+    """Through HTTPS_PROXY where the environment names one, as the SDK does."""
+    url = urlsplit("://".join(origin))
+    host, port = url.hostname or "", url.port
+    if url.scheme == "http":
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+    proxy = find_proxy(host)
+    if not proxy.hostname:
+        return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
+    tunnel = http.client.HTTPSConnection(
+        proxy.hostname, proxy.port or 80, timeout=timeout, context=tls
+    )
+    tunnel.set_tunnel(host, port, headers=proxy_authorization(proxy))
+    return tunnel
+
+
+def find_proxy(host: str) -> SplitResult:
+    """Find the proxy on the way to a host, if there is one: http unless it says so."""
+    told = urllib.request.getproxies()
+    url = told.get("https") or told.get("all") or ""
+    if urllib.request.proxy_bypass(host):
+        url = ""
+    return urlsplit(url if "://" in url else f"//{url}")
+
+
+def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
+    if not proxy.username:
+        return {}
+    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
+
+
+# The fields that count, and the comment that ends a stream without an end.
+FIELD = re.compile(rb"(?m)^(?:(data|event)(?::[ ]?(.*))?|(:408).*)$")
+
+
+class ServerSentEvent(NamedTuple):
+    event: str
+    data: str
+
+    @property
+    def is_output(self) -> bool:
+        return self.event == "output" and self.data != ""
+
+
+TIMED_OUT = ServerSentEvent(":408", "")
+
+
+def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
+    """Decode an event stream (Replicate's docs, "Streaming"), however it is cut up.
+
+    What came together is told together.
+    """
+    for blocks in split_blocks(pieces):
+        said = [event for event in map(read_block, blocks) if event]
+        if TIMED_OUT in said:
+            yield said[: said.index(TIMED_OUT)]
+            return
+        yield said
+
+
+def split_blocks(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """What ends in an empty line. LF, CRLF and CR end a line, and nothing else does."""
+    rest, after_cr = b"", False
+    for piece in pieces:
+        fresh = piece[1:] if after_cr and piece.startswith(b"\n") else piece
+        after_cr = piece.endswith(b"\r")
+        if b"\r" in fresh:
+            fresh = fresh.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *blocks, rest = (rest + fresh).split(b"\n\n")
+        yield blocks
+
+
+def read_block(block: bytes) -> ServerSentEvent | None:
+    event, data = b"", []
+    for name, value, timed_out in FIELD.findall(block):
+        if timed_out:
+            return TIMED_OUT
+        if name == b"data":
+            data.append(value)
+        else:
+            event = value
+    if not data and not event:
+        return None
+    text = b"\n".join(data).decode("utf-8", "replace")
+    return ServerSentEvent(event.decode("utf-8", "replace"), text)
+
+
+class StreamBroken(Exception):
+    """A stream ended before its end."""
+
+
+class StreamRefused(Exception):
+    """A stream could not be had at all."""
+
+
+@contextmanager
+def open_stream(
+    connections: ConnectionPool, url: str, headers: Headers, cancellation: Cancellation
+) -> Iterator[Iterator[bytes]]:
+    """Read a stream in pieces. Raise StreamRefused now or StreamBroken later."""
+    origin = urlsplit(url)[:2]
+    answer = ask_for_stream(connections, url, headers, cancellation)
+    try:
+        kind = answer.says("content-type")
+        if answer.status != 200 or not kind.startswith("text/event-stream"):
+            raise StreamRefused(f"status {answer.status}, type {kind!r}")
+        with cancellation.on_cancel(partial(shut, answer.sock)):
+            yield answer.body
+    except (OSError, http.client.HTTPException) as error:
+        raise StreamBroken(repr(error)) from error
+    finally:
+        connections.put_back(origin, answer)
+
+
+def ask_for_stream(
+    connections: ConnectionPool, url: str, headers: Headers, cancellation: Cancellation
+) -> Answer:
+    asked, timeout = urlsplit(url), connections.timeouts.stream
+    target = asked._replace(scheme="", netloc="", fragment="").geturl() or "/"
+    host = b"Host", asked.netloc.encode()
+    try:
+        head = request_head("GET", target.encode(), [host, *headers])
+        return connections.ask(asked[:2], "GET", head, timeout, cancellation)
+    except TimeoutError as error:
+        raise StreamBroken(repr(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise StreamRefused(repr(error)) from error
+
+
+# -- Replicate -----------------------------------------------------------------
+#
+# Replicate's API through its library, of which nothing else here knows, with
+# what it refuses in the client's terms. To add a refusal: a row in REFUSALS.
+# What the record of a prediction tells: its text, its tokens and its failure.
+# To add a way for one to fail: a row in FAILURES.
+
+
+TRUSTED_HOST = re.compile(r"(.+\.)?replicate\.(com|net|delivery)")
+
+
+class Refusal(NamedTuple):
+    status: int
+    code: str
+    message: str
+    headers: Mapping[str, str] = {}
+
+
+OUR_TOKEN = Refusal(
+    502,
+    "upstream_authentication",
+    "Replicate did not accept the proxy's token. Put a valid REPLICATE_API_TOKEN from "
+    "https://replicate.com/account/api-tokens into .env and start the proxy again.",
+    NO_RETRY,
+)
+
+UNAVAILABLE = Refusal(502, "upstream_unavailable", "Replicate could not run this.")
+
+ELSEWHERE = Refusal(
+    502,
+    "upstream_unavailable",
+    "Replicate's API is not where the proxy looks for it. Check REPLICATE_BASE_URL.",
+    NO_RETRY,
+)
+
+REFUSALS = {
+    **dict.fromkeys((301, 302, 303, 307, 308), ELSEWHERE),  # the token follows none
+    401: OUR_TOKEN,
+    403: OUR_TOKEN,
+    402: Refusal(
+        429,
+        "insufficient_quota",
+        "The proxy's Replicate account is out of credit. Its owner can add some at "
+        "https://replicate.com/account/billing.",
+        NO_RETRY,
+    ),
+    404: Refusal(404, "model_not_found", "Replicate does not know this model."),
+    413: Refusal(413, "invalid_value", "This is larger than Replicate takes."),
+    422: Refusal(400, "invalid_value", "The model refused an input."),
+    429: Refusal(429, "rate_limit_exceeded", "Replicate's rate limit is reached."),
+}
+
+REFUSED_FILES = {401, 402, 403, 413, 429}  # mean the same as for a prediction
+
+NOT_UPLOADED = (
+    "A file of this call could not be handed to Replicate. Nothing was run: try again."
+)
+
+AWAY = (OSError, http.client.HTTPException, httpx.HTTPError)  # no fault of ours
+
+WAITS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
+
+
+class ReplicateAPI:
+    """The SDK to create, look and cancel, over the connections that it streams from."""
+
+    def __init__(self, settings: Settings, timeouts: Timeouts) -> None:
+        self.token = settings.replicate_api_token.strip()
+        self.base = urlsplit(settings.replicate_base_url.rstrip("/"))
+        self.time_limit = settings.prediction_timeout
+        self.timeouts = timeouts
+        tls = httpx.create_ssl_context()  # takes 20 ms: one for all
+        self.connections = ConnectionPool(timeouts, tls)
+        self.url = self.base._replace(path=self.base.path or "/v1").geturl()
+        self.client = Replicate(
+            bearer_token=self.token,
+            base_url=self.url,
+            max_retries=0,  # a create would be a second bill
+            timeout=timeouts.create,
+            http_client=ReplicateTransport(self.connections),
+        )
+        self.versions: dict[str, str] = {}  # of community models: owner/name -> id
+
+    def close(self) -> None:
+        self.client.close()
+        self.connections.close()
+
+    def create(self, order: PredictionInput, wait: bool) -> Json:
+        """A create that was refused is sent again, with a community model's version."""
+        ref = order.model.ref
+        known = self.versions.get(ref, ref)
+        try:
+            return self.post(order, known, wait)
+        except APIError as error:
+            if error.code != "model_not_found":
+                raise
+            newest = self.find_version(ref)
+            if newest in (None, known):
+                raise
+        self.versions[ref] = newest
+        return self.post(order, newest, wait)
+
+    def post(self, order: PredictionInput, ref: str, wait: bool) -> Json:
+        is_deployed = ref.startswith("deployments/")
+        path = f"/{ref}/predictions" if is_deployed else "/predictions"
+        body = {"input": order.input, **({} if is_deployed else {"version": ref})}
+        headers = {"Cancel-After": f"{self.time_limit}s"}
+        if wait:
+            headers["Prefer"] = f"wait={self.timeouts.wait}"
+        with self.failures_told(order):
+            answer = self.submit(path, body=body, options={"headers": headers})
+            return read_prediction(read_object_of(answer, needs="id"))
+
+    def submit(self, path: str, **options: Any) -> Any:
+        """Not by the library's own objects, which would take half as long again."""
+        return self.client.post(f"{self.url}{path}", cast_to=httpx.Response, **options)
+
+    def fetch(self, path: str, timeout: float, needs: str = "") -> Json:
+        url, options = f"{self.url}{path}", cast(Any, {"timeout": timeout})
+        with self.failures_told():
+            answer = self.client.get(url, cast_to=httpx.Response, options=options)
+            return read_object_of(answer, needs)
+
+    def find_version(self, ref: str) -> str | None:
+        """The newest version of a community model, or None if it is none."""
+        if ":" not in ref and OWNED.fullmatch(ref):
+            with suppress(APIError):
+                found = self.fetch(f"/models/{ref}", self.timeouts.create)
+                return as_object(found.get("latest_version")).get("id")
+        return None
+
+    def find_schema(self, owner: str, name: str, version: str) -> Json:
+        """What a version says of itself, or the newest one; {} if it says nothing."""
+        path, timeout = f"/models/{owner}/{name}", self.timeouts.schema
+        if version:
+            with suppress(APIError):  # official ones list none
+                found = self.fetch(f"{path}/versions/{version}", timeout)
+                return as_object(found.get("openapi_schema"))
+        newest = as_object(self.fetch(path, timeout).get("latest_version"))
+        return as_object(newest.get("openapi_schema"))
+
+    def find_release(self, owner: str, name: str) -> str:
+        """The ref of what a deployment runs."""
+        found = self.fetch(f"/deployments/{owner}/{name}", self.timeouts.schema)
+        release = as_object(found.get("current_release"))
+        parts = filter(None, (release.get("model"), release.get("version")))
+        with self.failures_told():
+            if not OWNED.fullmatch(ref := ":".join(map(str, parts))):
+                raise NoObject("a deployment without a release")
+        return ref
+
+    def look(self, id: str) -> Json:
+        path = f"/predictions/{quote(id, safe='')}"
+        return read_prediction(self.fetch(path, self.timeouts.look, needs="id"))
+
+    def cancel(self, id: str) -> None:
+        path = f"/predictions/{quote(id, safe='')}/cancel"
+        with self.failures_told():
+            self.submit(path, options={"timeout": self.timeouts.look})
+
+    def upload(self, attached: Attachment) -> str:
+        """Give the link of a file of Replicate's."""
+        content = ("attachment", attached.content, attached.kind)
+        try:
+            made = self.client.files.with_raw_response.create(content=content)
+            return read_link(made)
+        except (ReplicateError, NoObject) as error:
+            raise not_uploaded(error, self.token) from None
+
+    def account(self) -> Json:
+        return self.fetch("/account", self.timeouts.create)
+
+    def open_stream(
+        self, url: str, cancellation: Cancellation
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        headers = [
+            (b"Authorization", f"Bearer {self.token}".encode()),
+            (b"Accept", b"text/event-stream"),
+            (b"Cache-Control", b"no-store"),
+        ]
+        return open_stream(self.connections, url, headers, cancellation)
+
+    def may_stream_from(self, url: str) -> bool:
+        """The token goes to Replicate's hosts alone, whatever an answer says."""
+        with suppress(ValueError):
+            asked = urlsplit(url)
+            if asked.hostname == self.base.hostname:
+                return asked.scheme in (self.base.scheme, "https")
+            trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
+            return bool(
+                trusted and asked.scheme == "https" and asked.port in (None, 443)
+            )
+        return False
+
+    @contextmanager
+    def failures_told(self, order: PredictionInput | None = None) -> Iterator[None]:
+        """Turn what the SDK raises into the client's terms."""
+        try:
+            yield
+        except APIStatusError as error:
+            raise refusal(error, order, self.token) from None
+        except (ReplicateError, NoObject) as error:
+            cause = error.__cause__
+            if isinstance(error, APIConnectionError) and not isinstance(cause, AWAY):
+                raise cause or error from None
+            if isinstance(cause, NotConnected):
+                log.warning("event=unreachable why=%s", quoted(cause))
+                message = "Replicate can't be reached from the proxy. Try again later."
+                raise APIError(502, message, code="upstream_unavailable") from None
+            raise APIError(
+                504,
+                "Replicate gave no answer that can be understood. It may be running "
+                "this all the same, so trying again may cost twice.",
+                code="upstream_unavailable",
+                headers=NO_RETRY,
+            ) from error
+
+
+class NoObject(ValueError):
+    """A 2xx answer that is not a JSON object: a failure of Replicate's."""
+
+
+def read_object_of(answer: Any, needs: str = "") -> Json:
+    try:
+        body = answer.json()
+    except ValueError as error:
+        raise NoObject(str(error)) from error
+    if not isinstance(body, dict) or (needs and not body.get(needs)):
+        raise NoObject(f"no object with {needs!r} in it")
+    return body
+
+
+def read_link(answer: Any) -> str:
+    """Where a file is."""
+    link = as_object(read_object_of(answer).get("urls")).get("get")
+    if not isinstance(link, str) or not LINK.fullmatch(link):
+        raise NoObject("no link to a file")
+    return link
+
+
+def read_prediction(seen: Json) -> Json:
+    """A prediction whose fields have their types, whatever was in them."""
+    for name, kind in PREDICTION.items():
+        if not isinstance(seen.get(name), kind):
+            seen[name] = kind()
+    return seen
+
+
+PREDICTION: dict[str, type] = {
+    "status": str,
+    "error": str,
+    "logs": str,
+    "urls": dict,
+    "metrics": dict,
+}
+
+
+def refusal(
+    error: APIStatusError, order: PredictionInput | None, secret: str
+) -> APIError:
+    status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+    detail = str(body.get("detail") or body.get("title") or "").strip()
+    invalid = body.get("invalid_fields")
+    if status == 422 and not invalid and "version" in f"{body.get('title')} {detail}":
+        status = 404
+    row = REFUSALS.get(status, UNAVAILABLE)
+    headers = dict(row.headers)
+    if status == 429 and (seconds := retry_after(error, body, detail)):
+        headers["retry-after"] = seconds
+    said = (
+        f" Replicate says: {detail}" if detail else f" Replicate's status was {status}."
+    )
+    return APIError(
+        row.status,
+        row.message + said.replace(secret, "…"),
+        code=row.code,
+        param=invalid_param(invalid, order) if status == 422 else None,
+        headers=headers,
+    )
+
+
+def not_uploaded(error: Exception, secret: str) -> APIError:
+    """Nothing runs before its files are there, so it costs nothing to try again."""
+    if isinstance(error, APIStatusError) and error.status_code in REFUSED_FILES:
+        return refusal(error, None, secret)
+    why = quoted(str(error).replace(secret, "…"))
+    log.warning("event=upload-failed why=%s", why)
+    return APIError(502, NOT_UPLOADED, code="upstream_unavailable")
+
+
+def invalid_param(invalid: Any, order: PredictionInput | None) -> str | None:
+    """OpenAI's name of the first input that Replicate refused."""
+    with suppress(LookupError, TypeError, AttributeError):
+        name = str(invalid[0]["field"]).removeprefix("input.")
+        return order.names.get(name, name) if order else name
+    return None
+
+
+def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
+    """Seconds to wait, wherever they are told: Replicate has used all four places."""
+    headers = error.response.headers
+    words = next((m[1] for m in (re.search(w, detail) for w in WAITS) if m), None)
+    told = (
+        headers.get("retry-after"),
+        body.get("retry_after"),
+        words,
+        headers.get("ratelimit-reset"),
+    )
+    return next((str(t) for t in told if re.fullmatch(r"\d{1,6}", str(t))), None)
+
+
+# By the text of a failed prediction's error (Replicate's docs, "Error codes"); the
+# first that matches counts.
+FAILURES = (
+    (
+        r"\(E003\)|\(E004\)|\(code: PA\)|\(E98\d\d\)",
+        Refusal(
+            503, "upstream_unavailable", "Replicate could not run this now.", RETRY
+        ),
+    ),
+    (
+        r"\(E005\)|(?i:nsfw)",
+        Refusal(400, "content_policy_violation", "The model refused this content."),
+    ),
+    (
+        r"(?i)context (length|window|size)|\btoo long\b|too many tokens",
+        Refusal(400, "context_length_exceeded", "This is too long for the model."),
+    ),
+    (r"", Refusal(502, "prediction_failed", "The prediction failed.", NO_RETRY)),
+)
+
+COUNTS = {
+    "prompt_tokens": r"Input token count: (\d+)",
+    "completion_tokens": r"Output token count: (\d+)",
+    "reasoning_tokens": r"Reasoning tokens: (\d+)",
+}
+
+METRICS = {
+    "prompt_tokens": "input_token_count",
+    "completion_tokens": "output_token_count",
+}
+
+
+def remainder(output: str, told: str) -> str | None:
+    """What follows in the output after what was told of it; None if they differ.
+
+    A carriage return can't travel in an event stream: there it is a line's end,
+    or is lost with what is left of its line.
+    """
+    if not output:
+        return ""
+    for text in (output, output.replace("\r\n", "\n").replace("\r", "\n")):
+        if text.startswith(told):
+            return text[len(told) :]
+    return rest_without_lines(output, told.replace("\n", ""))
+
+
+def rest_without_lines(output: str, told: str) -> str | None:
+    at = matched = 0
+    while matched < len(told) and at < len(output):
+        if output[at] == told[matched]:
+            matched += 1
+        elif output[at] not in "\r\n":
+            return None
+        at += 1
+    return output[at:] if matched == len(told) else None
+
+
+def output_text(output: Any) -> str:
+    """The text in an output: a list of strings, a string, an object with text in it."""
+    if output is None or isinstance(output, str):
+        return output or ""
+    if isinstance(output, list):
+        return "".join(map(output_text, output))
+    if isinstance(output, dict):
+        return object_text(output)
+    return json.dumps(output, ensure_ascii=False)
+
+
+def object_text(output: Json) -> str:
+    """Its text or its JSON, and its calls in the form that is heard; else all of it."""
+    named = sorted(output.keys() & TEXT_IN_OBJECT)
+    text = output_text(output[named[0]]) if named else ""
+    said = [text or output_text(output.get("json_output")), *calls_beside(output)]
+    if named or any(said):
+        return "\n".join(filter(None, said))
+    return json.dumps(output, ensure_ascii=False)
+
+
+def calls_beside(output: Json) -> list[str]:
+    """The calls that an object has, or the one that it is (OpenAI's Responses API)."""
+    is_one = output.get("type") == "function_call"
+    items = [output] if is_one else as_list(output.get("tool_calls"))
+    plain = [{k: v for k, v in as_object(i).items() if k in CALL_KEYS} for i in items]
+    return [
+        told_call({"name": n, "arguments": a})
+        for n, a in calls_in(plain, Toolbox(()), True)
+    ]
+
+
+def read_usage(seen: Json) -> Usage:
+    """From the metrics, else from the lines that some models log."""
+    metrics, logs = seen["metrics"], seen["logs"]
+    logged = {name: re.findall(row, logs) for name, row in COUNTS.items()}
+    counts = {name: int(found[-1]) for name, found in logged.items() if found}
+    for name, key in METRICS.items():
+        if isinstance(metrics.get(key), (int, float)) and isfinite(metrics[key]):
+            counts[name] = int(metrics[key])
+    return Usage(
+        counts.get("prompt_tokens"),
+        counts.get("completion_tokens"),
+        counts.get("reasoning_tokens", 0),
+    )
+
+
+def finish_reason(usage: Usage, limit: int | None) -> str:
+    """By a true count: nothing else tells whether a limit was reached."""
+    told = usage.completion_tokens
+    return "length" if limit and told is not None and told >= limit else "stop"
+
+
+def failure(text: str, secret: str) -> APIError:
+    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
+    said = f" The model says: {text}" if text else ""
+    message = row.message + said.replace(secret, "…")
+    return APIError(row.status, message, code=row.code, headers=row.headers)
+
+
+# -- Uploads -------------------------------------------------------------------
+#
+# Replicate takes little in an input: what is large in it goes to its files first,
+# and a link takes its place. A call waits for that where a hang-up wakes it, and
+# each content goes there once, for all the calls that have it.
+
+
+INLINE = 256 * 1024  # bytes of data: URLs in an input, as Replicate advises
+
+UPLOADS_AT_ONCE = 8  # of one call
+
+DATA_URL = re.compile(r"data:[^,;]+;[^,]*base64,", re.IGNORECASE)
+
+
+class Upload:
+    """One upload, for all the calls that wait for it."""
+
+    def __init__(self, expires: float) -> None:
+        self.expires = expires
+        self.waiting = 0  # calls
+        self.link = ""
+        self.error: Exception | None = None
+
+
+class UploadCache:
+    """Which contents Replicate's files hold for us."""
+
+    def __init__(self, upload: Callable[[Attachment], str], keep: float = 1800) -> None:
+        self.upload = upload
+        self.keep = keep  # seconds; Replicate keeps a file for an hour at least
+        self.changed = threading.Condition()
+        self.uploads: dict[bytes, Upload] = {}
+
+    def links(self, urls: Iterable[str], cancellation: Cancellation) -> dict[str, str]:
+        """Host what data: URLs hold, all of it side by side; the first error counts."""
+        turns = threading.Semaphore(UPLOADS_AT_ONCE)
+        uploads = {url: self.begin(url, turns) for url in urls}
+        try:
+            with cancellation.on_cancel(self.wake), self.changed:
+                self.changed.wait_for(
+                    lambda: cancellation.cause or is_over(uploads.values())
+                )
+            cancellation.check()
+        finally:
+            with self.changed:
+                for upload in uploads.values():
+                    upload.waiting -= 1
+        if error := next((u.error for u in uploads.values() if u.error), None):
+            raise error
+        return {url: upload.link for url, upload in uploads.items()}
+
+    def wake(self) -> None:
+        with self.changed:
+            self.changed.notify_all()
+
+    def begin(self, url: str, turns: threading.Semaphore) -> Upload:
+        name, now = sha256(url.encode()).digest(), time.monotonic()
+        with self.changed:
+            for old in [n for n, up in self.uploads.items() if now > up.expires]:
+                del self.uploads[old]
+            upload = self.uploads.get(name)
+            if upload is None:
+                upload = Upload(now + self.keep)
+                work = partial(self.send, name, url, upload, turns)
+                threading.Thread(target=work, daemon=True).start()
+                self.uploads[name] = upload
+            upload.waiting += 1
+        return upload
+
+    def send(
+        self, name: bytes, url: str, upload: Upload, turns: threading.Semaphore
+    ) -> None:
+        """Upload when it is its turn, if somebody still waits for it."""
+        try:
+            with turns:
+                if self.is_wanted(name, upload):
+                    upload.link = self.upload(read_attachment(url))
+        except Exception as error:
+            upload.error = error
+        finally:
+            with self.changed:
+                if not upload.link:
+                    self.uploads.pop(name, None)
+                self.changed.notify_all()
+
+    def is_wanted(self, name: bytes, upload: Upload) -> bool:
+        """Nobody can begin to wait for one that is not."""
+        with self.changed:
+            if not upload.waiting:
+                self.uploads.pop(name, None)
+            return upload.waiting > 0
+
+
+def is_over(uploads: Collection[Upload]) -> bool:
+    return any(up.error for up in uploads) or all(up.link for up in uploads)
+
+
+def read_attachment(url: str) -> Attachment:
+    """What a data: URL holds that came by the model's own name for an input."""
+    attached = read_data_url(url)
+    if attached is None:
+        message = f"The data: URL that begins {quoted(url[:40])} can't be read."
+        raise APIError(400, message, code="invalid_value")
+    return attached
+
+
+def leaves(input: Json) -> list[Any]:
+    """All that is in an input, wherever it stands, and its names too."""
+    found: list[Any] = []
+    values: list[Any] = [input]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values += [*value, *value.values()]
+        elif isinstance(value, list):
+            values += value
+        else:
+            found.append(value)
+    return found
+
+
+def is_data_url(value: Any) -> bool:
+    return isinstance(value, str) and DATA_URL.match(value) is not None
+
+
+def too_large(urls: Iterable[str]) -> set[str]:
+    """The largest of them, as many as have to go for the rest to stay."""
+    by_size = sorted(urls, key=len)
+    totals = accumulate(map(len, by_size))
+    return {url for url, total in zip(by_size, totals, strict=True) if total > INLINE}
+
+
+def with_links(
+    order: PredictionInput, upload_cache: UploadCache, cancellation: Cancellation
+) -> PredictionInput:
+    """The order with its large files upload_cache; what was said as text stays text."""
+    urls = filter(is_data_url, leaves(order.input))
+    large = too_large(url for url in urls if url not in order.prompt)
+    if not large:
+        check_size(order.input)
+        return order
+    check_size(linked(order.input, dict.fromkeys(large, "")))
+    return order._replace(
+        input=linked(order.input, upload_cache.links(large, cancellation))
+    )
+
+
+def check_size(input: Json) -> None:
+    """Measure it, if it can be too large: that costs 0.2 ms for 20 kB of text."""
+    at_most = sum(6 * len(v) if isinstance(v, str) else 24 for v in leaves(input))
+    if at_most > LONGEST:
+        size = len(json.dumps(input, ensure_ascii=False).encode())
+        too_long = "This is more than Replicate takes (6 MiB). Send less of it."
+        require(size <= LONGEST, too_long, code="context_length_exceeded")
+
+
+def linked(value: Any, links: Mapping[str, str]) -> Any:
+    """An input with links in the place of data: URLs."""
+    if isinstance(value, dict):
+        return {name: linked(each, links) for name, each in value.items()}
+    if isinstance(value, list):
+        return [linked(each, links) for each in value]
+    return links.get(value, value) if isinstance(value, str) else value
+
+
+# -- Predictions ---------------------------------------------------------------
+#
+# Predictions, each followed to its end or cancelled.
+
+
+TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
+
+
+class Upstream:
+    """Replicate as a source of events."""
+
+    def __init__(self, api: ReplicateAPI, timeouts: Timeouts) -> None:
+        self.api = api
+        self.timeouts = timeouts
+        self.upload_cache = UploadCache(api.upload)
+        self.schemas = SchemaCache(
+            api.find_schema, api.find_release, limit=timeouts.schema
+        )
+        self.changed = threading.Condition()
+        self.running = 0  # orders, from before their uploads until after a cancel
+
+    def run(
+        self, order: PredictionInput, cancellation: Cancellation, *, wait: bool
+    ) -> Events:
+        """Create a prediction and tell what it does; `wait` if all of it is wanted."""
+        with self.counted():
+            cancellation.check()
+            order = with_links(order, self.upload_cache, cancellation)
+            seen = self.api.create(order, wait)
+            prediction = Prediction(self, order, cancellation, seen, waited=wait)
+            try:
+                cancellation.check()
+                yield Started(prediction.id, order.model.ref)
+                yield from prediction.texts()
+                yield prediction.end()
+            finally:
+                prediction.cancel()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        with self.changed:
+            self.running += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.running -= 1
+                self.changed.notify_all()
+
+    def await_runs(self, seconds: float) -> None:
+        """Wait for those too that nobody listens to any more, but have to cancel."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.running, seconds)
+
+
+class Prediction:
+    """A prediction that is followed: how it was last seen, and what was told of it."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        order: PredictionInput,
+        cancellation: Cancellation,
+        seen: Json,
+        *,
+        waited: bool,
+    ) -> None:
+        self.api = upstream.api
+        self.timeouts = upstream.timeouts
+        self.order = order
+        self.cancellation = cancellation
+        self.id = str(seen["id"])
+        self.seen = seen
+        self.blind_since: float | None = None
+        self.deadline = time.monotonic() + upstream.api.time_limit + self.timeouts.grace
+        self.told: list[str] = []
+        self.is_late = waited  # to its stream, which may have begun without us
+        self.said_done = False
+
+    @property
+    def is_over(self) -> bool:
+        return self.seen.get("status") in TERMINAL
+
+    @property
+    def has_time(self) -> bool:
+        return time.monotonic() < self.deadline
+
+    @property
+    def output(self) -> str:
+        return output_text(self.seen.get("output"))
+
+    @property
+    def stream_url(self) -> str:
+        """Where it streams text; "" if it does not, or not where the token may go."""
+        url = str(self.seen["urls"].get("stream") or "")
+        is_text = "/v1/files/" not in url  # which is a file's bytes
+        streams = self.order.model.config.supports_streaming
+        return url if streams and is_text and self.api.may_stream_from(url) else ""
+
+    def texts(self) -> Iterator[Text]:
+        """Tell its output as it comes, by its stream or by looks, until it is over."""
+        timeouts = self.timeouts
+        while not self.is_over and self.stream_url and self.has_time:
+            if not (yield from self.listen()):
+                break
+            self.is_late = True
+            self.cancellation.sleep(timeouts.poll)
+        pause = timeouts.settle if self.said_done else timeouts.poll
+        while not self.is_over and self.has_time:
+            yield from self.rest()
+            self.cancellation.sleep(pause)
+            pause = min(pause * 1.5, timeouts.poll_most)
+            self.look()
+        yield from self.rest(at_end=True)
+
+    def listen(self) -> Generator[Text, None, bool]:
+        """Tell what its stream says, then look; True if it is worth opening again."""
+        try:
+            with self.api.open_stream(self.stream_url, self.cancellation) as pieces:
+                if not (yield from self.hear(pieces)):
+                    return False
+        except StreamRefused as error:
+            log.info("prediction=%s event=polled why=%s", self.id, quoted(error))
+            return False
+        except StreamBroken as error:
+            self.cancellation.check()
+            log.info("prediction=%s event=broken why=%s", self.id, quoted(error))
+        self.look()
+        return not self.output
+
+    def hear(self, pieces: Iterable[bytes]) -> Generator[Text, None, bool]:
+        """Tell its words; False if they came to their end, or are not its words."""
+        for said in decode_events(pieces):
+            for at, sent in enumerate(said, 1):
+                if sent.event == "done":
+                    self.hear_done(sent.data)
+                    self.look()  # while the stream's last bytes arrive
+                    return False
+                if sent.is_output:
+                    if not self.fits(sent.data):
+                        return False
+                    self.told.append(sent.data)
+                    more = at < len(said) and said[at].is_output and not self.is_late
+                    yield Text(sent.data, more=more)
+            if not self.has_time:
+                break
+        return True
+
+    def hear_done(self, data: str) -> None:
+        """Its record may lag behind its stream, but not for long."""
+        if "reason" not in data:
+            self.said_done = True
+            self.deadline = time.monotonic() + self.timeouts.grace
+
+    def fits(self, data: str) -> bool:
+        """Whether a stream opened late says what the output has at this place.
+
+        Replicate seems to replay a stream from its start, but does not say so
+        in its docs: what does not fit is dropped, and looks go on.
+        """
+        if not self.is_late:
+            return True
+        if not self.told and not self.find_output():
+            return False
+        at = sum(map(len, self.told))
+        known = self.output[at : at + len(data)]
+        self.is_late = bool(known)
+        return data.startswith(known)
+
+    def find_output(self) -> bool:
+        """Look until there is output: its record may lag behind a stream."""
+        pause = self.timeouts.settle
+        while not self.output and pause < self.timeouts.poll:
+            self.look()
+            if not self.output:
+                self.cancellation.sleep(pause)
+            pause *= 2
+        return bool(self.output)
+
+    def look(self) -> None:
+        """See how it stands. A look that fails does no harm unless all do, for long."""
+        try:
+            self.seen = self.api.look(self.id)
+            self.blind_since = None
+        except APIError as error:
+            log.info("prediction=%s event=unseen code=%s", self.id, error.code)
+            now = time.monotonic()
+            self.blind_since = self.blind_since or now
+            if now - self.blind_since > self.timeouts.blind and not self.said_done:
+                message = f"Replicate tells nothing of the prediction any more: {error}"
+                raise APIError(
+                    502, message, code="upstream_unavailable", headers=NO_RETRY
+                ) from None
+
+    def rest(self, *, at_end: bool = False) -> Iterator[Text]:
+        """Tell what of its output was not told yet."""
+        if not at_end and not self.order.model.config.supports_streaming:
+            return
+        new = remainder(self.output, "".join(self.told))
+        if new is None and at_end:
+            log.warning("prediction=%s event=differs", self.id)
+            if not self.said_done:
+                message = (
+                    "Replicate's stream broke, and what it said is not the output."
+                )
+                raise APIError(
+                    502, message, code="upstream_unavailable", headers=NO_RETRY
+                )
+        if new:
+            self.told.append(new)
+            yield Text(new)
+
+    def end(self) -> Done:
+        """Tell the end. Raise APIError if it is not a good one."""
+        status = self.seen.get("status")
+        if status == "failed":
+            raise failure(self.seen["error"], self.api.token)
+        if self.seen.get("data_removed") and not self.told:
+            raise failure("Its output was removed before it was seen.", self.api.token)
+        if status != "succeeded" and not self.said_done:
+            raise APIError(
+                504,
+                "Replicate ended the prediction before it had finished. It may take "
+                f"{self.api.time_limit} s at the most (PREDICTION_TIMEOUT).",
+                code="prediction_timeout",
+                headers=NO_RETRY,
+            )
+        usage = read_usage(self.seen)
+        return Done(finish_reason(usage, self.order.limit), usage)
+
+    def cancel(self) -> None:
+        """Stop the bill, if it is not over. A cancel that failed is tried once more."""
+        if self.is_over or self.said_done:
+            return
+        for pause in (0.5, 0):
+            try:
+                self.api.cancel(self.id)
+                return
+            except APIError as error:
+                log.warning(
+                    "prediction=%s event=uncancelled code=%s", self.id, error.code
+                )
+                time.sleep(pause)
+
+
+# ==== 5. TEXT =================================================================
+
+
+# -- Stop and reasoning --------------------------------------------------------
+#
+# Reasoning models write what they think between <think> and </think>, before
+# the answer; the templates of some have written the first tag themselves. It is
+# told apart from the answer, as the field reasoning_content that clients read.
+
+
+CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
 
 
 def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
@@ -2346,7 +4385,7 @@ def with_usage(events: Events, prompt: str) -> Events:
     said = 0
     with closing(events):
         for event in events:
-            if isinstance(event, (Thought, Text, Arguments)):
+            if isinstance(event, (Reasoning, Text, Arguments)):
                 said += len(event.text)
             if isinstance(event, Done):
                 usage = complete(event.usage, len(prompt), said)
@@ -2365,19 +4404,14 @@ def complete(usage: Usage, prompt: int, said: int) -> Usage:
     )
 
 
-# == Thoughts ==================================================================
-#
-# Reasoning models write what they think between <think> and </think>, before
-# the answer; the templates of some have written the first tag themselves. It is
-# told apart from the answer, as the field reasoning_content that clients read.
-
 OPENING, CLOSING = "<think>", "</think>"
+
 THINKERS = re.compile(r"(?i).*(deepseek-r1|thinking|reasoner|qwq|magistral).*")
 
 
-def part_thoughts(events: Events, thinks: bool) -> Events:
+def split_reasoning(events: Events, thinks: bool) -> Events:
     """Part thoughts from the answer; `thinks`: it may begin without the first tag."""
-    inside = Tagged(begun=thinks)
+    inside = ReasoningSplitter(begun=thinks)
     with closing(events):
         for event in events:
             if isinstance(event, Text):
@@ -2391,7 +4425,7 @@ def part_thoughts(events: Events, thinks: bool) -> Events:
         yield from events
 
 
-class Tagged:
+class ReasoningSplitter:
     """How far one answer has come: before its thoughts, in them, or after."""
 
     def __init__(self, begun: bool) -> None:
@@ -2424,7 +4458,7 @@ class Tagged:
         if self.begun and not tag:
             self.thought += thought
         if thought:
-            yield Thought(thought)
+            yield Reasoning(thought)
         if tag:
             self.tell = self.between
             yield from self.between(answer)
@@ -2444,17 +4478,23 @@ class Tagged:
         held, self.held = self.held, ""
         within = self.tell == self.within
         if held:
-            yield Thought(held) if within else Text(held)
+            yield Reasoning(held) if within else Text(held)
         if within and self.begun and finish_reason != "length":
             yield Text(self.thought + held)
 
 
-# == Patterns ==================================================================
+# -- JSON Schema ---------------------------------------------------------------
 #
 # A stranger's regular expression is matched by following all its ways at once.
 # Python's re tries them one after another: on "(a+)+b" it is busy for ever, and
 # no other call gets a turn. So the pattern is cut up, and re only sees pieces
 # of one character. Lookaround and back references can't be matched like this.
+# What the keywords of a JSON Schema may be given, and what is inside of it.
+# JSON Schema by hand, as much of it as programs send. What a keyword may say
+# and what breaks it is a row of KEYWORDS; one that has no row is refused by
+# name, as it could not be kept. A schema is a stranger's program: it is held
+# to a depth and a size, and what checks a value against it to so many steps.
+# A schema that can't be held to is refused, with what is wrong in it.
 
 
 class Intricate(Exception):
@@ -2478,7 +4518,9 @@ PIECE = re.compile(
       | [^\\[]""",
     re.VERBOSE | re.DOTALL,
 )
+
 Piece = re.Match[str]
+
 TIMES: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
 
 
@@ -2560,17 +4602,18 @@ def repeated(part: Ends, low: int, high: int | None) -> Ends:
     return ends
 
 
-# == Wordings ==================================================================
-#
-# What the keywords of a JSON Schema may be given, and what is inside of it.
-
 Context = tuple[str, ...]  # the keys that lead from the root to a schema in it
+
 Subschemas = dict[Context, Any]
 
 MOST_KEYS = 100  # in a context: fifty objects inside one another
+
 MOST_SUBSCHEMAS = 5000  # in one, as OpenAI's limit of properties
+
 MOST_STEPS = 300_000  # in checking a value: about a second
+
 LONGEST_PATTERN = 500
+
 LONGEST_WHY = 500
 
 TYPES: dict[str, Callable[[Any], bool]] = {
@@ -2582,14 +4625,11 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,
 }
+
 VALUE_TYPES = {
     name: ("null" if name == "null" else f"{ARTICLES.get(name, 'a')} {name}", fits)
     for name, fits in TYPES.items()
 }
-
-
-# One encoder for all: json.dumps would make another for each value.
-compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class Wording(NamedTuple):
@@ -2636,32 +4676,36 @@ def named_inside(said: Any) -> Iterable[tuple[Context, Any]]:
 
 
 ANY = Wording(lambda said: True, "anything")
+
 FLAG = Wording(lambda said: isinstance(said, bool), "a boolean")
+
 COUNT = Wording(lambda said: type(said) is int and said >= 0, "a whole number from 0")
+
 BOUND = Wording(is_number, "a number")
+
 FACTOR = Wording(lambda said: is_number(said) and said > 0, "a number above 0")
+
 NAMES = Wording(is_names, "an array of strings")
+
 VALUES = Wording(
     lambda said: isinstance(said, list) and bool(said), "an array of values"
 )
+
 TYPE = Wording(is_types, f"one of {', '.join(VALUE_TYPES)}, or an array of them")
+
 PATTERN = Wording(
     is_pattern, "a regular expression without lookaround or back references"
 )
+
 REFERENCE = Wording(is_reference, 'of the form "#/$defs/name", or "#"')
+
 ONE = Wording(lambda said: True, "a schema", one_inside)
+
 SEVERAL = Wording(VALUES.fits, "an array of schemas", several_inside)
+
 NAMED = Wording(
     lambda said: isinstance(said, dict), "an object of schemas", named_inside
 )
-
-
-# == Fitting ===================================================================
-#
-# JSON Schema by hand, as much of it as programs send. What a keyword may say
-# and what breaks it is a row of KEYWORDS; one that has no row is refused by
-# name, as it could not be kept. A schema is a stranger's program: it is held
-# to a depth and a size, and what checks a value against it to so many steps.
 
 
 class Place(NamedTuple):
@@ -2684,7 +4728,7 @@ class Place(NamedTuple):
 Check = Callable[[Any, Any, Place], Iterator[str]]  # value, what the keyword says
 
 
-def violation(value: Any, schema: Any, path: str = "$") -> str:
+def validate(value: Any, schema: Any, path: str = "$") -> str:
     """Say in a sentence where the value breaks a schema without faults, else ""."""
     schemas = dict(schemas_in(schema))
     try:
@@ -2879,6 +4923,7 @@ KEYWORDS = {
     "$defs": Keyword(NAMED),
     "definitions": Keyword(NAMED),
 }
+
 SAME_VALUE = ("allOf", "anyOf", "oneOf", "not")  # their schemas look at it again
 
 # Said for people and for tools: nothing that a value could break. `format` is
@@ -2921,11 +4966,6 @@ def pointed_at(reference: str) -> Context:
     """Read a JSON pointer in a URL (RFC 6901, 6)."""
     keys = [unquote(key) for key in reference.split("/")[1:]]
     return tuple(key.replace("~1", "/").replace("~0", "~") for key in keys)
-
-
-# == Faults ====================================================================
-#
-# A schema that can't be held to is refused, with what is wrong in it.
 
 
 def schema_faults(schema: Any) -> Iterator[tuple[Context, str]]:
@@ -2977,416 +5017,35 @@ def same_value(context: Context, schema: Any) -> list[Context]:
     ]
 
 
-# == Tools =====================================================================
-#
-# What a model may call, for models that know nothing of tools: they are told
-# in the system's text, and what was called and came back stands in the history
-# in the form they were taught. `Dialects` hears what they make of it.
-
-TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-OUTLINE = ("type", "required", "properties", "items")
-DEEPEST_OUTLINE = 30
-CHOICES = ("none", "auto", "required")
-
-
-class Tool(NamedTuple):
-    name: str
-    description: str
-    parameters: Json
-
-
-class Toolbox(NamedTuple):
-    """What a model may call now; with a tool named by the client, that one only."""
-
-    tools: tuple[Tool, ...]
-    must_call: bool = False
-    parallel: bool = True
-    legacy: bool = False  # asked for with `functions`, and answered in kind
-
-    @property
-    def called(self) -> str:
-        """The finish_reason of an answer that calls."""
-        return "function_call" if self.legacy else "tool_calls"
-
-    def find(self, name: str) -> Tool | None:
-        return next((tool for tool in self.tools if tool.name == name), None)
-
-    def knows(self, name: str, is_whole: bool) -> bool:
-        """Whether a tool has that name, or one that begins so."""
-        names = (tool.name for tool in self.tools)
-        return any(n == name if is_whole else n.startswith(name) for n in names)
-
-
-def read_toolbox(body: Json) -> Toolbox | None:
-    """Give what may be called, if anything; `body` has passed the tables."""
-    both = "Only one of 'tools' and 'functions' can be given."
-    require(not (body["tools"] and body["functions"]), both, param="functions")
-    legacy = bool(body["functions"])
-    param = "function_call" if legacy else "tool_choice"
-    tools = read_tools(body)
-    check_no_choice(body)
-    names, must_call = read_choice(body[param], param)
-    check_names(names, tools, param)
-    if not tools or names == []:
-        return None
-    chosen = tuple(tool for tool in tools if names is None or tool.name in names)
-    parallel = body["parallel_tool_calls"] and not legacy
-    return Toolbox(chosen, must_call, parallel, legacy)
-
-
-def check_no_choice(body: Json) -> None:
-    """Without tools, a choice that asks for none of them does no harm."""
-    for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
-        message = (
-            f"Invalid value for '{param}': "
-            f"'{param}' is only allowed when '{among}' are specified."
-        )
-        harmless = body[among] or body[param] in (None, "none", "auto")
-        require(harmless, message, param=param)
-
-
-def read_tools(body: Json) -> list[Tool]:
-    tools = []
-    for index, given in enumerate(body["functions"]):
-        tools.append(read_tool(given, f"functions[{index}]"))
-    for index, given in enumerate(body["tools"]):
-        path = f"tools[{index}]"
-        require_function(given, path)
-        tools.append(read_tool(given["function"], f"{path}.function"))
-    names = [tool.name for tool in tools]
-    for name in names:
-        message = f"Invalid 'tools': '{name}' is there twice; each needs its own name."
-        param = "functions" if body["functions"] else "tools"
-        require(names.count(name) == 1, message, code="invalid_value", param=param)
-    return tools
-
-
-def require_function(given: Json, path: str) -> None:
-    custom = (
-        f"Unsupported value: '{path}' is a custom tool, which Replicate's models "
-        "can't be given. Use one of type 'function'."
-    )
-    param = f"{path}.type"
-    require(given["type"] == "function", custom, code="unsupported_value", param=param)
-    missing = f"Missing required parameter: '{path}.function'."
-    code, param = "missing_required_parameter", f"{path}.function"
-    require(given["function"] is not None, missing, code=code, param=param)
-
-
-def read_tool(given: Json, path: str) -> Tool:
-    name = given["name"]
-    message = (
-        f"Invalid '{path}.name': string does not match pattern. Expected a string "
-        f"that matches the pattern '^{TOOL_NAME.pattern}$'."
-    )
-    fits = TOOL_NAME.fullmatch(name)
-    require(fits, message, code="invalid_value", param=f"{path}.name")
-    return Tool(name, given["description"] or "", given["parameters"] or {})
-
-
-def read_choice(choice: Any, param: str) -> tuple[list[str] | None, bool]:
-    """Give the names of what may be called, None for all, and whether one must be."""
-    if isinstance(choice, dict):
-        return read_named(choice, param)
-    if choice is not None:
-        choices = CHOICES if param == "tool_choice" else CHOICES[:2]
-        check_choice(param, choice, choices)
-    return ([] if choice == "none" else None), choice == "required"
-
-
-def read_named(choice: Json, param: str) -> tuple[list[str] | None, bool]:
-    if param == "function_call":
-        return [read_name(choice, param)], True
-    kind = choice.get("type")
-    if kind == "allowed_tools":
-        return read_allowed(choice.get("allowed_tools"))
-    check_choice(f"{param}.type", str(kind), ("function", "allowed_tools"))
-    return [read_name(choice.get("function"), f"{param}.function")], True
-
-
-def read_allowed(allowed: Any) -> tuple[list[str] | None, bool]:
-    path = "tool_choice.allowed_tools"
-    has_tools = isinstance(allowed, dict) and isinstance(allowed.get("tools"), list)
-    missing = f"Missing required parameter: '{path}.tools'."
-    code = "missing_required_parameter"
-    require(has_tools and allowed["tools"], missing, code=code, param=f"{path}.tools")
-    mode = allowed.get("mode")
-    check_choice(f"{path}.mode", str(mode), ("auto", "required"))
-    names = [
-        read_name(tool.get("function") if isinstance(tool, dict) else None, path)
-        for tool in allowed["tools"]
-    ]
-    return names, mode == "required"
-
-
-def read_name(function: Any, path: str) -> str:
-    name = function.get("name") if isinstance(function, dict) else None
-    missing = f"Missing required parameter: '{path}.name'."
-    code, param = "missing_required_parameter", f"{path}.name"
-    require(isinstance(name, str), missing, code=code, param=param)
-    return str(name)
-
-
-def check_names(names: list[str] | None, tools: list[Tool], param: str) -> None:
-    among = "tools" if param == "tool_choice" else "functions"
-    for name in names or []:
-        there = any(tool.name == name for tool in tools)
-        message = f"Tool choice '{name}' not found in '{among}' parameter."
-        require(there, message, code="invalid_value", param=param)
-
-
-INSTRUCTIONS = """\
-You can call tools. Each line in <tools> describes one, with its parameters as a \
-JSON Schema:
-<tools>
-{tools}
-</tools>
-To call a tool, write its name and its arguments as JSON between these tags:
-<tool_call>{{"name": <tool-name>, "arguments": <arguments-object>}}</tool_call>
-{when} {how_many} After a call, stop: its result comes in the next message, in \
-<tool_response>. Never make up a result."""
-ONE_CALL = "Make one call, not more."
-MANY_CALLS = "To make several calls, write these tags once for each."
-
-
-def tool_instructions(toolbox: Toolbox) -> str:
-    """The text above the system's own."""
-    lines = [compact(taught_tool(tool)) for tool in toolbox.tools]
-    how_many = MANY_CALLS if toolbox.parallel else ONE_CALL
-    when = told_when(toolbox)
-    return INSTRUCTIONS.format(tools="\n".join(lines), when=when, how_many=how_many)
-
-
-def taught_tool(tool: Tool) -> Json:
-    """With a description, if empty: a tool that is recited looks unlike a call."""
-    told = {"name": tool.name, "description": tool.description}
-    return {**told, **without_empty({"parameters": tool.parameters})}
-
-
-def told_when(toolbox: Toolbox) -> str:
-    if not toolbox.must_call:
-        return (
-            "Call a tool only if you need it; if not, answer in plain words, "
-            "without these tags."
-        )
-    *others, tool = toolbox.tools
-    which = "one of these tools" if others else f"the tool {tool.name}"
-    return f"You must call {which} now: write the call and nothing else."
-
-
-def tool_demands(toolbox: Toolbox) -> str:
-    """What is still to be said to a model that was given the tools themselves."""
-    demands = [told_when(toolbox)] if toolbox.must_call else []
-    return " ".join([*demands, *([] if toolbox.parallel else [ONE_CALL])])
-
-
-def repair_instructions(toolbox: Toolbox, why: str) -> str:
-    """What the user's side says after an answer that was not what it had to be."""
-    return (
-        f"That was not a call that works: {why} {told_when(toolbox)} Write "
-        '<tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>.'
-    )
-
-
-def without_empty(fields: Json) -> Json:
-    return {name: value for name, value in fields.items() if value not in ("", {})}
-
-
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None if it is not one."""
-    try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite)
-    except (ValueError, RecursionError):
-        return None
-
-
-def misuse(name: str, arguments: str, toolbox: Toolbox) -> str:
-    """Why a call fits no tool, as far as types and required names go; "" if it does."""
-    tool = toolbox.find(name)
-    if not tool:
-        return f"there is no tool {name}."
-    schema = {"type": "object", **outline(tool.parameters)}
-    return violation(parsed(arguments), schema, "arguments")
-
-
-def outline(schema: Json, depth: int = 0) -> Json:
-    """Types and required names in a schema that nobody has looked at for faults."""
-    said = {
-        keyword: schema[keyword]
-        for keyword in OUTLINE
-        if keyword in schema and KEYWORDS[keyword].form.fits(schema[keyword])
-    }
-    if depth > DEEPEST_OUTLINE:
-        return {}
-    if "properties" in said:
-        inside = said["properties"].items()
-        said["properties"] = {n: outline(as_object(s), depth + 1) for n, s in inside}
-    if "items" in said:
-        said["items"] = outline(as_object(said["items"]), depth + 1)
-    return said
-
-
-# == History ===================================================================
-#
-# Calls and their results in a conversation, checked for belonging together, and
-# told in the form that a model was taught to call in. What is attached to them
-# stays beside their text. Results stand in the turn of the user, so what looks
-# like one in any text gets a zero-width space.
-
-RESULTS = re.compile(r"(?i)<(?=[\s/]*tool_response)")
-
-NO_CALL_BEFORE = (
-    "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
-    "message with 'tool_calls'."
-)
-NO_ANSWERS = (
-    "An assistant message with 'tool_calls' must be followed by tool messages "
-    "responding to each 'tool_call_id'. The following tool_call_ids did not have "
-    "response messages: "
-)
-
-
-def check_history(messages: Messages) -> None:
-    """Raise 400 for missing content, and for calls and results that don't pair."""
-    calls: dict[str, bool] = {}  # of the last assistant: whether it has its result
-    for index, message in enumerate(messages):
-        check_content(message, index)
-        if message["role"] == "tool":
-            check_result(message.get("tool_call_id"), calls, index)
-            calls[message["tool_call_id"]] = True
-        else:
-            check_answered(calls, index)
-            calls = {call["id"]: False for call in message.get("tool_calls") or []}
-    check_answered(calls, len(messages) - 1)
-
-
-def check_content(message: Json, index: int) -> None:
-    is_call = message.get("tool_calls") or message.get("function_call")
-    may_lack = message["role"] == "function" or message["role"] == "assistant"
-    there = message.get("content") is not None
-    path = f"messages[{index}].content"
-    missing = f"Missing required parameter: '{path}'."
-    there = there or (may_lack and (is_call or message["role"] == "function"))
-    require(there, missing, code="missing_required_parameter", param=path)
-
-
-def check_result(id: str | None, calls: Mapping[str, bool], index: int) -> None:
-    path = f"messages[{index}].tool_call_id"
-    missing = f"Missing required parameter: '{path}'."
-    require(id, missing, code="missing_required_parameter", param=path)
-    require(calls, NO_CALL_BEFORE, param=f"messages.[{index}].role")
-    unknown = (
-        f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
-        "previous message."
-    )
-    require(id in calls, unknown, param=f"messages.[{index}].tool_call_id")
-
-
-def check_answered(calls: Mapping[str, bool], index: int) -> None:
-    open_ones = [id for id, is_answered in calls.items() if not is_answered]
-    message = NO_ANSWERS + ", ".join(open_ones)
-    require(not open_ones, message, param=f"messages.[{index}].role")
-
-
-def plain_history(messages: Messages) -> Messages:
-    """Calls and their results as texts, in the form that a model was taught."""
-    plain: Messages = []
-    names: dict[str, str] = {}
-    results: list[Json] = []
-    for message in messages:
-        if message["role"] in ("tool", "function"):
-            text = told_result(message, names)
-            results += beside("\n" + text if results else text, message)
-            continue
-        if results:
-            plain.append({"role": "user", "content": simplest(results)})
-            results = []
-        calls = message.get("tool_calls") or []
-        names.update((call["id"], call["function"]["name"]) for call in calls)
-        plain.append(told_message(message))
-    if results:
-        plain.append({"role": "user", "content": simplest(results)})
-    return plain
-
-
-def tools_history(messages: Messages) -> Messages:
-    """Calls and their results as they are; the older ones in the newer form."""
-    told: Messages = []
-    last = ""  # the id that stands for the last call of the older form
-    for index, message in enumerate(messages):
-        newer = {**message, "content": message["content"] or "", "function_call": None}
-        if function := message.get("function_call"):
-            last = f"call_{index}"
-            call = {"id": last, "type": "function", "function": function}
-            newer["tool_calls"] = [call]
-        if message["role"] == "function" and last:
-            newer |= {"role": "tool", "tool_call_id": last, "name": None}
-        elif message["role"] == "function":
-            parts = beside(told_result(message, {}), message)
-            newer = {"role": "user", "content": simplest(parts)}
-        told.append(newer)
-    return told
-
-
-def told_message(message: Json) -> Json:
-    functions = [call["function"] for call in message.get("tool_calls") or []]
-    if message.get("function_call"):
-        functions.append(message["function_call"])
-    content = message.get("content") or ""
-    if not functions:
-        return {**message, "content": defused_content(content, RESULTS)}
-    lines = filter(None, [text_of(content), *map(told_call, functions)])
-    parts = beside(defused("\n".join(lines), RESULTS), message)
-    return {"role": message["role"], "content": simplest(parts)}
-
-
-def beside(text: str, message: Json) -> list[Json]:
-    """A text in place of that of a message, and what is attached to the message."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    attached = [part for part in parts if part["type"] not in WORDS]
-    return [{"type": "text", "text": text}, *attached]
-
-
-def simplest(parts: list[Json]) -> str | list[Json]:
-    """A string where nothing is attached."""
-    is_text = all(part["type"] in WORDS for part in parts)
-    return text_of(parts) if is_text else parts
-
-
-def told_call(function: Json) -> str:
-    name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
-    arguments = text if parsed(text) is not None else json.dumps(text)
-    arguments = arguments.replace("</tool_call", r"<\/tool_call")  # the same in JSON
-    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
-
-
-def told_result(message: Json, names: Mapping[str, str]) -> str:
-    id = message.get("tool_call_id")
-    name = names[id] if id else message.get("name") or ""
-    of = f' name="{escape(name)}"' + (f' id="{escape(id)}"' if id else "")
-    text = defused(text_of(message.get("content") or ""), RESULTS)
-    return f"<tool_response{of}>\n{text}\n</tool_response>"
-
-
-# == Mending ===================================================================
+# -- JSON ----------------------------------------------------------------------
 #
 # What a model means as JSON becomes JSON, character by character, so that it
 # can be told while it is written. Nothing is refused: quotes, commas, colons
 # and brackets that are missing are added, words without quotes get theirs. It
 # is told without the spaces between its tokens.
+# An answer that is to be JSON is asked for in the model's own way if it has
+# one, else in the system text; then the value is taken out of what surrounds
+# it, and what does not parse or fit is asked for once more.
+
 
 FIRST, NEXT, COLON, VALUE = "first", "next", "colon", "value"
+
 BEFORE = {FIRST: "", NEXT: ",", COLON: ":", VALUE: ""}  # what a token needs there
+
 ABSENT = {FIRST: "", NEXT: "", COLON: ":null", VALUE: "null"}  # if none comes
+
 CLOSERS = {"{": "}", "[": "]"}
+
 LITERALS = {"True": "true", "False": "false", "None": "null"}
+
 LITERAL = re.compile(r"true|false|null|-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+
 ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})')
+
 HALF_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{0,3})?")
 
 
-class Mender:
+class JSONRepairer:
     """Mends one object or array; `is_done` when its last bracket has come."""
 
     def __init__(self) -> None:
@@ -3506,9 +5165,9 @@ class Mender:
         return bool(self.quote or self.word or self.place != NEXT)
 
 
-def mended(text: str) -> str:
+def repair_json(text: str) -> str:
     """The object that a text is meant to be; an empty one if it is none."""
-    mender = Mender()
+    mender = JSONRepairer()
     pieces: list[str] = []
     for c in text[text.find("{") :] if "{" in text else "{}":
         pieces.append(mender.feed(c))
@@ -3560,10 +5219,194 @@ class Nesting:
             self.open = self.open[: self.open.rindex(opened)]
 
 
-# == Objects ===================================================================
+def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
+    """Give the value, and in a sentence why it won't do; "" if it will."""
+    try:
+        value = json.loads(text, parse_constant=refuse, parse_float=finite_float)
+    except (ValueError, RecursionError) as error:
+        return None, f"It is not JSON: {error}."
+    return value, validate(value, format.schema)
+
+
+# A brace in prose begins no JSON unless a key and a colon follow it, nor does a
+# bracket without an item. Until that is clear, text is held. What has nothing in
+# its brackets or has none can't be told from prose: it is looked for in the end.
+GAPS = r"\s{0,99}"
+
+DEEPEST_LIST = 8  # of lists that begin in each other: they are held, and seen again
+
+KEY = r'"(?:[^"\\]|\\.){0,200}'
+
+NUMERAL = r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?"
+
+SCALAR = rf"(?:{NUMERAL}|true|false|null)"
+
+OBJECT_BEGINS = rf'\{{{GAPS}{KEY}"{GAPS}:'
+
+EMPTY = rf"\{{{GAPS}\}}|\[{GAPS}\]"
+
+ITEM = rf"(?:{SCALAR}|{EMPTY}){GAPS}[,\]]"
+
+BEGINS = re.compile(
+    rf'{OBJECT_BEGINS}|(?:\[{GAPS}){{1,{DEEPEST_LIST}}}(?:{OBJECT_BEGINS}|"|{ITEM})',
+    re.DOTALL,
+)
+
+MAY_BEGIN = re.compile(
+    rf"""(?:\[{GAPS}){{0,{DEEPEST_LIST}}}
+    (?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
+    | \{{{GAPS}(?:{KEY}(?:\\|"{GAPS})?|\}}{GAPS})?)?""",
+    re.DOTALL | re.VERBOSE,
+)
+
+LONE_VALUE = re.compile(
+    rf'{EMPTY}|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
+)
+
+MOST_LONE_VALUES = 50
+
+MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
+
+OPENINGS = {"object": r"\{", "array": r"\["}
+
+LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
+
+
+def extract_json(events: Events, format: ResponseFormat) -> Events:
+    """Tell of the text nothing but the value in it, or all if there is none."""
+    value = Extract(format)
+    with closing(events):
+        for event in events:
+            if isinstance(event, Text):
+                yield from value.hear(event.text)
+            elif isinstance(event, Done):
+                yield from value.end(event)
+            else:
+                yield from value.give_up() if isinstance(event, ToolCall) else ()
+                yield event
+            if value.epilogue > LONGEST_EPILOGUE:
+                yield Done("stop")
+                return
+
+
+def openings_of(schema: Json) -> re.Pattern[str]:
+    """What a value may begin with, as far as the schema names its type."""
+    types = names_of(schema.get("type", [*OPENINGS]))
+    return re.compile("|".join(OPENINGS.get(name, "(?!)") for name in types))
+
+
+class Extract:
+    """How far one answer has come: before its value, in it, or after."""
+
+    def __init__(self, format: ResponseFormat) -> None:
+        self.format = format
+        self.openings = openings_of(format.schema)
+        self.passed: list[str] = []  # text that no value begins in
+        self.held = ""  # text that one may begin with
+        self.nesting = Nesting(MARK)
+        self.epilogue = 0  # characters since the value ended
+        self.tell: Callable[[str], Iterator[Event]] = self.before
+
+    def hear(self, text: str) -> Iterator[Event]:
+        if text:
+            held, self.held = self.held + text, ""
+            yield from self.tell(held)
+
+    def before(self, text: str) -> Iterator[Event]:
+        at, begins = self.beginning(text)
+        if begins:
+            self.tell = self.within
+            yield from self.within(text[at:])
+        else:
+            self.passed.append(text[:at])
+            self.held = text[at:]
+
+    def beginning(self, text: str) -> tuple[int, bool]:
+        """Find where a value begins, or may begin if that is yet to be seen."""
+        for opening in self.openings.finditer(text):
+            at = opening.start()
+            if begins := BEGINS.match(text, at) or MAY_BEGIN.fullmatch(text, at):
+                return at, begins.re is BEGINS
+        return len(text), False
+
+    def within(self, text: str) -> Iterator[Event]:
+        end = self.nesting.end(text)
+        yield Text(text[:end])
+        if end is not None:
+            self.tell = self.after
+            yield from self.after(text[end:])
+
+    def after(self, text: str) -> Iterator[Event]:
+        self.epilogue += len(text)
+        yield from ()
+
+    def give_up(self) -> Iterator[Event]:
+        """Tell what was held: it was said before a call, and is to be no JSON."""
+        text, self.passed, self.held = "".join(self.passed) + self.held, [], ""
+        if text:
+            yield Text(text)
+
+    def end(self, done: Done) -> Iterator[Event]:
+        """What was cut off after a whole value was no part of the answer."""
+        if self.tell == self.before and (rest := self.rest()):
+            yield Text(rest)
+        yield Done("stop", done.usage) if self.tell == self.after else done
+
+    def rest(self) -> str:
+        """Find a small value that was asked for, or give the text as it was."""
+        text = "".join(self.passed) + self.held
+        if not self.format.schema.keys() & {"type", "enum", "const"}:
+            return text
+        small = [
+            found[0] for found in islice(LONE_VALUE.finditer(text), MOST_LONE_VALUES)
+        ]
+        return next((s for s in small if not parsed_or_why(s, self.format)[1]), text)
+
+
+# -- Tool calls ----------------------------------------------------------------
 #
 # A call as a JSON object, whatever its keys. Where no sign has said that it is
 # a call, how it begins must say so. To add a shape of it: a row in OBJECTS.
+# Calls as models write them, told apart from their text: whatever was taught,
+# each writes what it was trained on. A call is a sign or several, then an object
+# that names a tool, or what the last sign holds, and what closes the signs. To
+# add a dialect: a row in TOOL_CALL_FORMATS.
+# A call written as Python has it, of literals only. What else there is in it is
+# never given to Python's parser, which recurses without an end of its own.
+# One answer, heard as it comes: what is a call is told as one, at once, and what
+# is none as text. The law: cut into single characters it is heard the same.
+
+
+OUTLINE = ("type", "required", "properties", "items")
+
+DEEPEST_OUTLINE = 30
+
+
+def tool_call_error(name: str, arguments: str, toolbox: Toolbox) -> str:
+    """Why a call fits no tool, as far as types and required names go; "" if it does."""
+    tool = toolbox.find(name)
+    if not tool:
+        return f"there is no tool {name}."
+    schema = {"type": "object", **outline(tool.parameters)}
+    return validate(parsed(arguments), schema, "arguments")
+
+
+def outline(schema: Json, depth: int = 0) -> Json:
+    """Types and required names in a schema that nobody has looked at for faults."""
+    said = {
+        keyword: schema[keyword]
+        for keyword in OUTLINE
+        if keyword in schema and KEYWORDS[keyword].form.fits(schema[keyword])
+    }
+    if depth > DEEPEST_OUTLINE:
+        return {}
+    if "properties" in said:
+        inside = said["properties"].items()
+        said["properties"] = {n: outline(as_object(s), depth + 1) for n, s in inside}
+    if "items" in said:
+        said["items"] = outline(as_object(said["items"]), depth + 1)
+    return said
+
 
 OBJECTS = (  # how one begins, with * for the name, or for an id and then the name
     '{"name":"*"',
@@ -3575,15 +5418,25 @@ OBJECTS = (  # how one begins, with * for the name, or for an id and then the na
     '{"type":"function","function":{"name":"*"',
     '{"id":"*","type":"function","function":{"name":"*"',
 )
+
 NAME_KEYS = ("name", "function", "tool", "tool_name")
+
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
+
 TAILS = tuple(f',"{key}":' for key in ARGUMENT_KEYS)  # what follows the name
+
 OTHER_TAILS = ("}", ',"id":')
+
 RECITED = ("type", "properties", "$schema")  # with these begins no call but a schema
+
 FIRST_ARGUMENTS = tuple(f'{{"{key}":' for key in ARGUMENT_KEYS)
+
 LIST_BEGINS = '{"tool_calls":['  # of such objects
+
 NAME_CHARACTERS = ALPHABET + "_-"
+
 LONGEST_BEGINNING = 200  # characters: of OBJECTS with the longest name and id
 
 
@@ -3672,14 +5525,10 @@ def loosely_named(value: Json, toolbox: Toolbox) -> tuple[str, Any]:
     return (name, rest) if is_flat else ("", None)
 
 
-def properties_of(tool: Tool | None) -> Json:
-    return as_object(as_object(tool and tool.parameters).get("properties"))
-
-
 def arguments_text(given: Any, tool: Tool | None) -> str:
     """Arguments as JSON: a text may hold them, or be the only one a tool needs."""
     if isinstance(given, str) and given.lstrip().startswith("{"):
-        return mended(given)
+        return repair_json(given)
     if isinstance(given, str) and given:
         needed = as_list(tool and tool.parameters.get("required"))
         known = properties_of(tool)
@@ -3688,7 +5537,7 @@ def arguments_text(given: Any, tool: Tool | None) -> str:
     return compact({} if given in (None, "") else given)
 
 
-class Candidate(Mender):
+class Candidate(JSONRepairer):
     """An object as it comes, that may be a call."""
 
     def __init__(self) -> None:
@@ -3716,17 +5565,10 @@ class Candidate(Mender):
         return is_cut and may_be and (is_sure or bool(name))
 
 
-# == Dialects ==================================================================
-#
-# Calls as models write them, told apart from their text: whatever was taught,
-# each writes what it was trained on. A call is a sign or several, then an object
-# that names a tool, or what the last sign holds, and what closes the signs. To
-# add a dialect: a row in DIALECTS.
-
 ANYWHERE, LINE, INSIDE = "anywhere", "at the beginning of a line", "after a sign"
 
 
-class Dialect(NamedTuple):
+class ToolCallFormat(NamedTuple):
     opening: str  # with * for the name of a tool
     closing: str = ""
     is_sure: bool = False  # it means a call, even of a tool that is not there
@@ -3735,69 +5577,94 @@ class Dialect(NamedTuple):
     name: str = ""  # of the tool, once it is known
 
 
-DIALECTS = (
-    Dialect("<tool_call>", "</tool_call>", is_sure=True),  # Qwen, Hermes, granite
-    Dialect("<tool_calls>", "</tool_calls>", is_sure=True),
-    Dialect("<|tool_call|>", "<|/tool_call|>", is_sure=True),  # granite 3, phi-4
-    Dialect("<function_call>", "</function_call>", is_sure=True),
-    Dialect("<functioncall>", "</functioncall>", is_sure=True),  # glaive
-    Dialect("<|python_tag|>", "<|eom_id|>", is_sure=True),  # Llama 3
-    Dialect("[TOOL_CALLS]", is_sure=True),  # Mistral …
-    Dialect("*[ARGS]", where=INSIDE, holds="named"),  # … since its tokenizer 11
-    Dialect("<function=*>", "</function>", holds="named"),  # Llama 3, Qwen3 Coder
-    Dialect("*\n<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),  # GLM
-    Dialect("*<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),
-    Dialect("*\n", where=INSIDE, holds="named"),
-    Dialect("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", is_sure=True),  # DeepSeek
-    Dialect(
+TOOL_CALL_FORMATS = (
+    ToolCallFormat(
+        "<tool_call>", "</tool_call>", is_sure=True
+    ),  # Qwen, Hermes, granite
+    ToolCallFormat("<tool_calls>", "</tool_calls>", is_sure=True),
+    ToolCallFormat("<|tool_call|>", "<|/tool_call|>", is_sure=True),  # granite 3, phi-4
+    ToolCallFormat("<function_call>", "</function_call>", is_sure=True),
+    ToolCallFormat("<functioncall>", "</functioncall>", is_sure=True),  # glaive
+    ToolCallFormat("<|python_tag|>", "<|eom_id|>", is_sure=True),  # Llama 3
+    ToolCallFormat("[TOOL_CALLS]", is_sure=True),  # Mistral …
+    ToolCallFormat("*[ARGS]", where=INSIDE, holds="named"),  # … since its tokenizer 11
+    ToolCallFormat(
+        "<function=*>", "</function>", holds="named"
+    ),  # Llama 3, Qwen3 Coder
+    ToolCallFormat("*\n<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),  # GLM
+    ToolCallFormat("*<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),
+    ToolCallFormat("*\n", where=INSIDE, holds="named"),
+    ToolCallFormat(
+        "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", is_sure=True
+    ),  # DeepSeek
+    ToolCallFormat(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>*",
         "<｜tool▁call▁end｜>",
         holds="named",
     ),
-    Dialect(
+    ToolCallFormat(
         "<｜tool▁call▁begin｜>*<｜tool▁sep｜>", "<｜tool▁call▁end｜>", holds="named"
     ),
-    Dialect(
+    ToolCallFormat(
         "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", is_sure=True
     ),  # Kimi K2
-    Dialect("<|tool_call_begin|>functions.*:", "<|tool_call_end|>", holds="named"),
-    Dialect("<|channel|>commentary to=functions.*", "<|call|>", holds="named"),
-    Dialect("```json", "```"),
-    Dialect("```xml", "```"),
-    Dialect("```tool_call", "```"),
-    Dialect("```tool_code", "```"),  # Gemma
-    Dialect("```", "```"),
-    Dialect("[", "]", where=LINE),
-    Dialect("*(", where=INSIDE, holds="python"),  # Llama 4: [get_weather(city="Paris")]
-    Dialect("<tool_response", holds="result"),  # made up, after a call
+    ToolCallFormat(
+        "<|tool_call_begin|>functions.*:", "<|tool_call_end|>", holds="named"
+    ),
+    ToolCallFormat("<|channel|>commentary to=functions.*", "<|call|>", holds="named"),
+    ToolCallFormat("```json", "```"),
+    ToolCallFormat("```xml", "```"),
+    ToolCallFormat("```tool_call", "```"),
+    ToolCallFormat("```tool_code", "```"),  # Gemma
+    ToolCallFormat("```", "```"),
+    ToolCallFormat("[", "]", where=LINE),
+    ToolCallFormat(
+        "*(", where=INSIDE, holds="python"
+    ),  # Llama 4: [get_weather(city="Paris")]
+    ToolCallFormat("<tool_response", holds="result"),  # made up, after a call
 )
+
 LIST_SIGNS = (  # what LIST_BEGINS opens
-    Dialect('{"tool_calls":', "}", is_sure=True),
-    Dialect("[", "]"),
+    ToolCallFormat('{"tool_calls":', "}", is_sure=True),
+    ToolCallFormat("[", "]"),
 )
+
 BY_BEGINNING = {
-    begun: tuple(sign for sign in DIALECTS if sign.opening[0] == begun)
-    for begun in sorted({sign.opening[0] for sign in DIALECTS})
+    begun: tuple(sign for sign in TOOL_CALL_FORMATS if sign.opening[0] == begun)
+    for begun in sorted({sign.opening[0] for sign in TOOL_CALL_FORMATS})
 }
+
 START = re.compile(r"[<\[{`]")  # what any call begins with
+
 LONGEST_SPACE = 200  # characters, before a call and between its parts
+
 SPACE = re.compile(rf"\s{{0,{LONGEST_SPACE + 1}}}")
+
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
+
 DEEPEST = 6  # signs of one call
+
 LONGEST_TAGGED = 200_000  # characters, as none of them is told before the last
+
 LONGEST_PIECE = 1000  # characters that are looked at together
+
 LONGEST_LEAD = 60  # characters, of which LEAD is made
+
 LEAD = re.compile(  # what may stand between a name and its arguments
     r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*(commentary\s*)?|```)?(json)?\s*){0,3}"
 )
+
 TAGGED = re.compile(  # Qwen3 Coder has the first form, GLM the other
     r"<parameter=(?P<name>[^<>]{1,64})>"
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
+
 TAGGED_END = re.compile(r"</parameter>|</arg_value>")
 
 
-def signs_at(text: str, at: int, toolbox: Toolbox) -> Iterator[tuple[Dialect, int]]:
+def signs_at(
+    text: str, at: int, toolbox: Toolbox
+) -> Iterator[tuple[ToolCallFormat, int]]:
     """The signs that stand there, with where they end: -1 if they may still come."""
     named = BY_BEGINNING["*"] if text[at] in NAME_CHARACTERS else ()
     for sign in (*BY_BEGINNING.get(text[at], ()), *named):
@@ -3867,15 +5734,14 @@ class Heard:
             self.events.append(Arguments(self.calls - 1, text))
 
 
-# == Python ====================================================================
-#
-# A call written as Python has it, of literals only. What else there is in it is
-# never given to Python's parser, which recurses without an end of its own.
-
 PYTHON_MARK = re.compile(r"""\\.?|\"""|\'\'\'|["'\n(){}\[\]]""", re.DOTALL)
+
 LONGEST_PYTHON = 8_000  # characters
+
 DEEPEST_PYTHON = 20  # brackets
+
 PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
+
 PYTHON_TOKEN = re.compile(
     r"""(?P<text>\"""(?:[^\\]|\\.)*?\"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'
     |"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
@@ -3884,7 +5750,9 @@ PYTHON_TOKEN = re.compile(
     |-?\b\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?\b""",
     re.DOTALL | re.VERBOSE,
 )
+
 PYTHON_NOISE = re.compile(r"[^0=\s,:()\[\]{}]|[0)\]}]\s*[0(\[{=]")
+
 PYTHON_ESCAPE = re.compile(r"\\(?=[^\n\\'\"abfnrtvxuU0])(.)|\\.", re.DOTALL)
 
 
@@ -3923,15 +5791,11 @@ def as_literal(token: re.Match[str]) -> str:
     return PYTHON_WORDS.get(token[0], token[0])
 
 
-# == Listening =================================================================
-#
-# One answer, heard as it comes: what is a call is told as one, at once, and what
-# is none as text. The law: cut into single characters it is heard the same.
-
-
-def hear_tool_calls(events: Events, toolbox: Toolbox, strict: bool = False) -> Events:
+def extract_tool_calls(
+    events: Events, toolbox: Toolbox, strict: bool = False
+) -> Events:
     """Tell calls apart from text, and end with `tool_calls` if there were any."""
-    listener = Listener(toolbox, strict)
+    listener = ToolCallParser(toolbox, strict)
     with closing(events):
         for event in events:
             if isinstance(event, Text):
@@ -3946,7 +5810,7 @@ def hear_tool_calls(events: Events, toolbox: Toolbox, strict: bool = False) -> E
                 return
 
 
-class Listener:
+class ToolCallParser:
     """How far one answer has come: `step` gets on, or waits for more."""
 
     def __init__(self, toolbox: Toolbox, strict: bool = False) -> None:
@@ -3958,7 +5822,7 @@ class Listener:
         self.held = ""
         self.seen = 0  # how much of it has been taken for a part of a call
         self.begun = 0  # where in it begins what the last sign holds
-        self.signs: list[Dialect] = []  # that are open
+        self.signs: list[ToolCallFormat] = []  # that are open
         self.taken = 0  # how many of them are in what is held
         self.object = Candidate()
         self.nesting = Nesting(PYTHON_MARK)
@@ -4043,14 +5907,14 @@ class Listener:
             return self.begin_object(start)
         return self.refuse()
 
-    def signs_at(self, start: int, is_line: bool) -> list[tuple[Dialect, int]]:
+    def signs_at(self, start: int, is_line: bool) -> list[tuple[ToolCallFormat, int]]:
         found = signs_at(self.held, start, self.toolbox)
         if self.signs:
             return list(found)
         places = (ANYWHERE, LINE) if is_line else (ANYWHERE,)
         return [(sign, end) for sign, end in found if sign.where in places]
 
-    def take(self, signs: Sequence[Dialect], end: int, step: Step) -> bool:
+    def take(self, signs: Sequence[ToolCallFormat], end: int, step: Step) -> bool:
         self.signs += signs
         self.taken += len(signs)
         self.seen = self.begun = end
@@ -4116,7 +5980,7 @@ class Listener:
             return self.refuse()
         name, start = self.signs[-1].name, self.seen + len(lead)
         if "```" in lead:
-            self.signs.append(Dialect("```", "```"))
+            self.signs.append(ToolCallFormat("```", "```"))
         self.begin_object(start)
         return self.begin_arguments(name, start, "")
 
@@ -4223,1682 +6087,18 @@ class Listener:
         return any(sign.is_sure for sign in self.signs)
 
 
-# == JSON ======================================================================
-#
-# An answer that is to be JSON is asked for in the model's own way if it has
-# one, else in the system text; then the value is taken out of what surrounds
-# it, and what does not parse or fit is asked for once more.
+# ==== 6. OBJECTS ==============================================================
 
 
-class Format(NamedTuple):
-    """The JSON that an answer is to be."""
-
-    schema: Json
-    name: str = ""  # "": any object will do
-    description: str = ""
-    strict: bool = False
-
-
-ANY_OBJECT = Format({"type": "object"})
-IS_NAME = re.compile("[A-Za-z0-9_-]+")
-
-
-def read_format(body: Json) -> Format | None:
-    """Read what Parameters have checked; None where text is wanted."""
-    asked = body["response_format"]
-    if asked is None or asked["type"] == "text":
-        return None
-    return ANY_OBJECT if asked["type"] == "json_object" else read_schema(asked)
-
-
-def read_schema(asked: Json) -> Format:
-    where = "response_format.json_schema"
-    named = check_param(
-        where, asked["json_schema"], Param(OBJECT, required=True, each=JSON_SCHEMA)
-    )
-    check_name(f"{where}.name", named["name"])
-    check_schema(named["name"], named["schema"])
-    rest = {key: named[key] for key in ("name", "description", "strict")}
-    return Format(named["schema"], **rest)
-
-
-def check_name(path: str, name: str) -> None:
-    expected = "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."
-    message = f"Invalid '{path}': string does not match pattern. {expected}"
-    require(IS_NAME.fullmatch(name), message, code="invalid_value", param=path)
-
-
-def check_schema(name: str, schema: Json) -> None:
-    for context, fault in schema_faults(schema):
-        message = f"In context={context}, {fault}."
-        raise APIError(
-            400,
-            f"Invalid schema for response_format '{name}': {message}",
-            code="invalid_json_schema",
-            param="response_format",
-        )
-
-
-def json_instructions(format: Format) -> str:
-    kind = format.schema.get("type")
-    noun = kind if kind in ("object", "array") else "value"
-    only = "only: no explanation, no comments, no code fences."
-    about = f" It is: {format.description}" if format.description else ""
-    schema = (
-        "\nIt must fit this JSON Schema; do not repeat the schema itself:\n"
-        f"{compact(format.schema)}"
-    )
-    return f"Answer with one JSON {noun} {only}{about}{schema if format.name else ''}"
-
-
-def json_repair(format: Format, why: str) -> str:
-    return (
-        f"This answer is wrong: {why}\n\n"
-        f"Give the answer again, corrected and whole. {json_instructions(format)}"
-    )
-
-
-def parsed_or_why(text: str, format: Format) -> tuple[Any, str]:
-    """Give the value, and in a sentence why it won't do; "" if it will."""
-    try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        return None, f"It is not JSON: {error}."
-    return value, violation(value, format.schema)
-
-
-# A brace in prose begins no JSON unless a key and a colon follow it, nor does a
-# bracket without an item. Until that is clear, text is held. What has nothing in
-# its brackets or has none can't be told from prose: it is looked for in the end.
-
-GAPS = r"\s{0,99}"
-DEEPEST_LIST = 8  # of lists that begin in each other: they are held, and seen again
-KEY = r'"(?:[^"\\]|\\.){0,200}'
-NUMERAL = r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?"
-SCALAR = rf"(?:{NUMERAL}|true|false|null)"
-OBJECT_BEGINS = rf'\{{{GAPS}{KEY}"{GAPS}:'
-EMPTY = rf"\{{{GAPS}\}}|\[{GAPS}\]"
-ITEM = rf"(?:{SCALAR}|{EMPTY}){GAPS}[,\]]"
-BEGINS = re.compile(
-    rf'{OBJECT_BEGINS}|(?:\[{GAPS}){{1,{DEEPEST_LIST}}}(?:{OBJECT_BEGINS}|"|{ITEM})',
-    re.DOTALL,
-)
-MAY_BEGIN = re.compile(
-    rf"""(?:\[{GAPS}){{0,{DEEPEST_LIST}}}
-    (?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
-    | \{{{GAPS}(?:{KEY}(?:\\|"{GAPS})?|\}}{GAPS})?)?""",
-    re.DOTALL | re.VERBOSE,
-)
-LONE_VALUE = re.compile(
-    rf'{EMPTY}|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
-)
-MOST_LONE_VALUES = 50
-MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
-OPENINGS = {"object": r"\{", "array": r"\["}
-LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
-
-
-def only_json(events: Events, format: Format) -> Events:
-    """Tell of the text nothing but the value in it, or all if there is none."""
-    value = Extract(format)
-    with closing(events):
-        for event in events:
-            if isinstance(event, Text):
-                yield from value.hear(event.text)
-            elif isinstance(event, Done):
-                yield from value.end(event)
-            else:
-                yield from value.give_up() if isinstance(event, ToolCall) else ()
-                yield event
-            if value.epilogue > LONGEST_EPILOGUE:
-                yield Done("stop")
-                return
-
-
-def openings_of(schema: Json) -> re.Pattern[str]:
-    """What a value may begin with, as far as the schema names its type."""
-    types = names_of(schema.get("type", [*OPENINGS]))
-    return re.compile("|".join(OPENINGS.get(name, "(?!)") for name in types))
-
-
-class Extract:
-    """How far one answer has come: before its value, in it, or after."""
-
-    def __init__(self, format: Format) -> None:
-        self.format = format
-        self.openings = openings_of(format.schema)
-        self.passed: list[str] = []  # text that no value begins in
-        self.held = ""  # text that one may begin with
-        self.nesting = Nesting(MARK)
-        self.epilogue = 0  # characters since the value ended
-        self.tell: Callable[[str], Iterator[Event]] = self.before
-
-    def hear(self, text: str) -> Iterator[Event]:
-        if text:
-            held, self.held = self.held + text, ""
-            yield from self.tell(held)
-
-    def before(self, text: str) -> Iterator[Event]:
-        at, begins = self.beginning(text)
-        if begins:
-            self.tell = self.within
-            yield from self.within(text[at:])
-        else:
-            self.passed.append(text[:at])
-            self.held = text[at:]
-
-    def beginning(self, text: str) -> tuple[int, bool]:
-        """Find where a value begins, or may begin if that is yet to be seen."""
-        for opening in self.openings.finditer(text):
-            at = opening.start()
-            if begins := BEGINS.match(text, at) or MAY_BEGIN.fullmatch(text, at):
-                return at, begins.re is BEGINS
-        return len(text), False
-
-    def within(self, text: str) -> Iterator[Event]:
-        end = self.nesting.end(text)
-        yield Text(text[:end])
-        if end is not None:
-            self.tell = self.after
-            yield from self.after(text[end:])
-
-    def after(self, text: str) -> Iterator[Event]:
-        self.epilogue += len(text)
-        yield from ()
-
-    def give_up(self) -> Iterator[Event]:
-        """Tell what was held: it was said before a call, and is to be no JSON."""
-        text, self.passed, self.held = "".join(self.passed) + self.held, [], ""
-        if text:
-            yield Text(text)
-
-    def end(self, done: Done) -> Iterator[Event]:
-        """What was cut off after a whole value was no part of the answer."""
-        if self.tell == self.before and (rest := self.rest()):
-            yield Text(rest)
-        yield Done("stop", done.usage) if self.tell == self.after else done
-
-    def rest(self) -> str:
-        """Find a small value that was asked for, or give the text as it was."""
-        text = "".join(self.passed) + self.held
-        if not self.format.schema.keys() & {"type", "enum", "const"}:
-            return text
-        small = [
-            found[0] for found in islice(LONE_VALUE.finditer(text), MOST_LONE_VALUES)
-        ]
-        return next((s for s in small if not parsed_or_why(s, self.format)[1]), text)
-
-
-# == Native ====================================================================
-#
-# Some models take tools, calls in the history and formats as inputs: they are
-# given them so. All else is the same, as what they answer is text that has to
-# be heard: in which form Replicate tells a call of theirs is not documented.
-# To add a kind of model: a row in NATIVE, by its layout.
-
-
-class Wanted(NamedTuple):
-    """What an answer has to be besides text."""
-
-    toolbox: Toolbox | None = None
-    format: Format | None = None
-
-
-class Native(NamedTuple):
-    """The inputs in which a model takes what others are told in words."""
-
-    tool: Callable[[Tool], Json]  # one of the input `tools`
-    format_name: str
-    format: Callable[[Format], Json]
-
-
-def chat_tool(tool: Tool) -> Json:
-    """OpenAI's own object, of chat completions …"""
-    return {"type": "function", "function": without_empty(tool._asdict())}
-
-
-def response_tool(tool: Tool) -> Json:
-    """… and of responses."""
-    return {"type": "function", **without_empty(tool._asdict())}
-
-
-def granite_format(format: Format) -> Json:
-    """OpenAI's own object: ibm-granite/granite-3.3 and later take it so."""
-    if not format.name:
-        return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": named_schema(format)}
-
-
-def structured_schema(format: Format) -> Json:
-    """What openai/gpt-5-structured calls json_schema: as the Responses API has it."""
-    if not format.name:
-        return {"format": {"type": "json_object"}}
-    return {"format": {"type": "json_schema", **named_schema(format)}}
-
-
-def named_schema(format: Format) -> Json:
-    described = {"description": format.description} if format.description else {}
-    return {
-        "name": format.name,
-        **described,
-        "schema": format.schema,
-        "strict": format.strict,
-    }
-
-
-NATIVE: dict[Any, Native] = {
-    lay_out_granite: Native(chat_tool, "response_format", granite_format),
-    lay_out_items: Native(response_tool, "json_schema", structured_schema),
-}
-
-
-def asked_for(body: Json, family: Family, wanted: Wanted) -> Json:
-    """A call as this family has to be told of what is wanted."""
-    native = NATIVE.get(family.lay_out)
-    history = tools_history if native else plain_history
-    inputs = native_inputs(native, wanted) if native else {}
-    return {
-        **body,
-        "messages": [*taught(wanted, bool(native)), *history(body["messages"])],
-        "replicate": {**inputs, **body["replicate"]},
-    }
-
-
-def native_inputs(native: Native, wanted: Wanted) -> Json:
-    inputs: Json = {}
-    if wanted.toolbox:
-        inputs["tools"] = [native.tool(tool) for tool in wanted.toolbox.tools]
-    if wanted.format:
-        inputs[native.format_name] = native.format(wanted.format)
-    return inputs
-
-
-def taught(wanted: Wanted, is_native: bool) -> Messages:
-    """What a model has to be told in words."""
-    toolbox, format = wanted
-    told = []
-    if toolbox:
-        told += [tool_demands(toolbox) if is_native else tool_instructions(toolbox)]
-    if format and not is_native:
-        told += [json_instructions(format)]
-    return [{"role": "system", "content": text} for text in told if text]
-
-
-# == Flights ===================================================================
-#
-# A call in the air: whoever works for it may simply block, as a hang-up or the
-# end of the server wakes it and raises in it. That is what cancels predictions.
-
-
-class Gone(Exception):
-    """The client has left: nobody is there to be told anything."""
-
-
-class Flight:
-    """Why a call has to stop, once it has, and how to wake those who work for it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.cause: Exception | None = None
-        self.wakers: list[Callable[[], None]] = []
-
-    def stop(self, cause: Exception) -> None:
-        with self.lock:
-            if self.cause:
-                return
-            self.cause = cause
-            for wake in self.wakers:
-                with suppress(Exception):  # those after it must wake too
-                    wake()
-
-    def check(self) -> None:
-        """Raise the cause if the call has to stop."""
-        if self.cause:
-            raise self.cause
-
-    def sleep(self, seconds: float) -> None:
-        woken = threading.Event()
-        with self.waking(woken.set):
-            woken.wait(seconds)
-        self.check()
-
-    @contextmanager
-    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Have `wake` called, in the meantime, if the call has to stop."""
-        with self.lock:
-            self.check()
-            self.wakers.append(wake)
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.wakers.remove(wake)
-
-
-# == Heads =====================================================================
-#
-# The head of an HTTP message, of a client's or of Replicate's, read strictly: what
-# can be read in two ways lets one message hide in another. email.parser, by which
-# http.server and http.client read one, is not strict, and takes ten times as long.
-
-MAX_HEAD = 65536
-HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
-ONCE = frozenset(("content-length", "transfer-encoding", "host", "authorization"))
-
-
-class BadHead(http.client.HTTPException):
-    """What is wrong with a head, as the end of a sentence."""
-
-
-def read_headers(lines: Iterable[bytes]) -> dict[str, str]:
-    """Names in lower case; what several by one name say is joined."""
-    text = b"".join(line + b"\r\n" for line in lines)
-    if not HEADERS.fullmatch(text):
-        raise BadHead("a header is not of the form Name: value")
-    headers: dict[str, str] = {}
-    for line in text.decode("latin-1").split("\r\n")[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        if name in headers and name in ONCE:
-            raise BadHead(f"it has two headers {name}")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
-
-
-def read_length(headers: Mapping[str, str]) -> int | None:
-    """How long the body is, if there is a word of it."""
-    length = headers.get("content-length")
-    if length is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,18}", length):
-        raise BadHead("its Content-Length is not a number")
-    return int(length)
-
-
-# == Hosts =====================================================================
-#
-# What a host of Replicate's answers on a connection, in pieces as they come. For
-# http.client each chunk is a piece: here tokens that came together stay together.
-
-STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9]\d\d)(?: .*)?")
-# What stands before a chunk ends the one before it; the first has none.
-CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
-LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
-UNDECIDED = re.compile(  # as it is cut off in the middle
-    rb"\r?\Z|\r\n[0-9A-Fa-f]*[ \t]*(?:;.*)?\r?\Z|\r\n0+[ \t]*(?:;.*)?\r\n"
-)
-BODILESS = (204, 304)
-READ_MOST = 8192  # bytes, at the most, of one read
-Pieces = Generator[bytes, None, bytes]  # and, at the end, what came beyond
-
-
-def unchunked(pieces: Iterable[bytes]) -> Pieces:
-    """What is in the chunks, with no regard to where they begin and end."""
-    data, left = b"\r\n", 0  # to come of a chunk
-    for piece in pieces:
-        data, at, told = data + piece, 0, []
-        while at < len(data):
-            if not left:
-                if not (head := CHUNK_HEAD.match(data, at)):
-                    break
-                at, left = head.end(), int(head[1], 16)
-            told.append(data[at : at + left])
-            at += len(told[-1])
-            left -= len(told[-1])
-        if told:
-            yield b"".join(told)
-        data = data[at:]
-        if not left and (beyond := beyond_last(data)) is not None:
-            return beyond
-    raise http.client.IncompleteRead(data)
-
-
-def beyond_last(data: bytes) -> bytes | None:
-    """What follows the last chunk, if that is here. Raise BadHead if it is no chunk."""
-    if last := LAST_CHUNK.match(data):
-        return data[last.end() :]
-    if not UNDECIDED.match(data) or len(data) > MAX_HEAD:
-        raise BadHead("a chunk has no size")
-    return None
-
-
-def cut_off(pieces: Iterable[bytes], length: int) -> Pieces:
-    """The first so many bytes, of which there is one at least."""
-    for piece in pieces:
-        yield piece[:length]
-        length -= len(piece)
-        if length <= 0:
-            return piece[len(piece) + length :]
-    raise http.client.IncompleteRead(b"", length)
-
-
-class Answer:
-    """An answer whose head was read. All here raises OSError or HTTPException."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.buffer = memoryview(bytearray(READ_MOST))  # new ones would leave holes
-        self.unread = b""
-        first, *lines = self.read_head()
-        while first.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # there is more to come
-            first, *lines = self.read_head()
-        self.status = read_status(first)
-        self.headers = read_headers(lines)
-        self.keeps = first[:8] == b"HTTP/1.1" and "close" not in self.says("connection")
-        self.is_over = False
-        self.body = self.read_body()
-
-    def says(self, header: str) -> str:
-        return self.headers.get(header, "").lower()
-
-    def receive(self) -> bytes:
-        """A time-out is one, by whomever: see `block`."""
-        try:
-            return bytes(self.buffer[: self.sock.recv_into(self.buffer)])
-        except BlockingIOError:
-            raise TimeoutError("nothing came in time") from None
-
-    def read_head(self) -> list[bytes]:
-        while b"\r\n\r\n" not in self.unread:
-            piece = self.receive()
-            if not piece and not self.unread:
-                raise http.client.RemoteDisconnected("it ended without an answer")
-            if not piece or len(self.unread) > MAX_HEAD:
-                raise http.client.BadStatusLine(repr(self.unread[:80]))
-            self.unread += piece
-        head, _, self.unread = self.unread.partition(b"\r\n\r\n")
-        return head.split(b"\r\n")
-
-    def read_body(self) -> Iterator[bytes]:
-        """`is_over` tells those who read it to its end that it was."""
-        pieces, coding = self.pieces(), self.says("transfer-encoding")
-        length = 0 if self.status in BODILESS else read_length(self.headers)
-        if coding and (coding != "chunked" or length is not None):
-            raise BadHead("its length is told in two ways, or in one that is not known")
-        if coding:
-            beyond = yield from unchunked(pieces)
-        elif length == 0:
-            beyond = self.unread
-        elif length is not None:
-            beyond = yield from cut_off(pieces, length)
-        else:
-            yield from pieces
-            beyond = b"its end is that of the connection"
-        self.is_over = True
-        self.keeps = self.keeps and not beyond
-
-    def pieces(self) -> Iterator[bytes]:
-        piece = self.unread or self.receive()
-        while piece:
-            yield piece
-            piece = self.receive()
-
-
-def read_status(line: bytes) -> int:
-    if not (match := STATUS_LINE.fullmatch(line)):
-        raise http.client.BadStatusLine(repr(line[:80]))
-    return int(match[1])
-
-
-# == Transport =================================================================
-#
-# Connections to Replicate's hosts, kept for the next request. httpx's own pool is
-# quadratic in its connections, and takes more than twice the CPU for a request.
-# A GET is safe to repeat; a POST is not.
-
-MOST_IDLE = 100  # connections to one host
-Origin = tuple[str, str]  # scheme, and host with port
-Headers = Iterable[tuple[bytes, bytes]]
-
-
-class NotConnected(OSError):
-    """Nothing was sent, as there was no way there."""
-
-
-class Connections:
-    """Idle connections, of which the last used is taken first."""
-
-    def __init__(
-        self, patience: Patience, tls: ssl.SSLContext, keep: float = 60
-    ) -> None:
-        self.patience = patience
-        self.tls = tls
-        self.keep = keep  # seconds that a connection may be idle
-        self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
-
-    def ways(self, origin: Origin) -> Iterator[socket.socket]:
-        """An idle connection if there is one, then a new one. Raise NotConnected."""
-        if idle := self.take(origin):
-            yield idle
-        connection = prepare(origin, self.patience.connect, self.tls)
-        try:
-            connection.connect()
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise NotConnected(repr(error)) from error
-        block(connection.sock, socket.SO_SNDTIMEO, self.patience.create)
-        yield connection.sock
-
-    def take(self, origin: Origin) -> socket.socket | None:
-        idle = self.idle[origin]
-        self.trim(idle)
-        with suppress(IndexError):  # another thread was faster
-            while sock := idle.pop()[1]:
-                if not has_input(sock):
-                    return sock
-                sock.close()  # as the other side has done
-        return None
-
-    def ask(
-        self,
-        origin: Origin,
-        method: str,
-        request: bytes,
-        timeout: float,
-        flight: Flight,
-    ) -> Answer:
-        """Raise OSError or HTTPException: NotConnected if nothing was sent."""
-        failure: Exception = NotConnected("no way there")
-        for sock in self.ways(origin):
-            try:
-                with flight.waking(partial(shut, sock)):
-                    return exchange(sock, request, timeout)
-            except (OSError, http.client.HTTPException) as error:
-                failure = error
-                flight.check()
-                if method != "GET" or isinstance(error, TimeoutError):
-                    break
-            except Exception:  # the call has stopped
-                sock.close()
-                raise
-        raise failure
-
-    def put_back(self, origin: Origin, answer: Answer) -> None:
-        """Keep the connection if the answer's last bytes are here already."""
-        sock = answer.sock
-        with suppress(OSError, http.client.HTTPException):
-            if not answer.is_over:
-                sock.settimeout(0.001)
-                for _ in islice(answer.body, 2):  # a little, and then its end
-                    pass
-            if answer.is_over and answer.keeps:
-                idle = self.idle[origin]
-                idle.append((time.monotonic(), sock))
-                self.trim(idle)
-                return
-        sock.close()
-
-    def trim(self, idle: deque[tuple[float, socket.socket]]) -> None:
-        """Close what is too old, or too much."""
-        oldest = time.monotonic() - self.keep
-        with suppress(IndexError):
-            while idle[0][0] <= oldest or len(idle) > MOST_IDLE:
-                idle.popleft()[1].close()
-
-    def close(self) -> None:
-        for idle in list(self.idle.values()):
-            while idle:
-                with suppress(IndexError):
-                    idle.pop()[1].close()
-
-
-# The headers of an answer that the library or we look at.
-KEPT = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
-
-
-class Courier(httpx.Client):
-    """What the library sends by: httpx, without what Replicate's API has no use for."""
-
-    def __init__(self, connections: Connections) -> None:
-        super().__init__(transport=httpx.BaseTransport())  # which is never used
-        self.connections = connections
-
-    def build_request(
-        self, method: str, url: httpx.URL | str, *, timeout: Any = None, **given: Any
-    ) -> httpx.Request:
-        given["extensions"] = {"timeout": timeout}  # to read
-        return httpx.Request(method, url, **given)
-
-    def send(self, request: httpx.Request, **_: Any) -> httpx.Response:
-        """Raise what `ask` raises, which the library calls a connection error."""
-        url, headers = request.url, request.headers.raw
-        origin = url.scheme, url.netloc.decode()
-        asked = request_head(request.method, url.raw_path, headers) + request.read()
-        timeout = request.extensions["timeout"]
-        answer = self.connections.ask(origin, request.method, asked, timeout, Flight())
-        try:
-            content = b"".join(answer.body)
-        finally:
-            self.connections.put_back(origin, answer)
-        kept = {name: answer.says(name) for name in KEPT if name in answer.headers}
-        return httpx.Response(
-            answer.status, headers=kept, content=content, request=request
-        )
-
-
-def request_head(method: str, target: bytes, headers: Headers) -> bytes:
-    """Raise HTTPException for what would end a line before its end."""
-    lines = [b"%b %b HTTP/1.1" % (method.encode(), target)]
-    lines += [name + b": " + value for name, value in headers]
-    if re.search(rb"[\r\n\0]", b"".join(lines)):
-        raise http.client.InvalidURL("a line of the request has another in it")
-    return b"\r\n".join([*lines, b"", b""])
-
-
-def exchange(sock: socket.socket, request: bytes, timeout: float) -> Answer:
-    """Send a request and read the head of its answer; the body is read by others."""
-    try:
-        block(sock, socket.SO_RCVTIMEO, timeout)
-        sock.sendall(request)
-        return Answer(sock)
-    except BaseException:
-        sock.close()
-        raise
-
-
-def has_input(sock: socket.socket) -> bool:
-    """Whether something came that nobody asked for: most often, the end."""
-    if sock.gettimeout() or not DONT_WAIT:
-        sock.settimeout(0)
-    return peek(sock) is not None
-
-
-def peek(sock: socket.socket) -> bytes | None:
-    """What can be read, as it is on the wire: b"" is the end, None nothing yet."""
-    try:
-        return socket.socket.recv(sock, 1, socket.MSG_PEEK | DONT_WAIT)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
-
-
-DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows has none
-
-
-def shut(sock: socket.socket) -> None:
-    """End a read in another thread: plainly, as TLS would take its state apart."""
-    with suppress(OSError):
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def block(sock: socket.socket, option: int, seconds: float) -> None:
-    """Have the kernel end what takes too long: SO_RCVTIMEO a read, SO_SNDTIMEO a write.
-
-    With a time-out of Python's own, each piece is two system calls, and two turns at
-    the lock that all threads want. TLS knows no other, and Windows counts in
-    other units.
-    """
-    limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    ours: float | None = seconds
-    if not isinstance(sock, ssl.SSLSocket) and os.name != "nt":
-        with suppress(OSError):  # where a time has another size
-            sock.setsockopt(socket.SOL_SOCKET, option, limit)
-            ours = None
-    if sock.gettimeout() != ours:  # to set one is a system call too
-        sock.settimeout(ours)
-
-
-def prepare(
-    origin: Origin, timeout: float, tls: ssl.SSLContext
-) -> http.client.HTTPConnection:
-    """Through HTTPS_PROXY where the environment names one, as the SDK does."""
-    url = urlsplit("://".join(origin))
-    host, port = url.hostname or "", url.port
-    if url.scheme == "http":
-        return http.client.HTTPConnection(host, port, timeout=timeout)
-    proxy = find_proxy(host)
-    if not proxy.hostname:
-        return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
-    tunnel = http.client.HTTPSConnection(
-        proxy.hostname, proxy.port or 80, timeout=timeout, context=tls
-    )
-    tunnel.set_tunnel(host, port, headers=proxy_authorization(proxy))
-    return tunnel
-
-
-def find_proxy(host: str) -> SplitResult:
-    """Find the proxy on the way to a host, if there is one: http unless it says so."""
-    told = urllib.request.getproxies()
-    url = told.get("https") or told.get("all") or ""
-    if urllib.request.proxy_bypass(host):
-        url = ""
-    return urlsplit(url if "://" in url else f"//{url}")
-
-
-def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
-    if not proxy.username:
-        return {}
-    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
-
-
-# == Streams ===================================================================
-#
-# Replicate's event streams: this is where a proxy spends its time, token by token.
-# A stream read to its end leaves its connection for the next one.
-
-# The fields that count, and the comment that ends a stream without an end.
-FIELD = re.compile(rb"(?m)^(?:(data|event)(?::[ ]?(.*))?|(:408).*)$")
-
-
-class ServerSent(NamedTuple):
-    event: str
-    data: str
-
-    @property
-    def is_output(self) -> bool:
-        return self.event == "output" and self.data != ""
-
-
-TIMED_OUT = ServerSent(":408", "")
-
-
-def server_sent(pieces: Iterable[bytes]) -> Iterator[list[ServerSent]]:
-    """Decode an event stream (Replicate's docs, "Streaming"), however it is cut up.
-
-    What came together is told together.
-    """
-    for blocks in split_blocks(pieces):
-        said = [event for event in map(read_block, blocks) if event]
-        if TIMED_OUT in said:
-            yield said[: said.index(TIMED_OUT)]
-            return
-        yield said
-
-
-def split_blocks(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """What ends in an empty line. LF, CRLF and CR end a line, and nothing else does."""
-    rest, after_cr = b"", False
-    for piece in pieces:
-        fresh = piece[1:] if after_cr and piece.startswith(b"\n") else piece
-        after_cr = piece.endswith(b"\r")
-        if b"\r" in fresh:
-            fresh = fresh.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *blocks, rest = (rest + fresh).split(b"\n\n")
-        yield blocks
-
-
-def read_block(block: bytes) -> ServerSent | None:
-    event, data = b"", []
-    for name, value, timed_out in FIELD.findall(block):
-        if timed_out:
-            return TIMED_OUT
-        if name == b"data":
-            data.append(value)
-        else:
-            event = value
-    if not data and not event:
-        return None
-    text = b"\n".join(data).decode("utf-8", "replace")
-    return ServerSent(event.decode("utf-8", "replace"), text)
-
-
-class StreamBroken(Exception):
-    """A stream ended before its end."""
-
-
-class StreamRefused(Exception):
-    """A stream could not be had at all."""
-
-
-@contextmanager
-def open_stream(
-    connections: Connections, url: str, headers: Headers, flight: Flight
-) -> Iterator[Iterator[bytes]]:
-    """Read a stream in pieces. Raise StreamRefused now or StreamBroken later."""
-    origin = urlsplit(url)[:2]
-    answer = ask_for_stream(connections, url, headers, flight)
-    try:
-        kind = answer.says("content-type")
-        if answer.status != 200 or not kind.startswith("text/event-stream"):
-            raise StreamRefused(f"status {answer.status}, type {kind!r}")
-        with flight.waking(partial(shut, answer.sock)):
-            yield answer.body
-    except (OSError, http.client.HTTPException) as error:
-        raise StreamBroken(repr(error)) from error
-    finally:
-        connections.put_back(origin, answer)
-
-
-def ask_for_stream(
-    connections: Connections, url: str, headers: Headers, flight: Flight
-) -> Answer:
-    asked, timeout = urlsplit(url), connections.patience.stream
-    target = asked._replace(scheme="", netloc="", fragment="").geturl() or "/"
-    host = b"Host", asked.netloc.encode()
-    try:
-        head = request_head("GET", target.encode(), [host, *headers])
-        return connections.ask(asked[:2], "GET", head, timeout, flight)
-    except TimeoutError as error:
-        raise StreamBroken(repr(error)) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise StreamRefused(repr(error)) from error
-
-
-# == Replicate =================================================================
-#
-# Replicate's API through its library, of which nothing else here knows, with
-# what it refuses in the client's terms. To add a refusal: a row in REFUSALS.
-
-TRUSTED_HOST = re.compile(r"(.+\.)?replicate\.(com|net|delivery)")
-
-
-class Refusal(NamedTuple):
-    status: int
-    code: str
-    message: str
-    headers: Mapping[str, str] = {}
-
-
-OUR_TOKEN = Refusal(
-    502,
-    "upstream_authentication",
-    "Replicate did not accept the proxy's token. Put a valid REPLICATE_API_TOKEN from "
-    "https://replicate.com/account/api-tokens into .env and start the proxy again.",
-    NO_RETRY,
-)
-UNAVAILABLE = Refusal(502, "upstream_unavailable", "Replicate could not run this.")
-ELSEWHERE = Refusal(
-    502,
-    "upstream_unavailable",
-    "Replicate's API is not where the proxy looks for it. Check REPLICATE_BASE_URL.",
-    NO_RETRY,
-)
-REFUSALS = {
-    **dict.fromkeys((301, 302, 303, 307, 308), ELSEWHERE),  # the token follows none
-    401: OUR_TOKEN,
-    403: OUR_TOKEN,
-    402: Refusal(
-        429,
-        "insufficient_quota",
-        "The proxy's Replicate account is out of credit. Its owner can add some at "
-        "https://replicate.com/account/billing.",
-        NO_RETRY,
-    ),
-    404: Refusal(404, "model_not_found", "Replicate does not know this model."),
-    413: Refusal(413, "invalid_value", "This is larger than Replicate takes."),
-    422: Refusal(400, "invalid_value", "The model refused an input."),
-    429: Refusal(429, "rate_limit_exceeded", "Replicate's rate limit is reached."),
-}
-
-REFUSED_FILES = {401, 402, 403, 413, 429}  # mean the same as for a prediction
-NOT_UPLOADED = (
-    "A file of this call could not be handed to Replicate. Nothing was run: try again."
-)
-AWAY = (OSError, http.client.HTTPException, httpx.HTTPError)  # no fault of ours
-WAITS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
-
-
-class ReplicateAPI:
-    """The SDK to create, look and cancel, over the connections that it streams from."""
-
-    def __init__(self, settings: Settings, patience: Patience) -> None:
-        self.token = settings.replicate_api_token.strip()
-        self.base = urlsplit(settings.replicate_base_url.rstrip("/"))
-        self.time_limit = settings.prediction_timeout
-        self.patience = patience
-        tls = httpx.create_ssl_context()  # takes 20 ms: one for all
-        self.connections = Connections(patience, tls)
-        self.url = self.base._replace(path=self.base.path or "/v1").geturl()
-        self.client = Replicate(
-            bearer_token=self.token,
-            base_url=self.url,
-            max_retries=0,  # a create would be a second bill
-            timeout=patience.create,
-            http_client=Courier(self.connections),
-        )
-        self.versions: dict[str, str] = {}  # of community models: owner/name -> id
-
-    def close(self) -> None:
-        self.client.close()
-        self.connections.close()
-
-    def create(self, order: Order, wait: bool) -> Json:
-        """A create that was refused is sent again, with a community model's version."""
-        ref = order.model.ref
-        known = self.versions.get(ref, ref)
-        try:
-            return self.post(order, known, wait)
-        except APIError as error:
-            if error.code != "model_not_found":
-                raise
-            newest = self.find_version(ref)
-            if newest in (None, known):
-                raise
-        self.versions[ref] = newest
-        return self.post(order, newest, wait)
-
-    def post(self, order: Order, ref: str, wait: bool) -> Json:
-        is_deployed = ref.startswith("deployments/")
-        path = f"/{ref}/predictions" if is_deployed else "/predictions"
-        body = {"input": order.input, **({} if is_deployed else {"version": ref})}
-        headers = {"Cancel-After": f"{self.time_limit}s"}
-        if wait:
-            headers["Prefer"] = f"wait={self.patience.wait}"
-        with self.failures_told(order):
-            answer = self.submit(path, body=body, options={"headers": headers})
-            return read_prediction(read_object_of(answer, needs="id"))
-
-    def submit(self, path: str, **options: Any) -> Any:
-        """Not by the library's own objects, which would take half as long again."""
-        return self.client.post(f"{self.url}{path}", cast_to=httpx.Response, **options)
-
-    def fetch(self, path: str, timeout: float, needs: str = "") -> Json:
-        url, options = f"{self.url}{path}", cast(Any, {"timeout": timeout})
-        with self.failures_told():
-            answer = self.client.get(url, cast_to=httpx.Response, options=options)
-            return read_object_of(answer, needs)
-
-    def find_version(self, ref: str) -> str | None:
-        """The newest version of a community model, or None if it is none."""
-        if ":" not in ref and OWNED.fullmatch(ref):
-            with suppress(APIError):
-                found = self.fetch(f"/models/{ref}", self.patience.create)
-                return as_object(found.get("latest_version")).get("id")
-        return None
-
-    def find_schema(self, owner: str, name: str, version: str) -> Json:
-        """What a version says of itself, or the newest one; {} if it says nothing."""
-        path, timeout = f"/models/{owner}/{name}", self.patience.schema
-        if version:
-            with suppress(APIError):  # official ones list none
-                found = self.fetch(f"{path}/versions/{version}", timeout)
-                return as_object(found.get("openapi_schema"))
-        newest = as_object(self.fetch(path, timeout).get("latest_version"))
-        return as_object(newest.get("openapi_schema"))
-
-    def find_release(self, owner: str, name: str) -> str:
-        """The ref of what a deployment runs."""
-        found = self.fetch(f"/deployments/{owner}/{name}", self.patience.schema)
-        release = as_object(found.get("current_release"))
-        parts = filter(None, (release.get("model"), release.get("version")))
-        with self.failures_told():
-            if not OWNED.fullmatch(ref := ":".join(map(str, parts))):
-                raise NoObject("a deployment without a release")
-        return ref
-
-    def look(self, id: str) -> Json:
-        path = f"/predictions/{quote(id, safe='')}"
-        return read_prediction(self.fetch(path, self.patience.look, needs="id"))
-
-    def cancel(self, id: str) -> None:
-        path = f"/predictions/{quote(id, safe='')}/cancel"
-        with self.failures_told():
-            self.submit(path, options={"timeout": self.patience.look})
-
-    def upload(self, attached: Attachment) -> str:
-        """Give the link of a file of Replicate's."""
-        content = ("attachment", attached.content, attached.kind)
-        try:
-            made = self.client.files.with_raw_response.create(content=content)
-            return read_link(made)
-        except (ReplicateError, NoObject) as error:
-            raise not_uploaded(error, self.token) from None
-
-    def account(self) -> Json:
-        return self.fetch("/account", self.patience.create)
-
-    def open_stream(
-        self, url: str, flight: Flight
-    ) -> AbstractContextManager[Iterator[bytes]]:
-        headers = [
-            (b"Authorization", f"Bearer {self.token}".encode()),
-            (b"Accept", b"text/event-stream"),
-            (b"Cache-Control", b"no-store"),
-        ]
-        return open_stream(self.connections, url, headers, flight)
-
-    def may_stream_from(self, url: str) -> bool:
-        """The token goes to Replicate's hosts alone, whatever an answer says."""
-        with suppress(ValueError):
-            asked = urlsplit(url)
-            if asked.hostname == self.base.hostname:
-                return asked.scheme in (self.base.scheme, "https")
-            trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
-            return bool(
-                trusted and asked.scheme == "https" and asked.port in (None, 443)
-            )
-        return False
-
-    @contextmanager
-    def failures_told(self, order: Order | None = None) -> Iterator[None]:
-        """Turn what the SDK raises into the client's terms."""
-        try:
-            yield
-        except APIStatusError as error:
-            raise refusal(error, order, self.token) from None
-        except (ReplicateError, NoObject) as error:
-            cause = error.__cause__
-            if isinstance(error, APIConnectionError) and not isinstance(cause, AWAY):
-                raise cause or error from None
-            if isinstance(cause, NotConnected):
-                log.warning("event=unreachable why=%s", quoted(cause))
-                message = "Replicate can't be reached from the proxy. Try again later."
-                raise APIError(502, message, code="upstream_unavailable") from None
-            raise APIError(
-                504,
-                "Replicate gave no answer that can be understood. It may be running "
-                "this all the same, so trying again may cost twice.",
-                code="upstream_unavailable",
-                headers=NO_RETRY,
-            ) from error
-
-
-class NoObject(ValueError):
-    """A 2xx answer that is not a JSON object: a failure of Replicate's."""
-
-
-def read_object_of(answer: Any, needs: str = "") -> Json:
-    try:
-        body = answer.json()
-    except ValueError as error:
-        raise NoObject(str(error)) from error
-    if not isinstance(body, dict) or (needs and not body.get(needs)):
-        raise NoObject(f"no object with {needs!r} in it")
-    return body
-
-
-def read_link(answer: Any) -> str:
-    """Where a file is."""
-    link = as_object(read_object_of(answer).get("urls")).get("get")
-    if not isinstance(link, str) or not LINK.fullmatch(link):
-        raise NoObject("no link to a file")
-    return link
-
-
-def read_prediction(seen: Json) -> Json:
-    """A prediction whose fields have their types, whatever was in them."""
-    for name, kind in PREDICTION.items():
-        if not isinstance(seen.get(name), kind):
-            seen[name] = kind()
-    return seen
-
-
-PREDICTION: dict[str, type] = {
-    "status": str,
-    "error": str,
-    "logs": str,
-    "urls": dict,
-    "metrics": dict,
-}
-
-
-def refusal(error: APIStatusError, order: Order | None, secret: str) -> APIError:
-    status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
-    detail = str(body.get("detail") or body.get("title") or "").strip()
-    invalid = body.get("invalid_fields")
-    if status == 422 and not invalid and "version" in f"{body.get('title')} {detail}":
-        status = 404
-    row = REFUSALS.get(status, UNAVAILABLE)
-    headers = dict(row.headers)
-    if status == 429 and (seconds := retry_after(error, body, detail)):
-        headers["retry-after"] = seconds
-    said = (
-        f" Replicate says: {detail}" if detail else f" Replicate's status was {status}."
-    )
-    return APIError(
-        row.status,
-        row.message + said.replace(secret, "…"),
-        code=row.code,
-        param=invalid_param(invalid, order) if status == 422 else None,
-        headers=headers,
-    )
-
-
-def not_uploaded(error: Exception, secret: str) -> APIError:
-    """Nothing runs before its files are there, so it costs nothing to try again."""
-    if isinstance(error, APIStatusError) and error.status_code in REFUSED_FILES:
-        return refusal(error, None, secret)
-    why = quoted(str(error).replace(secret, "…"))
-    log.warning("event=upload-failed why=%s", why)
-    return APIError(502, NOT_UPLOADED, code="upstream_unavailable")
-
-
-def invalid_param(invalid: Any, order: Order | None) -> str | None:
-    """OpenAI's name of the first input that Replicate refused."""
-    with suppress(LookupError, TypeError, AttributeError):
-        name = str(invalid[0]["field"]).removeprefix("input.")
-        return order.names.get(name, name) if order else name
-    return None
-
-
-def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
-    """Seconds to wait, wherever they are told: Replicate has used all four places."""
-    headers = error.response.headers
-    words = next((m[1] for m in (re.search(w, detail) for w in WAITS) if m), None)
-    told = (
-        headers.get("retry-after"),
-        body.get("retry_after"),
-        words,
-        headers.get("ratelimit-reset"),
-    )
-    return next((str(t) for t in told if re.fullmatch(r"\d{1,6}", str(t))), None)
-
-
-# == Outputs ===================================================================
-#
-# What the record of a prediction tells: its text, its tokens and its failure.
-# To add a way for one to fail: a row in FAILURES.
-
-# By the text of a failed prediction's error (Replicate's docs, "Error codes"); the
-# first that matches counts.
-FAILURES = (
-    (
-        r"\(E003\)|\(E004\)|\(code: PA\)|\(E98\d\d\)",
-        Refusal(
-            503, "upstream_unavailable", "Replicate could not run this now.", RETRY
-        ),
-    ),
-    (
-        r"\(E005\)|(?i:nsfw)",
-        Refusal(400, "content_policy_violation", "The model refused this content."),
-    ),
-    (
-        r"(?i)context (length|window|size)|\btoo long\b|too many tokens",
-        Refusal(400, "context_length_exceeded", "This is too long for the model."),
-    ),
-    (r"", Refusal(502, "prediction_failed", "The prediction failed.", NO_RETRY)),
-)
-COUNTS = {
-    "prompt_tokens": r"Input token count: (\d+)",
-    "completion_tokens": r"Output token count: (\d+)",
-    "reasoning_tokens": r"Reasoning tokens: (\d+)",
-}
-METRICS = {
-    "prompt_tokens": "input_token_count",
-    "completion_tokens": "output_token_count",
-}
-
-
-def remainder(output: str, told: str) -> str | None:
-    """What follows in the output after what was told of it; None if they differ.
-
-    A carriage return can't travel in an event stream: there it is a line's end,
-    or is lost with what is left of its line.
-    """
-    if not output:
-        return ""
-    for text in (output, output.replace("\r\n", "\n").replace("\r", "\n")):
-        if text.startswith(told):
-            return text[len(told) :]
-    return rest_without_lines(output, told.replace("\n", ""))
-
-
-def rest_without_lines(output: str, told: str) -> str | None:
-    at = matched = 0
-    while matched < len(told) and at < len(output):
-        if output[at] == told[matched]:
-            matched += 1
-        elif output[at] not in "\r\n":
-            return None
-        at += 1
-    return output[at:] if matched == len(told) else None
-
-
-def output_text(output: Any) -> str:
-    """The text in an output: a list of strings, a string, an object with text in it."""
-    if output is None or isinstance(output, str):
-        return output or ""
-    if isinstance(output, list):
-        return "".join(map(output_text, output))
-    if isinstance(output, dict):
-        return object_text(output)
-    return json.dumps(output, ensure_ascii=False)
-
-
-def object_text(output: Json) -> str:
-    """Its text or its JSON, and its calls in the form that is heard; else all of it."""
-    named = sorted(output.keys() & TEXT_IN_OBJECT)
-    text = output_text(output[named[0]]) if named else ""
-    said = [text or output_text(output.get("json_output")), *calls_beside(output)]
-    if named or any(said):
-        return "\n".join(filter(None, said))
-    return json.dumps(output, ensure_ascii=False)
-
-
-def calls_beside(output: Json) -> list[str]:
-    """The calls that an object has, or the one that it is (OpenAI's Responses API)."""
-    is_one = output.get("type") == "function_call"
-    items = [output] if is_one else as_list(output.get("tool_calls"))
-    plain = [{k: v for k, v in as_object(i).items() if k in CALL_KEYS} for i in items]
-    return [
-        told_call({"name": n, "arguments": a})
-        for n, a in calls_in(plain, Toolbox(()), True)
-    ]
-
-
-def read_usage(seen: Json) -> Usage:
-    """From the metrics, else from the lines that some models log."""
-    metrics, logs = seen["metrics"], seen["logs"]
-    logged = {name: re.findall(row, logs) for name, row in COUNTS.items()}
-    counts = {name: int(found[-1]) for name, found in logged.items() if found}
-    for name, key in METRICS.items():
-        if isinstance(metrics.get(key), (int, float)) and isfinite(metrics[key]):
-            counts[name] = int(metrics[key])
-    return Usage(
-        counts.get("prompt_tokens"),
-        counts.get("completion_tokens"),
-        counts.get("reasoning_tokens", 0),
-    )
-
-
-def finish_reason(usage: Usage, limit: int | None) -> str:
-    """By a true count: nothing else tells whether a limit was reached."""
-    told = usage.completion_tokens
-    return "length" if limit and told is not None and told >= limit else "stop"
-
-
-def failure(text: str, secret: str) -> APIError:
-    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
-    said = f" The model says: {text}" if text else ""
-    message = row.message + said.replace(secret, "…")
-    return APIError(row.status, message, code=row.code, headers=row.headers)
-
-
-# == Uploads ===================================================================
-#
-# Replicate takes little in an input: what is large in it goes to its files first,
-# and a link takes its place. A call waits for that where a hang-up wakes it, and
-# each content goes there once, for all the calls that have it.
-
-INLINE = 256 * 1024  # bytes of data: URLs in an input, as Replicate advises
-UPLOADS_AT_ONCE = 8  # of one call
-DATA_URL = re.compile(r"data:[^,;]+;[^,]*base64,", re.IGNORECASE)
-
-
-class Upload:
-    """One upload, for all the calls that wait for it."""
-
-    def __init__(self, expires: float) -> None:
-        self.expires = expires
-        self.waiting = 0  # calls
-        self.link = ""
-        self.error: Exception | None = None
-
-
-class Hosted:
-    """Which contents Replicate's files hold for us."""
-
-    def __init__(self, upload: Callable[[Attachment], str], keep: float = 1800) -> None:
-        self.upload = upload
-        self.keep = keep  # seconds; Replicate keeps a file for an hour at least
-        self.changed = threading.Condition()
-        self.uploads: dict[bytes, Upload] = {}
-
-    def links(self, urls: Iterable[str], flight: Flight) -> dict[str, str]:
-        """Host what data: URLs hold, all of it side by side; the first error counts."""
-        turns = threading.Semaphore(UPLOADS_AT_ONCE)
-        uploads = {url: self.begin(url, turns) for url in urls}
-        try:
-            with flight.waking(self.wake), self.changed:
-                self.changed.wait_for(lambda: flight.cause or is_over(uploads.values()))
-            flight.check()
-        finally:
-            with self.changed:
-                for upload in uploads.values():
-                    upload.waiting -= 1
-        if error := next((u.error for u in uploads.values() if u.error), None):
-            raise error
-        return {url: upload.link for url, upload in uploads.items()}
-
-    def wake(self) -> None:
-        with self.changed:
-            self.changed.notify_all()
-
-    def begin(self, url: str, turns: threading.Semaphore) -> Upload:
-        name, now = sha256(url.encode()).digest(), time.monotonic()
-        with self.changed:
-            for old in [n for n, up in self.uploads.items() if now > up.expires]:
-                del self.uploads[old]
-            upload = self.uploads.get(name)
-            if upload is None:
-                upload = Upload(now + self.keep)
-                work = partial(self.send, name, url, upload, turns)
-                threading.Thread(target=work, daemon=True).start()
-                self.uploads[name] = upload
-            upload.waiting += 1
-        return upload
-
-    def send(
-        self, name: bytes, url: str, upload: Upload, turns: threading.Semaphore
-    ) -> None:
-        """Upload when it is its turn, if somebody still waits for it."""
-        try:
-            with turns:
-                if self.is_wanted(name, upload):
-                    upload.link = self.upload(read_attachment(url))
-        except Exception as error:
-            upload.error = error
-        finally:
-            with self.changed:
-                if not upload.link:
-                    self.uploads.pop(name, None)
-                self.changed.notify_all()
-
-    def is_wanted(self, name: bytes, upload: Upload) -> bool:
-        """Nobody can begin to wait for one that is not."""
-        with self.changed:
-            if not upload.waiting:
-                self.uploads.pop(name, None)
-            return upload.waiting > 0
-
-
-def is_over(uploads: Collection[Upload]) -> bool:
-    return any(up.error for up in uploads) or all(up.link for up in uploads)
-
-
-def read_attachment(url: str) -> Attachment:
-    """What a data: URL holds that came by the model's own name for an input."""
-    attached = read_data_url(url)
-    if attached is None:
-        message = f"The data: URL that begins {quoted(url[:40])} can't be read."
-        raise APIError(400, message, code="invalid_value")
-    return attached
-
-
-def leaves(input: Json) -> list[Any]:
-    """All that is in an input, wherever it stands, and its names too."""
-    found: list[Any] = []
-    values: list[Any] = [input]
-    while values:
-        value = values.pop()
-        if isinstance(value, dict):
-            values += [*value, *value.values()]
-        elif isinstance(value, list):
-            values += value
-        else:
-            found.append(value)
-    return found
-
-
-def is_data_url(value: Any) -> bool:
-    return isinstance(value, str) and DATA_URL.match(value) is not None
-
-
-def too_large(urls: Iterable[str]) -> set[str]:
-    """The largest of them, as many as have to go for the rest to stay."""
-    by_size = sorted(urls, key=len)
-    totals = accumulate(map(len, by_size))
-    return {url for url, total in zip(by_size, totals, strict=True) if total > INLINE}
-
-
-def with_links(order: Order, hosted: Hosted, flight: Flight) -> Order:
-    """The order with its large files hosted; what was said as text stays text."""
-    urls = filter(is_data_url, leaves(order.input))
-    large = too_large(url for url in urls if url not in order.prompt)
-    if not large:
-        check_size(order.input)
-        return order
-    check_size(linked(order.input, dict.fromkeys(large, "")))
-    return order._replace(input=linked(order.input, hosted.links(large, flight)))
-
-
-def check_size(input: Json) -> None:
-    """Measure it, if it can be too large: that costs 0.2 ms for 20 kB of text."""
-    at_most = sum(6 * len(v) if isinstance(v, str) else 24 for v in leaves(input))
-    if at_most > LONGEST:
-        size = len(json.dumps(input, ensure_ascii=False).encode())
-        too_long = "This is more than Replicate takes (6 MiB). Send less of it."
-        require(size <= LONGEST, too_long, code="context_length_exceeded")
-
-
-def linked(value: Any, links: Mapping[str, str]) -> Any:
-    """An input with links in the place of data: URLs."""
-    if isinstance(value, dict):
-        return {name: linked(each, links) for name, each in value.items()}
-    if isinstance(value, list):
-        return [linked(each, links) for each in value]
-    return links.get(value, value) if isinstance(value, str) else value
-
-
-# == Upstream ==================================================================
-#
-# Predictions, each followed to its end or cancelled.
-
-TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
-
-
-class Upstream:
-    """Replicate as a source of events."""
-
-    def __init__(self, api: ReplicateAPI, patience: Patience) -> None:
-        self.api = api
-        self.patience = patience
-        self.hosted = Hosted(api.upload)
-        self.schemas = Schemas(api.find_schema, api.find_release, limit=patience.schema)
-        self.changed = threading.Condition()
-        self.running = 0  # orders, from before their uploads until after a cancel
-
-    def run(self, order: Order, flight: Flight, *, wait: bool) -> Events:
-        """Create a prediction and tell what it does; `wait` if all of it is wanted."""
-        with self.counted():
-            flight.check()
-            order = with_links(order, self.hosted, flight)
-            seen = self.api.create(order, wait)
-            prediction = Prediction(self, order, flight, seen, waited=wait)
-            try:
-                flight.check()
-                yield Started(prediction.id, order.model.ref)
-                yield from prediction.texts()
-                yield prediction.end()
-            finally:
-                prediction.cancel()
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        with self.changed:
-            self.running += 1
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.running -= 1
-                self.changed.notify_all()
-
-    def await_runs(self, seconds: float) -> None:
-        """Wait for those too that nobody listens to any more, but have to cancel."""
-        with self.changed:
-            self.changed.wait_for(lambda: not self.running, seconds)
-
-
-class Prediction:
-    """A prediction that is followed: how it was last seen, and what was told of it."""
-
-    def __init__(
-        self,
-        upstream: Upstream,
-        order: Order,
-        flight: Flight,
-        seen: Json,
-        *,
-        waited: bool,
-    ) -> None:
-        self.api = upstream.api
-        self.patience = upstream.patience
-        self.order = order
-        self.flight = flight
-        self.id = str(seen["id"])
-        self.seen = seen
-        self.blind_since: float | None = None
-        self.deadline = time.monotonic() + upstream.api.time_limit + self.patience.grace
-        self.told: list[str] = []
-        self.is_late = waited  # to its stream, which may have begun without us
-        self.said_done = False
-
-    @property
-    def is_over(self) -> bool:
-        return self.seen.get("status") in TERMINAL
-
-    @property
-    def has_time(self) -> bool:
-        return time.monotonic() < self.deadline
-
-    @property
-    def output(self) -> str:
-        return output_text(self.seen.get("output"))
-
-    @property
-    def stream_url(self) -> str:
-        """Where it streams text; "" if it does not, or not where the token may go."""
-        url = str(self.seen["urls"].get("stream") or "")
-        is_text = "/v1/files/" not in url  # which is a file's bytes
-        streams = self.order.model.config.supports_streaming
-        return url if streams and is_text and self.api.may_stream_from(url) else ""
-
-    def texts(self) -> Iterator[Text]:
-        """Tell its output as it comes, by its stream or by looks, until it is over."""
-        patience = self.patience
-        while not self.is_over and self.stream_url and self.has_time:
-            if not (yield from self.listen()):
-                break
-            self.is_late = True
-            self.flight.sleep(patience.poll)
-        pause = patience.settle if self.said_done else patience.poll
-        while not self.is_over and self.has_time:
-            yield from self.rest()
-            self.flight.sleep(pause)
-            pause = min(pause * 1.5, patience.poll_most)
-            self.look()
-        yield from self.rest(at_end=True)
-
-    def listen(self) -> Generator[Text, None, bool]:
-        """Tell what its stream says, then look; True if it is worth opening again."""
-        try:
-            with self.api.open_stream(self.stream_url, self.flight) as pieces:
-                if not (yield from self.hear(pieces)):
-                    return False
-        except StreamRefused as error:
-            log.info("prediction=%s event=polled why=%s", self.id, quoted(error))
-            return False
-        except StreamBroken as error:
-            self.flight.check()
-            log.info("prediction=%s event=broken why=%s", self.id, quoted(error))
-        self.look()
-        return not self.output
-
-    def hear(self, pieces: Iterable[bytes]) -> Generator[Text, None, bool]:
-        """Tell its words; False if they came to their end, or are not its words."""
-        for said in server_sent(pieces):
-            for at, sent in enumerate(said, 1):
-                if sent.event == "done":
-                    self.hear_done(sent.data)
-                    self.look()  # while the stream's last bytes arrive
-                    return False
-                if sent.is_output:
-                    if not self.fits(sent.data):
-                        return False
-                    self.told.append(sent.data)
-                    more = at < len(said) and said[at].is_output and not self.is_late
-                    yield Text(sent.data, more=more)
-            if not self.has_time:
-                break
-        return True
-
-    def hear_done(self, data: str) -> None:
-        """Its record may lag behind its stream, but not for long."""
-        if "reason" not in data:
-            self.said_done = True
-            self.deadline = time.monotonic() + self.patience.grace
-
-    def fits(self, data: str) -> bool:
-        """Whether a stream opened late says what the output has at this place.
-
-        Replicate seems to replay a stream from its start, but does not say so
-        in its docs: what does not fit is dropped, and looks go on.
-        """
-        if not self.is_late:
-            return True
-        if not self.told and not self.find_output():
-            return False
-        at = sum(map(len, self.told))
-        known = self.output[at : at + len(data)]
-        self.is_late = bool(known)
-        return data.startswith(known)
-
-    def find_output(self) -> bool:
-        """Look until there is output: its record may lag behind a stream."""
-        pause = self.patience.settle
-        while not self.output and pause < self.patience.poll:
-            self.look()
-            if not self.output:
-                self.flight.sleep(pause)
-            pause *= 2
-        return bool(self.output)
-
-    def look(self) -> None:
-        """See how it stands. A look that fails does no harm unless all do, for long."""
-        try:
-            self.seen = self.api.look(self.id)
-            self.blind_since = None
-        except APIError as error:
-            log.info("prediction=%s event=unseen code=%s", self.id, error.code)
-            now = time.monotonic()
-            self.blind_since = self.blind_since or now
-            if now - self.blind_since > self.patience.blind and not self.said_done:
-                message = f"Replicate tells nothing of the prediction any more: {error}"
-                raise APIError(
-                    502, message, code="upstream_unavailable", headers=NO_RETRY
-                ) from None
-
-    def rest(self, *, at_end: bool = False) -> Iterator[Text]:
-        """Tell what of its output was not told yet."""
-        if not at_end and not self.order.model.config.supports_streaming:
-            return
-        new = remainder(self.output, "".join(self.told))
-        if new is None and at_end:
-            log.warning("prediction=%s event=differs", self.id)
-            if not self.said_done:
-                message = (
-                    "Replicate's stream broke, and what it said is not the output."
-                )
-                raise APIError(
-                    502, message, code="upstream_unavailable", headers=NO_RETRY
-                )
-        if new:
-            self.told.append(new)
-            yield Text(new)
-
-    def end(self) -> Done:
-        """Tell the end. Raise APIError if it is not a good one."""
-        status = self.seen.get("status")
-        if status == "failed":
-            raise failure(self.seen["error"], self.api.token)
-        if self.seen.get("data_removed") and not self.told:
-            raise failure("Its output was removed before it was seen.", self.api.token)
-        if status != "succeeded" and not self.said_done:
-            raise APIError(
-                504,
-                "Replicate ended the prediction before it had finished. It may take "
-                f"{self.api.time_limit} s at the most (PREDICTION_TIMEOUT).",
-                code="prediction_timeout",
-                headers=NO_RETRY,
-            )
-        usage = read_usage(self.seen)
-        return Done(finish_reason(usage, self.order.limit), usage)
-
-    def cancel(self) -> None:
-        """Stop the bill, if it is not over. A cancel that failed is tried once more."""
-        if self.is_over or self.said_done:
-            return
-        for pause in (0.5, 0):
-            try:
-                self.api.cancel(self.id)
-                return
-            except APIError as error:
-                log.warning(
-                    "prediction=%s event=uncancelled code=%s", self.id, error.code
-                )
-                time.sleep(pause)
-
-
-# == Replies ===================================================================
+# -- Objects -------------------------------------------------------------------
 #
 # An OpenAI object is told by two pure functions: an event's chunks, and the
 # whole. They say the same. Keys stand in the order of the real API's answers
 # as they were recorded, with its nulls.
 
+
 Told = Generator[tuple[int, Event], None, None]  # with the index of its choice
+
 Frames = Generator[bytes, None, None]  # server-sent events
 
 
@@ -5976,7 +6176,7 @@ def chat_chunks(event: Event, index: int, head: Head) -> list[Json]:
         case Started():
             first = {"role": "assistant", "content": "", "refusal": None}
             return [chat_chunk(head, [chat_choice(index, first)])]
-        case Thought(text):
+        case Reasoning(text):
             return [chat_chunk(head, [chat_choice(index, {"reasoning_content": text})])]
         case Text(text):
             return [chat_chunk(head, [chat_choice(index, {"content": text})])]
@@ -6082,7 +6282,7 @@ def text_choice(index: int, text: str, finish_reason: str | None = None) -> Json
 
 def text_chunks(event: Event, index: int, head: Head) -> list[Json]:
     match event:
-        case Started() | Thought() | ToolCall() | Arguments():
+        case Started() | Reasoning() | ToolCall() | Arguments():
             return []
         case Text(text):
             return [text_chunk(head, [text_choice(index, text)])]
@@ -6109,8 +6309,8 @@ def text_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json
 
 
 CHAT_FORM = Form("chatcmpl-", chat_chunks, chat_usage_chunk, chat_completion)
-TEXT_FORM = Form("cmpl-", text_chunks, text_usage_chunk, text_completion)
 
+TEXT_FORM = Form("cmpl-", text_chunks, text_usage_chunk, text_completion)
 
 spaced = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -6179,7 +6379,7 @@ def tell_at_once(told: Told, form: Form, head: Head) -> Json:
 
 def fold(events: Sequence[Event]) -> Choice:
     text = "".join(event.text for event in events if isinstance(event, Text))
-    thought = "".join(event.text for event in events if isinstance(event, Thought))
+    thought = "".join(event.text for event in events if isinstance(event, Reasoning))
     ends = [event.finish_reason for event in events if isinstance(event, Done)]
     return Choice(text, ends[-1], thought, tuple(calls_of(events)))
 
@@ -6189,11 +6389,21 @@ def model_object(id: str, ref: str, created: int) -> Json:
     return {"id": id, "object": "model", "created": created, "owned_by": owner}
 
 
-# == Repairs ===================================================================
+# ==== 7. SERVING ==============================================================
+
+
+# -- Generation ----------------------------------------------------------------
 #
 # An answer is held to what the client asked for. What it lacks is asked for once
 # more, by a second prediction that is told what was wrong, as long as nothing of
 # the first was told; then what comes is taken, and the log says what it lacks.
+# The predictions of one call, side by side: those of n choices, or of several
+# prompts. Each runs in a thread of its own, on a cancellation that stops with the
+# call's, or when one of them fails. Nobody waits for a thread that has to stop:
+# it cancels its prediction as soon as it knows of one, within the time limits of
+# a create and a cancel. The end of the server waits for it: see Upstream.
+# An order run, its answer made what the client asked for, and told.
+
 
 Again = Callable[[str, str], Events]  # what was said, and what to do now
 
@@ -6232,11 +6442,11 @@ def misuses(calls: Sequence[Json], toolbox: Toolbox) -> str:
     if not calls:
         return "no tool was called." if toolbox.must_call else ""
     functions = [call["function"] for call in calls]
-    faults = (misuse(f["name"], f["arguments"], toolbox) for f in functions)
+    faults = (tool_call_error(f["name"], f["arguments"], toolbox) for f in functions)
     return next(filter(None, faults), "")
 
 
-def misfits(answer: Choice, format: Format | None) -> str:
+def misfits(answer: Choice, format: ResponseFormat | None) -> str:
     if format is None or answer.calls:
         return ""
     return parsed_or_why(answer.text, format)[1]
@@ -6292,37 +6502,32 @@ def instead(events: Events, first: Sequence[Event]) -> Events:
     yield Done(fold(first).finish_reason, usage_of(second))
 
 
-# == Choices ===================================================================
-#
-# The predictions of one call, side by side: those of n choices, or of several
-# prompts. Each runs in a thread of its own, on a flight that stops with the
-# call's, or when one of them fails. Nobody waits for a thread that has to stop:
-# it cancels its prediction as soon as it knows of one, within the time limits of
-# a create and a cancel. The end of the server waits for it: see Upstream.
-
 AT_ONCE = 8  # predictions of one call
-Run = Callable[[Flight], Events]
+
+Run = Callable[[Cancellation], Events]
 
 
-def side_by_side(runs: Sequence[Run], flight: Flight) -> Told:
+def side_by_side(runs: Sequence[Run], cancellation: Cancellation) -> Told:
     """Tell each event with the index of its run; choice 0 begins."""
     if len(runs) == 1:
-        with closing(runs[0](flight)) as events:
+        with closing(runs[0](cancellation)) as events:
             yield from ((0, event) for event in events)
         return
-    branch = Flight()
-    with flight.waking(lambda: branch.stop(flight.cause or Gone())):
+    branch = Cancellation()
+    with cancellation.on_cancel(
+        lambda: branch.cancel(cancellation.cause or ClientDisconnected())
+    ):
         yield from led_by_the_first(gathered(runs, branch))
 
 
-def gathered(runs: Sequence[Run], branch: Flight) -> Told:
+def gathered(runs: Sequence[Run], branch: Cancellation) -> Told:
     """Gather events as they come; the first error, or a stop, ends all at once."""
     heard: SimpleQueue[tuple[int, Event] | Exception | None] = SimpleQueue()
     jobs = iter(enumerate(runs))
     work = partial(drive, jobs, branch, heard.put, threading.Lock())
     threads = [threading.Thread(target=work) for _ in runs[:AT_ONCE]]
     try:
-        with branch.waking(lambda: heard.put(branch.cause or Gone())):
+        with branch.on_cancel(lambda: heard.put(branch.cause or ClientDisconnected())):
             for thread in threads:
                 thread.start()
             at_work = len(threads)
@@ -6334,7 +6539,7 @@ def gathered(runs: Sequence[Run], branch: Flight) -> Told:
                 if item is not None:
                     yield item
     finally:
-        branch.stop(Gone())
+        branch.cancel(ClientDisconnected())
 
 
 def alone(event: Event) -> Event:
@@ -6344,7 +6549,7 @@ def alone(event: Event) -> Event:
 
 def drive(
     jobs: Iterator[tuple[int, Run]],
-    branch: Flight,
+    branch: Cancellation,
     tell: Callable[[tuple[int, Event] | Exception | None], None],
     lock: threading.Lock,
 ) -> None:
@@ -6374,16 +6579,11 @@ def led_by_the_first(told: Told) -> Told:
         yield from told
 
 
-# == Answers ===================================================================
-#
-# An order run, its answer made what the client asked for, and told.
-
-
 class Proxy(NamedTuple):
     """What lasts as long as the server."""
 
     settings: Settings
-    models: CatalogueFile
+    models: ModelsFile
     upstream: Upstream
 
 
@@ -6394,7 +6594,7 @@ class Call(NamedTuple):
     path: str
     headers: Mapping[str, str]  # names in lower case
     read: Callable[[], bytes]  # the body, when somebody with a key wants it
-    flight: Flight
+    cancellation: Cancellation
     notes: Json  # what the log will say of this call
 
 
@@ -6408,7 +6608,7 @@ def tell(
     proxy: Proxy,
     call: Call,
     body: Json,
-    orders: list[Order],
+    orders: list[PredictionInput],
     form: Form,
     wanted: Wanted | None = None,
 ) -> Reply:
@@ -6424,7 +6624,7 @@ def tell(
     call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
     shaped = partial(shape, proxy, call.notes, body, wanted or Wanted())
     runs = [partial(shaped, order) for order in orders]
-    told = noted(side_by_side(runs, call.flight), call.notes)
+    told = noted(side_by_side(runs, call.cancellation), call.notes)
     if body["stream"]:
         return Reply(tell_in_frames(told, form, head))
     with closing(told):
@@ -6432,13 +6632,18 @@ def tell(
 
 
 def shape(
-    proxy: Proxy, notes: Json, body: Json, wanted: Wanted, order: Order, flight: Flight
+    proxy: Proxy,
+    notes: Json,
+    body: Json,
+    wanted: Wanted,
+    order: PredictionInput,
+    cancellation: Cancellation,
 ) -> Events:
     """Run an order, and do to its answer what the model can't."""
 
-    def run(order: Order) -> Events:
+    def run(order: PredictionInput) -> Events:
         wait = not body["stream"]
-        events = started(proxy.upstream.run(order, flight, wait=wait), notes)
+        events = started(proxy.upstream.run(order, cancellation, wait=wait), notes)
         return heard(events, body, wanted, order)
 
     def ask(said: str, what: str) -> Events:
@@ -6450,7 +6655,7 @@ def shape(
     return echo(events, order.prompt) if order.echo else events
 
 
-def heard(events: Events, body: Json, wanted: Wanted, order: Order) -> Events:
+def heard(events: Events, body: Json, wanted: Wanted, order: PredictionInput) -> Events:
     """The answer to an order, in steps that each read what the one before tells.
 
     Thoughts come before all else; a model's own limit is a length of its text; stop
@@ -6458,13 +6663,13 @@ def heard(events: Events, body: Json, wanted: Wanted, order: Order) -> Events:
     what was told in the end is counted."""
     if "messages" in body:
         thinks = THINKERS.fullmatch(order.model.owner_and_name)
-        events = part_thoughts(events, bool(thinks))
+        events = split_reasoning(events, bool(thinks))
     if order.cut:
         events = cut_after(events, order.cut)
     if wanted.toolbox:
-        events = hear_tool_calls(events, wanted.toolbox, strict=body["stream"])
+        events = extract_tool_calls(events, wanted.toolbox, strict=body["stream"])
     if wanted.format:
-        events = only_json(events, wanted.format)
+        events = extract_json(events, wanted.format)
     if stops := list(filter(None, body["stop"])):
         called = wanted.toolbox.called if wanted.toolbox else "stop"
         events = stop_at(events, stops, called)
@@ -6493,7 +6698,7 @@ def noted(told: Told, notes: Json) -> Told:
             yield item
 
 
-# == Endpoints =================================================================
+# -- Endpoints -----------------------------------------------------------------
 #
 # One function per OpenAI operation, under OpenAI's name for it, and one row per
 # path. To add one: a row in ENDPOINTS, and its function. `answer` has no socket
@@ -6530,9 +6735,9 @@ def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Repl
     kinds_sent = {kind for kind, _ in attached}
     family = family_for(model, body, kinds_sent, proxy.upstream.schemas)
     check_places(attached, model, family)
-    wanted = Wanted(read_toolbox(body), read_format(body))
+    wanted = Wanted(parse_toolbox(body), parse_response_format(body))
     body = asked_for(body, family, wanted)
-    orders = [chat_order(variant, model, family) for variant in variants(body)]
+    orders = [build_chat_input(variant, model, family) for variant in variants(body)]
     return tell(proxy, call, body, orders, CHAT_FORM, wanted)
 
 
@@ -6542,7 +6747,7 @@ def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
     model = find_model(proxy.models.current(), body["model"])
     family = family_for(model, body, set(), proxy.upstream.schemas)
     orders = [
-        completion_order(variant, model, family, prompt)
+        build_completion_input(variant, model, family, prompt)
         for prompt in body["prompt"]
         for variant in variants(body)
     ]
@@ -6569,7 +6774,7 @@ def variants(body: Json) -> list[Json]:
 
 def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
     kind = call.headers.get("content-type", "application/json")
-    body = read_json(call.read(), kind)
+    body = parse_json_body(call.read(), kind)
     if model_id:
         body["model"] = model_id
     require(body.get("model"), "you must provide a model parameter")
@@ -6661,6 +6866,7 @@ def authorize(call: Call, keys: Iterable[str]) -> None:
 WHOSE_KEY = (
     "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
 )
+
 NO_KEY = (
     "You didn't provide an API key. You need to provide it in an Authorization header "
     f"using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are {WHOSE_KEY}"
@@ -6691,16 +6897,18 @@ def preflight(call: Call) -> dict[str, str]:
     }
 
 
-# == HTTP ======================================================================
+# -- HTTP ----------------------------------------------------------------------
 #
 # Requests as they come over a socket: no bare line feeds, no folded lines and no
 # two lengths, which http.server takes, and behind which one could hide another.
 
+
 SMALL = 65536  # a body that is rather read and forgotten than the connection closed
+
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) HTTP/1\.([01])")
 
 
-class Reading(io.RawIOBase):
+class DeadlineReader(io.RawIOBase):
     """What a client sends, with a deadline for all of it and not for each byte."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -6715,7 +6923,7 @@ class Reading(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Raise Gone, or 408 after the deadline."""
+        """Raise ClientDisconnected, or 408 after the deadline."""
         left = max(self.deadline - time.monotonic(), 0.001)
         try:
             block(self.sock, socket.SO_RCVTIMEO, left)
@@ -6723,7 +6931,7 @@ class Reading(io.RawIOBase):
         except (TimeoutError, BlockingIOError):
             raise bad_request("it came too slowly", 408) from None
         except OSError as error:
-            raise Gone from error
+            raise ClientDisconnected from error
 
 
 ORIGIN = re.compile(r"\A\w+://[^/?]*")
@@ -6751,7 +6959,7 @@ def bad_request(message: str, status: int = 400) -> APIError:
     return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
 
 
-def read_head(stream: io.BufferedReader[Reading]) -> list[bytes]:
+def read_head(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
     """Read the lines up to the empty one."""
     lines: list[bytes] = []
     left = MAX_HEAD
@@ -6784,7 +6992,7 @@ class Body:
     """The body of a request, which is read when somebody wants it."""
 
     def __init__(
-        self, request: Request, stream: io.BufferedReader[Reading], limit: int
+        self, request: Request, stream: io.BufferedReader[DeadlineReader], limit: int
     ) -> None:
         self.stream = stream
         self.limit = limit
@@ -6848,21 +7056,21 @@ class Body:
     def forget(self) -> bool:
         """Read what nobody wanted if it is little; else the connection must close."""
         if self.is_passable and not self.is_read:
-            with suppress(APIError, Gone):
+            with suppress(APIError, ClientDisconnected):
                 self.read()
         return self.is_read
 
 
-def linger(reading: Reading, seconds: float) -> None:
+def linger(reading: DeadlineReader, seconds: float) -> None:
     """Take in for a moment what is still being sent: a reset would undo our reply."""
-    with suppress(OSError, APIError, Gone):
+    with suppress(OSError, APIError, ClientDisconnected):
         reading.sock.shutdown(socket.SHUT_WR)
         reading.within(seconds)
         while reading.readinto(bytearray(SMALL)):
             pass
 
 
-def read_trailers(stream: io.BufferedReader[Reading]) -> None:
+def read_trailers(stream: io.BufferedReader[DeadlineReader]) -> None:
     left = MAX_HEAD
     while (line := stream.readline(left)) != b"\r\n":
         left -= len(line)
@@ -6902,19 +7110,26 @@ STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",  # or nginx would hold the tokens back
 }
+
 STREAM_CHUNKED = {**STREAM_HEADERS, "transfer-encoding": "chunked"}
 
 
-# == Watching ==================================================================
+# -- Server --------------------------------------------------------------------
 #
-# One thread looks after the calls in flight, so that the threads which follow
+# One thread looks after the calls in cancellation, so that the threads which follow
 # predictions may simply block: it notices who hangs up, and breaks silences.
+# ConnectionPool as http.server has them, a thread each; but they begin without waiting
+# for one another, and are counted from when they are accepted, so that a server that
+# closes knows when it has served all.
+# What http.server says by itself is HTML, its head and body sent apart: not used.
+
 
 DONE_FRAME = b"data: [DONE]\n\n"
+
 KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
 
 
-class Telling:
+class EventStreamWriter:
     """A streamed reply on the wire: its call writes it, the watcher keeps it alive.
 
     Its status line waits until there is something to tell, but not for ever.
@@ -6942,7 +7157,7 @@ class Telling:
             for data in frames:
                 if data:
                     self.write(data)
-        except Gone:
+        except ClientDisconnected:
             raise
         except Exception as error:
             if self.close():
@@ -6956,13 +7171,13 @@ class Telling:
             self.held += self.piece(data)
 
     def write(self, data: bytes, end: bytes = b"") -> None:
-        """Raise Gone if the client has left, or does not read."""
+        """Raise ClientDisconnected if the client has left, or does not read."""
         with self.lock:
             self.is_over = bool(end)
             try:
                 self.sock.sendall(self.take(data) + end)
             except OSError as error:
-                raise Gone from error
+                raise ClientDisconnected from error
 
     def end(self, data: bytes) -> None:
         self.write(data, b"0\r\n\r\n" if self.chunked else b"")
@@ -6983,9 +7198,9 @@ class Telling:
             self.is_over = True
             return not self.is_open
 
-    def break_silence(self, patience: Patience) -> None:
+    def break_silence(self, timeouts: Timeouts) -> None:
         """Send a sign of life if it is time, and no more of it than goes at once."""
-        limit = patience.keep_alive if self.is_open else patience.hold
+        limit = timeouts.keep_alive if self.is_open else timeouts.hold
         if time.monotonic() - self.last < limit:
             return
         if self.lock.acquire(blocking=False):  # else its call is writing
@@ -7015,9 +7230,9 @@ class Watch:
     thread waits for its turn again: if all shared one lock, all would wait for that.
     """
 
-    def __init__(self, sock: socket.socket, flight: Flight) -> None:
+    def __init__(self, sock: socket.socket, cancellation: Cancellation) -> None:
         self.sock = sock
-        self.flight = flight
+        self.cancellation = cancellation
         self.lock = threading.Lock()
         self.is_registered = True  # with the selector, until something comes
 
@@ -7025,24 +7240,24 @@ class Watch:
 class Watcher(threading.Thread):
     """Stops the flights of clients that hang up, and breaks the silence of others."""
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, timeouts: Timeouts) -> None:
         super().__init__(name="watcher", daemon=True)
-        self.patience = patience
+        self.timeouts = timeouts
         self.selector = selectors.DefaultSelector()
-        self.tellings: set[Telling] = set()
+        self.writers: set[EventStreamWriter] = set()
         self.early: set[Watch] = set()  # what came is the next call
         self.is_stopped = False
         self.bell, self.ear = socket.socketpair()  # ends a wait; and some need one
         self.selector.register(self.ear, selectors.EVENT_READ)
 
     @contextmanager
-    def kept_alive(self, telling: Telling) -> Iterator[None]:
-        self.tellings.add(telling)
+    def kept_alive(self, writer: EventStreamWriter) -> Iterator[None]:
+        self.writers.add(writer)
         try:
             yield
         finally:
-            self.tellings.discard(telling)
-            telling.close()
+            self.writers.discard(writer)
+            writer.close()
 
     def run(self) -> None:
         while not self.is_stopped:
@@ -7050,19 +7265,19 @@ class Watcher(threading.Thread):
                 self.go_round()
             except Exception:  # all calls depend on this thread
                 log.exception("the watcher failed")
-                time.sleep(self.patience.tick)
+                time.sleep(self.timeouts.tick)
 
     def go_round(self) -> None:
-        for key, _ in self.selector.select(self.patience.tick):
+        for key, _ in self.selector.select(self.timeouts.tick):
             if key.data:
                 self.look(key.data)
         for watch in list(self.early):
             self.look_behind(watch)
-        for telling in list(self.tellings):
-            telling.break_silence(self.patience)
+        for writer in list(self.writers):
+            writer.break_silence(self.timeouts)
 
-    def watch(self, sock: socket.socket, flight: Flight) -> Watch:
-        watch = Watch(sock, flight)
+    def watch(self, sock: socket.socket, cancellation: Cancellation) -> Watch:
+        watch = Watch(sock, cancellation)
         with suppress(OSError, ValueError):
             self.selector.register(sock, selectors.EVENT_READ, watch)
         return watch
@@ -7089,13 +7304,13 @@ class Watcher(threading.Thread):
             if came:
                 self.early.add(watch)
             else:
-                watch.flight.stop(Gone())
+                watch.cancellation.cancel(ClientDisconnected())
 
     def look_behind(self, watch: Watch) -> None:
         with watch.lock:
             if watch in self.early and has_left(watch.sock):
                 self.early.discard(watch)
-                watch.flight.stop(Gone())
+                watch.cancellation.cancel(ClientDisconnected())
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -7113,13 +7328,6 @@ def has_left(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, closed)
     return bool(poll.poll(0))
-
-
-# == Sockets ===================================================================
-#
-# Connections as http.server has them, a thread each; but they begin without waiting
-# for one another, and are counted from when they are accepted, so that a server that
-# closes knows when it has served all.
 
 
 class CountingServer(ThreadingHTTPServer):
@@ -7176,11 +7384,8 @@ def origin(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-# == Server ====================================================================
-#
-# What http.server says by itself is HTML, its head and body sent apart: not used.
+TOO_MANY = "has as many calls in cancellation as it may (MAX_CONCURRENT_CALLS)"
 
-TOO_MANY = "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
 STOPPING = "is being stopped"
 
 
@@ -7193,12 +7398,15 @@ class Exchange:
     """One call on a connection, from its first line to its line in the log."""
 
     def __init__(
-        self, server: Server, reading: Reading, stream: io.BufferedReader[Reading]
+        self,
+        server: Server,
+        reading: DeadlineReader,
+        stream: io.BufferedReader[DeadlineReader],
     ) -> None:
         self.server = server
         self.reading = reading
         self.stream = stream
-        self.flight = Flight()
+        self.cancellation = Cancellation()
         self.id = f"req_{secrets.token_hex(16)}"
         self.write_timeout = server.proxy.settings.write_timeout
         self.began = time.monotonic()
@@ -7215,11 +7423,11 @@ class Exchange:
             return False
         try:
             self.serve(parse_head(read_head(self.stream)))
-        except Gone:
+        except ClientDisconnected:
             self.keep = False
             self.notes["error"] = "client_gone"
         except Exception as error:
-            with suppress(Gone):
+            with suppress(ClientDisconnected):
                 self.send_error(as_api_error(error))
         finally:
             self.log()
@@ -7228,14 +7436,14 @@ class Exchange:
 
     def is_asked(self) -> bool:
         """Wait for a call; from its first byte on, the client has to hurry."""
-        patience = self.server.patience
+        timeouts = self.server.timeouts
         stopping = self.server.is_stopping
-        self.reading.within(patience.drain if stopping else patience.idle)
+        self.reading.within(timeouts.drain if stopping else timeouts.idle)
         self.reading.is_idle = True
-        with suppress(APIError, Gone):
+        with suppress(APIError, ClientDisconnected):
             if self.stream.peek(1):
                 self.began = time.monotonic()
-                self.reading.within(patience.head)
+                self.reading.within(timeouts.head)
                 self.reading.is_idle = False
                 return True
         return False
@@ -7250,7 +7458,7 @@ class Exchange:
             path=request.path,
             headers=request.headers,
             read=self.read_body,
-            flight=self.flight,
+            cancellation=self.cancellation,
             notes=self.notes,
         )
         reply = answer(self.server.proxy, call)
@@ -7264,12 +7472,12 @@ class Exchange:
         assert self.body
         self.body.check()
         self.server.admit(self)
-        self.reading.within(self.server.patience.body)
+        self.reading.within(self.server.timeouts.body)
         if self.body.is_awaited:
             self.body.is_awaited = False
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.body.read()
-        self.watch = self.server.watcher.watch(self.reading.sock, self.flight)
+        self.watch = self.server.watcher.watch(self.reading.sock, self.cancellation)
         return body
 
     def unwatch(self) -> None:
@@ -7298,14 +7506,14 @@ class Exchange:
         chunked = self.request.minor > 0
         head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
         block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
-        telling = Telling(self.reading.sock, head, chunked)
-        with closing(frames), self.server.watcher.kept_alive(telling):
-            failure = telling.tell(frames)
+        writer = EventStreamWriter(self.reading.sock, head, chunked)
+        with closing(frames), self.server.watcher.kept_alive(writer):
+            failure = writer.tell(frames)
             if failure:
                 self.notes["error"] = failure.code or failure.status
             last = frame(failure.body) if failure else b""
             self.unwatch()
-            telling.end(last + DONE_FRAME)
+            writer.end(last + DONE_FRAME)
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status
@@ -7328,14 +7536,14 @@ class Exchange:
             block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
             self.reading.sock.sendall(data)
         except OSError as error:
-            raise Gone from error
+            raise ClientDisconnected from error
 
     def can_go_on(self) -> bool:
         """Whether the connection stands at the beginning of another call."""
         if self.body and self.keep:
             return self.body.forget()
         if not self.body or not self.body.is_read:
-            linger(self.reading, self.server.patience.linger)
+            linger(self.reading, self.server.timeouts.linger)
         return False
 
     def elapsed_ms(self) -> int:
@@ -7375,7 +7583,7 @@ class Handler(StreamRequestHandler):
 
     def handle(self) -> None:
         self.connection.setblocking(True)  # a Mac's is as the one that listens
-        reading = Reading(self.connection)
+        reading = DeadlineReader(self.connection)
         stream = io.BufferedReader(reading)
         self.server.readings.add(reading)
         try:
@@ -7388,17 +7596,17 @@ class Handler(StreamRequestHandler):
 class Server(CountingServer):
     """`serve_forever`, `shutdown`, `server_close`, and `url` once it is made."""
 
-    def __init__(self, settings: Settings, patience: Patience) -> None:
+    def __init__(self, settings: Settings, timeouts: Timeouts) -> None:
         settings.check()
-        models = CatalogueFile(settings.models_path, FAMILIES)
-        self.patience = patience
-        self.api = ReplicateAPI(settings, patience)
-        self.proxy = Proxy(settings, models, Upstream(self.api, patience))
+        models = ModelsFile(settings.models_path, FAMILIES)
+        self.timeouts = timeouts
+        self.api = ReplicateAPI(settings, timeouts)
+        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
         if ":" in settings.host:
             self.address_family = socket.AF_INET6
-        self.watcher = Watcher(patience)
-        self.calls: set[Exchange] = set()  # in flight
-        self.readings: set[Reading] = set()  # of all connections
+        self.watcher = Watcher(timeouts)
+        self.calls: set[Exchange] = set()  # in cancellation
+        self.readings: set[DeadlineReader] = set()  # of all connections
         self.is_stopping = False  # no connection is kept …
         self.is_over = False  # … and no call begun
         self.watcher.start()
@@ -7444,7 +7652,7 @@ class Server(CountingServer):
         self.let_in()  # or the close would reset them
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
-        drain = min(self.patience.drain, grace)
+        drain = min(self.timeouts.drain, grace)
         self.await_end_of(self.connections, drain)
         for reading in list(self.readings):
             if reading.is_idle:
@@ -7459,21 +7667,21 @@ class Server(CountingServer):
             self.is_over = True
             last = list(self.calls)
         for exchange in last:
-            exchange.flight.stop(overloaded(STOPPING))
-        until = time.monotonic() + self.patience.farewell
-        self.await_end_of(self.calls, self.patience.farewell)
+            exchange.cancellation.cancel(overloaded(STOPPING))
+        until = time.monotonic() + self.timeouts.farewell
+        self.await_end_of(self.calls, self.timeouts.farewell)
         self.proxy.upstream.await_runs(until - time.monotonic())
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
 
 
-def make_server(settings: Settings, patience: Patience | None = None) -> Server:
+def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
     """Raise ConfigError for settings that can't be, OSError for an address in use."""
-    return Server(settings, patience or Patience())
+    return Server(settings, timeouts or Timeouts())
 
 
-# == Workers ===================================================================
+# -- Workers -------------------------------------------------------------------
 #
 # Several servers on one port, for more than one core: each is a process of its
 # own. Their parent serves nobody. It holds the port, and puts another in the
@@ -7481,14 +7689,19 @@ def make_server(settings: Settings, patience: Patience | None = None) -> Server:
 # settings and says that it listens. The end of the line means stop, and comes
 # even if the parent is killed.
 
+
 BALANCED = sys.platform == "linux"  # elsewhere one of many sockets may get all calls
+
 LOOK = 0.1  # seconds between looks at who has died
+
 # Python keeps the syntax tree of a script in memory, 10 MB, but not of a module.
 WORK = (
     f"import sys; sys.path[0] = {str(HERE)!r}; import proxy; "
     "sys.exit(proxy.main(sys.argv[1:]))"
 )
+
 SETTLED = 10  # seconds a worker lives if it was not its start that failed
+
 LONGEST_PAUSE = 30.0  # seconds before one that dies at its start is started again
 
 
@@ -7497,7 +7710,7 @@ class BoundServer(Server):
 
     def __init__(self, settings: Settings, bound: socket.socket) -> None:
         self.bound = bound
-        super().__init__(settings, Patience())
+        super().__init__(settings, Timeouts())
 
     def server_bind(self) -> None:
         self.socket.close()
@@ -7570,7 +7783,7 @@ class Workers:
         settings.check()
         if os.name == "nt":
             raise ConfigError("WORKERS must be 1 on Windows.")
-        self.models = CatalogueFile(settings.models_path, FAMILIES).current()
+        self.models = ModelsFile(settings.models_path, FAMILIES).current()
         self.settings = settings
         self.signals: list[int] = []
         self.workers: list[Worker] = []
@@ -7635,14 +7848,16 @@ def share(sock: socket.socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
 
 
-# == Main ======================================================================
+# -- Command line --------------------------------------------------------------
 #
 # The command line: what it says goes to stdout, what is logged to stderr, and
 # what keeps it from starting is a sentence there and exit code 2.
 
+
 DESCRIPTION = """\
 An OpenAI-compatible server in front of Replicate's models. Point any OpenAI
 client at it with base_url=http://127.0.0.1:3000/v1 and one of its own keys."""
+
 EPILOG = """\
 first steps:
   python proxy.py --demo       see it work: no account, no token, no model
@@ -7696,7 +7911,7 @@ def read_env(path: str | None) -> dict[str, str]:
     if not path and not file.exists():
         return {}
     try:
-        return read_env_file(file.read_text(encoding="utf-8"))
+        return parse_env_file(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"{file} can't be used: {error}") from None
 
@@ -7795,12 +8010,12 @@ def stop_on_signals(server: Server) -> None:
         signal.signal(each, stop)
 
 
-def tell_url(url: str, key: str, models: Catalogue) -> None:
+def tell_url(url: str, key: str, models: Models) -> None:
     print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
     print(f"  {curl_line(url, key, models)}\n", flush=True)
 
 
-def curl_line(url: str, key: str, models: Catalogue) -> str:
+def curl_line(url: str, key: str, models: Models) -> str:
     model = next(iter(models.mappings), models.default_model or "owner/name")
     hello = [{"role": "user", "content": "Hello!"}]
     body = json.dumps({"model": model, "stream": True, "messages": hello})
@@ -7824,11 +8039,11 @@ def key_source(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 def check_all(settings: Settings) -> int:
     """Say what was found of the settings, the models and the token."""
     settings.check()
-    catalogue = CatalogueFile(settings.models_path, FAMILIES).current()
+    catalogue = ModelsFile(settings.models_path, FAMILIES).current()
     print(f"settings  are right: {settings}")
     print(f"models    {len(catalogue.mappings)} in {settings.models_path}, ", end="")
     print(f"and {catalogue.default_model or 'none'} for any other name")
-    with closing(ReplicateAPI(settings, Patience())) as api:
+    with closing(ReplicateAPI(settings, Timeouts())) as api:
         try:
             account = api.account()
         except APIError as error:
@@ -7839,7 +8054,7 @@ def check_all(settings: Settings) -> int:
     return 0
 
 
-def run_again_and_again(arguments: Sequence[str], watched: Iterable[Path]) -> int:
+def reload_on_change(arguments: Sequence[str], watched: Iterable[Path]) -> int:
     """Run the program as a child, and anew whenever a file has changed."""
     command = [sys.executable, str(HERE / "proxy.py"), *arguments]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
@@ -7881,7 +8096,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         watched = [HERE / "proxy.py", Path(options.env_file or HERE / ".env"), models]
         rest = [argument for argument in arguments if argument != "--reload"]
-        return run_again_and_again(rest, watched)
+        return reload_on_change(rest, watched)
     try:
         if options.worker is not None:
             return work(options.worker)
