@@ -111,7 +111,7 @@ from hashlib import sha256
 from hmac import compare_digest
 from html import escape
 from http.server import ThreadingHTTPServer
-from itertools import accumulate, groupby, islice, takewhile
+from itertools import accumulate, chain, groupby, islice, takewhile
 from math import ceil, floor, isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
@@ -2592,8 +2592,7 @@ def build_chat_input(body: Json, model: Model, family: Family) -> PredictionInpu
         **family.render(unplaced(body["messages"], family.slots), family.system),
         **place(attachments(body["messages"]), family.slots),
     }
-    asked = order(body, model, family, rendered, prompt)
-    return asked._replace(again=partial(chat_again, body, model, family))
+    return order(body, model, family, rendered, prompt)
 
 
 def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
@@ -2612,13 +2611,26 @@ def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
     return {**body, "messages": messages}, replace(model, config=config)
 
 
-def chat_again(
-    body: Json, model: Model, family: Family, said: str, what: str
+def build_retry_input(
+    body: Json, model: Model, family: Family, answer: str, instruction: str
 ) -> PredictionInput:
-    """The same order, with a first answer to it and what is to be done about that."""
-    answer = {"role": "assistant", "content": said}
-    messages = [*body["messages"], answer, {"role": "user", "content": what}]
-    return build_chat_input({**body, "messages": messages}, model, family)
+    """The same input, with a first answer to it and what is to be done about that."""
+    turns = [
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": instruction},
+    ]
+    body = {**body, "messages": [*body["messages"], *turns]}
+    return build_chat_input(body, model, family)
+
+
+def with_seed(prediction_input: PredictionInput, offset: int) -> PredictionInput:
+    """Choices of one request must not all have the same seed."""
+    for name, parameter in prediction_input.names.items():
+        if parameter == "seed" and offset and name in prediction_input.input:
+            seed = prediction_input.input[name] + offset
+            input = {**prediction_input.input, name: seed}
+            return prediction_input._replace(input=input)
+    return prediction_input
 
 
 def build_completion_input(
@@ -2886,6 +2898,18 @@ class Arguments:
 class Done:
     finish_reason: str
     usage: Usage = Usage()
+
+
+@dataclass
+class RequestLog:
+    """What the log line of a request tells; the steps fill it in."""
+
+    model: str = ""
+    ref: str = ""
+    predictions: list[str] = field(default_factory=list)
+    usages: list[Usage] = field(default_factory=list)
+    first_text_at: float | None = None
+    error: str | int = ""
 
 
 Event = Started | Reasoning | Text | ToolCall | Arguments | Done
@@ -4070,33 +4094,36 @@ class Upstream:
         self.changed = threading.Condition()
         self.running = 0  # orders, from before their uploads until after a cancel
 
-    def run(
-        self, order: PredictionInput, cancellation: Cancellation, *, wait: bool
-    ) -> Events:
-        """Create a prediction and tell what it does; `wait` if all of it is wanted."""
-        with self.counted():
-            cancellation.check()
-            order = with_links(order, self.upload_cache, cancellation)
-            seen = self.api.create(order, wait)
-            prediction = Prediction(self, order, cancellation, seen, waited=wait)
-            try:
-                cancellation.check()
-                yield Started(prediction.id, order.model.ref)
-                yield from prediction.texts()
-                yield prediction.end()
-            finally:
-                prediction.cancel()
+    def upload_large_files(
+        self, prediction_input: PredictionInput, cancellation: Cancellation
+    ) -> PredictionInput:
+        return with_links(prediction_input, self.upload_cache, cancellation)
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
+    def create(
+        self,
+        order: PredictionInput,
+        cancellation: Cancellation,
+        log: RequestLog,
+        *,
+        wait: bool,
+    ) -> Prediction:
+        cancellation.check()
         with self.changed:
             self.running += 1
         try:
-            yield
-        finally:
-            with self.changed:
-                self.running -= 1
-                self.changed.notify_all()
+            seen = self.api.create(order, wait)
+        except BaseException:
+            self.ended()
+            raise
+        prediction = Prediction(self, order, cancellation, seen, waited=wait)
+        prediction.log = log
+        log.predictions.append(prediction.id)
+        return prediction
+
+    def ended(self) -> None:
+        with self.changed:
+            self.running -= 1
+            self.changed.notify_all()
 
     def await_runs(self, seconds: float) -> None:
         """Wait for those too that nobody listens to any more, but have to cancel."""
@@ -4116,6 +4143,7 @@ class Prediction:
         *,
         waited: bool,
     ) -> None:
+        self.upstream = upstream
         self.api = upstream.api
         self.timeouts = upstream.timeouts
         self.order = order
@@ -4147,6 +4175,15 @@ class Prediction:
         is_text = "/v1/files/" not in url  # which is a file's bytes
         streams = self.order.model.config.supports_streaming
         return url if streams and is_text and self.api.may_stream_from(url) else ""
+
+    def events(self) -> Events:
+        self.cancellation.check()
+        for text in self.texts():
+            self.log.first_text_at = self.log.first_text_at or time.monotonic()
+            yield Text(text.text)
+        done = self.end()
+        self.log.usages.append(done.usage)
+        yield done
 
     def texts(self) -> Iterator[Text]:
         """Tell its output as it comes, by its stream or by looks, until it is over."""
@@ -4279,7 +4316,15 @@ class Prediction:
         usage = read_usage(self.seen)
         return Done(finish_reason(usage, self.order.limit), usage)
 
+    log: RequestLog
+
     def cancel(self) -> None:
+        try:
+            self.cancel_now()
+        finally:
+            self.upstream.ended()
+
+    def cancel_now(self) -> None:
         """Stop the bill, if it is not over. A cancel that failed is tried once more."""
         if self.is_over or self.said_done:
             return
@@ -6090,50 +6135,93 @@ class ToolCallParser:
 # ==== 6. OBJECTS ==============================================================
 
 
-# -- Objects -------------------------------------------------------------------
+# -- Chat ----------------------------------------------------------------------
 #
-# An OpenAI object is told by two pure functions: an event's chunks, and the
-# whole. They say the same. Keys stand in the order of the real API's answers
-# as they were recorded, with its nulls.
+# Events as OpenAI's objects: whole, or as the chunks of a stream; both say the
+# same. Keys stand in the order of recorded answers of api.openai.com, with their
+# nulls. A kind of object has a function for the whole and one for its stream.
+
+DONE_FRAME = b"data: [DONE]\n\n"
+IndexedEvents = Iterable[tuple[int, Event]]  # each with the index of its choice
 
 
-Told = Generator[tuple[int, Event], None, None]  # with the index of its choice
+# What is constant around the text of a chunk is encoded once: a token costs the
+# encoding of its own text (0.95 us instead of 4.5).
 
-Frames = Generator[bytes, None, None]  # server-sent events
+
+def sse_frame(data: Json) -> bytes:
+    return b"data: " + encode_json(data) + b"\n\n"
 
 
-class Head(NamedTuple):
-    """What all chunks of a reply share."""
+def around_text(frame: Callable[[str], bytes]) -> tuple[bytes, bytes]:
+    """The bytes before and after a text in the frame that has it."""
+    mark = random_id("", 20)
+    before, _, after = frame(mark).partition(encode_json(mark))
+    return before, after
+
+
+def encode_json(value: Any) -> bytes:
+    """Half a surrogate pair, which a model may write, becomes `?`."""
+    return compact(value).encode("utf-8", "replace")
+
+
+class CompletionInfo(NamedTuple):
+    """What the whole object and every chunk of an answer share."""
 
     id: str
-    created: int
-    model: str
-    with_usage: bool  # every chunk then has a place for it
-    legacy: bool = False  # calls of functions, as they were before tools
+    created: int  # Unix seconds
+    model: str  # as the client named it
+    include_usage: bool = False  # then every chunk has a place for it
+    legacy: bool = False  # a call is a `function_call`, as before there were tools
 
 
 class Choice(NamedTuple):
     text: str
     finish_reason: str
-    thought: str = ""
-    calls: tuple[Json, ...] = ()
+    reasoning: str = ""
+    calls: tuple[Json, ...] = ()  # as `tool_calls` of a message hold them
 
 
-class Form(NamedTuple):
-    """How an operation tells events."""
+def fold(events: Iterable[Event]) -> tuple[Choice, Usage]:
+    """Fold the events of one choice into the whole, with what it took."""
+    texts: dict[type, list[str]] = {Text: [], Reasoning: []}
+    calls: dict[int, Json] = {}
+    end = Done("stop")
+    for event in events:
+        match event:
+            case Text(text) | Reasoning(text):
+                texts[type(event)].append(text)
+            case ToolCall(index, id, name):
+                function = {"name": name, "arguments": ""}
+                calls[index] = {"id": id, "type": "function", "function": function}
+            case Arguments(index, text):
+                calls[index]["function"]["arguments"] += text
+            case Done():
+                end = event
+    text, reasoning = ("".join(pieces) for pieces in texts.values())
+    choice = Choice(text, end.finish_reason, reasoning, tuple(calls.values()))
+    return choice, end.usage
 
-    prefix: str
-    chunks: Callable[[Event, int, Head], list[Json]]
-    usage_chunk: Callable[[Usage, Head], Json]
-    whole: Callable[[Sequence[Choice], Usage, Head], Json]
+
+def fold_choices(events: IndexedEvents) -> tuple[list[Choice], Usage]:
+    by_choice: dict[int, list[Event]] = defaultdict(list)
+    for index, event in events:
+        by_choice[index].append(event)
+    choices, usages = zip(*(fold(by_choice[i]) for i in sorted(by_choice)), strict=True)
+    return list(choices), sum_usage(usages)
+
+
+def sum_usage(usages: Iterable[Usage]) -> Usage:
+    prompt, completion, reasoning, estimates = map(sum, zip(*usages, strict=True))
+    return Usage(prompt, completion, reasoning, is_estimate=bool(estimates))
 
 
 def usage_object(usage: Usage) -> Json:
-    asked, answered = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
     return {
-        "prompt_tokens": asked,
-        "completion_tokens": answered,
-        "total_tokens": asked + answered,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": usage.reasoning_tokens,
@@ -6144,113 +6232,37 @@ def usage_object(usage: Usage) -> Json:
     }
 
 
-def add(usages: Iterable[Usage]) -> Usage:
-    asked, answered, reasoning, estimates = map(sum, zip(*usages, strict=True))
-    return Usage(asked, answered, reasoning, bool(estimates))
+def chat_finish_reason(finish_reason: str, info: CompletionInfo) -> str:
+    is_legacy_call = info.legacy and finish_reason == "tool_calls"
+    return "function_call" if is_legacy_call else finish_reason
 
 
-def chat_chunk(head: Head, choices: list[Json], usage: Json | None = None) -> Json:
-    chunk = {
-        "id": head.id,
-        "object": "chat.completion.chunk",
-        "created": head.created,
-        "model": head.model,
-        "service_tier": "default",
-        "system_fingerprint": None,
-        "choices": choices,
-    }
-    return {**chunk, "usage": usage} if head.with_usage else chunk
+def chat_message(choice: Choice, info: CompletionInfo) -> Json:
+    message: Json = {"role": "assistant", "content": choice.text}
+    if choice.calls:
+        message["content"] = choice.text or None
+        if info.legacy:
+            message["function_call"] = choice.calls[0]["function"]
+        else:
+            message["tool_calls"] = list(choice.calls)
+    message |= {"refusal": None, "annotations": []}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    return message
 
 
-def chat_choice(index: int, delta: Json, finish_reason: str | None = None) -> Json:
+def chat_completion(choices: list[Choice], usage: Usage, info: CompletionInfo) -> Json:
     return {
-        "index": index,
-        "delta": delta,
-        "logprobs": None,
-        "finish_reason": finish_reason,
-    }
-
-
-def chat_chunks(event: Event, index: int, head: Head) -> list[Json]:
-    match event:
-        case Started():
-            first = {"role": "assistant", "content": "", "refusal": None}
-            return [chat_chunk(head, [chat_choice(index, first)])]
-        case Reasoning(text):
-            return [chat_chunk(head, [chat_choice(index, {"reasoning_content": text})])]
-        case Text(text):
-            return [chat_chunk(head, [chat_choice(index, {"content": text})])]
-        case ToolCall() | Arguments():
-            delta = call_delta(event, head.legacy)
-            return [chat_chunk(head, [chat_choice(index, delta)])]
-        case Done(finish_reason):
-            return [chat_chunk(head, [chat_choice(index, {}, finish_reason)])]
-
-
-def chat_usage_chunk(usage: Usage, head: Head) -> Json:
-    return chat_chunk(head, [], usage_object(usage))
-
-
-def call_delta(event: ToolCall | Arguments, legacy: bool = False) -> Json:
-    """What a call is told by; nothing of it is said twice."""
-    match event:
-        case ToolCall(index, id, name):
-            function = {"name": name, "arguments": ""}
-            told = {"index": index, "id": id, "type": "function", "function": function}
-        case Arguments(index, text):
-            function = {"arguments": text}
-            told = {"index": index, "function": function}
-    return {"function_call": function} if legacy else {"tool_calls": [told]}
-
-
-def calls_of(events: Iterable[Event]) -> list[Json]:
-    """The calls of an answer as the whole message holds them."""
-    calls: dict[int, Json] = {}
-    for event in events:
-        if isinstance(event, ToolCall):
-            function = {"name": event.name, "arguments": ""}
-            call = {"id": event.id, "type": "function", "function": function}
-            calls[event.index] = call
-        elif isinstance(event, Arguments):
-            calls[event.index]["function"]["arguments"] += event.text
-    return list(calls.values())
-
-
-def with_calls(message: Json, calls: Sequence[Json], legacy: bool = False) -> Json:
-    """Put calls behind the content of a message, which is null if it has no text."""
-    if not calls:
-        return message
-    told: Json = {"tool_calls": list(calls)}
-    if legacy:
-        told = {"function_call": calls[0]["function"]}
-    first = {"role": message["role"], "content": message["content"] or None}
-    return {**first, **told, **{k: v for k, v in message.items() if k not in first}}
-
-
-def chat_message(choice: Choice, legacy: bool) -> Json:
-    message: Json = {
-        "role": "assistant",
-        "content": choice.text,
-        "refusal": None,
-        "annotations": [],
-    }
-    if choice.thought:
-        message["reasoning_content"] = choice.thought
-    return with_calls(message, choice.calls, legacy)
-
-
-def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json:
-    return {
-        "id": head.id,
+        "id": info.id,
         "object": "chat.completion",
-        "created": head.created,
-        "model": head.model,
+        "created": info.created,
+        "model": info.model,
         "choices": [
             {
                 "index": index,
-                "message": chat_message(choice, head.legacy),
+                "message": chat_message(choice, info),
                 "logprobs": None,
-                "finish_reason": choice.finish_reason,
+                "finish_reason": chat_finish_reason(choice.finish_reason, info),
             }
             for index, choice in enumerate(choices)
         ],
@@ -6260,15 +6272,80 @@ def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json
     }
 
 
-def text_chunk(head: Head, choices: list[Json], usage: Json | None = None) -> Json:
+def chat_chunk(
+    info: CompletionInfo, choices: list[Json], usage: Json | None = None
+) -> Json:
     chunk = {
-        "id": head.id,
-        "object": "text_completion",
-        "created": head.created,
+        "id": info.id,
+        "object": "chat.completion.chunk",
+        "created": info.created,
+        "model": info.model,
+        "service_tier": "default",
+        "system_fingerprint": None,
         "choices": choices,
-        "model": head.model,
     }
-    return {**chunk, "usage": usage} if head.with_usage else chunk
+    return {**chunk, "usage": usage} if info.include_usage else chunk
+
+
+def chat_delta(event: Event, legacy: bool) -> Json:
+    match event:
+        case Text(text):
+            return {"content": text}
+        case Reasoning(text):
+            return {"reasoning_content": text}
+        case ToolCall(index, id, name):
+            function = {"name": name, "arguments": ""}
+            call = {"index": index, "id": id, "type": "function", "function": function}
+        case Arguments(index, text):
+            function = {"arguments": text}
+            call = {"index": index, "function": function}
+        case _:
+            return {}
+    return {"function_call": function} if legacy else {"tool_calls": [call]}
+
+
+def chat_stream(
+    events: IndexedEvents, info: CompletionInfo, choices: int
+) -> Iterator[bytes]:
+    """Yield the frames of a chat's chunks, with [DONE] as the last.
+
+    The first chunks, of the role, wait for an event: what fails before it can still
+    have an HTTP status of its own.
+    """
+
+    def frame(index: int, delta: Json, finish_reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None}
+        return sse_frame(chat_chunk(info, [{**choice, "finish_reason": finish_reason}]))
+
+    def text_frame(index: int, text: str) -> bytes:
+        return frame(index, {"content": text})
+
+    first = {"role": "assistant", "content": "", "refusal": None}
+    start = b"".join(frame(index, first) for index in range(choices))
+    around = [around_text(partial(text_frame, index)) for index in range(choices)]
+    usages = []
+    for index, event in events:
+        if isinstance(event, Text):
+            before, after = around[index]
+            data = before + encode_json(event.text) + after
+        elif isinstance(event, Done):
+            usages.append(event.usage)
+            data = frame(index, {}, chat_finish_reason(event.finish_reason, info))
+        else:
+            data = frame(index, chat_delta(event, info.legacy))
+        yield start + data
+        start = b""
+    if info.include_usage:
+        yield sse_frame(chat_chunk(info, [], usage_object(sum_usage(usages))))
+    yield DONE_FRAME
+
+
+def completion_error(error: APIError) -> bytes:
+    """How a stream of chunks ends that fails in the middle."""
+    return sse_frame(error.body) + DONE_FRAME
+
+
+# -- Completions ---------------------------------------------------------------
 
 
 def text_choice(index: int, text: str, finish_reason: str | None = None) -> Json:
@@ -6280,26 +6357,12 @@ def text_choice(index: int, text: str, finish_reason: str | None = None) -> Json
     }
 
 
-def text_chunks(event: Event, index: int, head: Head) -> list[Json]:
-    match event:
-        case Started() | Reasoning() | ToolCall() | Arguments():
-            return []
-        case Text(text):
-            return [text_chunk(head, [text_choice(index, text)])]
-        case Done(finish_reason):
-            return [text_chunk(head, [text_choice(index, "", finish_reason)])]
-
-
-def text_usage_chunk(usage: Usage, head: Head) -> Json:
-    return text_chunk(head, [], usage_object(usage))
-
-
-def text_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json:
+def text_completion(choices: list[Choice], usage: Usage, info: CompletionInfo) -> Json:
     return {
-        "id": head.id,
+        "id": info.id,
         "object": "text_completion",
-        "created": head.created,
-        "model": head.model,
+        "created": info.created,
+        "model": info.model,
         "choices": [
             text_choice(index, choice.text, choice.finish_reason)
             for index, choice in enumerate(choices)
@@ -6308,80 +6371,39 @@ def text_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json
     }
 
 
-CHAT_FORM = Form("chatcmpl-", chat_chunks, chat_usage_chunk, chat_completion)
+def text_stream(
+    events: IndexedEvents, info: CompletionInfo, choices: int
+) -> Iterator[bytes]:
+    """Yield the frames of a completion's chunks, with [DONE] as the last."""
 
-TEXT_FORM = Form("cmpl-", text_chunks, text_usage_chunk, text_completion)
+    def frame(choices: list[Json], usage: Json | None = None) -> bytes:
+        chunk = {
+            "id": info.id,
+            "object": "text_completion",
+            "created": info.created,
+            "choices": choices,
+            "model": info.model,
+        }
+        return sse_frame({**chunk, "usage": usage} if info.include_usage else chunk)
 
-spaced = json.JSONEncoder(ensure_ascii=False).encode
+    def text_frame(index: int, text: str) -> bytes:
+        return frame([text_choice(index, text)])
 
-
-def encode(value: Any) -> bytes:
-    return compact(value).encode("utf-8", "replace")
-
-
-def encode_for_people(value: Json) -> bytes:
-    """A line for each key, and each item of a list: the encoder in C can't indent."""
-    lines = [f'"{name}": {in_lines(each)}' for name, each in value.items()]
-    text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
-    return text.encode("utf-8", "replace")
-
-
-def in_lines(value: Any) -> str:
-    if not isinstance(value, list) or not value:
-        return spaced(value)
-    return "[\n    " + ",\n    ".join(map(spaced, value)) + "\n  ]"
-
-
-def frame(chunk: Json) -> bytes:
-    return b"data: " + encode(chunk) + b"\n\n"
-
-
-def tell_in_frames(told: Told, form: Form, head: Head) -> Frames:
-    """Tell events as they come; what the frames of texts share is made once."""
-    around: dict[int, tuple[bytes, bytes]] = {}
+    around = [around_text(partial(text_frame, index)) for index in range(choices)]
     usages = []
-    due = b""
-    for index, event in told:
+    for index, event in events:
         if isinstance(event, Text):
-            if index not in around:
-                around[index] = around_text(form, index, head)
             before, after = around[index]
-            due += before + encode(event.text) + after
-            if event.more:
-                continue
-        else:
-            if isinstance(event, Done):
-                usages.append(event.usage)
-            due += b"".join(map(frame, form.chunks(event, index, head)))
-        yield due
-        due = b""
-    if head.with_usage:
-        yield frame(form.usage_chunk(add(usages), head))
+            yield before + encode_json(event.text) + after
+        elif isinstance(event, Done):
+            usages.append(event.usage)
+            yield frame([text_choice(index, "", event.finish_reason)])
+    if info.include_usage:
+        yield frame([], usage_object(sum_usage(usages)))
+    yield DONE_FRAME
 
 
-def around_text(form: Form, index: int, head: Head) -> tuple[bytes, bytes]:
-    mark = random_id("", 20)
-    [chunk] = form.chunks(Text(mark), index, head)
-    before, _, after = frame(chunk).partition(encode(mark))
-    return before, after
-
-
-def tell_at_once(told: Told, form: Form, head: Head) -> Json:
-    """Tell events when the last has come."""
-    by_choice: dict[int, list[Event]] = defaultdict(list)
-    for index, event in told:
-        by_choice[index].append(event)
-    choices = [fold(by_choice[index]) for index in sorted(by_choice)]
-    ends = (event for events in by_choice.values() for event in events)
-    usage = add(event.usage for event in ends if isinstance(event, Done))
-    return form.whole(choices, usage, head)
-
-
-def fold(events: Sequence[Event]) -> Choice:
-    text = "".join(event.text for event in events if isinstance(event, Text))
-    thought = "".join(event.text for event in events if isinstance(event, Reasoning))
-    ends = [event.finish_reason for event in events if isinstance(event, Done)]
-    return Choice(text, ends[-1], thought, tuple(calls_of(events)))
+# -- Model objects -------------------------------------------------------------
 
 
 def model_object(id: str, ref: str, created: int) -> Json:
@@ -6394,189 +6416,12 @@ def model_object(id: str, ref: str, created: int) -> Json:
 
 # -- Generation ----------------------------------------------------------------
 #
-# An answer is held to what the client asked for. What it lacks is asked for once
-# more, by a second prediction that is told what was wrong, as long as nothing of
-# the first was told; then what comes is taken, and the log says what it lacks.
-# The predictions of one call, side by side: those of n choices, or of several
-# prompts. Each runs in a thread of its own, on a cancellation that stops with the
-# call's, or when one of them fails. Nobody waits for a thread that has to stop:
-# it cancels its prediction as soon as it knows of one, within the time limits of
-# a create and a cancel. The end of the server waits for it: see Upstream.
-# An order run, its answer made what the client asked for, and told.
+# The predictions of one request, and the response made of their events. Choices
+# run side by side, each in a thread of its own. An answer that is not what the
+# client asked for (a call, JSON) is asked for once more, as long as nothing of it
+# was sent.
 
-
-Again = Callable[[str, str], Events]  # what was said, and what to do now
-
-
-class Demand(NamedTuple):
-    """What an answer has to be, and from which event on it is told as it comes."""
-
-    complaint: Callable[[Choice], str]  # a sentence, or "" if there is none
-    remedy: Callable[[str], str]  # what to do now, by what was wrong
-    lets_go: Callable[[Event], bool]
-    is_partly_good: Callable[[Choice], bool]  # and better than one without calls
-
-
-def demand_of(wanted: Wanted, stream: bool) -> Demand | None:
-    """Hold calls to their tools, and text to its format; if streamed, for the log."""
-    toolbox, format = wanted
-    if toolbox:
-        must_call = toolbox.must_call
-        return Demand(
-            lambda answer: misuses(answer.calls, toolbox) or misfits(answer, format),
-            lambda why: repair_instructions(toolbox, why),
-            lambda event: stream and (not must_call or isinstance(event, ToolCall)),
-            lambda answer: any(not misuses([call], toolbox) for call in answer.calls),
-        )
-    if format:
-        return Demand(
-            lambda answer: misfits(answer, format),
-            lambda why: json_repair(format, why),
-            lambda _: stream,
-            lambda _: False,
-        )
-    return None
-
-
-def misuses(calls: Sequence[Json], toolbox: Toolbox) -> str:
-    if not calls:
-        return "no tool was called." if toolbox.must_call else ""
-    functions = [call["function"] for call in calls]
-    faults = (tool_call_error(f["name"], f["arguments"], toolbox) for f in functions)
-    return next(filter(None, faults), "")
-
-
-def misfits(answer: Choice, format: ResponseFormat | None) -> str:
-    if format is None or answer.calls:
-        return ""
-    return parsed_or_why(answer.text, format)[1]
-
-
-def held_to(demand: Demand, events: Events, again: Again | None = None) -> Events:
-    """Tell an answer if it is what it has to be, else the one that is asked for."""
-    seen: list[Event] = []
-    told, goes = 0, False
-    with closing(events):
-        for event in events:
-            seen.append(event)
-            goes = goes or demand.lets_go(event)
-            if goes or isinstance(event, Started):
-                yield from seen[told:]
-                told = len(seen)
-    answer = fold(seen)
-    why = demand.complaint(answer)
-    repairs = why and again and not goes and answer.finish_reason != "length"
-    if why:
-        log.warning("event=%s why=%s", "repair" if repairs else "misfit", quoted(why))
-    if repairs and again:
-        said = told_message(chat_message(answer, legacy=False))["content"]
-        better = held_to(demand, again(said, demand.remedy(why)))
-        better = after_all(better, usage_of(seen))
-        yield from instead(better, seen) if demand.is_partly_good(answer) else better
-    else:
-        yield from seen[told:]
-
-
-def usage_of(events: Sequence[Event]) -> Usage:
-    return add(event.usage for event in events if isinstance(event, Done))
-
-
-def after_all(events: Events, spent: Usage) -> Events:
-    """The answer of a second prediction, with what the first one took."""
-    with closing(events):
-        for event in events:
-            if isinstance(event, Done):
-                yield Done(event.finish_reason, add([spent, event.usage]))
-            elif not isinstance(event, Started):
-                yield event
-
-
-def instead(events: Events, first: Sequence[Event]) -> Events:
-    """The answer of a second prediction if it calls, else the first one's."""
-    with closing(events):
-        second = list(events)
-    if any(isinstance(event, ToolCall) for event in second):
-        yield from second
-        return
-    yield from (e for e in first if not isinstance(e, (Started, Done)))
-    yield Done(fold(first).finish_reason, usage_of(second))
-
-
-AT_ONCE = 8  # predictions of one call
-
-Run = Callable[[Cancellation], Events]
-
-
-def side_by_side(runs: Sequence[Run], cancellation: Cancellation) -> Told:
-    """Tell each event with the index of its run; choice 0 begins."""
-    if len(runs) == 1:
-        with closing(runs[0](cancellation)) as events:
-            yield from ((0, event) for event in events)
-        return
-    branch = Cancellation()
-    with cancellation.on_cancel(
-        lambda: branch.cancel(cancellation.cause or ClientDisconnected())
-    ):
-        yield from led_by_the_first(gathered(runs, branch))
-
-
-def gathered(runs: Sequence[Run], branch: Cancellation) -> Told:
-    """Gather events as they come; the first error, or a stop, ends all at once."""
-    heard: SimpleQueue[tuple[int, Event] | Exception | None] = SimpleQueue()
-    jobs = iter(enumerate(runs))
-    work = partial(drive, jobs, branch, heard.put, threading.Lock())
-    threads = [threading.Thread(target=work) for _ in runs[:AT_ONCE]]
-    try:
-        with branch.on_cancel(lambda: heard.put(branch.cause or ClientDisconnected())):
-            for thread in threads:
-                thread.start()
-            at_work = len(threads)
-            while at_work:
-                item = heard.get()
-                if isinstance(item, Exception):
-                    raise item
-                at_work -= item is None
-                if item is not None:
-                    yield item
-    finally:
-        branch.cancel(ClientDisconnected())
-
-
-def alone(event: Event) -> Event:
-    """A text that waits for no other, as another choice may fail in between."""
-    return Text(event.text) if isinstance(event, Text) else event
-
-
-def drive(
-    jobs: Iterator[tuple[int, Run]],
-    branch: Cancellation,
-    tell: Callable[[tuple[int, Event] | Exception | None], None],
-    lock: threading.Lock,
-) -> None:
-    """Run one after another, until there are none left."""
-    try:
-        while True:
-            with lock:
-                index, run = next(jobs, (-1, None))
-            if run is None:
-                return tell(None)
-            with closing(run(branch)) as events:
-                for event in events:
-                    tell((index, alone(event)))
-    except Exception as error:
-        tell(error)
-
-
-def led_by_the_first(told: Told) -> Told:
-    """Hold what comes before choice 0 has begun: some clients count on its lead."""
-    early: list[tuple[int, Event]] = []
-    with closing(told):
-        for index, event in told:
-            early.append((index, event))
-            if index == 0:
-                break
-        yield from sorted(early, key=lambda item: item[0] != 0)
-        yield from told
+MAX_PARALLEL_PREDICTIONS = 8  # of one request
 
 
 class Proxy(NamedTuple):
@@ -6587,171 +6432,314 @@ class Proxy(NamedTuple):
     upstream: Upstream
 
 
-class Call(NamedTuple):
-    """What lasts as long as one call. All but the notes stays as it is."""
-
+@dataclass
+class Request:
     method: str
     path: str
     headers: Mapping[str, str]  # names in lower case
-    read: Callable[[], bytes]  # the body, when somebody with a key wants it
+    body: bytes
     cancellation: Cancellation
-    notes: Json  # what the log will say of this call
+    log: RequestLog
 
 
-class Reply(NamedTuple):
-    body: Json | Frames | None
+class EventStream(NamedTuple):
+    """A body that is written while it comes into being."""
+
+    run: Callable[[Callable[[bytes], None]], None]  # with the writer's `write`
+    error: Callable[[APIError], bytes]  # the last frames of one that fails
+
+
+class Response(NamedTuple):
+    body: Json | bytes | EventStream | None
     status: int = 200
     headers: Mapping[str, str] = {}
 
 
-def tell(
-    proxy: Proxy,
-    call: Call,
-    body: Json,
-    orders: list[PredictionInput],
-    form: Form,
-    wanted: Wanted | None = None,
-) -> Reply:
-    """Tell events as they come if the client asked to stream, else all at once."""
-    head = Head(
-        id=random_id(form.prefix, 29),
-        created=int(time.time()),
-        model=body["model"],
-        with_usage=bool(body["stream_options"].get("include_usage")),
-        legacy=bool(body.get("functions")),
-    )
-    model = orders[0].model
-    call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
-    shaped = partial(shape, proxy, call.notes, body, wanted or Wanted())
-    runs = [partial(shaped, order) for order in orders]
-    told = noted(side_by_side(runs, call.cancellation), call.notes)
-    if body["stream"]:
-        return Reply(tell_in_frames(told, form, head))
-    with closing(told):
-        return Reply(tell_at_once(told, form, head))
+class Generation(NamedTuple):
+    """The choices of a request for text: `n` of each input."""
 
+    proxy: Proxy
+    request: Request
+    body: Json  # checked
+    inputs: list[PredictionInput]
+    toolbox: Toolbox | None = None
+    format: ResponseFormat | None = None
+    # From an answer and what is wrong with it to the input of another try.
+    retry_input: Callable[[Choice, str], PredictionInput] | None = None
 
-def shape(
-    proxy: Proxy,
-    notes: Json,
-    body: Json,
-    wanted: Wanted,
-    order: PredictionInput,
-    cancellation: Cancellation,
-) -> Events:
-    """Run an order, and do to its answer what the model can't."""
+    def respond(
+        self,
+        id_prefix: str,
+        build_object: Callable[[list[Choice], Usage, CompletionInfo], Json],
+        build_stream: Callable[[IndexedEvents, CompletionInfo, int], Iterator[bytes]],
+    ) -> Response:
+        info = CompletionInfo(
+            id=random_id(id_prefix, 29),
+            created=int(time.time()),
+            model=self.body["model"],
+            include_usage=bool(self.body["stream_options"].get("include_usage")),
+            legacy=bool(self.toolbox and self.toolbox.legacy),
+        )
+        model = self.inputs[0].model
+        self.request.log.ref = (
+            f"{model.ref}; default" if model.is_default else model.ref
+        )
 
-    def run(order: PredictionInput) -> Events:
-        wait = not body["stream"]
-        events = started(proxy.upstream.run(order, cancellation, wait=wait), notes)
-        return heard(events, body, wanted, order)
+        def run(write: Callable[[bytes], None]) -> None:
+            with self.start() as events:
+                for frames in build_stream(events, info, self.choices):
+                    write(frames)
 
-    def ask(said: str, what: str) -> Events:
-        return run(order.again(said, what) if order.again else order)
+        if self.body["stream"]:
+            return Response(EventStream(run, completion_error))
+        with self.start() as events:
+            return Response(build_object(*fold_choices(events), info))
 
-    events = run(order)
-    if demand := demand_of(wanted, body["stream"]):
-        return held_to(demand, events, ask)
-    return echo(events, order.prompt) if order.echo else events
+    @property
+    def choices(self) -> int:
+        return len(self.inputs) * int(self.body["n"])
 
+    @contextmanager
+    def start(self) -> Iterator[IndexedEvents]:
+        """Create the predictions; inside, their events come; after, none runs on.
 
-def heard(events: Events, body: Json, wanted: Wanted, order: PredictionInput) -> Events:
-    """The answer to an order, in steps that each read what the one before tells.
+        The first choice leads: it has been created when this begins."""
+        cancellation = self.request.cancellation
+        uploaded = [
+            self.proxy.upstream.upload_large_files(each, cancellation)
+            for each in self.inputs
+        ]
+        inputs = [
+            with_seed(each, i) for each in uploaded for i in range(self.body["n"])
+        ]
+        if len(inputs) == 1:
+            with self.start_choice(inputs[0], cancellation) as events:
+                yield ((0, event) for event in events)
+        else:
+            with self.start_side_by_side(inputs) as indexed:
+                yield indexed
 
-    Thoughts come before all else; a model's own limit is a length of its text; stop
-    strings are looked for in what the client reads, not in tags, fences or calls; and
-    what was told in the end is counted."""
-    if "messages" in body:
-        thinks = THINKERS.fullmatch(order.model.owner_and_name)
-        events = split_reasoning(events, bool(thinks))
-    if order.cut:
-        events = cut_after(events, order.cut)
-    if wanted.toolbox:
-        events = extract_tool_calls(events, wanted.toolbox, strict=body["stream"])
-    if wanted.format:
-        events = extract_json(events, wanted.format)
-    if stops := list(filter(None, body["stop"])):
-        called = wanted.toolbox.called if wanted.toolbox else "stop"
-        events = stop_at(events, stops, called)
-    return with_usage(events, order.prompt)
+    @contextmanager
+    def start_side_by_side(
+        self, inputs: list[PredictionInput]
+    ) -> Iterator[IndexedEvents]:
+        """The first error, or a cancellation, ends all choices at once.
 
+        Nobody waits for their threads: each cancels its prediction as soon as it
+        knows of one, and the end of the server waits for that.
+        """
+        jobs = deque(enumerate(inputs))
+        arrivals: SimpleQueue[tuple[int, Event | None] | Exception | None] = (
+            SimpleQueue()
+        )
+        branch = Cancellation()
 
-def started(events: Events, notes: Json) -> Events:
-    """Note down each prediction, as one that repairs another is paid for as well."""
-    with closing(events):
-        first = next(events)
-        assert isinstance(first, Started)
-        notes["predictions"].append(first.prediction)
-        yield first
-        yield from events
+        def work() -> None:
+            try:
+                with suppress(IndexError):
+                    while job := jobs.popleft():
+                        index, prediction_input = job
+                        with self.start_choice(prediction_input, branch) as events:
+                            arrivals.put((index, None))  # it is created
+                            for event in events:
+                                arrivals.put((index, event))
+                arrivals.put(None)
+            except Exception as error:
+                arrivals.put(error)
 
+        def arrived(threads: int) -> Iterator[tuple[int, Event | None]]:
+            while threads:
+                item = arrivals.get()
+                if isinstance(item, Exception):
+                    raise item
+                threads -= item is None
+                if item is not None:
+                    yield item
 
-def noted(told: Told, notes: Json) -> Told:
-    """Note down for the log what passes by."""
-    with closing(told):
-        for item in told:
-            _, event = item
-            if isinstance(event, Done):
-                notes["usages"].append(event.usage)
-            elif "first_text_at" not in notes and not isinstance(event, Started):
-                notes["first_text_at"] = time.monotonic()
-            yield item
+        def stop() -> None:
+            cause = self.request.cancellation.cause or ClientDisconnected()
+            branch.cancel(cause)
+            arrivals.put(cause)
+
+        threads = min(len(inputs), MAX_PARALLEL_PREDICTIONS)
+        try:
+            with self.request.cancellation.on_cancel(stop):
+                for _ in range(threads):
+                    threading.Thread(target=work).start()
+                items = arrived(threads)
+                early = []
+                for item in items:
+                    early.append(item)
+                    if item == (0, None):
+                        break
+                yield ((index, event) for index, event in chain(early, items) if event)
+        finally:
+            branch.cancel(ClientDisconnected())
+
+    @contextmanager
+    def start_choice(
+        self, prediction_input: PredictionInput, cancellation: Cancellation
+    ) -> Iterator[Events]:
+        with self.start_prediction(prediction_input, cancellation) as events:
+            if self.toolbox or self.format:
+                events = self.with_retry(events, cancellation)
+            if self.body.get("echo"):
+                events = echo(events, prediction_input.prompt)
+            yield events
+
+    @contextmanager
+    def start_prediction(
+        self, prediction_input: PredictionInput, cancellation: Cancellation
+    ) -> Iterator[Events]:
+        """Create a prediction; after, it is over or cancelled."""
+        prediction = self.proxy.upstream.create(
+            prediction_input,
+            cancellation,
+            self.request.log,
+            wait=not self.body["stream"],
+        )
+        try:
+            yield self.shape(prediction.events(), prediction_input)
+        finally:
+            prediction.cancel()
+
+    def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
+        """What the client asked for and the model can't do, step by step.
+
+        Reasoning comes before all else; a model's own limit is a length of its text;
+        stop strings are looked for in what the client reads, not in tags, fences or
+        calls; and what was sent in the end is counted."""
+        if "messages" in self.body:
+            model = prediction_input.model.owner_and_name
+            events = split_reasoning(events, bool(THINKERS.fullmatch(model)))
+        if prediction_input.cut:
+            events = cut_after(events, prediction_input.cut)
+        if self.toolbox:
+            events = extract_tool_calls(events, self.toolbox, self.body["stream"])
+        if self.format:
+            events = extract_json(events, self.format)
+        if stops := list(filter(None, self.body["stop"])):
+            events = stop_at(events, stops)
+        return with_usage(events, prediction_input.prompt)
+
+    def with_retry(self, events: Events, cancellation: Cancellation) -> Events:
+        """Hold an answer for as long as another may have to take its place.
+
+        Not held is what is streamed: text where no call has to be made, and what
+        follows the first call. A second try that fails leaves the first answer,
+        which is paid for.
+        """
+        must_call = bool(self.toolbox and self.toolbox.must_call)
+        is_sent = self.body["stream"] and not must_call
+        seen: list[Event] = []
+        sent = 0
+        for event in events:
+            seen.append(event)
+            is_sent = is_sent or (self.body["stream"] and isinstance(event, ToolCall))
+            if is_sent:
+                yield from seen[sent:]
+                sent = len(seen)
+        answer, usage = fold(seen)
+        why = self.complaint(answer)
+        if why and not sent and self.retry_input and answer.finish_reason != "length":
+            log.warning("event=retry why=%s", quoted(why))
+            try:
+                second_input = self.retry_input(answer, why)
+                with self.start_prediction(second_input, cancellation) as others:
+                    second = list(others)
+            except APIError as error:
+                cancellation.check()
+                log.warning("event=retry_failed why=%s", quoted(error))
+            else:
+                better, more = fold(second)
+                if better.calls or not self.has_good_call(answer):
+                    seen, answer, why = second, better, self.complaint(better)
+                seen[-1] = Done(answer.finish_reason, sum_usage([usage, more]))
+        if why:
+            log.warning("event=misfit why=%s", quoted(why))
+        yield from seen[sent:]
+
+    def complaint(self, answer: Choice) -> str:
+        """What is wrong with an answer, in a sentence; "" if it is as asked for."""
+        if self.toolbox:
+            if self.toolbox.must_call and not answer.calls:
+                return "no tool was called."
+            for call in answer.calls:
+                if why := self.call_error(call):
+                    return why
+        if self.format and not answer.calls:
+            return parsed_or_why(answer.text, self.format)[1]
+        return ""
+
+    def call_error(self, call: Json) -> str:
+        assert self.toolbox
+        function = call["function"]
+        return tool_call_error(function["name"], function["arguments"], self.toolbox)
+
+    def has_good_call(self, answer: Choice) -> bool:
+        return any(not self.call_error(call) for call in answer.calls)
 
 
 # -- Endpoints -----------------------------------------------------------------
 #
 # One function per OpenAI operation, under OpenAI's name for it, and one row per
-# path. To add one: a row in ENDPOINTS, and its function. `answer` has no socket
-# in it.
+# path. To add one: a row in ENDPOINTS, and its function. No socket is in it.
 
 
-def check_health(proxy: Proxy, call: Call) -> Reply:
-    return Reply({"status": "ok", "version": __version__})
+def check_health(proxy: Proxy, request: Request) -> Response:
+    return Response({"status": "ok", "version": __version__})
 
 
-def list_models(proxy: Proxy, call: Call) -> Reply:
-    catalogue = proxy.models.current()
-    rows = [model_object(*row, catalogue.created) for row in catalogue.mappings.items()]
-    return Reply({"object": "list", "data": rows})
+def list_models(proxy: Proxy, request: Request) -> Response:
+    models = proxy.models.current()
+    rows = [model_object(*row, models.created) for row in models.mappings.items()]
+    return Response({"object": "list", "data": rows})
 
 
-def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
-    catalogue = proxy.models.current()
+def retrieve_model(proxy: Proxy, request: Request, id: str) -> Response:
+    models = proxy.models.current()
     try:
-        model = find_model(replace(catalogue, default_model=None), id)
+        model = find_model(replace(models, default_model=None), id)
     except APIError as error:
         error.param = "model"
         raise
-    return Reply(model_object(id, model.ref, catalogue.created))
+    return Response(model_object(id, model.ref, models.created))
 
 
-def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
-    body = check_body(call, CHAT, model_id)
+def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
+    body = parse_body(request, CHAT, model)
     messages = [given_back(message) for message in body["messages"]]
     body["messages"] = check_parts(messages)
     check_history(body["messages"])
-    model = find_model(proxy.models.current(), body["model"])
+    chosen = find_model(proxy.models.current(), body["model"])
     attached = attachments(body["messages"])
-    kinds_sent = {kind for kind, _ in attached}
-    family = family_for(model, body, kinds_sent, proxy.upstream.schemas)
-    check_places(attached, model, family)
+    kinds = {kind for kind, _ in attached}
+    family = family_for(chosen, body, kinds, proxy.upstream.schemas)
+    check_places(attached, chosen, family)
     wanted = Wanted(parse_toolbox(body), parse_response_format(body))
     body = asked_for(body, family, wanted)
-    orders = [build_chat_input(variant, model, family) for variant in variants(body)]
-    return tell(proxy, call, body, orders, CHAT_FORM, wanted)
+    generation = Generation(
+        proxy,
+        request,
+        body,
+        [build_chat_input(body, chosen, family)],
+        *wanted,
+        partial(retry_input, body, chosen, family, wanted),
+    )
+    return generation.respond("chatcmpl-", chat_completion, chat_stream)
 
 
-def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
-    body = check_body(call, COMPLETION, model_id)
+def create_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
+    body = parse_body(request, COMPLETION, model)
     check_count(len(body["prompt"]) * body["n"])
-    model = find_model(proxy.models.current(), body["model"])
-    family = family_for(model, body, set(), proxy.upstream.schemas)
-    orders = [
-        build_completion_input(variant, model, family, prompt)
+    chosen = find_model(proxy.models.current(), body["model"])
+    family = family_for(chosen, body, set(), proxy.upstream.schemas)
+    inputs = [
+        build_completion_input(body, chosen, family, prompt)
         for prompt in body["prompt"]
-        for variant in variants(body)
     ]
-    return tell(proxy, call, body, orders, TEXT_FORM)
+    generation = Generation(proxy, request, body, inputs)
+    return generation.respond("cmpl-", text_completion, text_stream)
 
 
 def check_count(predictions: int) -> None:
@@ -6764,21 +6752,32 @@ def check_count(predictions: int) -> None:
     require(few, message, code="array_above_max_length", param="prompt")
 
 
-def variants(body: Json) -> list[Json]:
-    """The body of each of n choices, which must not all have the same seed."""
-    if body["seed"] is None:
-        return [body] * body["n"]
-    seeds = (wrap(body["seed"] + i, *INT64) for i in range(body["n"]))
-    return [{**body, "seed": seed} for seed in seeds]
+def retry_input(
+    body: Json,
+    model: Model,
+    family: Family,
+    wanted: Wanted,
+    answer: Choice,
+    why: str,
+) -> PredictionInput:
+    """The input of another try, which shows the first answer and what is wrong."""
+    if wanted.toolbox:
+        instruction = repair_instructions(wanted.toolbox, why)
+    else:
+        assert wanted.format
+        instruction = json_repair(wanted.format, why)
+    said = {"role": "assistant", "content": answer.text, "tool_calls": [*answer.calls]}
+    text = told_message(said)["content"]
+    return build_retry_input(body, model, family, text, instruction)
 
 
-def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
-    kind = call.headers.get("content-type", "application/json")
-    body = parse_json_body(call.read(), kind)
-    if model_id:
-        body["model"] = model_id
+def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
+    content_type = request.headers.get("content-type", "application/json")
+    body = parse_json_body(request.body, content_type)
+    if model:
+        body["model"] = model
     require(body.get("model"), "you must provide a model parameter")
-    call.notes["model"] = str(body["model"])
+    request.log.model = str(body["model"])
     checked = check(body, params)
     only_streamed = (
         "The 'stream_options' parameter is only allowed when 'stream' is enabled."
@@ -6791,17 +6790,19 @@ def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
 class Endpoint(NamedTuple):
     method: str
     path: str  # without the /v1 that all of them may have; * is an id
-    operation: Callable[..., Reply]
-    is_open: Callable[[Call], bool] = lambda call: False
+    operation: Callable[..., Response]
+    is_open: Callable[[Mapping[str, str]], bool] = lambda headers: (
+        False
+    )  # without a key
 
 
-def always(call: Call) -> bool:
+def always(headers: Mapping[str, str]) -> bool:
     return True
 
 
-def without_key(call: Call) -> bool:
+def without_key(headers: Mapping[str, str]) -> bool:
     """Without any key, but not with a wrong one: programs check theirs like this."""
-    return given_key(call) is None
+    return given_key(headers) is None
 
 
 ENDPOINTS = [
@@ -6815,14 +6816,22 @@ ENDPOINTS = [
 ]
 
 
-def answer(proxy: Proxy, call: Call) -> Reply:
-    """Raise APIError where the client is at fault, or Replicate, or time."""
-    if call.method == "OPTIONS":
-        return Reply(None, 204, preflight(call))
-    endpoint, ids = find_endpoint(call.method, call.path)
-    if not endpoint.is_open(call):
-        authorize(call, proxy.settings.api_keys)
-    return endpoint.operation(proxy, call, *ids)
+def find_operation(
+    proxy: Proxy, method: str, path: str, headers: Mapping[str, str]
+) -> Callable[[Proxy, Request], Response]:
+    """Find who answers a request. Raise APIError: 404, 405, or 401 for its key."""
+    if method == "OPTIONS":
+        return answer_preflight
+    endpoint, ids = find_endpoint(method, path)
+    if not endpoint.is_open(headers):
+        authorize(headers, proxy.settings.api_keys)
+    return lambda proxy, request: endpoint.operation(proxy, request, *ids)
+
+
+def dispatch(proxy: Proxy, request: Request) -> Response:
+    """Answer a request that came by other ways than a socket."""
+    operation = find_operation(proxy, request.method, request.path, request.headers)
+    return operation(proxy, request)
 
 
 @lru_cache(16)  # programs use few, and anyone may send long ones
@@ -6851,33 +6860,35 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     )
 
 
-def authorize(call: Call, keys: Iterable[str]) -> None:
-    given = given_key(call)
-    if given is None:
-        raise APIError(401, NO_KEY)
-    right = [compare_digest(given.encode(), key.encode()) for key in keys]
-    if not any(right):
-        message = (
-            "Incorrect API key provided. It has to be one of the proxy's own keys, "
-        )
-        raise APIError(401, message + WHOSE_KEY, code="invalid_api_key")
-
-
 WHOSE_KEY = (
     "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
 )
 
-NO_KEY = (
-    "You didn't provide an API key. You need to provide it in an Authorization header "
-    f"using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are {WHOSE_KEY}"
-)
+
+def authorize(headers: Mapping[str, str], keys: Iterable[str]) -> None:
+    given = given_key(headers)
+    if given is None:
+        raise APIError(
+            401,
+            "You didn't provide an API key. You need to provide it in an Authorization "
+            "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
+            f"{WHOSE_KEY}",
+        )
+    matches = [compare_digest(given.encode(), key.encode()) for key in keys]
+    if not any(matches):
+        raise APIError(
+            401,
+            "Incorrect API key provided. It has to be one of the proxy's own keys, "
+            f"{WHOSE_KEY}",
+            code="invalid_api_key",
+        )
 
 
-def given_key(call: Call) -> str | None:
-    scheme, _, key = call.headers.get("authorization", "").strip().partition(" ")
+def given_key(headers: Mapping[str, str]) -> str | None:
+    scheme, _, key = headers.get("authorization", "").strip().partition(" ")
     if scheme:
         return key.strip() if scheme.lower() == "bearer" else ""
-    return call.headers.get("api-key")
+    return headers.get("api-key")
 
 
 CORS = {
@@ -6887,14 +6898,16 @@ CORS = {
 }
 
 
-def preflight(call: Call) -> dict[str, str]:
-    asked = call.headers.get("access-control-request-headers", "")
-    return {
+def answer_preflight(proxy: Proxy, request: Request) -> Response:
+    """Let pages of any origin in: a key is needed all the same."""
+    asked = request.headers.get("access-control-request-headers", "")
+    allow = {
         "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
         "access-control-allow-headers": asked or "authorization, content-type",
         "access-control-max-age": "86400",
         "vary": "access-control-request-headers",
     }
+    return Response(None, 204, allow)
 
 
 # -- HTTP ----------------------------------------------------------------------
@@ -6937,7 +6950,7 @@ class DeadlineReader(io.RawIOBase):
 ORIGIN = re.compile(r"\A\w+://[^/?]*")
 
 
-class Request(NamedTuple):
+class RequestHead(NamedTuple):
     method: str
     target: str
     minor: int  # of HTTP/1.x
@@ -6976,14 +6989,14 @@ def read_head(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
     raise bad_request("its head has no end")
 
 
-def parse_head(lines: Sequence[bytes]) -> Request:
+def parse_head(lines: Sequence[bytes]) -> RequestHead:
     first = REQUEST_LINE.fullmatch(lines[0])
     if not first:
         raise bad_request("the request line is not METHOD target HTTP/1.1")
     method, target = first[1].decode("ascii"), first[2].decode("latin-1")
     try:
         headers = read_headers(lines[1:])
-        return Request(method, target, int(first[3]), headers, read_length(headers))
+        return RequestHead(method, target, int(first[3]), headers, read_length(headers))
     except BadHead as error:
         raise bad_request(str(error)) from None
 
@@ -6992,7 +7005,10 @@ class Body:
     """The body of a request, which is read when somebody wants it."""
 
     def __init__(
-        self, request: Request, stream: io.BufferedReader[DeadlineReader], limit: int
+        self,
+        request: RequestHead,
+        stream: io.BufferedReader[DeadlineReader],
+        limit: int,
     ) -> None:
         self.stream = stream
         self.limit = limit
@@ -7078,7 +7094,7 @@ def read_trailers(stream: io.BufferedReader[DeadlineReader]) -> None:
             raise bad_request("its trailers have no end")
 
 
-def is_chunked(request: Request) -> bool:
+def is_chunked(request: RequestHead) -> bool:
     """Of two ways to tell a body's length, which could differ, neither is taken."""
     coding = request.headers.get("transfer-encoding")
     if coding is None:
@@ -7103,6 +7119,22 @@ def reply_head(status: int, headers: Mapping[str, str]) -> bytes:
 @lru_cache(1)  # thousands of replies share a second
 def http_date(now: int) -> str:
     return formatdate(now, usegmt=True)
+
+
+spaced = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def encode_for_people(value: Json) -> bytes:
+    """A line for each key, and each item of a list: the encoder in C can't indent."""
+    lines = [f'"{name}": {in_lines(each)}' for name, each in value.items()]
+    text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
+    return text.encode("utf-8", "replace")
+
+
+def in_lines(value: Any) -> str:
+    if not isinstance(value, list) or not value:
+        return spaced(value)
+    return "[\n    " + ",\n    ".join(map(spaced, value)) + "\n  ]"
 
 
 STREAM_HEADERS = {
@@ -7146,24 +7178,6 @@ class EventStreamWriter:
         self.is_open = False
         self.is_over = False
         self.last = time.monotonic()
-
-    def tell(self, frames: Frames) -> APIError | None:
-        """Write frames as they come; give the failure that broke them off.
-
-        As long as there is no status line, it is raised: it has its own.
-        """
-        try:
-            self.hold(next(frames))
-            for data in frames:
-                if data:
-                    self.write(data)
-        except ClientDisconnected:
-            raise
-        except Exception as error:
-            if self.close():
-                raise
-            return as_api_error(error)
-        return None
 
     def hold(self, data: bytes) -> None:
         """Say this with what comes next."""
@@ -7410,10 +7424,10 @@ class Exchange:
         self.id = f"req_{secrets.token_hex(16)}"
         self.write_timeout = server.proxy.settings.write_timeout
         self.began = time.monotonic()
-        self.request = Request("-", "-", 0, {})
+        self.request = RequestHead("-", "-", 0, {})
         self.body: Body | None = None
         self.watch: Watch | None = None
-        self.notes: Json = {"predictions": [], "usages": []}
+        self.notes = RequestLog()
         self.status = 0  # once it is sent
         self.keep = False  # the connection, for another call
 
@@ -7425,7 +7439,7 @@ class Exchange:
             self.serve(parse_head(read_head(self.stream)))
         except ClientDisconnected:
             self.keep = False
-            self.notes["error"] = "client_gone"
+            self.notes.error = "client_gone"
         except Exception as error:
             with suppress(ClientDisconnected):
                 self.send_error(as_api_error(error))
@@ -7448,24 +7462,29 @@ class Exchange:
                 return True
         return False
 
-    def serve(self, request: Request) -> None:
+    def serve(self, request: RequestHead) -> None:
         settings = self.server.proxy.settings
         self.request = request
         self.body = Body(request, self.stream, settings.max_body_bytes)
         self.keep = request.keeps_alive
-        call = Call(
-            method=request.method,
-            path=request.path,
-            headers=request.headers,
-            read=self.read_body,
-            cancellation=self.cancellation,
-            notes=self.notes,
+        operation = find_operation(
+            self.server.proxy, request.method, request.path, request.headers
         )
-        reply = answer(self.server.proxy, call)
-        if isinstance(reply.body, Generator):
-            self.send_frames(reply.body)
+        data = self.read_body() if request.method == "POST" else b""
+        asked = Request(
+            request.method,
+            request.path,
+            request.headers,
+            data,
+            self.cancellation,
+            self.notes,
+        )
+        response = operation(self.server.proxy, asked)
+        if isinstance(response.body, EventStream):
+            self.send_stream(response.body)
         else:
-            self.send_object(reply.status, reply.body, reply.headers)
+            assert not isinstance(response.body, bytes)
+            self.send_object(response.status, response.body, response.headers)
 
     def read_body(self) -> bytes:
         """Read it from one who may ask, if there is room; from then on, be watchful."""
@@ -7496,24 +7515,31 @@ class Exchange:
         self.write(head if self.request.method == "HEAD" else head + data)
 
     def send_error(self, error: APIError) -> None:
-        self.notes["error"] = error.code or error.status
+        self.notes.error = error.code or error.status
         if self.body is None or not self.body.is_passable:
             self.keep = False
         self.send_object(error.status, error.body, error.headers)
 
-    def send_frames(self, frames: Frames) -> None:
+    def send_stream(self, stream: EventStream) -> None:
         """Send server-sent events as they come, and a failure as the last of them."""
         chunked = self.request.minor > 0
         head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
         block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
         writer = EventStreamWriter(self.reading.sock, head, chunked)
-        with closing(frames), self.server.watcher.kept_alive(writer):
-            failure = writer.tell(frames)
-            if failure:
-                self.notes["error"] = failure.code or failure.status
-            last = frame(failure.body) if failure else b""
+        with self.server.watcher.kept_alive(writer):
+            try:
+                stream.run(writer.write)
+            except ClientDisconnected:
+                raise
+            except Exception as failure:
+                if not writer.is_open:
+                    writer.close()
+                    raise
+                error = as_api_error(failure)
+                self.notes.error = error.code or error.status
+                writer.write(stream.error(error))
             self.unwatch()
-            writer.end(last + DONE_FRAME)
+            writer.end(b"")
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
         self.status = status
@@ -7524,8 +7550,8 @@ class Exchange:
             "x-request-id": self.id,
             "openai-version": "2020-10-01",
             "openai-processing-ms": str(self.elapsed_ms()),
-            "x-replicate-model": self.notes.get("ref", ""),
-            "x-replicate-prediction-id": ", ".join(self.notes["predictions"]),
+            "x-replicate-model": self.notes.ref,
+            "x-replicate-prediction-id": ", ".join(self.notes.predictions),
             **CORS,
             "connection": "" if self.keep else "close",
         }
@@ -7554,21 +7580,21 @@ class Exchange:
         if not log.isEnabledFor(logging.INFO):
             return
         notes = self.notes
-        usage = add(notes["usages"]) if notes["usages"] else None
-        first = notes.get("first_text_at")
+        usage = sum_usage(notes.usages) if notes.usages else None
+        first = notes.first_text_at
         row = {
             "method": self.request.method,
             "path": self.request.path,
             "status": self.status or 499,
-            "model": notes.get("model"),
-            "ref": notes.get("ref"),
-            "prediction": ",".join(notes["predictions"]),
+            "model": notes.model,
+            "ref": notes.ref,
+            "prediction": ",".join(notes.predictions),
             "tokens_in": usage and usage.prompt_tokens,
             "tokens_out": usage and usage.completion_tokens,
             "estimated": "yes" if usage and usage.is_estimate else None,
             "first_token_ms": first and round((first - self.began) * 1000),
             "ms": self.elapsed_ms(),
-            "error": notes.get("error"),
+            "error": notes.error,
             "request_id": self.id,
         }
         pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
