@@ -65,7 +65,6 @@ from proxy import (
     APIError,
     Arguments,
     Done,
-    Param,
     Reasoning,
     Started,
     Text,
@@ -73,7 +72,6 @@ from proxy import (
     Toolbox,
     ToolCall,
     Usage,
-    check,
 )
 
 HERE = Path(proxy.__file__).parent
@@ -493,24 +491,14 @@ def test_an_error_has_all_four_keys_and_openais_type(status, code, type):
     }
 
 
-def test_require_raises_only_where_the_condition_fails():
-    proxy.require(True, "No.")
-    with pytest.raises(proxy.APIError, match=r"No\.") as caught:
-        proxy.require("", "No.", code="empty_array", param="stop")
-    error = caught.value
-    assert (error.status, error.code, error.param) == (400, "empty_array", "stop")
-
-
-def test_an_api_error_is_told_as_it_is():
-    error = proxy.APIError(404, "No.")
-    assert proxy.as_api_error(error) is error
-
-
-def test_a_fault_of_ours_is_logged_and_described_no_further(caplog):
-    error = proxy.as_api_error(KeyError("a detail"))
-    assert "KeyError: 'a detail'" in caplog.text
-    assert (error.status, error.headers) == (500, {"x-should-retry": "false"})
-    assert error.body["error"] == {
+def test_a_fault_of_ours_is_logged_and_described_no_further(
+    server, caplog, monkeypatch
+):
+    monkeypatch.setattr(proxy, "find_model", {}.__getitem__)
+    answer = chat(server, "hello", temperature=1)
+    assert "TypeError" in caplog.text
+    assert (answer.status, answer.headers["x-should-retry"]) == (500, "false")
+    assert answer.error == {
         "message": "The proxy failed to handle this call; its log says more.",
         "type": "server_error",
         "param": None,
@@ -678,25 +666,46 @@ LISTED = {
 }
 
 
-def read_models(models, families=("o", "gpt", "llama", "claude")):
-    return proxy.parse_models(json.dumps(models), families)
+def models_file(directory, models):
+    """A models.json of this text, or of this JSON: its path."""
+    path = directory / "models.json"
+    text = models if isinstance(models, str) else json.dumps(models)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
 
 
-def test_a_file_in_the_old_form_works():
-    catalogue = read_models(LISTED)
-    assert catalogue.mappings == LISTED["mappings"]
-    assert catalogue.default_model == "meta/llama-2-7b-chat"
-    assert catalogue.configs == {
-        "meta/llama-2-7b-chat": proxy.ModelConfig(4096, [0.1, 2.0], True)
-    }
+@contextmanager
+def serving_models(fake, directory, models):
+    path = models_file(directory, models)
+    with fronting(fake, models_path=path, proxy_api_key=KEY) as server:
+        yield server
 
 
-def test_every_key_may_be_left_out_and_comments_put_in():
-    assert read_models({"_why": "a comment"}) == proxy.Models({}, None, {})
-    row = {"_why": "a comment", "family": "gpt", "input": {"top_k": 50}}
-    assert read_models({"model_configs": {"a/b": row}}).configs == {
-        "a/b": proxy.ModelConfig(family="gpt", input={"top_k": 50})
-    }
+@pytest.fixture(scope="module")
+def listed(replicate, tmp_path_factory):
+    with serving_models(replicate, tmp_path_factory.mktemp("listed"), LISTED) as server:
+        yield server
+
+
+def ask_model(server, id, **body):
+    body = {"model": id, "messages": HI, **body}
+    return send(server, "POST", "/v1/chat/completions", body)
+
+
+def listed_models(server):
+    rows = send(server, "GET", "/v1/models").json["data"]
+    return {row["id"]: (row["owned_by"], row["created"]) for row in rows}
+
+
+def test_every_key_may_be_left_out_and_comments_put_in(fake, tmp_path):
+    with serving_models(fake, tmp_path, {"_why": "a comment"}) as server:
+        assert listed_models(server) == {}
+    row = {"_why": "a comment", "family": "gpt-4", "input": {"top_k": 50}}
+    configs = {"model_configs": {"a/b": row}}
+    with serving_models(fake, tmp_path, configs) as server:
+        assert ask_model(server, "a/b").status == 200
+    input = fake.creates()[-1].body["input"]
+    assert (input["messages"], input["top_k"]) == (HI, 50)
 
 
 @table(
@@ -710,33 +719,63 @@ def test_every_key_may_be_left_out_and_comments_put_in():
         ("a deployment", "deployments/me/x", "deployments/me/x"),
     ],
 )
-def test_a_name_is_found_by_mapping_or_by_form(id, ref):
-    model = proxy.find_model(read_models(LISTED), id)
-    assert (model.id, model.ref, model.is_default) == (id, ref, False)
+def test_a_name_is_found_by_mapping_or_by_form(fake, listed, id, ref):
+    answer = ask_model(listed, id)
+    [create] = fake.creates()
+    asked = {"/v1/predictions": create.body.get("version")}
+    assert asked.get(create.path, create.path) in (ref, f"/v1/{ref}/predictions")
+    assert answer.status == 404 or answer.headers["x-replicate-model"] == ref
 
 
-def test_a_row_for_a_model_counts_for_its_versions_unless_they_have_their_own():
-    ref = f"meta/llama-2-7b-chat:{VERSION}"
-    model = proxy.find_model(read_models(LISTED), ref)
-    assert model.config == proxy.ModelConfig(4096, [0.1, 2.0], True)
-    own = {**LISTED, "model_configs": {**LISTED["model_configs"], ref: {}}}
-    assert proxy.find_model(read_models(own), ref).config == proxy.ModelConfig()
+LLAMA_REF = "meta/llama-2-7b-chat"
 
 
-def test_another_name_is_the_default_with_its_config():
-    assert proxy.find_model(read_models(LISTED), "o9") == proxy.Model(
-        "o9",
-        "meta/llama-2-7b-chat",
-        proxy.ModelConfig(4096, [0.1, 2.0], True),
-        is_default=True,
-    )
+@table(
+    "id, own, expected",
+    [
+        ("the model", LLAMA_REF, {}, {"temperature": 0.1, "max_new_tokens": 4096}),
+        (
+            "a version",
+            f"{LLAMA_REF}:{VERSION}",
+            {},
+            {"temperature": 0.1, "max_new_tokens": 4096},
+        ),
+        (
+            "one with its own row",
+            f"{LLAMA_REF}:{VERSION}",
+            {f"{LLAMA_REF}:{VERSION}": {}},
+            {"temperature": 0.01, "max_new_tokens": 9999},
+        ),
+    ],
+)
+def test_a_row_for_a_model_counts_for_its_versions_unless_they_have_their_own(
+    fake, tmp_path, id, own, expected
+):
+    models = {**LISTED, "model_configs": {**LISTED["model_configs"], **own}}
+    with serving_models(fake, tmp_path, models) as server:
+        ask_model(server, id, temperature=0, max_tokens=9999)
+    assert fake.creates()[-1].body["input"].items() >= expected.items()
 
 
-def test_another_name_is_unknown_where_there_is_no_default():
-    with pytest.raises(proxy.APIError) as caught:
-        proxy.find_model(read_models({}), "o9")
-    assert (caught.value.status, caught.value.code) == (404, "model_not_found")
-    assert str(caught.value) == (
+def test_another_name_is_the_default_with_its_config(fake, listed):
+    answer = ask_model(listed, "o9", temperature=0)
+    assert answer.json["model"] == "o9"
+    assert answer.headers["x-replicate-model"] == "meta/llama-2-7b-chat; default"
+    create = fake.creates()[-1].body
+    assert create["version"] == "meta/llama-2-7b-chat"
+    assert create["input"]["temperature"] == 0.1
+
+
+@pytest.fixture(scope="module")
+def without_default(replicate, tmp_path_factory):
+    with serving_models(replicate, tmp_path_factory.mktemp("none"), {}) as server:
+        yield server
+
+
+def test_another_name_is_unknown_where_there_is_no_default(without_default):
+    answer = ask_model(without_default, "o9")
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+    assert answer.error["message"] == (
         "The model `o9` does not exist or you do not have access to it. Use a name that"
         " GET /v1/models lists, or a model of Replicate as owner/name."
     )
@@ -749,13 +788,23 @@ a/b?c a/b#c https://a/b mеta/llama"""  # that e is Cyrillic
 
 @pytest.mark.parametrize(
     "id",
-    [*HOSTILE.split(), "", "a b/c", "a/b\n", "a/b\r\nX-Evil: 1", "a/b\0"]
+    [*HOSTILE.split(), "a b/c", "a/b\n", "a/b\r\nX-Evil: 1", "a/b\0"]
     + [VERSION[1:], VERSION.upper()],
 )
-def test_a_hostile_name_is_never_a_ref(id):
-    with pytest.raises(proxy.APIError) as caught:
-        proxy.find_model(read_models({}), id)
-    assert caught.value.code == "model_not_found"
+def test_a_hostile_name_is_never_a_ref(fake, without_default, id):
+    answer = ask_model(without_default, id)
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+    assert not fake.seen
+
+
+def models_problem(directory, models):
+    """What a server says of a models.json that it can't be made of."""
+    path = models_file(directory, models)
+    with pytest.raises(proxy.ConfigError) as caught:
+        proxy.make_server(replace(GOOD, port=0, models_path=path))
+    [problem] = caught.value.problems
+    assert problem.startswith(f"{path} can't be used: ")
+    return problem.removeprefix(f"{path} can't be used: ")
 
 
 ROOT_KEYS = "default_model, mappings, model_configs"
@@ -774,10 +823,8 @@ ROOT_KEYS = "default_model, mappings, model_configs"
         ("an unknown key", {"model": {}}, "$.model", f"one of {ROOT_KEYS}"),
     ],
 )
-def test_a_wrong_file_is_refused_by_its_json_path(models, path, expected):
-    with pytest.raises(proxy.ConfigError) as caught:
-        read_models(models)
-    assert caught.value.problems == (f"{path}: expected {expected}.",)
+def test_a_wrong_file_is_refused_by_its_json_path(tmp_path, models, path, expected):
+    assert models_problem(tmp_path, models) == f"{path}: expected {expected}."
 
 
 TWO_NUMBERS = "two numbers, the lower one first"
@@ -794,22 +841,19 @@ CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
         ("a range turned round", "temperature_range", [2, 1], TWO_NUMBERS),
         ("a boolean range", "temperature_range", [False, True], TWO_NUMBERS),
         ("a word", "supports_streaming", "no", "true or false"),
-        ("an unknown family", "family", "bert", "one of o, gpt, llama, claude"),
+        ("an unknown family", "family", "bert", f"one of {', '.join(proxy.FAMILIES)}"),
         ("several families", "family", ["gpt"], "the name of a family"),
         ("a list", "input", [50], "an object"),
     ],
 )
-def test_a_wrong_config_is_refused_by_its_json_path(key, value, expected):
-    with pytest.raises(proxy.ConfigError) as caught:
-        read_models({"model_configs": {"a/b": {key: value}}})
-    path = f'$.model_configs["a/b"].{key}'
-    assert caught.value.problems == (f"{path}: expected {expected}.",)
+def test_a_wrong_config_is_refused_by_its_json_path(tmp_path, key, value, expected):
+    problem = models_problem(tmp_path, {"model_configs": {"a/b": {key: value}}})
+    assert problem == f'$.model_configs["a/b"].{key}: expected {expected}.'
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1,}', "[" * 200_000])
-def test_a_file_that_is_no_json_is_refused(text):
-    with pytest.raises(proxy.ConfigError, match="^it is not JSON: "):
-        proxy.parse_models(text, ())
+def test_a_file_that_is_no_json_is_refused(tmp_path, text):
+    assert models_problem(tmp_path, text).startswith("it is not JSON: ")
 
 
 def write(path, models, seconds):
@@ -817,40 +861,35 @@ def write(path, models, seconds):
     os.utime(path, (seconds, seconds))
 
 
-def test_an_edit_takes_effect_with_the_next_call(tmp_path):
+def test_an_edit_takes_effect_with_the_next_call_unless_it_is_wrong(
+    fake, tmp_path, caplog
+):
     path = tmp_path / "models.json"
     write(path, {"mappings": {"a": "b/c"}}, seconds=1000)
-    file = proxy.ModelsFile(str(path), ())
-    assert file.current() == proxy.Models({"a": "b/c"}, None, {}, created=1000)
-    assert file.current() is file.current()
-    write(path, {"mappings": {"a": "b/d"}}, seconds=2000)
-    assert file.current() == proxy.Models({"a": "b/d"}, None, {}, created=2000)
-
-
-def test_a_wrong_edit_is_logged_once_and_changes_nothing(tmp_path, caplog):
-    path = tmp_path / "models.json"
-    write(path, {"mappings": {"a": "b/c"}}, seconds=1000)
-    file = proxy.ModelsFile(str(path), ())
-    good = file.current()
-    write(path, {"mappings": {"a": "b"}}, seconds=2000)
-    assert file.current() is file.current() is good
-    assert caplog.messages == [
-        f'{path} can\'t be used: $.mappings["a"]: expected owner/name. '
-        "The models read before it stay."
-    ]
-    path.unlink()
-    assert file.current() is good
-    write(path, {"mappings": {"a": "b/d"}}, seconds=3000)
-    assert file.current().mappings == {"a": "b/d"}
+    with fronting(fake, models_path=str(path), proxy_api_key=KEY) as server:
+        assert listed_models(server) == {"a": ("b", 1000)}
+        write(path, {"mappings": {"a": "d/c"}}, seconds=2000)
+        assert listed_models(server) == {"a": ("d", 2000)}
+        write(path, {"mappings": {"a": "b"}}, seconds=3000)
+        assert listed_models(server) == listed_models(server) == {"a": ("d", 2000)}
+        assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
+            f'{path} can\'t be used: $.mappings["a"]: expected owner/name. '
+            "The models read before it stay."
+        ]
+        path.unlink()
+        assert listed_models(server) == {"a": ("d", 2000)}
+        write(path, {"mappings": {"a": "e/c"}}, seconds=4000)
+        assert listed_models(server) == {"a": ("e", 4000)}
 
 
 def test_a_wrong_file_at_the_start_is_told_by_its_name(tmp_path):
+    settings = replace(GOOD, port=0, models_path=str(tmp_path / "none.json"))
     with pytest.raises(proxy.ConfigError, match="none.json can't be used: "):
-        proxy.ModelsFile(str(tmp_path / "none.json"), ())
+        proxy.make_server(settings)
 
 
 def test_the_models_that_are_shipped_can_be_asked():
-    shipped = proxy.ModelsFile(str(HERE / "models.json"), proxy.FAMILIES).current()
+    shipped = json.loads((HERE / "models.json").read_text(encoding="utf-8"))
     promised = {
         "gpt-3.5-turbo": "meta/llama-2-7b-chat",
         "gpt-3.5-turbo-16k": "meta/llama-2-7b-chat",
@@ -860,12 +899,11 @@ def test_the_models_that_are_shipped_can_be_asked():
         "gpt-4-turbo": "meta/llama-2-70b-chat",
         "gpt-4-32k": "meta/llama-2-70b-chat",
     }
-    assert shipped.mappings.items() >= promised.items()
-    refs = {*shipped.mappings.values(), shipped.default_model, *shipped.configs}
-    unknown = {
-        ref for ref in refs if proxy.find_family(proxy.Model("", ref)) is proxy.PLAIN
-    }
-    assert not unknown
+    assert shipped["mappings"].items() >= promised.items()
+    refs = {*shipped["mappings"].values(), shipped["default_model"]}
+    refs |= shipped["model_configs"].keys()
+    patterns = [family.pattern for family in proxy.FAMILIES.values()]
+    assert not {r for r in refs if not any(re.fullmatch(p, r) for p in patterns)}
 
 
 # ==== 2. REQUESTS =============================================================
@@ -890,11 +928,28 @@ IN_PARTS, FORMAT = "messages[0].content", "response_format"
 INCLUDE, NESTED = "include_usage", "stream_options.include_usage"
 
 
-def refusal_of(body, params):
-    with pytest.raises(proxy.APIError) as caught:
-        proxy.check(body, params)
-    assert caught.value.status == 400
-    return caught.value
+CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+
+
+def ask(server, body, path=CHAT_PATH):
+    """Send a chat, or what else the body says."""
+    default = {"model": "gpt-4o", **(ANY_CHAT if path == CHAT_PATH else {})}
+    return send(server, "POST", path, {**default, **body})
+
+
+def refusal_of(server, body, path=CHAT_PATH):
+    """The error of what is refused before Replicate hears of it."""
+    answer = ask(server, body, path)
+    assert answer.status == 400
+    return answer.error
+
+
+def input_of(fake, server, body, path=CHAT_PATH):
+    """What reaches Replicate of what is accepted."""
+    before = len(fake.creates())
+    answer = ask(server, body, path)
+    assert answer.status == 200, answer.body
+    return fake.creates()[before].body["input"]
 
 
 @table(
@@ -928,9 +983,10 @@ def refusal_of(body, params):
         ("a call of nothing", {"messages": [CALLED]}, MISSING, CALLED_WHAT),
     ],
 )
-def test_check_refuses(given, code, param):
-    error = refusal_of({**ANY_CHAT, **given}, proxy.CHAT)
-    assert (error.code, error.param) == (code, param)
+def test_a_wrong_chat_is_refused(fake, server, given, code, param):
+    error = refusal_of(server, given)
+    assert (error["code"], error["param"]) == (code, param)
+    assert not fake.seen
 
 
 @table(
@@ -946,9 +1002,9 @@ def test_check_refuses(given, code, param):
         ("effort", {"reasoning_effort": "x"}, "invalid_value", "reasoning_effort"),
     ],
 )
-def test_check_refuses_for_completions(given, code, param):
-    error = refusal_of(given, proxy.COMPLETION)
-    assert (error.code, error.param) == (code, param)
+def test_a_wrong_completion_is_refused(server, given, code, param):
+    error = refusal_of(server, given, TEXT_PATH)
+    assert (error["code"], error["param"]) == (code, param)
 
 
 REFUSED = {
@@ -1004,10 +1060,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("code", REFUSED)
-def test_each_refusal_says_what_is_wrong_in_openais_words(code):
+def test_each_refusal_says_what_is_wrong_in_openais_words(server, code):
     given, message = REFUSED[code]
-    error = refusal_of({**ANY_CHAT, **given}, proxy.CHAT)
-    assert (error.code, str(error)) == (code, message)
+    error = refusal_of(server, given)
+    assert (error["code"], error["message"]) == (code, message)
 
 
 @pytest.mark.parametrize(
@@ -1030,78 +1086,73 @@ def test_each_refusal_says_what_is_wrong_in_openais_words(code):
     ],
     ids=str,
 )
-def test_what_asks_for_nothing_special_is_accepted(given):
-    proxy.check({**ANY_CHAT, **given}, proxy.CHAT)
+def test_what_asks_for_nothing_special_is_accepted(server, given):
+    assert ask(server, given).status == 200
 
 
 @pytest.mark.parametrize("given", [{"suffix": ""}, {"best_of": 1}, {"n": 1}], ids=str)
-def test_what_asks_for_nothing_special_is_accepted_for_completions(given):
-    proxy.check(given, proxy.COMPLETION)
+def test_what_asks_for_nothing_special_is_accepted_for_completions(server, given):
+    assert ask(server, given, TEXT_PATH).status == 200
 
 
-def test_null_is_the_same_as_absent():
-    nulls = {name: None for name in [*proxy.CHAT, *proxy.IGNORED, "min_p"]}
-    assert proxy.check({**nulls, **ANY_CHAT}, proxy.CHAT) == proxy.check(
-        ANY_CHAT, proxy.CHAT
-    )
+def test_null_is_the_same_as_absent(fake, server):
+    names = {*NOT_OPENAIS, *DOCUMENTED["chat"].split(), "min_p"}
+    given = dict.fromkeys(names - {"model", "messages"})
+    assert input_of(fake, server, given) == input_of(fake, server, {})
 
 
-def test_check_fills_in_every_parameter():
-    body = proxy.check({"prompt": "Once"}, proxy.COMPLETION)
-    assert {name: value for name, value in body.items() if value is not None} == {
-        "stream": False,
-        "stream_options": {},
-        "stop": [],
-        "n": 1,
-        "replicate": {},
-        "prompt": ["Once"],
-        "max_tokens": 16,
-        "echo": False,
+def test_a_completion_is_16_tokens_long_if_it_does_not_say(fake, server):
+    assert input_of(fake, server, {"prompt": "Once", "model": "llama"}, TEXT_PATH) == {
+        "prompt": "Once",
+        "max_new_tokens": 16,
     }
 
 
 @table(
     "given, expected",
     [
-        ("one", "END", ["END"]),
-        ("several", ["END", "\n"], ["END", "\n"]),
-        ("none", None, []),
+        ("one", "END", "one\n"),
+        ("several", ["END", "\n"], "one"),
+        ("none", None, "one\nEND"),
     ],
 )
-def test_one_string_stands_for_an_array_of_one(given, expected):
-    assert proxy.check({**ANY_CHAT, "stop": given}, proxy.CHAT)["stop"] == expected
+def test_one_string_stands_for_an_array_of_one(fake, server, given, expected):
+    answer = ask(server, {"model": model_saying(fake, "one\nEND"), "stop": given})
+    assert answer.message.content == expected
 
 
-def test_what_openai_does_not_document_is_no_error():
-    proxy.check({**ANY_CHAT, "min_p": 0.1, "chat_template_kwargs": {}}, proxy.CHAT)
+def test_what_openai_does_not_document_is_no_error(server):
+    assert ask(server, {"min_p": 0.1, "chat_template_kwargs": {}}).status == 200
 
 
 NOT_OPENAIS = {"replicate", "top_k", "min_tokens", "repetition_penalty"}
+IGNORED = """user safety_identifier store metadata service_tier prediction moderation
+prompt_cache_key prompt_cache_options prompt_cache_retention"""
 SHARED = """ model stream stream_options temperature top_p presence_penalty
 frequency_penalty max_tokens stop seed n logit_bias logprobs user"""
 DOCUMENTED = {
-    "CHAT": """messages max_completion_tokens reasoning_effort verbosity top_logprobs
+    "chat": """messages max_completion_tokens reasoning_effort verbosity top_logprobs
     tools tool_choice parallel_tool_calls functions function_call response_format
     modalities audio prediction web_search_options service_tier store metadata
     safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options
     moderation"""
     + SHARED,
-    "COMPLETION": "prompt suffix echo best_of" + SHARED,
+    "text": "prompt suffix echo best_of" + SHARED,
 }
+PARAMETERS = [
+    pytest.param(path, name, id=f"{kind} {name}")
+    for kind, path in (("chat", CHAT_PATH), ("text", TEXT_PATH))
+    for name in [*DOCUMENTED[kind].split(), *sorted(NOT_OPENAIS)]
+]
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
-def test_every_documented_parameter_is_in_exactly_one_place(name):
-    rows = getattr(proxy, name).keys()
-    documented = set(DOCUMENTED[name].split())
-    assert not rows & proxy.IGNORED
-    assert not documented - rows - proxy.IGNORED
-
-
-def test_nothing_else_is_in_the_tables():
-    documented = {*" ".join(DOCUMENTED.values()).split()}
-    known = {*proxy.CHAT, *proxy.COMPLETION, *proxy.IGNORED}
-    assert known == documented | NOT_OPENAIS
+@pytest.mark.parametrize(("path", "name"), PARAMETERS)
+def test_every_parameter_is_either_checked_or_ignored(fake, server, path, name):
+    answer = ask(server, {name: [[]]}, path)
+    if name in IGNORED.split():
+        assert name not in fake.creates()[-1].body["input"]
+    else:
+        assert answer.error["param"].partition("[")[0] == name
 
 
 # -- Messages ------------------------------------------------------------------
@@ -1113,10 +1164,20 @@ def data_url(content=PNG, kind="image/png"):
     return f"data:{kind};base64,{b64encode(content).decode()}"
 
 
-def checked_url(part):
-    kind = part["type"]
-    checked = proxy.check_part({kind: None, **part}, "messages[0].content[1]")
-    return proxy.url_of(checked)
+EARS = make_model("me/ears", "prompt* str; image uri; audio uri; pdf uri")
+
+
+@pytest.fixture
+def ears(fake):
+    """A model that takes an image, a sound and a file."""
+    fake.models["me/ears"] = EARS
+    return {"image_url": "image", "input_audio": "audio", "file": "pdf"}
+
+
+def send_part(server, part):
+    """A message with a text, and with this part second."""
+    content = [{"type": "text", "text": "Hm?"}, part]
+    return ask(server, {"model": "me/ears", "messages": [says("user", content)]})
 
 
 def image_part(url):
@@ -1156,12 +1217,10 @@ def sound_part(data, format="wav"):
         ("an empty image", data_url(b""), "invalid_image_format"),
     ],
 )
-def test_what_is_no_image_is_refused(url, code):
-    with pytest.raises(proxy.APIError) as caught:
-        checked_url(image_part(url))
-    error = caught.value
-    assert (error.status, error.code) == (400, code)
-    assert error.param == "messages[0].content[1].image_url.url"
+def test_what_is_no_image_is_refused(server, url, code):
+    answer = send_part(server, image_part(url))
+    assert (answer.status, answer.error["code"]) == (400, code)
+    assert answer.error["param"] == "messages[0].content[1].image_url.url"
 
 
 @table(
@@ -1176,8 +1235,9 @@ def test_what_is_no_image_is_refused(url, code):
         ("WebP", data_url(b"RIFF\n\0\0\0WEBPVP8 ", "image/webp")),
     ],
 )
-def test_an_image_is_kept_as_it_is(url):
-    assert checked_url(image_part(url)) == url
+def test_an_image_is_kept_as_it_is(fake, server, ears, url):
+    assert send_part(server, image_part(url)).status == 200
+    assert fake.creates()[-1].body["input"]["image"] == url
 
 
 IN_BASE64 = b64encode(PNG + b"\xff\xfe\xfb").decode()
@@ -1195,9 +1255,10 @@ IN_BASE64 = b64encode(PNG + b"\xff\xfe\xfb").decode()
         ("escaped", "data:image/png;base64," + quote(IN_BASE64)),
     ],
 )
-def test_an_image_is_read_as_browsers_read_it(url):
-    assert url != f"data:image/png;base64,{IN_BASE64}"
-    assert checked_url(image_part(url)) == f"data:image/png;base64,{IN_BASE64}"
+def test_an_image_is_read_as_browsers_read_it(fake, server, ears, url):
+    assert send_part(server, image_part(url)).status == 200
+    plain = f"data:image/png;base64,{IN_BASE64}"
+    assert fake.creates()[-1].body["input"]["image"] == plain != url
 
 
 @table(
@@ -1212,8 +1273,9 @@ def test_an_image_is_read_as_browsers_read_it(url):
         ),
     ],
 )
-def test_sounds_and_files_are_read(part, expected):
-    assert checked_url(part) == expected
+def test_sounds_and_files_are_read(fake, server, ears, part, expected):
+    assert send_part(server, part).status == 200
+    assert fake.creates()[-1].body["input"][ears[part["type"]]] == expected
 
 
 @table(
@@ -1225,11 +1287,10 @@ def test_sounds_and_files_are_read(part, expected):
         ("no file", file_part(), "missing_required_parameter", "file_data"),
     ],
 )
-def test_what_is_no_sound_or_file_is_refused_as_what_it_is(part, code, words):
-    with pytest.raises(proxy.APIError, match=words) as caught:
-        checked_url(part)
-    assert caught.value.code == code
-    assert caught.value.param.startswith(f"messages[0].content[1].{part['type']}.")
+def test_what_is_no_sound_or_file_is_refused_as_what_it_is(server, part, code, words):
+    error = send_part(server, part).error
+    assert words in error["message"] and error["code"] == code
+    assert error["param"].startswith(f"messages[0].content[1].{part['type']}.")
 
 
 def build_chat_input(ref, given, **config):
@@ -1394,17 +1455,6 @@ BOX = Toolbox(
 PARIS = ("get_weather", '{"city":"Paris"}')
 ROME = ("get_weather", '{"city":"Rome"}')
 NOW = ("get_time", "{}")
-TOOL_ROWS = proxy.CHAT.keys() & {
-    "tools",
-    "tool_choice",
-    "parallel_tool_calls",
-    "functions",
-    "function_call",
-}
-
-
-def checked(**body):
-    return proxy.check(body, {name: proxy.CHAT[name] for name in TOOL_ROWS})
 
 
 def named(name):
@@ -1416,48 +1466,91 @@ def allowed(mode, *names):
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
 
 
-TOOLBOXES = [
+def messages_to_model(fake, server, messages, **body):
+    """The messages that reach a model which takes messages, and knows no tools."""
+    return input_of(fake, server, {"messages": messages, "model": GPT, **body})[
+        "messages"
+    ]
+
+
+GPT = "openai/gpt-4o"
+BOTH, TIME_ALONE = ["get_weather", "get_time"], ["get_time"]
+IF_NEEDED = "Call a tool only if you need it"
+ONE_OF_THEM = "You must call one of these tools now"
+MANY, JUST_ONE = "To make several calls", "Make one call, not more."
+TOOLBOXES = [  # the tools that a model is told of, and when to call how many
     ("no tools", {}, None),
     ("an empty list", {"tools": []}, None),
     ("no tools and a choice of none", {"tool_choice": "none"}, None),
-    ("auto", {"tools": TOOLS}, BOX),
+    ("auto", {"tools": TOOLS}, (BOTH, IF_NEEDED, MANY)),
     ("none", {"tools": TOOLS, "tool_choice": "none"}, None),
     (
         "required",
         {"tools": TOOLS, "tool_choice": "required"},
-        BOX._replace(must_call=True),
+        (BOTH, ONE_OF_THEM, MANY),
     ),
     (
         "a named one",
         {"tools": TOOLS, "tool_choice": named("get_time")},
-        Toolbox(BOX.tools[1:], must_call=True),
+        (TIME_ALONE, "You must call the tool get_time now", MANY),
     ),
     (
         "allowed ones",
         {"tools": TOOLS, "tool_choice": allowed("auto", "get_time")},
-        Toolbox(BOX.tools[1:]),
+        (TIME_ALONE, IF_NEEDED, MANY),
+    ),
+    (
+        "one of the allowed ones",
+        {"tools": TOOLS, "tool_choice": allowed("required", "get_time")},
+        (TIME_ALONE, "You must call the tool get_time now", MANY),
     ),
     (
         "one at a time",
         {"tools": TOOLS, "parallel_tool_calls": False},
-        BOX._replace(parallel=False),
+        (BOTH, IF_NEEDED, JUST_ONE),
     ),
     (
         "functions",
         {"functions": [WEATHER, TIME], "function_call": "auto"},
-        BOX._replace(parallel=False, legacy=True),
+        (BOTH, IF_NEEDED, JUST_ONE),
     ),
     (
         "a named function",
         {"functions": [WEATHER, TIME], "function_call": {"name": "get_time"}},
-        Toolbox(BOX.tools[1:], must_call=True, parallel=False, legacy=True),
+        (TIME_ALONE, "You must call the tool get_time now", JUST_ONE),
     ),
 ]
 
 
 @table(("body", "expected"), TOOLBOXES)
-def test_a_toolbox_holds_what_may_be_called(body, expected):
-    assert proxy.parse_toolbox(checked(**body)) == expected
+def test_a_model_is_told_what_it_may_call(fake, server, body, expected):
+    *told, _ = messages_to_model(fake, server, HI, **body)
+    if not expected:
+        assert not told
+        return
+    [system] = told
+    names, when, how_many = expected
+    assert re.findall(r'^\{"name":"(\w+)"', system["content"], re.M) == names
+    assert when in system["content"] and how_many in system["content"]
+
+
+@table(
+    "body, key, finish_reason",
+    [
+        ("tools", {"tools": TOOLS}, "tool_calls", "tool_calls"),
+        ("functions", {"functions": [TIME]}, "function_call", "function_call"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_is_told_as_it_was_asked_for(
+    fake, server, body, key, finish_reason, stream
+):
+    model = model_saying(fake, '<tool_call>{"name": "get_time"}</tool_call>')
+    answer = ask(server, {**body, "model": model, "stream": stream})
+    assert answer.message == Message("", finish_reason, calls=(NOW,))
+    others = {"tool_calls", "function_call"} - {key}
+    assert key.encode() in answer.body
+    assert not any(f'"{other}":' in answer.body.decode() for other in others)
 
 
 REFUSED_OF_TOOLS = [  # param, code, words of the message
@@ -1549,13 +1642,11 @@ REFUSED_OF_TOOLS = [  # param, code, words of the message
 
 
 @table(("body", "expected"), REFUSED_OF_TOOLS)
-def test_read_toolbox_refuses(body, expected):
-    with pytest.raises(APIError) as refused:
-        proxy.parse_toolbox(checked(**body))
+def test_wrong_tools_are_refused(server, body, expected):
+    error = refusal_of(server, body)
     param, code, words = expected
-    error = refused.value
-    assert (error.status, error.param, error.code) == (400, param, code)
-    assert words in str(error)
+    assert (error["param"], error["code"]) == (param, code)
+    assert words in error["message"]
 
 
 GOLDEN = """\
@@ -1574,31 +1665,26 @@ To make several calls, write these tags once for each. After a call, stop: its r
 comes in the next message, in <tool_response>. Never make up a result."""
 
 
-def test_instructions_teach_one_dialect():
-    assert proxy.tool_instructions(BOX) == GOLDEN
+def test_instructions_teach_one_format(fake, server):
+    [system, _] = messages_to_model(fake, server, HI, tools=TOOLS)
+    assert system["content"] == GOLDEN
 
 
 ONE = Toolbox(BOX.tools[:1], must_call=True)
-SAID_OF_TOOLS = [
-    ("auto", BOX, "Call a tool only if you need it"),
-    ("required", BOX._replace(must_call=True), "You must call one of these tools now"),
-    ("named", ONE, "You must call the tool get_weather now"),
-    ("one at a time", BOX._replace(parallel=False), "Make one call, not more."),
-]
 
 
-@table(("toolbox", "words"), SAID_OF_TOOLS)
-def test_instructions_say_when_to_call(toolbox, words):
-    assert words in proxy.tool_instructions(toolbox)
-
-
-def test_a_repair_says_what_was_wrong():
-    words = proxy.repair_instructions(ONE, "arguments.city must be a string.")
-    assert words == (
-        "That was not a call that works: arguments.city must be a string. You must "
-        "call the tool get_weather now: write the call and nothing else. Write "
-        '<tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>.'
-    )
+def test_a_retry_says_what_was_wrong(fake, server):
+    call = '<tool_call>{"name": "get_weather", "arguments": {"city": 1}}</tool_call>'
+    model = model_saying(fake, call)
+    choice = named("get_weather")
+    ask(server, {"model": model, "tools": TOOLS, "tool_choice": choice})
+    [_, retry] = fake.creates()
+    assert (
+        "That was not a call that works: arguments.city must be a string, not an "
+        "integer. You must call the tool get_weather now: write the call and nothing "
+        'else. Write <tool_call>{"name": <tool-name>, "arguments": <arguments-object>}'
+        "</tool_call>."
+    ) in retry.body["input"]["prompt"]
 
 
 def asks(*calls, **more):
@@ -1758,8 +1844,8 @@ HISTORIES = [
 
 
 @table(("messages", "expected"), HISTORIES)
-def test_history_becomes_plain(messages, expected):
-    assert proxy.plain_history(messages) == (expected or messages)
+def test_history_becomes_plain(fake, server, messages, expected):
+    assert messages_to_model(fake, server, messages) == (expected or messages)
 
 
 SHOT = {"type": "image_url", "image_url": {"url": "https://example.com/shot.png"}}
@@ -1770,10 +1856,11 @@ def text_part(text):
     return {"type": "text", "text": text}
 
 
-def test_images_stay_beside_the_calls_and_results_that_they_came_with():
+def test_images_stay_beside_the_calls_and_results_that_they_came_with(fake, server):
     asked = asks(("c1", "see", "{}"), ("c2", "see", "{}"), content=[MAP])
     results = [gives("c1", [text_part("a"), SHOT]), gives("c2", "b")]
-    _, made, given = proxy.plain_history([HI_OF_TOOLS, asked, *results])
+    history = [HI_OF_TOOLS, asked, *results]
+    _, made, given = messages_to_model(fake, server, history)
     call = '<tool_call>{"name": "see", "arguments": {}}</tool_call>'
     assert made["content"] == [text_part(f"{call}\n{call}"), MAP]
     assert given["content"] == [
@@ -1791,29 +1878,14 @@ def test_images_stay_beside_the_calls_and_results_that_they_came_with():
         ("known natively", "openai/gpt-5-structured", "image_input"),
     ],
 )
-def test_an_image_in_a_result_reaches_the_model(offline, ref, slot):
-    answerer = offline(STARTED, Text("dry"), Done("stop", Usage(1, 1)))
+def test_an_image_in_a_result_reaches_the_model(fake, server, ref, slot):
     messages = [HI_OF_TOOLS, ASKED_OF_TOOLS, gives("c1", [text_part("a"), SHOT])]
     body = {"model": ref, "messages": messages, "tools": TOOLS}
-    proxy.answer(answerer, call("POST", "/v1/chat/completions", body))
-    [(order, _)] = answerer.upstream.asked
+    input = input_of(fake, server, body)
     if slot:
-        assert order.input[slot] == ["https://example.com/shot.png"]
+        assert input[slot] == ["https://example.com/shot.png"]
     else:
-        assert order.input["messages"][-1]["content"][1:] == [SHOT]
-
-
-def test_history_becomes_plain_after_the_tables_too():
-    messages = check_all([HI_OF_TOOLS, ASKED_OF_TOOLS, gives("c1", "sunny")])
-    assert [m["role"] for m in proxy.plain_history(messages)] == [
-        "user",
-        "assistant",
-        "user",
-    ]
-
-
-def check_all(messages):
-    return [check(message, proxy.MESSAGE) for message in messages]
+        assert input["messages"][-1]["content"][1:] == [SHOT]
 
 
 UNPAIRED = [
@@ -1856,12 +1928,11 @@ UNPAIRED = [
 
 
 @table(("messages", "expected"), UNPAIRED)
-def test_history_is_refused(messages, expected):
-    with pytest.raises(APIError) as refused:
-        proxy.check_history(messages)
+def test_history_is_refused(server, messages, expected):
+    error = refusal_of(server, {"messages": messages})
     param, words = expected
-    assert (refused.value.status, refused.value.param) == (400, param)
-    assert words in str(refused.value)
+    assert error["param"] == param
+    assert words in error["message"]
 
 
 NESTED_OF_TOOLS = {
@@ -1932,6 +2003,155 @@ def test_misuse_bears_any_schema(odd):
         proxy.tool_call_error("f", '{"a":{"b":[1]}}', Toolbox((Tool("f", "", schema),)))
         == ""
     )
+
+
+# -- Output formats ------------------------------------------------------------
+
+KNOWS_FORMATS = "ibm-granite/granite-3.3-8b-instruct"  # takes OpenAI's own object
+
+
+def named_format(**given):
+    named = {"name": "person", "schema": PERSON, **given}
+    return {"type": "json_schema", "json_schema": named}
+
+
+@table(
+    "given, expected",
+    [
+        ("nothing", None, None),
+        ("text", {"type": "text"}, None),
+        ("any object", {"type": "json_object"}, {"type": "json_object"}),
+        ("a schema", named_format(strict=True), named_format(strict=True)),
+        (
+            "one with a description",
+            named_format(description="Who?"),
+            named_format(description="Who?", strict=False),
+        ),
+        ("nulls", named_format(strict=None), named_format(strict=False)),
+    ],
+)
+def test_a_format_reaches_a_model_that_knows_formats(fake, server, given, expected):
+    body = {"model": KNOWS_FORMATS, "response_format": given}
+    assert input_of(fake, server, body).get("response_format") == expected
+
+
+IN_FORMAT = "response_format.json_schema"
+
+
+@table(
+    "given, code, param",
+    [
+        ("no type", {"name": "x"}, MISSING, f"{FORMAT}.type"),
+        ("another type", {"type": "xml"}, "invalid_value", f"{FORMAT}.type"),
+        ("no schema", {"type": "json_schema"}, MISSING, IN_FORMAT),
+        (
+            "no object",
+            {"type": "json_schema", "json_schema": []},
+            "invalid_type",
+            IN_FORMAT,
+        ),
+        (
+            "no name",
+            {"type": "json_schema", "json_schema": {"schema": {}}},
+            MISSING,
+            f"{IN_FORMAT}.name",
+        ),
+        (
+            "no schema in it",
+            {"type": "json_schema", "json_schema": {"name": "x"}},
+            MISSING,
+            f"{IN_FORMAT}.schema",
+        ),
+    ],
+)
+def test_a_format_is_refused(server, given, code, param):
+    error = refusal_of(server, {"response_format": given})
+    assert (error["code"], error["param"]) == (code, param)
+
+
+@table(
+    "given, code, param, message",
+    [
+        (
+            "an empty name",
+            {"name": ""},
+            "empty_string",
+            f"{IN_FORMAT}.name",
+            "empty string",
+        ),
+        (
+            "a long name",
+            {"name": "a" * 65},
+            "string_above_max_length",
+            f"{IN_FORMAT}.name",
+            "maximum length 64",
+        ),
+        (
+            "a name with a space",
+            {"name": "a b"},
+            "invalid_value",
+            f"{IN_FORMAT}.name",
+            "Invalid 'response_format.json_schema.name': string does not match "
+            "pattern. Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'.",
+        ),
+        (
+            "a line break after the name",
+            {"name": "a\n"},
+            "invalid_value",
+            f"{IN_FORMAT}.name",
+            "pattern",
+        ),
+        (
+            "a name in another script",
+            {"name": "é"},
+            "invalid_value",
+            f"{IN_FORMAT}.name",
+            "pattern",
+        ),
+        (
+            "a description",
+            {"description": 5},
+            "invalid_type",
+            f"{IN_FORMAT}.description",
+            "a string",
+        ),
+        (
+            "strict",
+            {"strict": "yes"},
+            "invalid_type",
+            f"{IN_FORMAT}.strict",
+            "a boolean",
+        ),
+        (
+            "a schema as text",
+            {"schema": "{}"},
+            "invalid_type",
+            f"{IN_FORMAT}.schema",
+            "an object",
+        ),
+        (
+            "an unknown keyword",
+            {"schema": {"properties": {"a": {"if": {}}}}},
+            "invalid_json_schema",
+            FORMAT,
+            "Invalid schema for response_format 'person': In "
+            "context=('properties', 'a'), 'if' is not permitted.",
+        ),
+        (
+            "a loop",
+            {"schema": {"$ref": "#"}},
+            "invalid_json_schema",
+            FORMAT,
+            "In context=(), '$ref' leads back to itself.",
+        ),
+    ],
+)
+def test_a_named_format_is_refused_in_openais_words(
+    server, given, code, param, message
+):
+    error = refusal_of(server, {"response_format": named_format(**given)})
+    assert (error["code"], error["param"]) == (code, param)
+    assert message in error["message"]
 
 
 # ==== 3. INPUTS ===============================================================
@@ -6250,8 +6470,6 @@ def test_every_keyword_has_a_row_or_is_an_annotation():
 
 # -- JSON answers --------------------------------------------------------------
 
-CHAT_OF_JSON = {"response_format": Param((dict,), each=proxy.RESPONSE_FORMAT)}
-NAMED = {"name": "person", "schema": PERSON}
 ARRAY = proxy.ResponseFormat({"type": "array"}, "list")
 STRING_OF_JSON = proxy.ResponseFormat({"type": "string"}, "word")
 NUMBER = proxy.ResponseFormat({"type": "integer"}, "count")
@@ -6259,158 +6477,6 @@ EITHER = proxy.ResponseFormat({"type": ["object", "null"]}, "either")
 ANYTHING = proxy.ResponseFormat(
     {"anyOf": [{"type": "array"}, {"type": "object"}]}, "any"
 )
-
-
-def asked(**format):
-    return proxy.parse_response_format(
-        check({"response_format": format or None}, CHAT_OF_JSON)
-    )
-
-
-def asked_for(**named):
-    return asked(type="json_schema", json_schema={**NAMED, **named})
-
-
-@table(
-    "given, expected",
-    [
-        ("nothing", {}, None),
-        ("text", {"type": "text"}, None),
-        ("any object", {"type": "json_object"}, OBJECT),
-        (
-            "a schema",
-            {"type": "json_schema", "json_schema": {**NAMED, "strict": True}},
-            proxy.ResponseFormat(PERSON, "person", "", True),
-        ),
-        (
-            "one with a description",
-            {"type": "json_schema", "json_schema": {**NAMED, "description": "Who?"}},
-            proxy.ResponseFormat(PERSON, "person", "Who?"),
-        ),
-        (
-            "nulls",
-            {"type": "json_schema", "json_schema": {**NAMED, "strict": None}},
-            proxy.ResponseFormat(PERSON, "person"),
-        ),
-    ],
-)
-def test_a_format_is_read(given, expected):
-    assert asked(**given) == expected
-
-
-FORMAT_OF_JSON, SCHEMA = "response_format", "response_format.json_schema"
-MISSING_OF_JSON = "missing_required_parameter"
-
-
-@table(
-    "given, code, param",
-    [
-        ("no type", {"name": "x"}, MISSING_OF_JSON, f"{FORMAT_OF_JSON}.type"),
-        ("another type", {"type": "xml"}, "invalid_value", f"{FORMAT_OF_JSON}.type"),
-        ("no schema", {"type": "json_schema"}, MISSING_OF_JSON, SCHEMA),
-        (
-            "no object",
-            {"type": "json_schema", "json_schema": []},
-            "invalid_type",
-            SCHEMA,
-        ),
-        (
-            "no name",
-            {"type": "json_schema", "json_schema": {"schema": {}}},
-            MISSING_OF_JSON,
-            f"{SCHEMA}.name",
-        ),
-        (
-            "no schema in it",
-            {"type": "json_schema", "json_schema": {"name": "x"}},
-            MISSING_OF_JSON,
-            f"{SCHEMA}.schema",
-        ),
-    ],
-)
-def test_a_format_is_refused(given, code, param):
-    with pytest.raises(APIError) as caught:
-        asked(**given)
-    assert (caught.value.status, caught.value.code) == (400, code)
-    assert caught.value.param == param
-
-
-@table(
-    "given, code, param, message",
-    [
-        (
-            "an empty name",
-            {"name": ""},
-            "empty_string",
-            f"{SCHEMA}.name",
-            "empty string",
-        ),
-        (
-            "a long name",
-            {"name": "a" * 65},
-            "string_above_max_length",
-            f"{SCHEMA}.name",
-            "maximum length 64",
-        ),
-        (
-            "a name with a space",
-            {"name": "a b"},
-            "invalid_value",
-            f"{SCHEMA}.name",
-            "Invalid 'response_format.json_schema.name': string does not match "
-            "pattern. Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'.",
-        ),
-        (
-            "a line break after the name",
-            {"name": "a\n"},
-            "invalid_value",
-            f"{SCHEMA}.name",
-            "pattern",
-        ),
-        (
-            "a name in another script",
-            {"name": "é"},
-            "invalid_value",
-            f"{SCHEMA}.name",
-            "pattern",
-        ),
-        (
-            "a description",
-            {"description": 5},
-            "invalid_type",
-            f"{SCHEMA}.description",
-            "a string",
-        ),
-        ("strict", {"strict": "yes"}, "invalid_type", f"{SCHEMA}.strict", "a boolean"),
-        (
-            "a schema as text",
-            {"schema": "{}"},
-            "invalid_type",
-            f"{SCHEMA}.schema",
-            "an object",
-        ),
-        (
-            "an unknown keyword",
-            {"schema": {"properties": {"a": {"if": {}}}}},
-            "invalid_json_schema",
-            FORMAT_OF_JSON,
-            "Invalid schema for response_format 'person': In "
-            "context=('properties', 'a'), 'if' is not permitted.",
-        ),
-        (
-            "a loop",
-            {"schema": {"$ref": "#"}},
-            "invalid_json_schema",
-            FORMAT_OF_JSON,
-            "In context=(), '$ref' leads back to itself.",
-        ),
-    ],
-)
-def test_a_schema_is_refused_in_openais_words(given, code, param, message):
-    with pytest.raises(APIError) as caught:
-        asked_for(**given)
-    assert (caught.value.code, caught.value.param) == (code, param)
-    assert message in str(caught.value)
 
 
 A_OF_JSON, NESTED_OF_JSON = '{"a": 1}', '{"a": [{"b": "}]"}, {}], "c": "\\"{"}'
