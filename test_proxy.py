@@ -1293,146 +1293,6 @@ def test_what_is_no_sound_or_file_is_refused_as_what_it_is(server, part, code, w
     assert error["param"].startswith(f"messages[0].content[1].{part['type']}.")
 
 
-def build_chat_input(ref, given, **config):
-    model = proxy.Model("", ref, proxy.ModelConfig(**config))
-    return proxy.build_chat_input(
-        proxy.check({**ANY_CHAT, **given}, proxy.CHAT), model, proxy.find_family(model)
-    )
-
-
-def chat_input(ref, **given):
-    return build_chat_input(ref, given).input
-
-
-EVERYTHING = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "Bye"},
-    ],
-    "temperature": 0,
-    "top_p": 0.9,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-    "max_tokens": 100,
-    "stop": ["END", "a,b"],
-    "seed": 7,
-    "top_k": 40,
-    "min_tokens": 2,
-    "repetition_penalty": 1.1,
-    "reasoning_effort": "max",
-    "verbosity": "low",
-    "user": "me",
-    "min_p": 0.1,
-}
-
-TALK = EVERYTHING["messages"]
-TRANSCRIPT = "User: Hi\n\nAssistant: Hello!\n\nUser: Bye\n\nAssistant:"
-BY_PROMPT = {"prompt": TRANSCRIPT}
-BY_LONG_PROMPT = {"prompt": f"Be brief.\n\n{TRANSCRIPT}"}
-BY_MESSAGES = {"messages": TALK, "max_completion_tokens": 100}
-GEMINI = {
-    "system_instruction": "Be brief.",
-    **BY_PROMPT,
-    "temperature": 0,
-    "top_p": 0.9,
-    "max_output_tokens": 100,
-}
-OPEN = {
-    "temperature": 0,
-    "top_p": 0.9,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-}
-LLAMA = {
-    **OPEN,
-    "top_k": 40,
-    "min_tokens": 2,
-    "max_tokens": 100,
-    "stop_sequences": "END",
-}
-LLAMA_2 = {
-    "temperature": 0.01,
-    "top_p": 0.9,
-    "top_k": 40,
-    "seed": 7,
-    "min_new_tokens": 2,
-    "max_new_tokens": 100,
-    "stop_sequences": "END",
-}
-
-LLAMA_2_TALK = {
-    "system_prompt": "Be brief.",
-    "prompt": "[INST] Hi [/INST]\nHello!\n[INST] Bye [/INST]",
-}
-
-INPUTS = {
-    "llama-2-7b": {**LLAMA_2_TALK, **LLAMA_2, "repetition_penalty": 1.1},
-    "llama-2": {**LLAMA_2_TALK, **LLAMA_2},
-    "llama-3": {
-        "prompt": "<|begin_of_text|>"
-        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "prompt_template": "{prompt}",
-        **LLAMA,
-    },
-    "llama-4": {
-        "prompt": "<|begin_of_text|>"
-        "<|header_start|>system<|header_end|>\n\nBe brief.<|eot|>"
-        "<|header_start|>user<|header_end|>\n\nHi<|eot|>"
-        "<|header_start|>assistant<|header_end|>\n\nHello!<|eot|>"
-        "<|header_start|>user<|header_end|>\n\nBye<|eot|>"
-        "<|header_start|>assistant<|header_end|>\n\n",
-        "prompt_template": "{prompt}",
-        **LLAMA,
-    },
-    "gpt-5-structured": {
-        "instructions": "Be brief.",
-        "input_item_list": TALK[1:],
-        "max_output_tokens": 100,
-        "reasoning_effort": "high",
-        "verbosity": "low",
-    },
-    "o1-mini": {
-        "messages": [{"role": "user", "content": "Be brief."}, *TALK[1:]],
-        "max_completion_tokens": 100,
-    },
-    "o-series": {**BY_MESSAGES, "reasoning_effort": "high"},
-    "gpt-5-pro": {**BY_MESSAGES, "verbosity": "low"},
-    "gpt-5.1": {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"},
-    "gpt-5.2": {**BY_MESSAGES, "reasoning_effort": "xhigh", "verbosity": "low"},
-    "gpt-5": {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"},
-    "kimi-k2.5": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
-    "open": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
-    "deepseek-v3.1": {
-        **BY_LONG_PROMPT,
-        **OPEN,
-        "max_tokens": 100,
-        "thinking": "medium",
-    },
-    "gpt-4": {**BY_MESSAGES, **OPEN},
-    "claude-3.5": {"system_prompt": "Be brief.", **BY_PROMPT, "max_tokens": 100},
-    "claude": {"system_prompt": "Be brief.", **BY_PROMPT, "max_tokens": 1024},
-    "gemini-3.1": {**GEMINI, "thinking_level": "high"},
-    "gemini-3": {**GEMINI, "thinking_level": "high"},
-    "gemini": {**GEMINI, "thinking_budget": 24576},
-    "granite": {"system_prompt": "Be brief.", **BY_PROMPT, **LLAMA},
-    "granite-messages": {
-        **BY_MESSAGES,
-        **OPEN,
-        "top_k": 40,
-        "min_tokens": 2,
-        "seed": 7,
-        "stop": ["END", "a,b"],
-    },
-    "mistral": {**BY_LONG_PROMPT, **LLAMA_2},
-}
-
-
 # -- Tools ---------------------------------------------------------------------
 
 WEATHER = {
@@ -2159,6 +2019,208 @@ def test_a_named_format_is_refused_in_openais_words(
 
 # -- Families ------------------------------------------------------------------
 
+
+class Inputs:
+    """A server in front of a stand-in, for what reaches Replicate as the input."""
+
+    def __init__(self, fake, server, path):
+        self.fake = fake
+        self.server = server
+        self.path = path
+        self.config = {}
+
+    def send(self, ref, given=None, **config):
+        """A chat, or a completion where a prompt is given."""
+        if config != self.config.get(ref, {}):
+            self.config = {ref: config}
+            self.path.write_text(json.dumps({"model_configs": self.config}))
+        self.fake.seen.clear()
+        body = {"model": ref, **(given or {})}
+        if "prompt" in body:
+            operation = "completions"
+        else:
+            operation, body = "chat/completions", {**ANY_CHAT, **body}
+        key = {"authorization": "Bearer key"}
+        return send(self.server, "POST", f"/v1/{operation}", body, key)
+
+    def sent(self, ref, given=None, **config):
+        """The input; whether the stand-in takes it does not matter."""
+        answer = self.send(ref, given, **config)
+        created = self.fake.creates()
+        assert created, answer.body
+        return created[-1].body["input"]
+
+    def refused(self, ref, given=None, **config):
+        answer = self.send(ref, given, **config)
+        assert (answer.status, self.fake.creates()) == (400, [])
+        return answer.error
+
+    def model(self, document, ref=""):
+        """A model, a new one if none is named, of which this is told: its ref."""
+        ref = ref or f"some/one-{len(self.fake.models)}"
+        version = {"id": "0", "openapi_schema": document}
+        self.fake.models[ref] = {**make_model(ref), "latest_version": version}
+        return ref
+
+    def lookups(self):
+        """The requests that asked for a schema, or for what a deployment runs."""
+        paths = ("/v1/models/", "/v1/deployments/")
+        seen = [s for s in self.fake.seen if s.method == "GET"]
+        return [s.path for s in seen if s.path.startswith(paths)]
+
+
+def less(input, *names):
+    return {name: value for name, value in input.items() if name not in names}
+
+
+@contextmanager
+def inputs_of(path):
+    path.write_text("{}")
+    with FakeReplicate() as fake, fronting(fake, models_path=str(path)) as server:
+        yield Inputs(fake, server, path)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    with inputs_of(tmp_path_factory.mktemp("inputs") / "models.json") as inputs:
+        yield inputs
+
+
+@pytest.fixture
+def new_inputs(tmp_path):
+    """Those of a server that has looked nothing up yet."""
+    with inputs_of(tmp_path / "models.json") as inputs:
+        yield inputs
+
+
+EVERYTHING = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Bye"},
+    ],
+    "temperature": 0,
+    "top_p": 0.9,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "max_tokens": 100,
+    "stop": ["END", "a,b"],
+    "seed": 7,
+    "top_k": 40,
+    "min_tokens": 2,
+    "repetition_penalty": 1.1,
+    "reasoning_effort": "max",
+    "verbosity": "low",
+    "user": "me",
+    "min_p": 0.1,
+}
+
+TALK = EVERYTHING["messages"]
+TRANSCRIPT = "User: Hi\n\nAssistant: Hello!\n\nUser: Bye\n\nAssistant:"
+BY_PROMPT = {"prompt": TRANSCRIPT}
+BY_LONG_PROMPT = {"prompt": f"Be brief.\n\n{TRANSCRIPT}"}
+BY_MESSAGES = {"messages": TALK, "max_completion_tokens": 100}
+GEMINI = {
+    "system_instruction": "Be brief.",
+    **BY_PROMPT,
+    "temperature": 0,
+    "top_p": 0.9,
+    "max_output_tokens": 100,
+}
+OPEN = {
+    "temperature": 0,
+    "top_p": 0.9,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+}
+LLAMA = {
+    **OPEN,
+    "top_k": 40,
+    "min_tokens": 2,
+    "max_tokens": 100,
+    "stop_sequences": "END",
+}
+LLAMA_2 = {
+    "temperature": 0.01,
+    "top_p": 0.9,
+    "top_k": 40,
+    "seed": 7,
+    "min_new_tokens": 2,
+    "max_new_tokens": 100,
+    "stop_sequences": "END",
+}
+
+LLAMA_2_TALK = {
+    "system_prompt": "Be brief.",
+    "prompt": "[INST] Hi [/INST]\nHello!\n[INST] Bye [/INST]",
+}
+
+INPUTS = {
+    "llama-2-7b": {**LLAMA_2_TALK, **LLAMA_2, "repetition_penalty": 1.1},
+    "llama-2": {**LLAMA_2_TALK, **LLAMA_2},
+    "llama-3": {
+        "prompt": "<|begin_of_text|>"
+        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "prompt_template": "{prompt}",
+        **LLAMA,
+    },
+    "llama-4": {
+        "prompt": "<|begin_of_text|>"
+        "<|header_start|>system<|header_end|>\n\nBe brief.<|eot|>"
+        "<|header_start|>user<|header_end|>\n\nHi<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\nHello!<|eot|>"
+        "<|header_start|>user<|header_end|>\n\nBye<|eot|>"
+        "<|header_start|>assistant<|header_end|>\n\n",
+        "prompt_template": "{prompt}",
+        **LLAMA,
+    },
+    "gpt-5-structured": {
+        "instructions": "Be brief.",
+        "input_item_list": TALK[1:],
+        "max_output_tokens": 100,
+        "reasoning_effort": "high",
+        "verbosity": "low",
+    },
+    "o1-mini": {
+        "messages": [{"role": "user", "content": "Be brief."}, *TALK[1:]],
+        "max_completion_tokens": 100,
+    },
+    "o-series": {**BY_MESSAGES, "reasoning_effort": "high"},
+    "gpt-5-pro": {**BY_MESSAGES, "verbosity": "low"},
+    "gpt-5.1": {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"},
+    "gpt-5.2": {**BY_MESSAGES, "reasoning_effort": "xhigh", "verbosity": "low"},
+    "gpt-5": {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"},
+    "kimi-k2.5": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
+    "open": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
+    "deepseek-v3.1": {
+        **BY_LONG_PROMPT,
+        **OPEN,
+        "max_tokens": 100,
+        "thinking": "medium",
+    },
+    "gpt-4": {**BY_MESSAGES, **OPEN},
+    "claude-3.5": {"system_prompt": "Be brief.", **BY_PROMPT, "max_tokens": 100},
+    "claude": {"system_prompt": "Be brief.", **BY_PROMPT, "max_tokens": 1024},
+    "gemini-3.1": {**GEMINI, "thinking_level": "high"},
+    "gemini-3": {**GEMINI, "thinking_level": "high"},
+    "gemini": {**GEMINI, "thinking_budget": 24576},
+    "granite": {"system_prompt": "Be brief.", **BY_PROMPT, **LLAMA},
+    "granite-messages": {
+        **BY_MESSAGES,
+        **OPEN,
+        "top_k": 40,
+        "min_tokens": 2,
+        "seed": 7,
+        "stop": ["END", "a,b"],
+    },
+    "mistral": {**BY_LONG_PROMPT, **LLAMA_2},
+}
+
 MODELS_OF = {
     "llama-2-7b": "meta/llama-2-7b-chat",
     "llama-2": "meta/llama-2-13b-chat meta/llama-2-70b-chat",
@@ -2193,16 +2255,10 @@ MODELS_OF = {
 }
 
 
-def family_of(ref, **config):
-    family = proxy.find_family(proxy.Model("", ref, proxy.ModelConfig(**config)))
-    names = [name for name, row in proxy.FAMILIES.items() if row is family]
-    return names[0] if names else None
-
-
 @pytest.mark.parametrize("family", proxy.FAMILIES)
-def test_each_model_is_of_the_family_that_fits(family):
+def test_each_family_is_asked_in_its_own_words(inputs, family):
     for ref in MODELS_OF[family].split():
-        assert (ref, family_of(ref)) == (ref, family)
+        assert inputs.sent(ref, EVERYTHING) == INPUTS[family], ref
 
 
 @table(
@@ -2216,10 +2272,12 @@ def test_each_model_is_of_the_family_that_fits(family):
         ("somebody's model", "me/llama-2-7b-chat", None),
         ("a base model", "meta/llama-2-7b", None),
         ("a name that goes on", "meta/llama-2-7b-chat-hf", None),
+        ("a model of no family", "me/mine", None),
     ],
 )
-def test_a_family_is_found_by_owner_and_name(ref, expected):
-    assert family_of(ref) == expected
+def test_a_family_is_found_by_owner_and_name(inputs, monkeypatch, ref, expected):
+    monkeypatch.setitem(fake_replicate.DEPLOYMENTS, "meta/llama-2-7b-chat", "me/mine")
+    assert inputs.sent(ref, EVERYTHING) == INPUTS.get(expected, BY_LONG_PROMPT)
 
 
 OTHERS_OF_THEIR_MAKERS = """
@@ -2233,19 +2291,16 @@ OTHERS_OF_THEIR_MAKERS = """
 
 
 @pytest.mark.parametrize("ref", OTHERS_OF_THEIR_MAKERS.split())
-def test_other_models_of_a_maker_are_left_to_their_schemas(ref):
-    assert family_of(ref) is None
+def test_other_models_of_a_maker_are_left_to_their_schemas(inputs, ref):
+    assert inputs.sent(ref, EVERYTHING) == BY_LONG_PROMPT
 
 
-def test_models_json_has_the_first_word_on_a_family():
-    assert family_of("me/mine", family="claude") == "claude"
-    assert family_of("meta/llama-2-7b-chat", family="claude") == "claude"
+OPENAIS = less(EVERYTHING, "min_p", "top_k", "min_tokens", "repetition_penalty")
 
 
-def test_every_parameter_that_a_family_takes_is_checked():
-    taken = {name for family in proxy.FAMILIES.values() for name in family.fields}
-    assert taken <= proxy.CHAT.keys()
-    assert taken <= proxy.COMPLETION.keys()
+@pytest.mark.parametrize("ref", ["me/mine", "meta/llama-2-7b-chat"])
+def test_models_json_has_the_first_word_on_a_family(inputs, ref):
+    assert inputs.sent(ref, OPENAIS, family="claude") == INPUTS["claude"]
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -2357,9 +2412,11 @@ BEGIN = "<|begin_of_text|>"
         ),
     ],
 )
-def test_messages_are_laid_out_as_the_family_wants_them(family, messages, expected):
-    row = proxy.FAMILIES[family]
-    assert row.render(messages, row.system) == expected
+def test_messages_are_laid_out_as_the_family_wants_them(
+    inputs, family, messages, expected
+):
+    sent = inputs.sent(MODELS_OF[family].split()[0], {"messages": messages})
+    assert less(sent, "max_tokens", "max_new_tokens") == expected
 
 
 Z = "\u200b"  # the space that defuses
@@ -2576,18 +2633,17 @@ def test_signs_are_defused_where_they_are_some(family, messages, expected):
     assert row.render(messages, row.system) == expected
 
 
-def test_only_parts_of_text_have_text():
+def test_only_parts_of_text_have_text(inputs):
     image = {"type": "image_url", "image_url": {"url": "https://x/"}, "text": "User:"}
     refusal = {"type": "refusal", "refusal": "No.", "text": None}
-    assert proxy.text_of([image, PARTS["content"][0], refusal]) == "HNo."
+    messages = [says("user", [image, PARTS["content"][0], refusal])]
+    sent = inputs.sent("anthropic/claude-4-sonnet", {"messages": messages})
+    assert sent == {"prompt": "HNo.", "image": "https://x/"}
 
 
-def test_the_prompt_of_a_completion_stays_as_it_is(offline):
-    answerer = offline(*SCRIPT)
-    body = {"model": "anthropic/claude-4-sonnet", "prompt": PLAY}
-    proxy.answer(answerer, call("POST", "/v1/completions", body))
-    [(order, _)] = answerer.upstream.asked
-    assert order.input["prompt"] == PLAY
+def test_the_prompt_of_a_completion_stays_as_it_is(inputs):
+    sent = inputs.sent("anthropic/claude-4-sonnet", {"prompt": PLAY})
+    assert sent["prompt"] == PLAY
 
 
 @table(
@@ -2614,36 +2670,38 @@ def test_large_texts_are_defused_in_time(text):
 # -- Native tools --------------------------------------------------------------
 
 
+AS_NAMED = {"name": "person", "schema": PERSON, "strict": True}
+
+
 @table(
     "format, granite, structured",
     [
         (
             "any object",
-            OBJECT,
+            {"type": "json_object"},
             {"type": "json_object"},
             {"format": {"type": "json_object"}},
         ),
         (
             "a schema",
-            proxy.ResponseFormat(PERSON, "person", strict=True),
-            {
-                "type": "json_schema",
-                "json_schema": {"name": "person", "schema": PERSON, "strict": True},
-            },
-            {
-                "format": {
-                    "type": "json_schema",
-                    "name": "person",
-                    "schema": PERSON,
-                    "strict": True,
-                }
-            },
+            {"type": "json_schema", "json_schema": AS_NAMED},
+            {"type": "json_schema", "json_schema": AS_NAMED},
+            {"format": {"type": "json_schema", **AS_NAMED}},
+        ),
+        (
+            "a described one",
+            {"type": "json_schema", "json_schema": {**AS_NAMED, "description": "x"}},
+            {"type": "json_schema", "json_schema": {**AS_NAMED, "description": "x"}},
+            {"format": {"type": "json_schema", **AS_NAMED, "description": "x"}},
         ),
     ],
 )
-def test_models_that_know_formats_are_given_them(format, granite, structured):
-    assert proxy.granite_format(format) == granite
-    assert proxy.structured_schema(format) == structured
+def test_models_that_know_formats_are_given_them(inputs, format, granite, structured):
+    asked = {"response_format": format}
+    sent = inputs.sent("ibm-granite/granite-4.0-h-small", asked)
+    assert sent["response_format"] == granite
+    sent = inputs.sent("openai/gpt-5-structured", asked)
+    assert sent["json_schema"] == structured
 
 
 CALLED = [
@@ -2705,27 +2763,43 @@ NATIVELY = [
 
 
 @table(("ref", "expected"), NATIVELY)
-def test_tools_are_given_to_models_that_know_them(offline, ref, expected):
-    answerer = offline(STARTED, Text(IN_PARIS), Done("stop", Usage(1, 1)))
-    body = {"model": ref, "messages": CALLED, "tools": TOOLS[:1]}
-    reply = proxy.answer(answerer, call("POST", "/v1/chat/completions", body))
-    [(order, _)] = answerer.upstream.asked
-    assert {name: order.input[name] for name in expected} == expected
-    assert "<tool_call>" not in str(order.input)
-    [choice] = reply.body["choices"]
-    assert choice["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+def test_tools_are_given_to_models_that_know_them(inputs, ref, expected):
+    inputs.fake.scenarios["native"] = fake_replicate.Scenario("a call", (IN_PARIS,))
+    inputs.fake.default = "native"
+    try:
+        answer = inputs.send(ref, {"messages": CALLED, "tools": TOOLS[:1]})
+    finally:
+        inputs.fake.default = "hello"
+    sent = inputs.fake.creates()[-1].body["input"]
+    assert {name: sent[name] for name in expected} == expected
+    assert "<tool_call>" not in str(sent)
+    assert answer.message.calls == (("get_weather", '{"city":"Paris"}'),)
 
 
-DEMANDS = [
-    ("auto", BOX, []),
-    ("one at a time", BOX._replace(parallel=False), [proxy.ONE_CALL]),
-    ("required", ONE, [proxy.told_when(ONE)]),
-]
+MUST_CALL = "You must call the tool get_weather now: write the call and nothing else."
 
 
-@table(("toolbox", "expected"), DEMANDS)
-def test_of_tools_that_a_model_knows_only_demands_are_told(toolbox, expected):
-    told = proxy.taught(proxy.Wanted(toolbox, proxy.ANY_OBJECT), is_native=True)
+@table(
+    "given, expected",
+    [
+        ("auto", {}, []),
+        (
+            "one at a time",
+            {"parallel_tool_calls": False},
+            ["Make one call, not more."],
+        ),
+        ("required", {"tool_choice": "required"}, [MUST_CALL]),
+        (
+            "one, now",
+            {"tool_choice": "required", "parallel_tool_calls": False},
+            [f"{MUST_CALL} Make one call, not more."],
+        ),
+    ],
+)
+def test_of_tools_that_a_model_knows_only_demands_are_told(inputs, given, expected):
+    asked = {"tools": TOOLS[:1], "response_format": {"type": "json_object"}, **given}
+    inputs.send("ibm-granite/granite-4.0-h-small", asked)
+    *told, _ = inputs.fake.creates()[0].body["input"]["messages"]
     assert [message["content"] for message in told] == expected
 
 
@@ -2736,11 +2810,10 @@ OLDER = [
 ]
 
 
-def test_older_calls_become_newer_ones_for_models_that_know_calls():
-    body = proxy.check({"messages": OLDER}, {"messages": proxy.CHAT["messages"]})
-    told = [proxy.without_nulls(m) for m in proxy.tools_history(body["messages"])]
+def test_older_calls_become_newer_ones_for_models_that_know_calls(inputs):
+    sent = inputs.sent("ibm-granite/granite-4.0-h-small", {"messages": OLDER})
     function = {"name": "f", "arguments": "{}"}
-    assert told[1:] == [
+    assert sent["messages"][1:] == [
         {
             "role": "assistant",
             "content": "",
@@ -2750,14 +2823,17 @@ def test_older_calls_become_newer_ones_for_models_that_know_calls():
     ]
 
 
-def test_a_result_of_no_call_is_told_in_words():
-    [_, _, result] = proxy.check(
-        {"messages": OLDER}, {"messages": proxy.CHAT["messages"]}
-    )["messages"]
-    told = proxy.tools_history([result])
-    assert told == proxy.plain_history([result])
-    [seen] = proxy.tools_history([{**result, "content": [SHOT]}])
-    assert seen["content"][1:] == [SHOT]
+@pytest.mark.parametrize("ref", ["ibm-granite/granite-4.0-h-small", "openai/gpt-4o"])
+def test_a_result_of_no_call_is_told_in_words(inputs, ref):
+    told = '<tool_response name="f">\none\n</tool_response>'
+    sent = inputs.sent(ref, {"messages": [OLDER[2]]})
+    assert sent["messages"] == [says("user", told)]
+
+
+def test_an_image_in_a_result_of_no_call_stays_beside_it(inputs):
+    messages = [{**OLDER[2], "content": [text_part("one"), SHOT]}]
+    sent = inputs.sent("openai/gpt-5-structured", {"messages": messages})
+    assert sent["image_input"] == [SHOT["image_url"]["url"]]
 
 
 # -- Input schemas -------------------------------------------------------------
@@ -2781,20 +2857,6 @@ def document(properties, required=(), output=TEXT_OUTPUT, **schemas):
 def short(fields):
     """The document of a model in the notation of replicate-api.md, section 5."""
     return {"components": {"schemas": fake_replicate.make_schemas(fields)}}
-
-
-def schema_order(schema, body=None, ref="some/one"):
-    """What is ordered of a model that nothing but its schema is known of."""
-    model = proxy.Model(ref, ref)
-    checked = proxy.check({**ANY_CHAT, **(body or {})}, proxy.CHAT)
-    family = proxy.family_for(
-        model, checked, set(), proxy.SchemaCache(lambda *_: schema, no_release)
-    )
-    return proxy.build_chat_input(checked, model, family)
-
-
-def schema_input(fields, body=None):
-    return schema_order(short(fields), body).input
 
 
 # Of replicate-api.md 5.2: each kind of language model, once.
@@ -2890,10 +2952,6 @@ KIMI_26 = """
 PARROT = fake_replicate.MODEL_FIELDS["acme/parrot"]
 
 
-def less(input, *names):
-    return {name: value for name, value in input.items() if name not in names}
-
-
 MESSAGES = {"messages": TALK, "max_completion_tokens": 100}
 AS_A_PLAY = {"prompt": TRANSCRIPT, "system_prompt": "Be brief."}
 ON_TOP = {"prompt": f"Be brief.\n\n{TRANSCRIPT}"}
@@ -2967,8 +3025,9 @@ FROM_SCHEMAS = [
 
 
 @table("fields, expected", FROM_SCHEMAS)
-def test_a_schema_alone_asks_as_a_row_would(fields, expected):
-    assert schema_input(fields, less(EVERYTHING, "min_p")) == expected
+def test_a_schema_alone_asks_as_a_row_would(inputs, fields, expected):
+    ref = inputs.model(short(fields))
+    assert inputs.sent(ref, less(EVERYTHING, "min_p")) == expected
 
 
 @table(
@@ -2980,55 +3039,71 @@ def test_a_schema_alone_asks_as_a_row_would(fields, expected):
         ("none is left alone", GPT_5_PRO_ONE, {}),
     ],
 )
-def test_of_a_schemas_defaults_none_is_sent(fields, expected):
-    assert less(schema_input(fields), "prompt", "messages") == expected
+def test_of_a_schemas_defaults_none_is_sent(inputs, fields, expected):
+    sent = inputs.sent(inputs.model(short(fields)))
+    assert less(sent, "prompt", "messages") == expected
 
 
+A_STRING, AN_INTEGER = "takes a string", "takes an integer"
 TONE = {"allOf": [{"$ref": "#/components/schemas/tone"}], "default": "kind"}
 NULLABLE = {"anyOf": [{"type": "null"}, {"type": "integer", "maximum": 9}]}
 
 
+HUGE = 10**18
+A_NUMBER, AN_ARRAY = "takes a number", "takes an array"
+
+
 @table(
-    "properties, expected",
+    "properties, fitted, refused",  # (given, sent) each; what is refused, and how
     [
-        ("a property", {"type": "integer", "minimum": 1}, ("integer", 1, None, ())),
-        ("nullable", {"type": "string", "nullable": True}, ("string", None, None, ())),
-        ("or null", NULLABLE, ("integer", None, 9, ())),
-        ("types", {"type": ["null", "number"]}, ("number", None, None, ())),
-        ("an enum", TONE, ("string", None, None, ("kind", "gruff"))),
+        ("a property", {"type": "integer", "minimum": 1}, [(0, 1)], ("", AN_INTEGER)),
+        ("nullable", {"type": "string", "nullable": True}, [("", "")], (1, A_STRING)),
+        ("or null", NULLABLE, [(10, 9), (-HUGE, -HUGE)], ("", AN_INTEGER)),
+        ("types", {"type": ["null", "number"]}, [(0.5, 0.5)], ("", A_NUMBER)),
+        ("an enum", TONE, [("gruff", "gruff")], ("soft", "'kind', and 'gruff'")),
+        ("own words", {**TONE, "type": "array"}, [], ("kind", "'kind', and 'gruff'")),
         (
-            "own words",
-            {**TONE, "type": "array"},
-            ("array", None, None, ("kind", "gruff")),
+            "a chain",
+            {"$ref": "#/components/schemas/a"},
+            [(True, True)],
+            (1, "takes a boolean"),
         ),
-        ("a chain", {"$ref": "#/components/schemas/a"}, ("boolean", None, None, ())),
-        ("a circle", {"$ref": "#/components/schemas/b"}, ("", None, None, ())),
-        ("nowhere", {"$ref": "#/components/schemas/c"}, ("", None, None, ())),
-        ("of a list", {"type": "array", "maxItems": 3}, ("array", None, 3, ())),
-        ("no type", {"type": "banana"}, ("", None, None, ())),
+        (
+            "a circle",
+            {"$ref": "#/components/schemas/b"},
+            [("", ""), (-HUGE, -HUGE)],
+            None,
+        ),
+        ("nowhere", {"$ref": "#/components/schemas/c"}, [("", ""), (HUGE, HUGE)], None),
+        ("of a list", {"type": "array", "maxItems": 3}, [("a", ["a"])], (1, AN_ARRAY)),
+        ("no type", {"type": "banana"}, [("", ""), (HUGE, HUGE)], None),
         (
             "a wrong bound",
             {"type": "number", "minimum": "1"},
-            ("number", None, None, ()),
+            [(-HUGE, -HUGE)],
+            ("", A_NUMBER),
         ),
-        ("infinite", {"type": "number", "maximum": 1e999}, ("number", None, None, ())),
-        (
-            "too large",
-            {"type": "integer", "maximum": 10**400},
-            ("integer", None, None, ()),
-        ),
+        ("infinite", {"type": "number", "maximum": 1e999}, [(HUGE, HUGE)], None),
+        ("too large", {"type": "integer", "maximum": 10**400}, [(HUGE, HUGE)], None),
     ],
 )
-def test_a_field_is_read_however_its_schema_is_written(properties, expected):
-    schema = document(
-        {"prompt": STRING, "tone": properties},
-        tone={"type": "string", "enum": ["kind", "gruff", None, []]},
-        a={"allOf": [{"$ref": "#/components/schemas/boolean"}]},
-        boolean={"type": "boolean"},
-        b={"$ref": "#/components/schemas/b"},
+def test_a_field_is_read_however_its_schema_is_written(
+    inputs, properties, fitted, refused
+):
+    ref = inputs.model(
+        document(
+            {"prompt": STRING, "tone": properties},
+            tone={"type": "string", "enum": ["kind", "gruff", None, []]},
+            a={"allOf": [{"$ref": "#/components/schemas/boolean"}]},
+            boolean={"type": "boolean"},
+            b={"$ref": "#/components/schemas/b"},
+        )
     )
-    field = proxy.read_family(schema).others["tone"]
-    assert (field.kind, field.low, field.high, field.choices) == expected
+    for given, sent in fitted:
+        assert inputs.sent(ref, {"tone": given})["tone"] == sent
+    if refused:
+        given, words = refused
+        assert words in inputs.refused(ref, {"tone": given})["message"]
 
 
 @table(
@@ -3054,13 +3129,13 @@ def test_a_field_is_read_however_its_schema_is_written(properties, expected):
         ),
     ],
 )
-def test_the_text_goes_where_the_schema_takes_it(properties, expected):
-    assert schema_order(document(properties)).input == expected
+def test_the_text_goes_where_the_schema_takes_it(inputs, properties, expected):
+    assert inputs.sent(inputs.model(document(properties))) == expected
 
 
-def test_a_model_that_needs_a_prompt_is_not_given_messages_alone():
+def test_a_model_that_needs_a_prompt_is_not_given_messages_alone(inputs):
     schema = document({"prompt": STRING, "messages": {"type": "array"}}, ["prompt"])
-    assert schema_order(schema).input == {"prompt": "Hello"}
+    assert inputs.sent(inputs.model(schema)) == {"prompt": "Hello"}
 
 
 @table(
@@ -3075,52 +3150,112 @@ def test_a_model_that_needs_a_prompt_is_not_given_messages_alone():
         ),
     ],
 )
-def test_a_bare_prompt_goes_where_the_schema_takes_it(properties, expected):
-    family = proxy.read_family(document(properties))
-    assert proxy.render_prompt(family, "Once") == expected
+def test_a_bare_prompt_goes_where_the_schema_takes_it(inputs, properties, expected):
+    ref = inputs.model(document(properties))
+    assert inputs.sent(ref, {"prompt": "Once"}) == expected
+
+
+PNGS = [f"https://example.com/{n}.png" for n in range(5)]
+SOUND = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+SOUND_URL = "data:audio/wav;base64,UklGRg=="
+A_PDF = {"type": "file", "file": {"file_data": "https://example.com/a.pdf"}}
+
+
+def images(*urls):
+    return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+
+
+def seeing(*urls, text="What is this?"):
+    return [says("user", [text_part(text), *images(*urls)])]
 
 
 @table(
-    "properties, expected",
+    "properties, parts, expected",  # expected: what is sent, or why not
     [
-        ("one image", {"image": IMAGE_OUTPUT}, {"image_url": proxy.Slot("image")}),
+        (
+            "one image",
+            {"image": IMAGE_OUTPUT},
+            images(PNGS[0]),
+            {"prompt": "", "image": PNGS[0]},
+        ),
         (
             "several",
             {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": 4}},
-            {"image_url": proxy.Slot("images", 4, as_list=True)},
+            images(*PNGS[:4]),
+            {"prompt": "", "images": PNGS[:4]},
+        ),
+        (
+            "more than those",
+            {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": 4}},
+            images(*PNGS),
+            "takes 4 parts of type 'image_url', but got 5",
+        ),
+        (
+            "a bound of less than one is none",
+            {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": -3}},
+            images(*PNGS),
+            {"prompt": "", "images": PNGS},
         ),
         (
             "in the messages",
             {"messages": {"type": "array"}, "image": IMAGE_OUTPUT},
-            proxy.IN_PLACE,
+            images(*PNGS),
+            {"messages": [says("user", images(*PNGS))]},
         ),
-        ("sound", {"audio": IMAGE_OUTPUT}, {"input_audio": proxy.Slot("audio")}),
-        ("a document", {"pdf": IMAGE_OUTPUT}, {"file": proxy.Slot("pdf")}),
-        ("none", {"image": {"type": "integer"}}, {}),
+        (
+            "sound",
+            {"audio": IMAGE_OUTPUT},
+            [SOUND],
+            {"prompt": "", "audio": SOUND_URL},
+        ),
+        (
+            "a document",
+            {"pdf": IMAGE_OUTPUT},
+            [A_PDF],
+            {"prompt": "", "pdf": A_PDF["file"]["file_data"]},
+        ),
+        (
+            "sound beside messages",
+            {"messages": {"type": "array"}, "audio": IMAGE_OUTPUT},
+            [text_part("Hm?"), SOUND],
+            {"messages": [says("user", "Hm?")], "audio": SOUND_URL},
+        ),
+        (
+            "a document beside messages",
+            {"messages": {"type": "array"}, "pdf": IMAGE_OUTPUT},
+            [text_part("Hm?"), A_PDF],
+            {"messages": [says("user", "Hm?")], "pdf": A_PDF["file"]["file_data"]},
+        ),
+        (
+            "none",
+            {"image": {"type": "integer"}},
+            images(PNGS[0]),
+            "takes no parts of type 'image_url', but got 1",
+        ),
     ],
 )
-def test_attachments_have_their_slots(properties, expected):
-    family = proxy.read_family(document({"prompt": STRING, **properties}))
-    assert family.slots == expected
+def test_attachments_have_their_slots(inputs, properties, parts, expected):
+    prompt = {} if "messages" in properties else {"prompt": STRING}
+    ref = inputs.model(document({**prompt, **properties}))
+    given = {"messages": [says("user", parts)]}
+    if isinstance(expected, str):
+        assert expected in inputs.refused(ref, given)["message"]
+    else:
+        assert inputs.sent(ref, given) == expected
 
 
 @table(
-    "fields, needed, expected",
+    "needed, expected",
     [
-        ("the one it needs", "images [uri]; image uri", ["image"], "image"),
-        ("else the best", "images [uri]; image uri", [], "images"),
+        ("the one it needs", ["image"], {"image": PNGS[0]}),
+        ("else the best", [], {"images": [PNGS[0]]}),
     ],
 )
-def test_an_image_goes_where_the_model_needs_one(fields, needed, expected):
-    read = short(f"prompt str; {fields}")
-    read["components"]["schemas"]["Input"]["required"] = needed
-    assert proxy.read_family(read).slots["image_url"].name == expected
-
-
-def test_a_bound_of_less_than_one_image_is_none():
-    images = {"type": "array", "items": IMAGE_OUTPUT, "maxItems": -3}
-    family = proxy.read_family(document({"prompt": STRING, "images": images}))
-    assert family.slots["image_url"].most == proxy.MANY
+def test_an_image_goes_where_the_model_needs_one(inputs, needed, expected):
+    schema = short("prompt str; images [uri]; image uri")
+    schema["components"]["schemas"]["Input"]["required"] = needed
+    sent = inputs.sent(inputs.model(schema), {"messages": seeing(PNGS[0], text="")})
+    assert sent == {"prompt": "", **expected}
 
 
 ANY_OF = {"anyOf": [{"type": "integer"}, STRING]}
@@ -3139,9 +3274,9 @@ ANY_OF = {"anyOf": [{"type": "integer"}, STRING]}
         ("both", {"type": "integer", "minimum": 5, "exclusiveMinimum": 0}, 0, 5),
     ],
 )
-def test_a_value_is_held_to_what_its_schema_says(schema, given, expected):
-    family = document({"prompt": STRING, "pace": schema})
-    assert schema_order(family, {"pace": given}).input["pace"] == expected
+def test_a_value_is_held_to_what_its_schema_says(inputs, schema, given, expected):
+    ref = inputs.model(document({"prompt": STRING, "pace": schema}))
+    assert inputs.sent(ref, {"pace": given})["pace"] == expected
 
 
 @table(
@@ -3167,16 +3302,16 @@ def test_a_value_is_held_to_what_its_schema_says(schema, given, expected):
         ("an object without", {"properties": {"srt_file": IMAGE_OUTPUT}}, False),
     ],
 )
-def test_a_model_is_one_of_language_if_its_output_is_text(output, expected):
+def test_a_model_is_one_of_language_if_its_output_is_text(inputs, output, expected):
     loop = {"anyOf": [{"$ref": "#/components/schemas/Loop"}, STRING]}
     schema = document({"prompt": STRING}, output=output, Made=IMAGE_OUTPUT, Loop=loop)
-    assert proxy.read_family(schema).is_language == expected
-
-
-def test_a_model_of_no_language_is_refused():
-    with pytest.raises(proxy.APIError, match="`some/one` is not a language model") as e:
-        schema_order(document({"prompt": STRING}, output=IMAGE_OUTPUT))
-    assert (e.value.status, e.value.param) == (400, "model")
+    ref = inputs.model(schema)
+    if expected:
+        assert inputs.sent(ref) == {"prompt": "Hello"}
+        return
+    error = inputs.refused(ref)
+    assert f"`{ref}` is not a language model" in error["message"]
+    assert error["param"] == "model"
 
 
 @pytest.mark.parametrize(
@@ -3197,8 +3332,9 @@ def test_a_model_of_no_language_is_refused():
     ],
     ids=repr,
 )
-def test_a_dummy_of_a_schema_makes_no_family(garbage):
-    assert proxy.read_family(garbage) is None
+def test_a_dummy_of_a_schema_makes_no_family(inputs, garbage):
+    given = {**EVERYTHING, "name": "x"}
+    assert inputs.sent(inputs.model(garbage), given) == BY_LONG_PROMPT
 
 
 WORDS = [
@@ -3240,16 +3376,22 @@ def test_no_json_whatever_makes_reading_a_family_fail(
     assert family is None or isinstance(family, proxy.Family)
 
 
-@trying(max_examples=40, deadline=None, database=None)
+@pytest.fixture(name="shared")
+def inputs_by_another_name(inputs):
+    return inputs
+
+
+@trying(
+    max_examples=40,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(inputs=st.dictionaries(st.sampled_from([*WORDS, "top_k", "min_p"]), JSON))
-def test_any_schema_leads_to_an_input_or_to_an_error_of_the_clients(inputs):
-    schema = document({"prompt": STRING, **inputs})
-    try:
-        sent = schema_order(schema, {**EVERYTHING, "tone": "kind"}).input
-    except proxy.APIError as error:
-        assert error.status == 400
-    else:
-        json.dumps(sent)
+def test_any_schema_leads_to_an_input_or_to_an_error_of_the_clients(shared, inputs):
+    ref = shared.model(document({"prompt": STRING, **inputs}))
+    answer = shared.send(ref, {**EVERYTHING, "tone": "kind"})
+    assert answer.status == 400 or shared.fake.creates()
 
 
 @pytest.mark.parametrize("key", ["properties", "items", "allOf", "anyOf", "$ref"])
@@ -3268,18 +3410,6 @@ def test_no_name_of_an_input_stands_for_two_things():
     tables = (proxy.CONVERSATION, proxy.ATTACHED, proxy.SYNONYMS)
     names = [name for t in tables for row in t.values() for name in row.names.split()]
     assert len(names) == len(set(names))
-
-
-def test_every_synonym_is_of_a_parameter_or_a_part():
-    assert proxy.SYNONYMS.keys() <= proxy.CHAT.keys()
-    assert set(proxy.ATTACHED) <= set(proxy.PART["type"].choices)
-
-
-def test_every_name_that_a_row_uses_is_a_synonym():
-    for family in proxy.FAMILIES.values():
-        for parameter, field in family.fields.items():
-            names = proxy.SYNONYMS[parameter].names.split()
-            assert field.words or field.name in names  # words are a row's alone
 
 
 ANY_INPUT = """
@@ -3318,12 +3448,9 @@ ANY_INPUT = """
         ),
     ],
 )
-def test_what_openai_has_no_name_for_goes_on_by_the_models(given, expected):
-    sent = schema_input(ANY_INPUT, given)
+def test_what_openai_has_no_name_for_goes_on_by_the_models(inputs, given, expected):
+    sent = inputs.sent(inputs.model(short(ANY_INPUT)), given)
     assert sent == {"prompt": "Hello", **expected}
-
-
-A_STRING, AN_INTEGER = "takes a string", "takes an integer"
 
 
 @table(
@@ -3341,19 +3468,16 @@ A_STRING, AN_INTEGER = "takes a string", "takes an integer"
         ("the model's own name", {"max_new_tokens": "1"}, AN_INTEGER, "invalid_type"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(given, said, code):
-    with pytest.raises(proxy.APIError, match=said) as raised:
-        schema_input(ANY_INPUT, given)
-    (param,) = given
-    assert (raised.value.status, raised.value.code) == (400, code)
-    assert raised.value.param == param
+def test_what_does_not_fit_is_refused_by_name(inputs, given, said, code):
+    error = inputs.refused(inputs.model(short(ANY_INPUT)), given)
+    assert said in error["message"]
+    assert (error["code"], [error["param"]]) == (code, [*given])
 
 
-def test_a_cap_of_the_operators_holds_for_the_models_own_name_too():
-    model = proxy.Model("a", "some/one", proxy.ModelConfig(max_tokens=50))
-    body = proxy.check({**ANY_CHAT, "max_new_tokens": 400}, proxy.CHAT)
-    family = proxy.read_family(short(ANY_INPUT))
-    assert proxy.build_chat_input(body, model, family).input["max_new_tokens"] == 50
+def test_a_cap_of_the_operators_holds_for_the_models_own_name_too(inputs):
+    ref = inputs.model(short(ANY_INPUT))
+    sent = inputs.sent(ref, {"max_new_tokens": 400}, max_tokens=50)
+    assert sent["max_new_tokens"] == 50
 
 
 GRADES = "prompt str; reasoning_effort enum {}"
@@ -3368,20 +3492,23 @@ GRADES = "prompt str; reasoning_effort enum {}"
         ("among other words", "auto, low", "high", "low"),
     ],
 )
-def test_an_effort_becomes_the_nearest_that_the_model_knows(choices, given, expected):
-    sent = schema_input(GRADES.format(choices), {"reasoning_effort": given})
+def test_an_effort_becomes_the_nearest_that_the_model_knows(
+    inputs, choices, given, expected
+):
+    ref = inputs.model(short(GRADES.format(choices)))
+    sent = inputs.sent(ref, {"reasoning_effort": given})
     assert sent["reasoning_effort"] == expected
 
 
 SWITCH = "prompt str; reasoning enum on, off; verbosity enum terse, chatty"
 
 
-def test_words_that_are_no_grades_are_the_models_own():
+def test_words_that_are_no_grades_are_the_models_own(inputs):
+    ref = inputs.model(short(SWITCH))
     asked = {"reasoning_effort": "low", "verbosity": "low"}
-    assert schema_input(SWITCH, asked) == {"prompt": "Hello"}
-    assert schema_input(SWITCH, {"reasoning": "on"})["reasoning"] == "on"
-    with pytest.raises(proxy.APIError, match="'on', and 'off'"):
-        schema_input(SWITCH, {"reasoning": "low"})
+    assert inputs.sent(ref, asked) == {"prompt": "Hello"}
+    assert inputs.sent(ref, {"reasoning": "on"})["reasoning"] == "on"
+    assert "'on', and 'off'" in inputs.refused(ref, {"reasoning": "low"})["message"]
 
 
 @table(
@@ -3400,27 +3527,30 @@ def test_words_that_are_no_grades_are_the_models_own():
         ),
     ],
 )
-def test_an_input_that_the_model_needs_and_nothing_gives_is_asked_for(properties, said):
+def test_an_input_that_the_model_needs_and_nothing_gives_is_asked_for(
+    inputs, properties, said
+):
     (name,) = properties
     schema = document({"prompt": STRING, **properties}, ["prompt", name, "unknown"])
-    with pytest.raises(proxy.APIError, match=f"`some/one` needs the input {said}") as e:
-        schema_order(schema)
-    assert (e.value.status, e.value.param) == (400, name)
-    assert e.value.code == "missing_required_parameter"
+    ref = inputs.model(schema)
+    error = inputs.refused(ref)
+    assert re.search(f"`{ref}` needs the input {said}", error["message"])
+    code = "missing_required_parameter"
+    assert (error["param"], error["code"]) == (name, code)
     given = {"messages": [{"role": "system", "content": "x"}, *ANY_CHAT["messages"]]}
-    assert schema_order(schema, {**given, "replicate": {name: "x"}}).input[name] == "x"
+    assert inputs.sent(ref, {**given, "replicate": {name: "x"}})[name] == "x"
 
 
-def test_an_input_with_a_default_is_not_asked_for():
+def test_an_input_with_a_default_is_not_asked_for(inputs):
     schema = document(
         {"prompt": STRING, "voice": {**STRING, "default": "a"}}, ["voice"]
     )
-    assert schema_order(schema).input == {"prompt": "Hello"}
+    assert inputs.sent(inputs.model(schema)) == {"prompt": "Hello"}
 
 
-def test_what_is_for_replicate_goes_into_the_input_as_it_is_and_over_all_else():
+def test_what_is_for_replicate_goes_into_the_input_as_it_is_and_over_all_else(inputs):
     given = {"replicate": {"steps": "?", "new": None, "prompt": "Bye"}, "steps": 3}
-    assert schema_input(ANY_INPUT, given) == {
+    assert inputs.sent(inputs.model(short(ANY_INPUT)), given) == {
         "prompt": "Bye",
         "steps": "?",
         "new": None,
@@ -3468,14 +3598,16 @@ def test_a_schema_is_read_once_an_hour(clock):
     clock.now += 3599
     assert schemas.find("a/b").prompt == "prompt"
     clock.now += 2
-    assert read_again(schemas).prompt == "text"
+    assert read_again(schemas, models, 2).prompt == "text"
     assert models.asked == [("a", "b", "")] * 2
 
 
-def read_again(schemas):
-    """What is found once the look that this call starts has ended."""
-    schemas.find("a/b")
-    assert schemas.inquiries["a/b"].done.wait(10)
+def read_again(schemas, models, times):
+    """What is found once it was asked for so many times."""
+    before = schemas.find("a/b")
+    wait_until(lambda: len(models.asked) == times)
+    with suppress(AssertionError):  # it may be what was there before
+        wait_until(lambda: schemas.find("a/b") is not before, 0.1)
     return schemas.find("a/b")
 
 
@@ -3492,7 +3624,7 @@ def test_an_old_schema_serves_while_it_is_read_again(clock):
     clock.now += 3601
     assert schemas.find("a/b").prompt == "prompt"
     told.set()
-    assert read_again(schemas).prompt == "text"
+    wait_until(lambda: schemas.find("a/b").prompt == "text")
 
 
 @pytest.mark.parametrize("failure", [GONE, TypeError("a fault of ours")], ids=repr)
@@ -3508,12 +3640,13 @@ def test_a_failure_is_tried_again_after_a_minute(clock, failure):
 
 
 def test_a_failure_leaves_what_was_read_before(clock):
-    schemas = proxy.SchemaCache(Models(SAID_READ, GONE, SAID_LATER), no_release, clock)
+    models = Models(SAID_READ, GONE, SAID_LATER)
+    schemas = proxy.SchemaCache(models, no_release, clock)
     before = schemas.find("a/b")
     clock.now += 3601
-    assert read_again(schemas) is before
+    assert read_again(schemas, models, 2) is before
     clock.now += 61
-    assert read_again(schemas).prompt == "text"
+    assert read_again(schemas, models, 3).prompt == "text"
 
 
 def test_a_dummy_is_remembered_as_one(clock):
@@ -3549,8 +3682,8 @@ def test_a_schema_is_looked_up_where_it_can_be(ref, expected):
 def test_a_deployment_is_asked_as_the_model_it_runs(runs, expected, asked):
     models = Models(short(OPEN_ONE + "; min_p float"))
     schemas = proxy.SchemaCache(models, lambda owner, name: runs)
-    family, _ = family_by(expected, {"min_p": 1}, schema=models.answers[0])
-    assert schemas.find("deployments/acme/mine") == family
+    found = schemas.find("deployments/acme/mine")
+    assert (found.system, bool(found.pattern)) == ("", expected == "xai/grok-4")
     assert schemas.find("deployments/acme/mine").others.keys() == {"min_p"}
     assert models.asked == asked
 
@@ -3609,29 +3742,20 @@ def test_a_call_waits_no_longer_than_its_limit(clock):
         lambda *where: told.wait(10) and SAID_READ, no_release, clock, limit=0
     )
     assert schemas.find("a/b") is None
-    inquiry = schemas.inquiries["a/b"]
     told.set()
-    assert inquiry.done.wait(10)
+    wait_until(lambda: schemas.find("a/b"))
     assert schemas.find("a/b").prompt == "prompt"
 
 
 def test_only_so_many_schemas_are_kept():
-    schemas = proxy.SchemaCache(Models(SAID_READ), no_release)
-    for number in range(proxy.MOST_SCHEMAS + 5):
+    models = Models(SAID_READ)
+    schemas = proxy.SchemaCache(models, no_release)
+    for number in range(1005):
         schemas.find(f"a/b{number}")
-    assert len(schemas.inquiries) == proxy.MOST_SCHEMAS
-    assert "a/b4" not in schemas.inquiries
-    assert "a/b5" in schemas.inquiries
-
-
-def family_by(ref, given=None, attached=(), schema=SAID_READ, **config):
-    models = Models(schema)
-    model = proxy.Model("", ref, proxy.ModelConfig(**config))
-    body = proxy.check({**ANY_CHAT, **(given or {})}, proxy.CHAT)
-    family = proxy.family_for(
-        model, body, set(attached), proxy.SchemaCache(models, no_release)
-    )
-    return family, models.asked
+    schemas.find("a/b1004")
+    assert len(models.asked) == 1005
+    schemas.find("a/b4")
+    assert len(models.asked) == 1006
 
 
 @table(
@@ -3641,7 +3765,7 @@ def family_by(ref, given=None, attached=(), schema=SAID_READ, **config):
         (
             "with all it knows",
             "openai/gpt-4o",
-            less(EVERYTHING, "min_p", "top_k", "min_tokens", "repetition_penalty"),
+            OPENAIS,
             (),
             0,
         ),
@@ -3659,67 +3783,65 @@ def family_by(ref, given=None, attached=(), schema=SAID_READ, **config):
     ],
 )
 def test_a_schema_is_asked_for_only_where_no_row_will_do(
-    ref, given, attached, expected
+    new_inputs, ref, given, attached, expected
 ):
-    assert len(family_by(ref, given, attached)[1]) == expected
+    parts = {"image_url": images(PNGS[0])}
+    if attached:
+        given = {"messages": [says("user", parts[attached[0]])], **given}
+    new_inputs.send(ref, given)
+    assert len(new_inputs.lookups()) == expected
 
 
-def test_a_row_wins_over_the_schema_for_what_it_names():
-    row = proxy.FAMILIES["open"]
+def test_a_row_wins_over_the_schema_for_what_it_names(new_inputs):
     schema = short(
         "prompt str; max_length int [1..9]; temp float; temperature float [3..4]; "
         "seed int; min_p float; image uri; system_prompt str"
     )
-    family, _ = family_by("xai/grok-4", {"min_p": 1}, schema=schema)
-    assert {name: family.fields[name] for name in row.fields} == row.fields
-    assert family.fields["seed"].name == "seed"
-    assert family.slots == {"image_url": proxy.Slot("image")}
-    assert family.others.keys() == {"min_p", "temp", "image", "system_prompt"}
-    assert family[:3] == row[:3]
+    ref = new_inputs.model(schema, "xai/grok-4")
+    given = {**EVERYTHING, "messages": [SYSTEM, *seeing(PNGS[0])], "temp": 1}
+    assert new_inputs.sent(ref, given) == {
+        **INPUTS["open"],
+        "prompt": "Be brief.\n\nWhat is this?",
+        "seed": 7,
+        "min_p": 0.1,
+        "image": PNGS[0],
+        "temp": 1,
+    }
 
 
 @table(
-    "ref, fields, expected",
+    "ref, fields, slot",
     [
-        ("a row", "google/gemini-3-pro", "prompt str; image uri", "gemini-3"),
-        ("a play", "anthropic/claude-3.5-haiku", GPT_4_ONE, "claude-3.5"),
+        ("a row", "google/gemini-3-pro", "prompt str; image uri", "images"),
+        ("a play", "anthropic/claude-3.5-haiku", GPT_4_ONE, "image_input"),
     ],
 )
 def test_a_row_keeps_its_slots_and_gets_none_that_its_layout_has_not(
-    ref, fields, expected
+    new_inputs, ref, fields, slot
 ):
-    family, asked = family_by(ref, {"min_p": 1}, schema=short(fields))
-    assert asked
-    assert family.slots == proxy.FAMILIES[expected].slots
+    new_inputs.model(short(fields), ref)
+    given = {"messages": seeing(PNGS[0]), "min_p": 1}
+    if slot == "images":
+        assert new_inputs.sent(ref, given) == {
+            "prompt": "What is this?",
+            "images": [PNGS[0]],
+        }
+    else:
+        assert "takes no parts" in new_inputs.refused(ref, given)["message"]
 
 
-def test_a_row_stands_alone_where_its_schema_can_not_be_had():
-    family, asked = family_by("openai/gpt-4o", {"min_p": 1}, schema=GONE)
-    assert asked
-    assert family is proxy.FAMILIES["gpt-4"]
+def test_a_row_stands_alone_where_its_schema_can_not_be_had(new_inputs):
+    del new_inputs.fake.models["openai/gpt-4o"]
+    assert new_inputs.sent("openai/gpt-4o", EVERYTHING) == INPUTS["gpt-4"]
+    assert new_inputs.lookups()
 
 
-def test_a_row_that_the_operator_names_counts_as_one():
-    family, asked = family_by("some/one", family="claude")
-    assert family is proxy.FAMILIES["claude"]
-    assert not asked
-
-
-def test_a_model_without_row_or_schema_is_given_the_transcript():
-    assert family_by("some/one", schema=GONE)[0] is proxy.PLAIN
+def test_a_row_that_the_operator_names_counts_as_one(new_inputs):
+    assert new_inputs.sent("me/mine", OPENAIS, family="claude") == INPUTS["claude"]
+    assert not new_inputs.lookups()
 
 
 # -- Prediction inputs ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", proxy.FAMILIES)
-def test_each_family_is_asked_in_its_own_words(family):
-    for ref in MODELS_OF[family].split():
-        assert chat_input(ref, **EVERYTHING) == INPUTS[family]
-
-
-def test_a_model_of_no_family_is_given_the_transcript_alone():
-    assert chat_input("me/mine", **EVERYTHING) == BY_LONG_PROMPT
 
 
 @table(
@@ -3734,19 +3856,20 @@ def test_a_model_of_no_family_is_given_the_transcript_alone():
         ("effort is left to the model", "openai/gpt-5", ANY_CHAT),
     ],
 )
-def test_what_nobody_asked_for_is_not_sent(ref, expected):
-    assert chat_input(ref) == expected
+def test_what_nobody_asked_for_is_not_sent(inputs, ref, expected):
+    assert inputs.sent(ref) == expected
 
 
 NEWER, EFFORT = "max_completion_tokens", "reasoning_effort"
 GRANITE, SOME_STOPS = "granite-messages", ["a", "b,c", "", "d"]
 
 
-def changes(family, given):
+def changes(inputs, family, given):
     """What a call's input has that it had not without these parameters."""
     ref = MODELS_OF[family].split()[0]
-    plain = chat_input(ref)
-    return {k: v for k, v in chat_input(ref, **given).items() if plain.get(k) != v}
+    plain = inputs.sent(ref)
+    sent = inputs.sent(ref, given)
+    return {k: v for k, v in sent.items() if plain.get(k) != v}
 
 
 @table(
@@ -3777,8 +3900,8 @@ def changes(family, given):
         ("too much", "gemini", {"thinking_budget": 99999}, {"thinking_budget": 24576}),
     ],
 )
-def test_a_value_is_brought_to_what_the_model_takes(family, given, expected):
-    assert changes(family, given) == expected
+def test_a_value_is_brought_to_what_the_model_takes(inputs, family, given, expected):
+    assert changes(inputs, family, given) == expected
 
 
 @table(
@@ -3794,10 +3917,12 @@ def test_a_value_is_brought_to_what_the_model_takes(family, given, expected):
         ("a number for a grade", "gemini-3", {"thinking_level": 1}, "takes a string"),
     ],
 )
-def test_a_row_holds_the_models_own_names_to_the_parameters_type(family, given, said):
-    with pytest.raises(proxy.APIError, match=said) as raised:
-        changes(family, given)
-    assert (raised.value.status, raised.value.param) == (400, *given)
+def test_a_row_holds_the_models_own_names_to_the_parameters_type(
+    inputs, family, given, said
+):
+    error = inputs.refused(MODELS_OF[family].split()[0], given)
+    assert re.search(said, error["message"])
+    assert [error["param"]] == [*given]
 
 
 @table(
@@ -3820,8 +3945,16 @@ def test_a_row_holds_the_models_own_names_to_the_parameters_type(family, given, 
         ),
     ],
 )
-def test_a_row_knows_the_models_own_names(family, given, expected):
-    assert changes(family, given) == expected
+def test_a_row_knows_the_models_own_names(inputs, family, given, expected):
+    assert changes(inputs, family, given) == expected
+
+
+def prediction_input(ref, given):
+    model = proxy.Model("", ref)
+    body = proxy.check({**ANY_CHAT, **given}, proxy.CHAT)
+    schemas = proxy.SchemaCache(Models({}), no_release)
+    family = proxy.family_for(model, body, set(), schemas)
+    return proxy.build_chat_input(body, model, family)
 
 
 @table(
@@ -3833,9 +3966,9 @@ def test_a_row_knows_the_models_own_names(family, given, expected):
     ],
 )
 def test_what_is_for_replicate_is_no_limit_unless_it_is_whole(ref, replicate):
-    order = build_chat_input(ref, {"max_tokens": 5, "replicate": replicate})
-    assert replicate.items() <= order.input.items()
-    assert (order.limit, order.cut) == (None, None)
+    built = prediction_input(ref, {"max_tokens": 5, "replicate": replicate})
+    assert replicate.items() <= built.input.items()
+    assert (built.limit, built.cut) == (None, None)
 
 
 OWN = {"role": "system", "content": "OWN"}
@@ -3859,38 +3992,39 @@ OWN = {"role": "system", "content": "OWN"}
     ],
 )
 @pytest.mark.parametrize("name", ["system_prompt", "system_instruction"])
-def test_a_system_prompt_hides_nothing_that_the_messages_say(ref, expected, name):
+def test_a_system_prompt_hides_nothing_that_the_messages_say(
+    inputs, ref, expected, name
+):
     given = {"messages": [SYSTEM, *HI]}
-    assert build_chat_input(ref, {**given, name: "OWN"}).input == expected
-    assert build_chat_input(ref, given, input={name: "OWN"}).input == expected
-    assert (
-        build_chat_input(ref, {**given, name: ""}).input
-        == build_chat_input(ref, given).input
-    )
+    assert inputs.sent(ref, {**given, name: "OWN"}) == expected
+    assert inputs.sent(ref, given, input={name: "OWN"}) == expected
+    assert inputs.sent(ref, {**given, name: ""}) == inputs.sent(ref, given)
 
 
-def test_the_operators_system_prompt_comes_first_and_a_second_try_has_it_once():
-    given = {"messages": [*HI], "system_prompt": "OWN"}
-    order = build_chat_input(
-        "openai/gpt-4o", given, input={"system_prompt": "OPERATOR"}
-    )
-    told = [{"role": "system", "content": "OPERATOR"}, OWN, *HI]
-    assert order.input["messages"] == told
-    assert order.again("Hm", "Again").input["messages"][:3] == told
-    assert order.input.keys() == {"messages"}
+def test_the_operators_system_prompt_comes_first_and_a_second_try_has_it_once(inputs):
+    ref = model_saying(inputs.fake, "Hm")
+    given = {"system_prompt": "OWN", "response_format": {"type": "json_object"}}
+    config = {"family": "gpt-4", "input": {"system_prompt": "OPERATOR"}}
+    inputs.send(ref, given, **config)
+    first, second = (create.body["input"] for create in inputs.fake.creates())
+    texts = [message["content"] for message in first["messages"]]
+    assert texts[:2] == ["OPERATOR", "OWN"]
+    assert texts[-1] == "Hello"
+    assert second["messages"][: len(texts)] == first["messages"]
+    assert second.keys() == first.keys() == {"messages"}
 
 
-def test_a_system_prompt_that_is_no_text_is_refused_by_name():
-    with pytest.raises(proxy.APIError, match="takes a string") as raised:
-        chat_input("openai/gpt-4o", system_prompt=["OWN"])
-    assert (raised.value.status, raised.value.param) == (400, "system_prompt")
+def test_a_system_prompt_that_is_no_text_is_refused_by_name(inputs):
+    error = inputs.refused("openai/gpt-4o", {"system_prompt": ["OWN"]})
+    assert "takes a string" in error["message"]
+    assert error["param"] == "system_prompt"
 
 
-def test_an_image_in_a_message_counts_before_one_beside_it():
-    schema = short("prompt str; image uri; system_prompt str")
+def test_an_image_in_a_message_counts_before_one_beside_it(inputs):
+    ref = inputs.model(short("prompt str; image uri; system_prompt str"))
     given = {"image": B, "messages": seeing(A)}
-    assert schema_order(schema, given).input["image"] == A
-    assert schema_order(schema, {"image": B}).input["image"] == B
+    assert inputs.sent(ref, given)["image"] == A
+    assert inputs.sent(ref, {"image": B})["image"] == B
 
 
 RANGE = "temperature_range"
@@ -3909,8 +4043,8 @@ RANGE = "temperature_range"
         ("last", {"input": {"max_tokens": 9}}, {"max_tokens": 99}, {"max_tokens": 9}),
     ],
 )
-def test_models_json_has_its_say(config, given, expected):
-    sent = build_chat_input("deepseek-ai/deepseek-v3.1", given, **config).input
+def test_models_json_has_its_say(inputs, config, given, expected):
+    sent = inputs.sent("deepseek-ai/deepseek-v3.1", given, **config)
     assert sent == {"prompt": "Hello", "max_tokens": 4096, **expected}
 
 
@@ -3925,20 +4059,22 @@ def test_models_json_has_its_say(config, given, expected):
         ("too high", "anthropic/claude-3.5-haiku", {"max_tokens": 9999}, 8192, None),
     ],
 )
-def test_an_order_knows_its_limit_and_where_the_proxy_must_cut(ref, given, limit, cut):
-    order = build_chat_input(ref, given)
-    assert (order.limit, order.cut) == (limit, cut)
+def test_the_limit_that_was_sent_is_known_and_where_the_proxy_must_cut(
+    ref, given, limit, cut
+):
+    built = prediction_input(ref, given)
+    assert (built.limit, built.cut) == (limit, cut)
 
 
-def test_an_order_knows_openais_names_of_its_inputs():
-    names = build_chat_input("meta/llama-2-7b-chat", {}).names
+def test_openais_names_of_the_inputs_are_known():
+    names = prediction_input("meta/llama-2-7b-chat", {}).names
     assert names["max_new_tokens"] == "max_tokens"
     assert names["stop_sequences"] == "stop"
 
 
-def test_an_order_knows_all_that_was_said():
-    order = build_chat_input("openai/gpt-4o", {"messages": EVERYTHING["messages"]})
-    assert order.prompt == "Be brief.\nHi\nHello!\nBye"
+def test_all_that_was_said_is_the_prompt():
+    built = prediction_input("openai/gpt-4o", {"messages": EVERYTHING["messages"]})
+    assert built.prompt == "Be brief.\nHi\nHello!\nBye"
 
 
 @table(
@@ -3953,21 +4089,9 @@ def test_an_order_knows_all_that_was_said():
         ("a model of no family", "me/mine", {}),
     ],
 )
-def test_a_prompt_is_sent_as_it_is(ref, expected):
-    body = proxy.check({"prompt": "Once upon"}, proxy.COMPLETION)
-    order = proxy.build_completion_input(
-        body,
-        proxy.Model("", ref),
-        proxy.find_family(proxy.Model("", ref)),
-        "Once upon",
-    )
-    assert order.input == {"prompt": "Once upon", **expected}
-    assert order.prompt == "Once upon"
-
-
-def seeing(*urls, text="What is this?"):
-    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-    return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
+def test_a_prompt_is_sent_as_it_is(inputs, ref, expected):
+    sent = inputs.sent(ref, {"prompt": "Once upon"})
+    assert sent == {"prompt": "Once upon", **expected}
 
 
 A, B = "https://example.com/a.png", "https://example.com/b.png"
@@ -3984,39 +4108,14 @@ SEEN = [
 
 
 @pytest.mark.parametrize(("why", "ref", "urls", "expected"), SEEN, ids=whys(SEEN))
-def test_images_go_where_the_model_takes_them(why, ref, urls, expected):
-    assert chat_input(ref, messages=seeing(*urls)) == expected
+def test_images_go_where_the_model_takes_them(inputs, why, ref, urls, expected):
+    assert inputs.sent(ref, {"messages": seeing(*urls)}) == expected
 
 
-def test_sound_goes_where_the_model_takes_it():
-    sound = {
-        "type": "input_audio",
-        "input_audio": {"data": "UklGRg==", "format": "wav"},
-    }
-    messages = [{"role": "user", "content": [sound]}]
-    assert chat_input("google/gemini-3-flash", messages=messages) == {
-        "prompt": "",
-        "audio": "data:audio/wav;base64,UklGRg==",
-    }
-
-
-@table(
-    "properties",
-    [
-        ("sound", {"audio": IMAGE_OUTPUT}),
-        ("a document", {"pdf": IMAGE_OUTPUT}),
-    ],
-)
-def test_what_has_an_input_of_its_own_is_not_in_the_messages_too(properties):
-    family = proxy.read_family(document({"messages": {"type": "array"}, **properties}))
-    url = "data:audio/wav;base64,UklGRg=="
-    parts = {"input_audio": sound_part("UklGRg=="), "file": file_part(file_data=url)}
-    [kind] = family.slots
-    message = {"role": "user", "content": [text_part("Hm?"), parts[kind]]}
-    body = proxy.check({"model": "m", "messages": [message]}, proxy.CHAT)
-    input = proxy.build_chat_input(body, proxy.Model("m", "a/b"), family).input
-    assert input["messages"] == [{"role": "user", "content": "Hm?"}]
-    assert input[family.slots[kind].name] == url
+def test_sound_goes_where_the_model_takes_it(inputs):
+    given = {"messages": [says("user", [SOUND])]}
+    sent = inputs.sent("google/gemini-3-flash", given)
+    assert sent == {"prompt": "", "audio": SOUND_URL}
 
 
 @table(
@@ -4027,12 +4126,13 @@ def test_what_has_an_input_of_its_own_is_not_in_the_messages_too(properties):
         ("an unknown model", "me/mine", [A]),
     ],
 )
-def test_more_images_than_a_model_takes_are_refused_with_what_would_work(ref, urls):
-    attached = [("image_url", url) for url in urls]
-    with pytest.raises(proxy.APIError, match="openai/gpt-4o") as caught:
-        model = proxy.Model("a-name", ref)
-        proxy.check_places(attached, model, proxy.find_family(model))
-    assert ref in str(caught.value)
+def test_more_images_than_a_model_takes_are_refused_with_what_would_work(
+    inputs, ref, urls
+):
+    error = inputs.refused(ref, {"messages": seeing(*urls)})
+    assert ref in error["message"]
+    assert "openai/gpt-4o" in error["message"]
+    assert (error["param"], error["code"]) == ("messages", "invalid_value")
 
 
 PARTS_LACK = [
@@ -4043,12 +4143,10 @@ PARTS_LACK = [
 
 
 @pytest.mark.parametrize(("why", "part", "param"), PARTS_LACK, ids=whys(PARTS_LACK))
-def test_a_part_has_what_its_type_says(offline, why, part, param):
-    body = {"model": "llama", "messages": [{"role": "user", "content": [part]}]}
-    with pytest.raises(proxy.APIError) as caught:
-        proxy.answer(offline(*SCRIPT), call("POST", "/v1/chat/completions", body))
-    assert caught.value.param == param
-    assert caught.value.code == "missing_required_parameter"
+def test_a_part_has_what_its_type_says(inputs, why, part, param):
+    error = inputs.refused("openai/gpt-4o", {"messages": [says("user", [part])]})
+    assert error["param"] == param
+    assert error["code"] == "missing_required_parameter"
 
 
 # ==== 4. PREDICTIONS ==========================================================
