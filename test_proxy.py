@@ -203,7 +203,7 @@ def folded_message(chunks):
     return Message(content, finish_reason, reasoning, pairs)
 
 
-def ask(server, path, key="key", **body):
+def post_json(server, path, key="key", **body):
     headers = {"authorization": f"Bearer {key}"}
     return send(server, "POST", path, body, headers)
 
@@ -6602,6 +6602,13 @@ def test_every_keyword_has_a_row_or_is_an_annotation():
 
 # -- JSON answers --------------------------------------------------------------
 
+
+def ask_for_json(server, fake, said, **body):
+    """Ask a model that says this each time: the answer, and what it was asked."""
+    answer = chat(server, model_saying(fake, said).removeprefix("fake/"), **body)
+    return answer, [json.dumps(seen.body["input"]) for seen in fake.creates()]
+
+
 ADA = '{"name": "Ada", "age": 36}'
 NAMED = {"name": "person", "schema": PERSON}
 ARRAY = proxy.ResponseFormat({"type": "array"}, "list")
@@ -6862,7 +6869,7 @@ BROKEN_OF_JSON = "It is not JSON: "
 )
 def test_an_answer_that_is_not_as_asked_is_asked_for_once_more(server, fake, text, why):
     format = {"type": "json_schema", "json_schema": NAMED}
-    answer, prompts = ask(server, fake, text, response_format=format)
+    answer, prompts = ask_for_json(server, fake, text, response_format=format)
     assert answer.message.finish_reason == "stop"
     assert len(prompts) == (2 if why else 1)
     if why:
@@ -7759,7 +7766,7 @@ def test_an_answer_has_openais_keys_in_their_order(
         next(iter(body), ""), "stop"
     )
     whole = json.loads(
-        masked(ask(server, CHAT_PATH, **asked).body), object_pairs_hook=list
+        masked(post_json(server, CHAT_PATH, **asked).body), object_pairs_hook=list
     )
     assert whole == in_order(
         {
@@ -7780,7 +7787,7 @@ def test_an_answer_has_openais_keys_in_their_order(
             "system_fingerprint": None,
         }
     )
-    streamed = ask(server, CHAT_PATH, **asked, stream=True)
+    streamed = post_json(server, CHAT_PATH, **asked, stream=True)
     rows = [(delta, None) for delta in [FIRST, *deltas]] + [({}, end)]
     assert (
         masked(streamed.body).decode()
@@ -7816,7 +7823,7 @@ def test_an_answer_has_openais_keys_in_their_order(
 def test_texts_have_openais_keys_in_their_order(lasting):
     fake, server = lasting
     asked = {"model": model_saying(fake, "ä\n"), "prompt": ["a", "b"]}
-    whole = ask(server, "/v1/completions", **asked)
+    whole = post_json(server, "/v1/completions", **asked)
     rows = [
         {"text": "ä\n", "index": index, "logprobs": None, "finish_reason": "stop"}
         for index in (0, 1)
@@ -7832,7 +7839,9 @@ def test_texts_have_openais_keys_in_their_order(lasting):
             "usage": usage,
         }
     )
-    streamed = ask(server, "/v1/completions", **{**asked, "prompt": "a"}, stream=True)
+    streamed = post_json(
+        server, "/v1/completions", **{**asked, "prompt": "a"}, stream=True
+    )
     end = {**rows[0], "text": "", "finish_reason": "stop"}
     pieces = streamed.body.decode().split("\n\n")[:-2]
     assert [in_order(json.loads(masked(p[6:].encode()))) for p in pieces] == [
@@ -7846,10 +7855,12 @@ def test_usage_is_in_a_last_chunk_of_its_own_and_null_before(lasting, path):
     fake, server = lasting
     asked = {"model": model_saying(fake, "a"), "messages": HI, "prompt": "Hi"}
     options = {"include_usage": True}
-    told = ask(server, path, **asked, stream=True, stream_options=options).chunks
+    told = post_json(server, path, **asked, stream=True, stream_options=options).chunks
     assert {json.dumps(chunk["usage"]) for chunk in told[:-1]} == {"null"}
     assert (told[-1]["choices"], told[-1]["usage"]) == ([], USAGE)
-    assert not any("usage" in c for c in ask(server, path, **asked, stream=True).chunks)
+    assert not any(
+        "usage" in c for c in post_json(server, path, **asked, stream=True).chunks
+    )
 
 
 TEXTS = st.lists(
@@ -7870,8 +7881,10 @@ def test_a_stream_and_a_whole_say_the_same(lasting, path, texts, data):
     model = model_saying(fake, *texts, counts=data.draw(st.booleans()))
     asked = {"model": model, "messages": HI, "prompt": ["x", "y"], "stop": stops}
     streaming = {"stream": True, "stream_options": {"include_usage": True}}
-    whole = ask(server, path, **asked).json
-    assert folded(ask(server, path, **asked, **streaming).chunks) == outcome(whole)
+    whole = post_json(server, path, **asked).json
+    assert folded(post_json(server, path, **asked, **streaming).chunks) == outcome(
+        whole
+    )
 
 
 def outcome(whole):
@@ -7963,7 +7976,7 @@ def ask_again(lasting, answers, body, stream, **columns):
         "messages": HI,
         **body,
     }
-    answer = ask(server, CHAT_PATH, **asked, stream=stream)
+    answer = post_json(server, CHAT_PATH, **asked, stream=stream)
     return answer, [seen.body["input"]["prompt"] for seen in fake.creates()]
 
 
@@ -8030,7 +8043,7 @@ def test_what_was_cut_off_is_not_asked_for_again(lasting, caplog):
     ref = answering_in_turn(fake, '{"age": ')
     fake.models[ref] = {**model_limit, "owner": "fake", "name": ref.partition("/")[2]}
     fake.seen.clear()
-    answer = ask(lasting[1], CHAT_PATH, model=ref, messages=HI, **body)
+    answer = post_json(lasting[1], CHAT_PATH, model=ref, messages=HI, **body)
     assert answer.message == Message('{"age": ', "length")
     assert len(fake.creates()) == 1
     assert "event=misfit" in caplog.text
@@ -8042,7 +8055,7 @@ def test_what_was_cut_off_is_not_asked_for_again(lasting, caplog):
 def test_n_choices_differ_by_their_seed_and_their_usage_is_summed(lasting):
     fake, server = lasting
     fake.seen.clear()
-    whole = ask(
+    whole = post_json(
         server, CHAT_PATH, model="meta/llama-2-7b-chat", messages=HI, n=3, seed=7
     )
     assert [choice["index"] for choice in whole.json["choices"]] == [0, 1, 2]
@@ -8074,7 +8087,7 @@ def test_no_two_choices_have_the_same_seed(lasting, seed, field, expected):
     fake.seen.clear()
     ref = f"some/seeded-{len(fake.models)}"
     fake.models[ref] = make_model(ref, f"prompt* str; {field}")
-    ask(server, CHAT_PATH, model=ref, messages=HI, n=3, seed=seed)
+    post_json(server, CHAT_PATH, model=ref, messages=HI, n=3, seed=seed)
     seeds = [seen.body["input"]["seed"] for seen in fake.creates()]
     assert sorted(seeds) == sorted(expected)
 
@@ -8216,7 +8229,7 @@ def test_stop_strings_are_looked_for_in_what_the_client_reads(
 ):
     fake, server = lasting
     asked = {"model": model_saying(fake, words), "messages": HI, "stop": stop, **body}
-    message = ask(server, CHAT_PATH, **asked, stream=stream).message
+    message = post_json(server, CHAT_PATH, **asked, stream=stream).message
     assert (message.content, message.calls) == (content, calls)
 
 
@@ -8243,7 +8256,9 @@ def test_an_answer_is_cut(lasting, body, texts, content, finish_reason, stream):
     fields = "prompt* str; max_tokens int [1024..64000]"
     fake.models[model] = make_model(model, fields)
     asked = {"model": model, "messages": HI, **body, "stream": stream}
-    assert ask(server, CHAT_PATH, **asked).message == Message(content, finish_reason)
+    assert post_json(server, CHAT_PATH, **asked).message == Message(
+        content, finish_reason
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -8462,7 +8477,7 @@ def test_prompts_are_each_a_choice_in_their_order(lasting):
     fake, server = lasting
     fake.seen.clear()
     body = {"model": "meta/llama-2-7b-chat", "prompt": ["a", "b", "c"], "echo": True}
-    whole = ask(server, "/v1/completions", **body).json
+    whole = post_json(server, "/v1/completions", **body).json
     assert [(c["index"], c["text"]) for c in whole["choices"]] == [
         (index, prompt + HELLO) for index, prompt in enumerate("abc")
     ]
@@ -8485,7 +8500,7 @@ UNFIT = [
 
 @table("more, param, code", UNFIT)
 def test_completions_refuse(server, fake, more, param, code):
-    answer = ask(
+    answer = post_json(
         server, "/v1/completions", KEY, **{"model": "gpt-4o", "prompt": "Hi", **more}
     )
     assert (answer.status, answer.error["param"], answer.error["code"]) == (
@@ -8519,7 +8534,7 @@ def test_completions_refuse(server, fake, more, param, code):
 def test_a_message_may_come_as_openais_client_dumps_it(lasting, message, expected):
     fake, server = lasting
     fake.seen.clear()
-    ask(server, CHAT_PATH, model="openai/gpt-4o", messages=[message, *HI])
+    post_json(server, CHAT_PATH, model="openai/gpt-4o", messages=[message, *HI])
     assert fake.creates()[0].body["input"]["messages"] == [expected, *HI]
 
 
@@ -8529,7 +8544,7 @@ def test_a_message_may_come_as_openais_client_dumps_it(lasting, message, expecte
 )
 def test_a_call_makes_128_predictions_at_most(server, fake, prompts, n, status):
     body = {"model": "gpt-4o", "prompt": ["Hi"] * prompts, "n": n}
-    answer = ask(server, "/v1/completions", KEY, **body)
+    answer = post_json(server, "/v1/completions", KEY, **body)
     assert answer.status == status
     assert len(fake.creates()) == (128 if status == 200 else 0)
     if status == 400:
