@@ -1,6 +1,6 @@
 """Compare two versions of proxy.py by what they send, knowing none of their names.
 
-    python bench/compare.py                   a34e558 against the proxy.py of this folder
+    python bench/compare.py                   a34e558 against proxy.py above this folder
     python bench/compare.py --new PATH        against another
     python bench/compare.py --only calls      rows of tables with this in their name
     python bench/compare.py --list            how many requests each table gives
@@ -28,7 +28,6 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import inspect
 import itertools
 import json
 import logging
@@ -249,6 +248,7 @@ NOT_SENT = {
     "openai_tries_again|langchain|instructor|pydantic_ai": "client libraries; their"
     " requests are those of LLAMAS",
     "who_hangs_up_on_nginx": "nginx",
+    "an_answer_is_what_the_pred|a_failure_before|a_failure_after": "in SCENARIOS",
     "what_does_not_come_in_time": "limits of 20 s and 120 s",
 }
 
@@ -472,7 +472,9 @@ def output_schema(row: Row) -> Case:
     loop = {"anyOf": [{"$ref": "#/components/schemas/Loop"}, tests.STRING]}
     prompt = {"prompt": tests.STRING}
     image = tests.IMAGE_OUTPUT
-    return with_schema(tests.document(prompt, (), row.output, Made=image, Loop=loop), {})
+    return with_schema(
+        tests.document(prompt, (), row.output, Made=image, Loop=loop), {}
+    )
 
 
 def asked_schema(row: Row) -> Case:
@@ -638,7 +640,7 @@ every_row(
         ),
         "each_sign_of_each_family_is_defused_wherever_it_stands": signs,
         "a_text_without_signs_is_not_changed": lambda r: (
-            chat({"messages": tests.saying(r.said)["messages"]}, first_model(f), f)
+            chat({"messages": [tests.says("user", r.said)]}, first_model(f), f)
             for f in tests.MODELS_OF
         ),
         "large_texts_are_defused_in_time": lambda r: chat(
@@ -705,12 +707,10 @@ every_row(
             {"max_tokens": 10, "temperature": 0.5}, r.model
         ),
         "a_schema_is_asked_for_only_where_no_row_will_do": asked_schema,
-        "a_row_keeps_its_slots_and_gets_none_that_its_layout_has_not": lambda r: (
-            chat(
-                {"messages": tests.seeing(tests.A), "min_p": 1},
-                r.ref,
-                schemas={r.ref: tests.short(r.fields)},
-            )
+        "a_row_keeps_its_slots_and_gets_none_that_its_layout_has_not": lambda r: chat(
+            {"messages": tests.seeing(tests.A), "min_p": 1},
+            r.ref,
+            schemas={r.ref: tests.short(r.fields)},
         ),
         # inputs
         "what_nobody_asked_for_is_not_sent": lambda r: chat(tests.ANY_CHAT, r.ref),
@@ -737,7 +737,9 @@ every_row(
         "thoughts_are_parted_from_the_answer": lambda r: says(
             r.said, {}, "deepseek-ai/deepseek-r1" if r.thinks else "fake/case"
         ),
-        "models_that_think_are_known_by_name": lambda r: says("Hm.</think>Hi", {}, r.ref),
+        "models_that_think_are_known_by_name": lambda r: says(
+            "Hm.</think>Hi", {}, r.ref
+        ),
         "an_answer_is_cut": shaped,
         "stop_strings_are_looked_for_in_what_the_client_reads": lambda r: of_wanted(
             r, r.said, {"stop": [r.stop]}
@@ -858,9 +860,8 @@ every_row(
         "a_wait_is_told_only_in_seconds": refused_wait,
         "every_create_has_a_deadline_and_a_whole_waits": deadlines,
         "the_token_goes_to_hosts_of_replicate_alone": elsewhere,
-        "the_rest_of_an_output_is_what_was_not_told an_output_has_its_text_and_its_calls": (
-            outputs
-        ),
+        "the_rest_of_an_output_is_what_was_not_told"
+        " an_output_has_its_text_and_its_calls": outputs,
         "a_prediction_has_its_types_whatever_was_in_it": broken_record,
         "the_largest_go_until_the_rest_may_stay": sized,
         "what_is_large_becomes_a_link_wherever_it_stands"
@@ -883,9 +884,7 @@ every_row(
             lambda r: Case(r.raw)
         ),
         "one_who_sends_too_much_hears_why": lambda r: Case(
-            http(
-                "POST", CHAT, b" " * 3_000_000, **{"authorization": "", **r.headers}
-            ),
+            http("POST", CHAT, b" " * 3_000_000, **{"authorization": "", **r.headers}),
             settings={"max_body_bytes": 1000},
         ),
         "a_request_that_could_hide_another_is_refused_and_ends_the_connection": unsafe,
@@ -978,7 +977,7 @@ def endpoints() -> Cases:
             yield dataclasses.replace(case, why=why)
 
 
-def rows_of(test: Any, names: Sequence[str] = ()) -> Iterator[Row]:
+def rows_of(test: Any) -> Iterator[Row]:
     """What a test is run with: the product of its `parametrize` marks."""
     marks = [mark for mark in test.pytestmark if mark.name == "parametrize"]
     for values in itertools.product(*(mark.args[1] for mark in marks)):
@@ -996,10 +995,6 @@ def rows_of(test: Any, names: Sequence[str] = ()) -> Iterator[Row]:
 
 def is_set(value: Any) -> bool:
     return type(value).__name__ == "ParameterSet"
-
-
-def without(row: Row, names: set[str]) -> str:
-    return repr({k: v for k, v in vars(row).items() if k not in names | {"why"}})
 
 
 def load_corpus(folder: Path) -> None:
@@ -1042,14 +1037,502 @@ def corpus() -> tuple[list[Case], list[str]]:
 
 def adapted(name: str, test: Any, adapter: Adapter) -> list[Case]:
     """Rows that differ only in what their requests have not are sent once."""
-    made: dict[Any, Case] = {}
+    made: dict[str, Case] = {}
     for row in rows_of(test):
-        for case in adapter(row):
-            played = case.scenario and (case.scenario.text, case.scenario.wire)
-            key = (case.sent, case.variant, case.leave, case.reset, repr(played))
-            key += (row.why,) if played and "<" in repr(played) else ()
-            made.setdefault((*key, repr(case)) if not played else key, case)
-            made[(*key, repr(case)) if not played else key] = dataclasses.replace(
-                case, table=name, why=row.why
-            )
+        with contextlib.suppress(RecursionError):  # deeper than we can write JSON
+            for case in adapter(row):
+                named = dataclasses.replace(case, table=name, why=row.why)
+                made.setdefault(repr(case), named)
     return list(made.values())
+
+
+# -- Outcomes ------------------------------------------------------------------
+# What can be seen of a case, by part, with all masked that is new each time.
+
+Outcome = dict[str, Any]
+MASKS = [
+    (re.compile(pattern), mask)
+    for pattern, mask in (
+        (rb"(?i)(?<=date: )\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT", b"DATE"),
+        (rb"(?i)(?<=openai-processing-ms: )\d+", b"MS"),
+        (rb'(?<="created":)( ?)\d{9,}', rb"\1TIME"),
+        (rb"(?<=127\.0\.0\.1:)\d+", b"PORT"),
+        (rb"req_[0-9a-f]{32}", b"req_ID"),
+    )
+]
+NEW_ID = re.compile(rb"\b(chatcmpl|cmpl|call|fc|msg|resp)([-_])[A-Za-z0-9]{16,}")
+KEPT_HEADERS = ("authorization", "prefer", "cancel-after", "content-type")
+STREAM_HEADERS = ("accept", "last-event-id")
+
+
+def masked(data: bytes, account: Any) -> bytes:
+    """Ids are numbered as they come, so that one said twice is seen to be one."""
+    for pattern, mask in MASKS:
+        data = pattern.sub(mask, data)
+    for id in (*account.predictions, *account.streams, *account.files):
+        data = data.replace(id.encode(), b"ID")
+    numbers: dict[bytes, bytes] = {}
+
+    def number(match: re.Match[bytes]) -> bytes:
+        count = str(len(numbers)).encode()
+        return numbers.setdefault(match[0], b"".join((match[1], match[2], count)))
+
+    return NEW_ID.sub(number, data)
+
+
+def short(value: Any) -> Any:
+    """A body that is long is kept by its digest."""
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    if len(text) <= 100_000:
+        return value
+    return f"{len(text)} bytes, {hashlib.sha256(text).hexdigest()}, {text[:200]!r}"
+
+
+def seen_of(account: Any, case: Case) -> list[Any]:
+    """The requests that reached the stand-in. How often it was looked is of time."""
+    told: list[Any] = []
+    for seen in list(account.seen):
+        names = KEPT_HEADERS + STREAM_HEADERS * ("/streams/" in seen.path)
+        headers = {name: seen.headers[name] for name in names if name in seen.headers}
+        body = seen.body
+        if boundary := re.search(r"boundary=(\S+)", headers.get("content-type", "")):
+            headers["content-type"] = "multipart/form-data"
+            body = seen.body.replace(boundary[1].encode(), b"BOUNDARY")
+        path = masked(seen.path.encode(), account).decode()
+        request = (seen.method, path, headers, short(body))
+        is_look = seen.method == "GET" and "/predictions/" in seen.path
+        if not (is_look and request in told):
+            told.append(request)
+    return sorted(told, key=repr) if case.concurrent else told
+
+
+def outcome_of(raw: bytes, case: Case, account: Any) -> Outcome:
+    """A response by its parts; what is not one is compared as it is."""
+    head, separator, body = raw.partition(b"\r\n\r\n")
+    status, *lines = head.split(b"\r\n")
+    if not separator or raw.count(b"HTTP/1.1 ") != 1:
+        return {"bytes": masked(raw, account)}
+    outcome: Outcome = {"status": status, "headers": masked_headers(lines, account)}
+    if b"transfer-encoding: chunked" in head.lower():
+        body = unchunked(body)
+    if b"text/event-stream" not in head:
+        return {**outcome, "body": masked(body, account)}
+    frames = [one for one in body.split(b"\n\n") if not one.startswith(b":")]
+    if case.concurrent:
+        frames.sort(key=choice_of)
+    frames = masked(b"\n\n".join(frames), account).split(b"\n\n")
+    return {**outcome, "folded": folded(frames), "frames": frames}
+
+
+def masked_headers(lines: Sequence[bytes], account: Any) -> list[bytes]:
+    return sorted(masked(line, account) for line in lines)
+
+
+def unchunked(data: bytes) -> bytes:
+    """Whatever the chunks are; what follows the last full one is kept."""
+    body = b""
+    while match := re.match(rb"([0-9a-fA-F]+)\r\n", data):
+        size = int(match[1], 16)
+        if not size or len(data) < match.end() + size + 2:
+            break
+        body += data[match.end() : match.end() + size]
+        data = data[match.end() + size + 2 :]
+    return body if data == b"0\r\n\r\n" else body + b" ... " + data
+
+
+def choice_of(frame: bytes) -> int:
+    match = re.search(rb'"choices":\[\{"index":(\d+)|"index":(\d+)', frame)
+    return int(match[1] or match[2]) if match else 10**6
+
+
+def folded(frames: Sequence[bytes]) -> Json:
+    """What a client makes of a stream: strings that follow one another are one."""
+    whole: Json = {}
+    for frame in frames:
+        try:
+            event = json.loads(frame.removeprefix(b"data: "))
+        except ValueError:
+            event = {"other": [frame.decode("latin-1")]}
+        for choice in event.pop("choices", []):
+            index = f"choice {choice.pop('index')}"
+            fold(whole.setdefault(index, {}), choice)
+        for name, value in event.items():
+            told = whole.setdefault(name, [])
+            if value not in told:
+                told.append(value)
+    return whole
+
+
+def fold(whole: Json, delta: Json) -> None:
+    """Add a delta: strings and objects grow, lists go by `index`, the last one wins."""
+    for name, value in delta.items():
+        if isinstance(value, dict):
+            fold(whole.setdefault(name, {}), value)
+        elif isinstance(value, list) and all(isinstance(one, dict) for one in value):
+            for one in value:
+                fold(whole.setdefault(f"{name} {one.get('index')}", {}), one)
+        elif isinstance(value, str) and isinstance(whole.get(name), str):
+            whole[name] += value
+        elif value is not None or name not in whole:
+            whole[name] = value
+
+
+# -- Sides ---------------------------------------------------------------------
+# Each module runs in a process of its own. A case has a server of its own, so that
+# nothing that is remembered of one is seen in another.
+
+
+def load_module(path: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is no module")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+class RawHost:
+    """Says the same bytes to every request, and hangs up."""
+
+    def __init__(self, wire: bytes) -> None:
+        self.wire = wire
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self.listener.accept()
+                with sock, contextlib.suppress(OSError):
+                    sock.settimeout(2)
+                    sock.recv(65536)
+                    sock.sendall(self.wire)
+                    sock.shutdown(socket.SHUT_WR)
+                    while sock.recv(65536):
+                        pass
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+class Side:
+    """One module, and the cases it has yet to run."""
+
+    def __init__(self, module: Any, cases: Sequence[Case], folder: Path) -> None:
+        self.module = module
+        self.cases = cases
+        self.folder = folder
+        self.outcomes: list[Outcome] = [{} for _ in cases]
+        self.waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        slow_first = sorted(range(len(cases)), key=lambda at: not cases[at].slow)
+        for at in slow_first:
+            self.waiting.put(at)
+
+    def run(self) -> list[Outcome]:
+        threads = [threading.Thread(target=self.work) for _ in range(THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self.outcomes
+
+    def work(self) -> None:
+        """Run cases until none is left, with one stand-in that forgets."""
+        account = stand_in.FakeReplicate(token=tests.TOKEN).start()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                at = self.waiting.get_nowait()
+                forget(account)
+                outcome = self.outcomes[at] = self.run_case(self.cases[at], account)
+                if "hang" in outcome:  # something may still be going on
+                    account.stop()
+                    account = stand_in.FakeReplicate(token=tests.TOKEN).start()
+        account.stop()
+
+    def run_case(self, case: Case, account: Any) -> Outcome:
+        account.models |= {
+            ref: made_model(ref, schema) for ref, schema in case.schemas.items()
+        }
+        if case.upload:
+            account.on_upload = case.upload
+        if case.scenario:
+            account.scenarios["case"] = case.scenario
+            account.default = "case"
+        with contextlib.ExitStack() as stack:
+            base_url = account.base_url
+            if case.api is not None:
+                host = stack.enter_context(contextlib.closing(RawHost(case.api)))
+                base_url = host.url
+            if case.stream is not None:
+                host = stack.enter_context(contextlib.closing(RawHost(case.stream)))
+                account.scenarios["case"] = dataclasses.replace(
+                    account.scenarios["case"], stream_url=f"{host.url}/streams/x"
+                )
+            return self.serve(case, account, base_url)
+
+    def serve(self, case: Case, account: Any, base_url: str) -> Outcome:
+        given = {
+            "replicate_api_token": tests.TOKEN,
+            "proxy_api_key": PROXY_KEYS,
+            "port": 0,
+            "models_path": str(self.write_models(case.models)),
+            "replicate_base_url": base_url,
+            "shutdown_grace": 3,
+            **case.settings,
+        }
+        try:
+            server = self.module.make_server(self.module.Settings(**given))
+        except Exception as error:
+            return {
+                "start": f"{type(error).__name__}: {error}".replace(
+                    str(self.folder), ""
+                )
+            }
+        serving = threading.Thread(
+            target=server.serve_forever, args=[0.01], daemon=True
+        )
+        serving.start()
+        try:
+            outcome = ask(server.server_port, case, account)
+        finally:
+            server.shutdown()
+            closing = threading.Thread(target=server.server_close, daemon=True)
+            closing.start()
+            closing.join(20)
+        if closing.is_alive():
+            outcome["hang"] = "the server does not close"
+        return {**outcome, "upstream": seen_of(account, case)}
+
+    def write_models(self, models: Any) -> Path:
+        text = models if isinstance(models, str) else json.dumps(models)
+        if models is None:
+            text = json.dumps(tests.MODELS)
+        path = self.folder / f"models-{hashlib.sha256(text.encode()).hexdigest()}.json"
+        if not path.exists():
+            path.with_suffix(f".{threading.get_ident()}").write_text(text)
+            path.with_suffix(f".{threading.get_ident()}").replace(path)
+        return path
+
+
+def forget(account: Any) -> None:
+    for kept in ("seen", "cancels", "faults", "predictions", "streams", "files"):
+        getattr(account, kept).clear()
+    account.scenarios = {**stand_in.SCENARIOS, "case": stand_in.SCENARIOS["hello"]}
+    account.models = dict(stand_in.MODELS)
+    account.on_upload = stand_in.NO_FAULT
+    account.default = "hello"
+
+
+def made_model(ref: str, schema: Any) -> Json:
+    model: Json = stand_in.make_model(ref, "prompt str")
+    model["latest_version"]["openapi_schema"] = schema
+    return model
+
+
+def ask(port: int, case: Case, account: Any) -> Outcome:
+    """Send a case, and read what comes until the server hangs up, or as we do."""
+    end = time.monotonic() + (SLOW_DEADLINE if case.slow else DEADLINE)
+    received = b""
+    with socket.create_connection(("127.0.0.1", port), 5) as sock:
+        try:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(case.sent)
+            if case.leave is not None:
+                return leave(sock, case, account)
+            while (left := end - time.monotonic()) > 0:
+                sock.settimeout(left)
+                piece = sock.recv(1 << 20)
+                if not piece:
+                    return outcome_of(received, case, account)
+                received += piece
+        except ConnectionResetError:
+            return {**outcome_of(received, case, account), "reset": True}
+        except TimeoutError:
+            pass
+    return {"hang": f"nothing more after {masked(received, account)[-200:]!r}"}
+
+
+def leave(sock: socket.socket, case: Case, account: Any) -> Outcome:
+    """Hang up once a prediction is there and these bytes have come."""
+    received = b""
+    sock.settimeout(DEADLINE)
+    account.wait_for(lambda: account.predictions, DEADLINE)
+    while case.leave and case.leave not in received:
+        received += sock.recv(65536)
+    if case.reset:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+    with contextlib.suppress(AssertionError):
+        account.wait_for(lambda: account.cancels, DEADLINE)
+    return {"cancels": len(account.cancels)}
+
+
+class Run:
+    """A side in a process of its own, which inherits the cases."""
+
+    def __init__(self, path: Path, cases: Sequence[Case]) -> None:
+        fork = multiprocessing.get_context("fork")
+        self.receiver, sender = fork.Pipe(duplex=False)
+        self.process = fork.Process(target=run_side, args=(path, cases, sender))
+        self.process.start()
+        sender.close()
+
+    def result(self) -> list[Outcome]:
+        outcomes: list[Outcome] = self.receiver.recv()
+        self.process.join()
+        return outcomes
+
+
+def run_side(path: Path, cases: Sequence[Case], sender: Connection) -> None:
+    logging.disable(logging.CRITICAL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["SSL_CERT_FILE"] = one_certificate(Path(folder))
+        module = load_module(path, f"compared_{os.getpid()}")
+        sender.send(Side(module, cases, Path(folder)).run())
+    sender.close()
+    os._exit(0)  # whatever threads are left
+
+
+def one_certificate(folder: Path) -> str:
+    """A server of one certificate is made in 2 ms, of all of them in 40."""
+    text = Path(tests.certifi.where()).read_text(encoding="utf-8")
+    match = re.search("-----BEGIN.*?-----END CERTIFICATE-----\n", text, re.S)
+    (folder / "one.pem").write_text(match[0] if match else "")
+    return str(folder / "one.pem")
+
+
+# -- Reports -------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    case: Case
+    part: str
+    old: Any
+    new: Any
+
+    @property
+    def where(self) -> str:
+        return f"{self.case.name}/{self.part}"
+
+    @property
+    def reason(self) -> str:
+        """Why it is meant; "": it is not."""
+        for row in INTENDED:
+            if re.fullmatch(row.where, self.where) and row.holds(self.old, self.new):
+                return row.reason
+        return ""
+
+
+def differences(case: Case, old: Outcome, new: Outcome) -> Iterator[Difference]:
+    """By part. Exact frames count only where the folded stream is the same."""
+    for part in dict.fromkeys([*old, *new]):
+        is_hang = part == "hang"
+        if part == "frames" and old.get("folded") != new.get("folded"):
+            continue
+        if is_hang or old.get(part) != new.get(part):
+            yield Difference(case, part, old.get(part), new.get(part))
+
+
+def excerpt(value: Any, other: Any) -> str:
+    """A value from a little before the first place where it is another."""
+    text, compared = (v if isinstance(v, str) else repr(v) for v in (value, other))
+    start = len(os.path.commonprefix([text, compared]))
+    return ("..." if start > 40 else "") + text[max(0, start - 40) : start + 160]
+
+
+def report(cases: Sequence[Case], old: list[Outcome], new: list[Outcome]) -> int:
+    """Print what differs, then the tables. How many cases differ unintendedly."""
+    counts: dict[str, Counter[str]] = {}
+    parts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for case, *outcomes in zip(cases, old, new, strict=True):
+        found = list(differences(case, *outcomes))
+        unmeant = [one for one in found if not one.reason]
+        reasons.update({one.reason for one in found} - {""})
+        verdict = "differs" if unmeant else "as intended" if found else "same"
+        counts.setdefault(case.table, Counter())[verdict] += 1
+        for one in unmeant:
+            parts[one.part] += 1
+            print(one.where)
+            print(f"    old {excerpt(one.old, one.new)}")
+            print(f"    new {excerpt(one.new, one.old)}")
+    width = max(map(len, counts), default=0)
+    print(f"{'':{width}}    same  as intended  differs")
+    total: Counter[str] = sum(counts.values(), Counter())
+    for table, row in [*counts.items(), ("all", total)]:
+        columns = f"{row['same']:8}{row['as intended']:13}{row['differs']:9}"
+        print(f"{table:{width}}{columns}")
+    for reason, count in reasons.items():
+        print(f"{count:6} as intended: {reason}")
+    for part, count in parts.items():
+        print(f"{count:6} differ in: {part}")
+    return total["differs"]
+
+
+def run_mutants(folder: Path, cases: Sequence[Case]) -> int:
+    """Run each mutant against what the old module does. How many are not found."""
+    source = (folder / "proxy.py").read_text(encoding="utf-8")
+    expected = Run(folder / "proxy.py", cases).result()
+    missed = 0
+    for mutant in MUTANTS:
+        if source.count(mutant.old) != 1:
+            raise SystemExit(f"not once in {BASE}: {mutant.old}")
+        path = folder / "mutant.py"
+        path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+        outcomes = Run(path, cases).result()
+        found = [
+            one
+            for row in zip(cases, expected, outcomes, strict=True)
+            for one in differences(*row)
+        ]
+        missed += not found
+        tables = Counter(one.case.table for one in found).most_common(3)
+        print(f"{'found' if found else 'NOT FOUND':10}{mutant.name}: ", end="")
+        print(f"{len(found)} differences", *(f"{n} ({c})" for n, c in tables), sep=", ")
+    return missed
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--new", type=Path, default=ROOT / "proxy.py", metavar="PATH")
+    parser.add_argument("--only", metavar="TABLE", default="", help="part of a name")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--mutants", action="store_true")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = read_arguments()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        load_corpus(folder)
+        cases, unknown = corpus()
+        cases = [case for case in cases if arguments.only in case.table]
+        for table in unknown:
+            print(f"no adapter and no reason for none: {table}")
+        if arguments.list:
+            for table, count in Counter(case.table for case in cases).items():
+                print(f"{count:6} {table}")
+            for pattern, reason in NOT_SENT.items():
+                print(f"not sent: {pattern}: {reason}")
+            print(f"{len(cases):6} requests")
+            return bool(unknown)
+        if arguments.mutants:
+            quick = [case for case in cases if not case.slow]
+            return bool(run_mutants(folder, quick) or unknown)
+        sides = [Run(path, cases) for path in (folder / "proxy.py", arguments.new)]
+        differ = report(cases, *(side.result() for side in sides))
+    print(f"{len(cases)} requests in {time.monotonic() - began:.0f} s")
+    return bool(differ or unknown)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
