@@ -80,11 +80,63 @@ class Mutant(NamedTuple):
     """A fault to put into the old module. `old` stands in it exactly once."""
 
     name: str
+    tables: str  # the beginning of the names of those that are to find it
     old: str
     new: str
 
 
-MUTANTS: tuple[Mutant, ...] = ()
+MUTANTS = (
+    Mutant(
+        "a bound of a parameter",
+        "each_refusal",
+        '"presence_penalty": Param(NUMBER, -2, 2)',
+        '"presence_penalty": Param(NUMBER, -3, 2)',
+    ),
+    Mutant(
+        "the role of a family's system prompt",
+        "each_family",
+        'Family(r"openai/o1-mini", lay_out_messages, "user", GPT_LIMIT)',
+        'Family(r"openai/o1-mini", lay_out_messages, "system", GPT_LIMIT)',
+    ),
+    Mutant(
+        "a format of tool calls",
+        "calls_are_heard",
+        'Dialect("<functioncall>", "</functioncall>", is_sure=True)',
+        'Dialect("<functionscall>", "</functionscall>", is_sure=True)',
+    ),
+    Mutant("a reason to finish", "only_a_true", "told >= limit", "told > limit"),
+    Mutant("the usage", "EXTRA", "asked + answered,", "answered,"),
+    Mutant(
+        "the status of a head that is too large",
+        "what_is_not_http",
+        '{MAX_HEAD} bytes", 431)',
+        '{MAX_HEAD} bytes", 400)',
+    ),
+    Mutant(
+        "a tool's result in a prompt",
+        "history_becomes",
+        "<tool_response{of}>\\n{text}",
+        "<tool_response{of}>{text}",
+    ),
+    Mutant(
+        "when to try again",
+        "what_replicate_refuses",
+        'headers["retry-after"] = seconds',
+        'headers["retry-after"] = "1"',
+    ),
+    Mutant(
+        "what is said of a value that breaks a schema",
+        "a_value_fits",
+        "must be one of {compact(said)}",
+        "has to be one of {compact(said)}",
+    ),
+    Mutant(
+        "what is kept of a stream that breaks",
+        "SCENARIOS",
+        "return text[len(told) :]",
+        "return text",
+    ),
+)
 
 # -- Cases ---------------------------------------------------------------------
 
@@ -1086,13 +1138,17 @@ class RawHost:
         with contextlib.suppress(OSError):
             while True:
                 sock, _ = self.listener.accept()
-                with sock, contextlib.suppress(OSError):
-                    sock.settimeout(2)
-                    sock.recv(65536)
-                    sock.sendall(self.wire)
-                    sock.shutdown(socket.SHUT_WR)
-                    while sock.recv(65536):
-                        pass
+                threading.Thread(target=self.answer, args=[sock], daemon=True).start()
+
+    def answer(self, sock: socket.socket) -> None:
+        """In one segment with the end: whether more is sent before it is of time."""
+        with sock, contextlib.suppress(OSError):
+            sock.settimeout(5)
+            sock.recv(65536)
+            sock.sendall(self.wire, getattr(socket, "MSG_MORE", 0))
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65536):
+                pass
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -1360,23 +1416,22 @@ def report(cases: Sequence[Case], old: list[Outcome], new: list[Outcome]) -> int
 def run_mutants(folder: Path, cases: Sequence[Case]) -> int:
     """Run each mutant against what the old module does. How many are not found."""
     source = (folder / "proxy.py").read_text(encoding="utf-8")
-    expected = Run(folder / "proxy.py", cases).result()
     missed = 0
     for mutant in MUTANTS:
+        some = [case for case in cases if case.table.startswith(mutant.tables)]
         if source.count(mutant.old) != 1:
             raise SystemExit(f"not once in {BASE}: {mutant.old}")
         path = folder / "mutant.py"
         path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
-        outcomes = Run(path, cases).result()
-        found = [
-            one
-            for row in zip(cases, expected, outcomes, strict=True)
-            for one in differences(*row)
-        ]
+        sides = [Run(module, some) for module in (folder / "proxy.py", path)]
+        outcomes = [side.result() for side in sides]
+        rows = zip(some, *outcomes, strict=True)
+        found = [one for row in rows for one in differences(*row)]
         missed += not found
-        tables = Counter(one.case.table for one in found).most_common(3)
-        print(f"{'found' if found else 'NOT FOUND':10}{mutant.name}: ", end="")
-        print(f"{len(found)} differences", *(f"{n} ({c})" for n, c in tables), sep=", ")
+        print(f"{'found' if found else 'NOT FOUND':10}", end="")
+        print(
+            f"{mutant.name}: {len(found)} differences in {len(some)} cases", flush=True
+        )
     return missed
 
 
