@@ -335,6 +335,7 @@ def signs(row: Row) -> Cases:
     for kind, written in lines.items():
         messages = tests.in_all_places("\n".join(written))
         messages[3]["content"].pop(1)  # an image, which most of them do not take
+        messages[1]["name"] = written[0][:64]  # the longest that is taken
         yield chat({"messages": messages}, first_model(row.family), variant=kind)
 
 
