@@ -49,7 +49,9 @@ Each section uses only names from those above it.
         JSON                broken JSON repaired, and JSON taken out of prose
         Tool calls          how models write calls: one row per format
     6. Objects
-        Objects             events as OpenAI's objects, whole or in chunks
+        Chat                events as a chat completion, whole or in chunks
+        Completions         events as a text completion
+        Model objects       rows of models.json as OpenAI's models
     7. Serving
         Generation          n choices, retries, and the response made of them
         Endpoints           one row per path, one function per OpenAI operation
@@ -4181,9 +4183,7 @@ class Prediction:
         for text in self.texts():
             self.log.first_text_at = self.log.first_text_at or time.monotonic()
             yield Text(text.text)
-        done = self.end()
-        self.log.usages.append(done.usage)
-        yield done
+        yield self.end()
 
     def texts(self) -> Iterator[Text]:
         """Tell its output as it comes, by its stream or by looks, until it is over."""
@@ -4425,8 +4425,10 @@ def echo(events: Events, prompt: str) -> Events:
             yield event
 
 
-def with_usage(events: Events, prompt: str) -> Events:
-    """Complete the usage by estimate."""
+def with_usage(
+    events: Events, prompt: str, usages: list[Usage] | None = None
+) -> Events:
+    """Complete the usage by estimate, and add it to `usages`."""
     said = 0
     with closing(events):
         for event in events:
@@ -4435,6 +4437,8 @@ def with_usage(events: Events, prompt: str) -> Events:
             if isinstance(event, Done):
                 usage = complete(event.usage, len(prompt), said)
                 event = Done(event.finish_reason, usage)
+                if usages is not None:
+                    usages.append(usage)
             yield event
 
 
@@ -6534,7 +6538,7 @@ class Generation(NamedTuple):
         )
         branch = Cancellation()
 
-        def work() -> None:
+        def run_jobs() -> None:
             try:
                 with suppress(IndexError):
                     while job := jobs.popleft():
@@ -6565,7 +6569,7 @@ class Generation(NamedTuple):
         try:
             with self.request.cancellation.on_cancel(stop):
                 for _ in range(threads):
-                    threading.Thread(target=work).start()
+                    threading.Thread(target=run_jobs).start()
                 items = arrived(threads)
                 early = []
                 for item in items:
@@ -6620,7 +6624,7 @@ class Generation(NamedTuple):
             events = extract_json(events, self.format)
         if stops := list(filter(None, self.body["stop"])):
             events = stop_at(events, stops)
-        return with_usage(events, prediction_input.prompt)
+        return with_usage(events, prediction_input.prompt, self.request.log.usages)
 
     def with_retry(self, events: Events, cancellation: Cancellation) -> Events:
         """Hold an answer for as long as another may have to take its place.
@@ -7155,8 +7159,6 @@ STREAM_CHUNKED = {**STREAM_HEADERS, "transfer-encoding": "chunked"}
 # closes knows when it has served all.
 # What http.server says by itself is HTML, its head and body sent apart: not used.
 
-
-DONE_FRAME = b"data: [DONE]\n\n"
 
 KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
 

@@ -9006,13 +9006,11 @@ WHOLE_STREAM = (
     b" x-should-retry, x-replicate-prediction-id, x-replicate-model\r\n"
     b"connection: close\r\n"
     b"\r\n"
-    b"12c\r\n"
+    b"23b\r\n"
     b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
     b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
     b'"choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},'
     b'"logprobs":null,"finish_reason":null}]}\n\n'
-    b"\r\n"
-    b"10f\r\n"
     b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
     b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
     b'"choices":[{"index":0,"delta":{"content":"word "},'
@@ -9764,13 +9762,12 @@ NATIVE_FORMATS = [
 @pytest.mark.parametrize(
     ("why", "ref", "name", "expected"), NATIVE_FORMATS, ids=whys(NATIVE_FORMATS)
 )
-def test_json_is_asked_for_in_a_models_own_way(offline, why, ref, name, expected):
-    answerer = offline(STARTED, Text('{"a": 1}'), Done("stop", Usage(1, 1)))
+def test_json_is_asked_for_in_a_models_own_way(server, fake, why, ref, name, expected):
     body = {"model": ref, "messages": HI, "response_format": ASKED_FORMAT}
-    proxy.answer(answerer, call("POST", "/v1/chat/completions", body))
-    [(order, _)] = answerer.upstream.asked
-    assert order.input[name] == expected
-    assert "JSON" not in str(order.input.get("messages", ""))
+    post_json(server, CHAT_PATH, KEY, **body)
+    asked = fake.creates()[0].body["input"]
+    assert asked[name] == expected
+    assert "JSON" not in str(asked.get("messages", ""))
 
 
 class Person(pydantic.BaseModel):
@@ -9846,7 +9843,7 @@ def test_json_that_does_not_fit_again_is_told_as_it_came(
     assert answer.choices[0].message.content == WRONG
     assert answer.choices[0].finish_reason == "stop"
     assert len(fake.creates()) == 2
-    assert "event=repair" in caplog.text
+    assert "event=retry" in caplog.text
 
 
 QUESTION = "What is the weather in Paris?"
