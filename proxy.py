@@ -231,6 +231,8 @@ def quoted(value: Any) -> str:
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
+TOKENS_URL = "https://replicate.com/account/api-tokens"
+
 PLACEHOLDER = re.compile(r"(r8_)?(your|changeme|change-me|xxx)|<.*>", re.IGNORECASE)
 
 ENV_LINE = re.compile(
@@ -271,17 +273,12 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """Raise ConfigError for numbers that are none; `check` finds the rest."""
+        """Read what is set; a number that is none stays text, for `check` to tell."""
         given: Json = {}
-        problems = []
         for row in fields(cls):
-            text = environ.get(row.name.upper(), "").strip()
-            if text and row.metadata and not re.fullmatch(r"\d{1,12}", text):
-                problems.append(f"{row.name.upper()} must be a number, not {text!r}.")
-            elif text:
-                given[row.name] = int(text) if row.metadata else text
-        if problems:
-            raise ConfigError(*problems)
+            if text := environ.get(row.name.upper(), "").strip():
+                is_number = row.metadata and re.fullmatch(r"\d{1,12}", text)
+                given[row.name] = int(text) if is_number else text
         return cls(**given)
 
     @property
@@ -289,33 +286,28 @@ class Settings:
         return [key.strip() for key in self.proxy_api_key.split(",") if key.strip()]
 
     def check(self) -> None:
-        """Raise ConfigError if a server can't be made of these."""
-        problems = [*self.secret_problems(), *self.range_problems()]
+        """Raise ConfigError, with every problem, if no server can be made of these."""
+        problems = []
+        token, keys = self.replicate_api_token.strip(), self.api_keys or [""]
+        for name, values, remedy in (
+            ("REPLICATE_API_TOKEN", [token], f"Get one at {TOKENS_URL}"),
+            ("PROXY_API_KEY", keys, "Make one with: openssl rand -hex 32"),
+        ):
+            if fault := next(filter(None, map(secret_fault, values)), ""):
+                problems.append(f"{name} {fault}. {remedy} and put it into .env.")
+        for row in (row for row in fields(self) if row.metadata):
+            value, (low, high) = getattr(self, row.name), row.metadata["range"]
+            if isinstance(value, str):
+                problems.append(f"{row.name.upper()} must be a number, not {value!r}.")
+            elif not low <= value <= high:
+                expected = f"must be a number from {low} to {high}."
+                problems.append(f"{row.name.upper()} {expected}")
         if self.log_level.upper() not in LOG_LEVELS:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
             problems.append("REPLICATE_BASE_URL must be of the form https://host/v1.")
         if problems:
             raise ConfigError(*problems)
-
-    def secret_problems(self) -> Iterator[str]:
-        remedies = {
-            "REPLICATE_API_TOKEN": "Get one at https://replicate.com/account/api-tokens",
-            "PROXY_API_KEY": "Make one with: openssl rand -hex 32",
-        }
-        values = {
-            "REPLICATE_API_TOKEN": [self.replicate_api_token.strip()],
-            "PROXY_API_KEY": self.api_keys or [""],
-        }
-        for name, remedy in remedies.items():
-            if fault := next(filter(None, map(secret_fault, values[name])), None):
-                yield f"{name} {fault}. {remedy} and put it into .env."
-
-    def range_problems(self) -> Iterator[str]:
-        for row in fields(self):
-            low, high = row.metadata.get("range", (0, 0))
-            if row.metadata and not low <= getattr(self, row.name) <= high:
-                yield f"{row.name.upper()} must be a number from {low} to {high}."
 
 
 class Timeouts(NamedTuple):
@@ -373,7 +365,8 @@ def parse_env_file(text: str) -> dict[str, str]:
 # -- Models --------------------------------------------------------------------
 #
 # models.json says which model a name stands for. It is read again when it has
-# changed. To add a model: a row in models.json. To add a key: a row in CONFIG.
+# changed. To add a model: a row in models.json. To add a key: a field of
+# ModelConfig, and a row in `models_rules`.
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -424,6 +417,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def is_ref(value: Any) -> bool:
     return isinstance(value, str) and bool(REF.fullmatch(value))
 
@@ -437,59 +434,65 @@ def is_range(value: Any) -> bool:
     )
 
 
-CONFIG: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-    "temperature_range": (is_range, "two numbers, the lower one first"),
-    "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
-    "family": (lambda v: isinstance(v, str), "the name of a family"),
-    "input": (lambda v: isinstance(v, dict), "an object"),
-}
+class Rule(NamedTuple):
+    """What a value in models.json has to be."""
+
+    is_valid: Callable[[Any], bool]
+    expected: str
+    keys: Mapping[str, Rule] = {}  # the only keys that an object may have
+    each: Rule | None = None  # what every value of an object is, whatever its key
+
+
+def models_rules(families: Iterable[str]) -> Rule:
+    names = ["", *families]
+    ref = Rule(is_ref, "owner/name")
+    config = {
+        "max_tokens": Rule(
+            lambda v: type(v) is int and v >= 1, "a whole number from 1"
+        ),
+        "temperature_range": Rule(is_range, "two numbers, the lower one first"),
+        "supports_streaming": Rule(lambda v: isinstance(v, bool), "true or false"),
+        "family": Rule(lambda v: v in names, f"one of {', '.join(names[1:])}"),
+        "input": Rule(is_object, "an object"),
+    }
+    row = Rule(is_object, "an object", keys=config)
+    root = {
+        "default_model": Rule(lambda v: v is None or is_ref(v), "owner/name"),
+        "mappings": Rule(is_object, "an object", each=ref),
+        "model_configs": Rule(is_object, "an object", each=row),
+    }
+    return Rule(is_object, "an object", keys=root)
+
+
+def check_rule(value: Any, rule: Rule, path: str = "$") -> None:
+    """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    if not rule.is_valid(value):
+        raise ConfigError(f"{path}: expected {rule.expected}.")
+    if rule.each:
+        for name, item in value.items():
+            check_rule(item, rule.each, f'{path}["{name}"]')
+    if rule.keys:
+        for key, item in without_comments(value).items():
+            if key not in rule.keys:
+                names = ", ".join(rule.keys)
+                raise ConfigError(f"{path}.{key}: expected one of {names}.")
+            check_rule(item, rule.keys[key], f"{path}.{key}")
+
+
+def without_comments(row: Json) -> Json:
+    return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
 def parse_models(text: str, families: Iterable[str], created: int = 0) -> Models:
-    """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    """Raise ConfigError if it is not JSON, or not of the form that the rules tell."""
     try:
         root = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not JSON: {error}") from None
-    expect(isinstance(root, dict), "$", "an object")
-    known = {"mappings", "default_model", "model_configs"}
-    for key in root.keys() - known:
-        expect(key.startswith("_"), f"$.{key}", f"one of {', '.join(sorted(known))}")
-    default = root.get("default_model")
-    mappings = read_object(root, "mappings")
-    for name, ref in mappings.items():
-        expect(is_ref(ref), f'$.mappings["{name}"]', "owner/name")
-    expect(default is None or is_ref(default), "$.default_model", "owner/name")
-    configs = read_object(root, "model_configs")
-    names = list(families)
-    read = {ref: read_config(ref, row, names) for ref, row in configs.items()}
-    return Models(mappings, default, read, created)
-
-
-def read_object(root: Json, key: str) -> Json:
-    value = root.get(key, {})
-    expect(isinstance(value, dict), f"$.{key}", "an object")
-    return dict(value)
-
-
-def read_config(ref: str, row: Any, families: Sequence[str]) -> ModelConfig:
-    where = f'$.model_configs["{ref}"]'
-    expect(isinstance(row, dict), where, "an object")
-    row = {key: value for key, value in row.items() if not key.startswith("_")}
-    for key, value in row.items():
-        expect(key in CONFIG, f"{where}.{key}", f"one of {', '.join(CONFIG)}")
-        is_legal, expected = CONFIG[key]
-        expect(is_legal(value), f"{where}.{key}", expected)
-    family = row.get("family")
-    if family:
-        expect(family in families, f"{where}.family", f"one of {', '.join(families)}")
-    return ModelConfig(**row)
-
-
-def expect(condition: object, path: str, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{path}: expected {expected}.")
+    check_rule(root, models_rules(families))
+    rows = root.get("model_configs", {}).items()
+    configs = {ref: ModelConfig(**without_comments(row)) for ref, row in rows}
+    return Models(root.get("mappings", {}), root.get("default_model"), configs, created)
 
 
 class ModelsFile:
@@ -499,10 +502,11 @@ class ModelsFile:
         self.path = Path(path)
         self.families = list(families)
         self.lock = threading.Lock()
-        self.stamp = self.look()
-        self.catalogue = self.read()
+        self.stamp = self.read_stamp()
+        self.models = self.read()
 
-    def look(self) -> tuple[int, ...]:
+    def read_stamp(self) -> tuple[int, ...]:
+        """What differs after an edit."""
         try:
             stat = self.path.stat()
         except OSError:
@@ -517,41 +521,37 @@ class ModelsFile:
             raise ConfigError(f"{self.path} can't be used: {error}") from None
 
     def current(self) -> Models:
-        stamp = self.look()
+        stamp = self.read_stamp()
         with self.lock:
             if stamp != self.stamp:
                 self.stamp = stamp
                 try:
-                    self.catalogue = self.read()
-                    log.info(
-                        "models_path=%s models=%d",
-                        self.path,
-                        len(self.catalogue.mappings),
-                    )
+                    self.models = self.read()
+                    count = len(self.models.mappings)
+                    log.info("models_path=%s models=%d", self.path, count)
                 except ConfigError as error:
                     log.error("%s The models read before it stay.", error)
-            return self.catalogue
+            return self.models
 
 
-def find_model(catalogue: Models, id: str) -> Model:
+def find_model(models: Models, id: str) -> Model:
     """Find by mapping, else by the form of a ref, else the default; else raise 404."""
-    if id in catalogue.mappings:
-        return catalogue.model(id, catalogue.mappings[id])
+    if id in models.mappings:
+        return models.model(id, models.mappings[id])
     if REF.fullmatch(id):
-        return catalogue.model(id, id)
-    if catalogue.default_model:
-        return catalogue.model(id, catalogue.default_model, is_default=True)
+        return models.model(id, id)
+    if models.default_model:
+        return models.model(id, models.default_model, is_default=True)
     raise unknown_model(id)
 
 
 def unknown_model(id: str, why: str = "") -> APIError:
+    message = f"The model `{id}` does not exist or you do not have access to it."
     remedy = (
         "Use a name that GET /v1/models lists, or a model of Replicate as owner/name."
     )
-    message = f"The model `{id}` does not exist or you do not have access to it."
-    return APIError(
-        404, " ".join(filter(None, [message, why, remedy])), code="model_not_found"
-    )
+    text = " ".join(filter(None, [message, why, remedy]))
+    return APIError(404, text, code="model_not_found")
 
 
 # ==== 2. REQUESTS =============================================================
@@ -6710,19 +6710,19 @@ def check_health(proxy: Proxy, call: Call) -> Reply:
 
 
 def list_models(proxy: Proxy, call: Call) -> Reply:
-    catalogue = proxy.models.current()
-    rows = [model_object(*row, catalogue.created) for row in catalogue.mappings.items()]
+    models = proxy.models.current()
+    rows = [model_object(*row, models.created) for row in models.mappings.items()]
     return Reply({"object": "list", "data": rows})
 
 
 def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
-    catalogue = proxy.models.current()
+    models = proxy.models.current()
     try:
-        model = find_model(replace(catalogue, default_model=None), id)
+        model = find_model(replace(models, default_model=None), id)
     except APIError as error:
         error.param = "model"
         raise
-    return Reply(model_object(id, model.ref, catalogue.created))
+    return Reply(model_object(id, model.ref, models.created))
 
 
 def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
@@ -8039,10 +8039,10 @@ def key_source(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 def check_all(settings: Settings) -> int:
     """Say what was found of the settings, the models and the token."""
     settings.check()
-    catalogue = ModelsFile(settings.models_path, FAMILIES).current()
+    models = ModelsFile(settings.models_path, FAMILIES).current()
     print(f"settings  are right: {settings}")
-    print(f"models    {len(catalogue.mappings)} in {settings.models_path}, ", end="")
-    print(f"and {catalogue.default_model or 'none'} for any other name")
+    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
+    print(f"and {models.default_model or 'none'} for any other name")
     with closing(ReplicateAPI(settings, Timeouts())) as api:
         try:
             account = api.account()

@@ -558,10 +558,13 @@ def test_settings_come_from_the_environment():
     )
 
 
-def test_settings_that_are_no_numbers_are_refused_together():
+def test_settings_that_are_no_numbers_are_refused_with_all_else():
+    environ = {"PORT": "http", "MAX_BODY_BYTES": "25 MB", "PROXY_API_KEY": "a b"}
     with pytest.raises(proxy.ConfigError) as caught:
-        proxy.Settings.from_environ({"PORT": "http", "MAX_BODY_BYTES": "25 MB"})
-    assert caught.value.problems == (
+        proxy.Settings.from_environ(environ).check()
+    assert caught.value.problems[1:] == (
+        "PROXY_API_KEY has a character no header can carry. "
+        "Make one with: openssl rand -hex 32 and put it into .env.",
         "PORT must be a number, not 'http'.",
         "MAX_BODY_BYTES must be a number, not '25 MB'.",
     )
@@ -828,6 +831,7 @@ def test_a_wrong_file_is_refused_by_its_json_path(tmp_path, models, path, expect
 
 
 TWO_NUMBERS = "two numbers, the lower one first"
+ONE_FAMILY = f"one of {', '.join(proxy.FAMILIES)}"
 CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
 
 
@@ -841,8 +845,8 @@ CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
         ("a range turned round", "temperature_range", [2, 1], TWO_NUMBERS),
         ("a boolean range", "temperature_range", [False, True], TWO_NUMBERS),
         ("a word", "supports_streaming", "no", "true or false"),
-        ("an unknown family", "family", "bert", f"one of {', '.join(proxy.FAMILIES)}"),
-        ("several families", "family", ["gpt"], "the name of a family"),
+        ("an unknown family", "family", "bert", ONE_FAMILY),
+        ("several families", "family", ["gpt-4"], ONE_FAMILY),
         ("a list", "input", [50], "an object"),
     ],
 )
