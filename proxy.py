@@ -113,7 +113,7 @@ from hashlib import sha256
 from hmac import compare_digest
 from html import escape
 from http.server import ThreadingHTTPServer
-from itertools import accumulate, chain, groupby, islice, takewhile
+from itertools import accumulate, chain, groupby, islice, pairwise, takewhile
 from math import ceil, floor, isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
@@ -233,6 +233,8 @@ def quoted(value: Any) -> str:
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
+TOKENS_URL = "https://replicate.com/account/api-tokens"
+
 PLACEHOLDER = re.compile(r"(r8_)?(your|changeme|change-me|xxx)|<.*>", re.IGNORECASE)
 
 ENV_LINE = re.compile(
@@ -273,17 +275,12 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """Raise ConfigError for numbers that are none; `check` finds the rest."""
+        """Read what is set; a number that is none stays text, for `check` to tell."""
         given: Json = {}
-        problems = []
         for row in fields(cls):
-            text = environ.get(row.name.upper(), "").strip()
-            if text and row.metadata and not re.fullmatch(r"\d{1,12}", text):
-                problems.append(f"{row.name.upper()} must be a number, not {text!r}.")
-            elif text:
-                given[row.name] = int(text) if row.metadata else text
-        if problems:
-            raise ConfigError(*problems)
+            if text := environ.get(row.name.upper(), "").strip():
+                is_number = row.metadata and re.fullmatch(r"\d{1,12}", text)
+                given[row.name] = int(text) if is_number else text
         return cls(**given)
 
     @property
@@ -291,33 +288,28 @@ class Settings:
         return [key.strip() for key in self.proxy_api_key.split(",") if key.strip()]
 
     def check(self) -> None:
-        """Raise ConfigError if a server can't be made of these."""
-        problems = [*self.secret_problems(), *self.range_problems()]
+        """Raise ConfigError, with every problem, if no server can be made of these."""
+        problems = []
+        token, keys = self.replicate_api_token.strip(), self.api_keys or [""]
+        for name, values, remedy in (
+            ("REPLICATE_API_TOKEN", [token], f"Get one at {TOKENS_URL}"),
+            ("PROXY_API_KEY", keys, "Make one with: openssl rand -hex 32"),
+        ):
+            if fault := next(filter(None, map(secret_fault, values)), ""):
+                problems.append(f"{name} {fault}. {remedy} and put it into .env.")
+        for row in (row for row in fields(self) if row.metadata):
+            value, (low, high) = getattr(self, row.name), row.metadata["range"]
+            if isinstance(value, str):
+                problems.append(f"{row.name.upper()} must be a number, not {value!r}.")
+            elif not low <= value <= high:
+                expected = f"must be a number from {low} to {high}."
+                problems.append(f"{row.name.upper()} {expected}")
         if self.log_level.upper() not in LOG_LEVELS:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
             problems.append("REPLICATE_BASE_URL must be of the form https://host/v1.")
         if problems:
             raise ConfigError(*problems)
-
-    def secret_problems(self) -> Iterator[str]:
-        remedies = {
-            "REPLICATE_API_TOKEN": "Get one at https://replicate.com/account/api-tokens",
-            "PROXY_API_KEY": "Make one with: openssl rand -hex 32",
-        }
-        values = {
-            "REPLICATE_API_TOKEN": [self.replicate_api_token.strip()],
-            "PROXY_API_KEY": self.api_keys or [""],
-        }
-        for name, remedy in remedies.items():
-            if fault := next(filter(None, map(secret_fault, values[name])), None):
-                yield f"{name} {fault}. {remedy} and put it into .env."
-
-    def range_problems(self) -> Iterator[str]:
-        for row in fields(self):
-            low, high = row.metadata.get("range", (0, 0))
-            if row.metadata and not low <= getattr(self, row.name) <= high:
-                yield f"{row.name.upper()} must be a number from {low} to {high}."
 
 
 class Timeouts(NamedTuple):
@@ -375,7 +367,8 @@ def parse_env_file(text: str) -> dict[str, str]:
 # -- Models --------------------------------------------------------------------
 #
 # models.json says which model a name stands for. It is read again when it has
-# changed. To add a model: a row in models.json. To add a key: a row in CONFIG.
+# changed. To add a model: a row in models.json. To add a key: a field of
+# ModelConfig, and a row in `models_rules`.
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -426,6 +419,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def is_ref(value: Any) -> bool:
     return isinstance(value, str) and bool(REF.fullmatch(value))
 
@@ -439,59 +436,65 @@ def is_range(value: Any) -> bool:
     )
 
 
-CONFIG: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-    "temperature_range": (is_range, "two numbers, the lower one first"),
-    "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
-    "family": (lambda v: isinstance(v, str), "the name of a family"),
-    "input": (lambda v: isinstance(v, dict), "an object"),
-}
+class Rule(NamedTuple):
+    """What a value in models.json has to be."""
+
+    is_valid: Callable[[Any], bool]
+    expected: str
+    keys: Mapping[str, Rule] = {}  # the only keys that an object may have
+    each: Rule | None = None  # what every value of an object is, whatever its key
+
+
+def models_rules(families: Iterable[str]) -> Rule:
+    names = ["", *families]
+    ref = Rule(is_ref, "owner/name")
+    config = {
+        "max_tokens": Rule(
+            lambda v: type(v) is int and v >= 1, "a whole number from 1"
+        ),
+        "temperature_range": Rule(is_range, "two numbers, the lower one first"),
+        "supports_streaming": Rule(lambda v: isinstance(v, bool), "true or false"),
+        "family": Rule(lambda v: v in names, f"one of {', '.join(names[1:])}"),
+        "input": Rule(is_object, "an object"),
+    }
+    row = Rule(is_object, "an object", keys=config)
+    root = {
+        "default_model": Rule(lambda v: v is None or is_ref(v), "owner/name"),
+        "mappings": Rule(is_object, "an object", each=ref),
+        "model_configs": Rule(is_object, "an object", each=row),
+    }
+    return Rule(is_object, "an object", keys=root)
+
+
+def check_rule(value: Any, rule: Rule, path: str = "$") -> None:
+    """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    if not rule.is_valid(value):
+        raise ConfigError(f"{path}: expected {rule.expected}.")
+    if rule.each:
+        for name, item in value.items():
+            check_rule(item, rule.each, f'{path}["{name}"]')
+    if rule.keys:
+        for key, item in without_comments(value).items():
+            if key not in rule.keys:
+                names = ", ".join(rule.keys)
+                raise ConfigError(f"{path}.{key}: expected one of {names}.")
+            check_rule(item, rule.keys[key], f"{path}.{key}")
+
+
+def without_comments(row: Json) -> Json:
+    return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
 def parse_models(text: str, families: Iterable[str], created: int = 0) -> Models:
-    """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    """Raise ConfigError if it is not JSON, or not of the form that the rules tell."""
     try:
         root = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not JSON: {error}") from None
-    expect(isinstance(root, dict), "$", "an object")
-    known = {"mappings", "default_model", "model_configs"}
-    for key in root.keys() - known:
-        expect(key.startswith("_"), f"$.{key}", f"one of {', '.join(sorted(known))}")
-    default = root.get("default_model")
-    mappings = read_object(root, "mappings")
-    for name, ref in mappings.items():
-        expect(is_ref(ref), f'$.mappings["{name}"]', "owner/name")
-    expect(default is None or is_ref(default), "$.default_model", "owner/name")
-    configs = read_object(root, "model_configs")
-    names = list(families)
-    read = {ref: read_config(ref, row, names) for ref, row in configs.items()}
-    return Models(mappings, default, read, created)
-
-
-def read_object(root: Json, key: str) -> Json:
-    value = root.get(key, {})
-    expect(isinstance(value, dict), f"$.{key}", "an object")
-    return dict(value)
-
-
-def read_config(ref: str, row: Any, families: Sequence[str]) -> ModelConfig:
-    where = f'$.model_configs["{ref}"]'
-    expect(isinstance(row, dict), where, "an object")
-    row = {key: value for key, value in row.items() if not key.startswith("_")}
-    for key, value in row.items():
-        expect(key in CONFIG, f"{where}.{key}", f"one of {', '.join(CONFIG)}")
-        is_legal, expected = CONFIG[key]
-        expect(is_legal(value), f"{where}.{key}", expected)
-    family = row.get("family")
-    if family:
-        expect(family in families, f"{where}.family", f"one of {', '.join(families)}")
-    return ModelConfig(**row)
-
-
-def expect(condition: object, path: str, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{path}: expected {expected}.")
+    check_rule(root, models_rules(families))
+    rows = root.get("model_configs", {}).items()
+    configs = {ref: ModelConfig(**without_comments(row)) for ref, row in rows}
+    return Models(root.get("mappings", {}), root.get("default_model"), configs, created)
 
 
 class ModelsFile:
@@ -501,10 +504,11 @@ class ModelsFile:
         self.path = Path(path)
         self.families = list(families)
         self.lock = threading.Lock()
-        self.stamp = self.look()
-        self.catalogue = self.read()
+        self.stamp = self.read_stamp()
+        self.models = self.read()
 
-    def look(self) -> tuple[int, ...]:
+    def read_stamp(self) -> tuple[int, ...]:
+        """What differs after an edit."""
         try:
             stat = self.path.stat()
         except OSError:
@@ -519,41 +523,37 @@ class ModelsFile:
             raise ConfigError(f"{self.path} can't be used: {error}") from None
 
     def current(self) -> Models:
-        stamp = self.look()
+        stamp = self.read_stamp()
         with self.lock:
             if stamp != self.stamp:
                 self.stamp = stamp
                 try:
-                    self.catalogue = self.read()
-                    log.info(
-                        "models_path=%s models=%d",
-                        self.path,
-                        len(self.catalogue.mappings),
-                    )
+                    self.models = self.read()
+                    count = len(self.models.mappings)
+                    log.info("models_path=%s models=%d", self.path, count)
                 except ConfigError as error:
                     log.error("%s The models read before it stay.", error)
-            return self.catalogue
+            return self.models
 
 
-def find_model(catalogue: Models, id: str) -> Model:
+def find_model(models: Models, id: str) -> Model:
     """Find by mapping, else by the form of a ref, else the default; else raise 404."""
-    if id in catalogue.mappings:
-        return catalogue.model(id, catalogue.mappings[id])
+    if id in models.mappings:
+        return models.model(id, models.mappings[id])
     if REF.fullmatch(id):
-        return catalogue.model(id, id)
-    if catalogue.default_model:
-        return catalogue.model(id, catalogue.default_model, is_default=True)
+        return models.model(id, id)
+    if models.default_model:
+        return models.model(id, models.default_model, is_default=True)
     raise unknown_model(id)
 
 
 def unknown_model(id: str, why: str = "") -> APIError:
+    message = f"The model `{id}` does not exist or you do not have access to it."
     remedy = (
         "Use a name that GET /v1/models lists, or a model of Replicate as owner/name."
     )
-    message = f"The model `{id}` does not exist or you do not have access to it."
-    return APIError(
-        404, " ".join(filter(None, [message, why, remedy])), code="model_not_found"
-    )
+    text = " ".join(filter(None, [message, why, remedy]))
+    return APIError(404, text, code="model_not_found")
 
 
 # ==== 2. REQUESTS =============================================================
@@ -561,62 +561,79 @@ def unknown_model(id: str, why: str = "") -> APIError:
 
 # -- Validation ----------------------------------------------------------------
 #
-# A body is a JSON object that every reader would read alike: what JSON has no
-# word for, or two of, is refused.
-# Every parameter that OpenAI documents is in exactly one place: a row here
-# (honoured, or refused with the reason), or IGNORED (harmless to drop). What
-# OpenAI does not document goes to the model if its family names it. null is
-# the same as absent. To add one: a row here, and its name in the families.
-
-
-def parse_json_body(data: bytes, kind: str) -> Json:
-    """What JSON has no word for is refused, though Python would read it."""
-    try:
-        text = data.decode("utf-8-sig")
-        body = json.loads(
-            text,
-            parse_constant=refuse,
-            parse_float=finite_float,
-            object_pairs_hook=reject_duplicate_keys,
-        )
-        if "\\ud" in text.lower():  # "\ud800" alone is half a character
-            json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        if "json" not in kind:
-            raise unsupported_content_type(kind) from None
-        raise APIError(400, NOT_JSON) from None
-    require(isinstance(body, dict), NOT_JSON)
-    return dict(body)
+# A body is a JSON object that every reader reads alike: NaN, or a key that is
+# there twice, is refused. Every parameter that OpenAI documents is in exactly one
+# place: a row here (honoured, or refused with the reason), or IGNORED (harmless to
+# drop). What OpenAI does not document goes to the model if its family names it.
+# null is the same as absent. To add a parameter: a row here, and its name in the
+# families.
 
 
 NOT_JSON = (
     "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
-    "object, but what was sent was not valid JSON or no object."
+    "object, but what was sent is none: "
 )
 
 
-def unsupported_content_type(kind: str) -> APIError:
+def parse_json_body(data: bytes, content_type: str) -> Json:
+    """Parse an object; raise 400 with the reason if it is none, or an ambiguous one."""
+    try:
+        text = data.decode("utf-8-sig")
+        body = json.loads(
+            text,
+            parse_constant=reject_constant,
+            parse_float=finite_float,
+            object_pairs_hook=reject_duplicate_keys,
+        )
+        if "\\ud" in text.lower():
+            json.dumps(body, ensure_ascii=False).encode()
+        if isinstance(body, dict):
+            return body
+        why = f"it is {KINDS[type(body)]}"
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} at line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError as error:
+        why = f"its byte {error.start} is not UTF-8"
+    except UnicodeEncodeError:
+        why = "half of a surrogate pair is no character"
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError as error:
+        why = f"it holds {error}"
+    if "json" not in content_type:
+        raise unsupported_content_type(content_type)
+    raise APIError(400, f"{NOT_JSON}{why}.")
+
+
+def unsupported_content_type(content_type: str) -> APIError:
     return APIError(
         400,
-        f"Unsupported content type: '{kind}'. This API method only accepts "
+        f"Unsupported content type: '{content_type}'. This API method only accepts "
         "'application/json' requests. Please send one with the header "
         "'Content-Type: application/json'.",
         code="unsupported_content_type",
     )
 
 
-def refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
+def reject_constant(name: str) -> NoReturn:
+    raise ValueError(name)
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
     """Of two keys of a name, another reader might take the other."""
-    return dict(pairs) if len(dict(pairs)) == len(pairs) else refuse("a key")
+    object: Json = dict(pairs)
+    if len(object) < len(pairs):
+        names = sorted(name for name, _ in pairs)
+        twice = next(name for name, after in pairwise(names) if name == after)
+        raise ValueError(f"the key {json.dumps(twice)} twice")
+    return object
 
 
 def finite_float(text: str) -> float:
     number = float(text)
-    return number if isfinite(number) else refuse(text)
+    if not isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 class Param(NamedTuple):
@@ -624,10 +641,12 @@ class Param(NamedTuple):
     low: float | None = None  # of a number; of a string or an array, its length
     high: float | None = None
     default: Any = None
-    choices: tuple[Any, ...] = ()
+    choices: tuple[Any, ...] = ()  # of a string
+    pattern: str = ""  # of a string
     items: tuple[type, ...] = ()  # what an array is of
-    each: Mapping[str, Param] | None = None  # what the objects in it hold
+    each: Mapping[str, Param] | None = None  # what an object holds, or those in it
     required: bool = False
+    by_type: bool = False  # required if the `type` beside it has its name
     refused: str = ""  # why any value but null and the choices is refused
 
 
@@ -691,18 +710,20 @@ SAMPLING = {
     "replicate": Param(OBJECT, default={}),  # into the input, over all else
 }
 
-# A part's type names the field that it must have.
 PART = {
     "type": Param(
         STRING,
         required=True,
         choices=("text", "refusal", "image_url", "input_audio", "file"),
     ),
-    "text": Param(STRING),
-    "refusal": Param(STRING),
-    "image_url": Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
+    "text": Param(STRING, by_type=True),
+    "refusal": Param(STRING, by_type=True),
+    "image_url": Param(
+        OBJECT, by_type=True, each={"url": Param(STRING, 1, required=True)}
+    ),
     "input_audio": Param(
         OBJECT,
+        by_type=True,
         each={
             "data": Param(STRING, 1, required=True),
             "format": Param(STRING, required=True, choices=("wav", "mp3")),
@@ -710,6 +731,7 @@ PART = {
     ),
     "file": Param(
         OBJECT,
+        by_type=True,
         each={
             "file_id": Param(refused="No files are kept here. Send it as file_data."),
             "file_data": Param(STRING, 1, required=True),
@@ -717,22 +739,44 @@ PART = {
     ),
 }
 
+TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
+
 FUNCTION = {
-    "name": Param(STRING, 1, required=True),
-    "description": Param(STRING),
-    "parameters": Param(OBJECT),
+    "name": Param(STRING, 1, required=True, pattern=TOOL_NAME.pattern),
+    "description": Param(STRING, default=""),
+    "parameters": Param(OBJECT, default={}),
     "strict": Param(BOOLEAN),
 }
 
 TOOL = {
     "type": Param(STRING, required=True, choices=("function", "custom")),
-    "function": Param(OBJECT, each=FUNCTION),
+    "function": Param(OBJECT, by_type=True, each=FUNCTION),
+    "custom": Param(
+        by_type=True,
+        refused="Replicate's models can't be given custom tools. Use one of type "
+        "'function'.",
+    ),
 }
 
-FUNCTION_CALL = {
-    "name": Param(STRING, 1, required=True),
-    "arguments": Param(STRING, required=True),
+NAME_ONLY = {"name": Param(STRING, 1, required=True)}
+
+NAMED_TOOL = {
+    "type": Param(STRING, default="function", choices=("function",)),
+    "function": Param(OBJECT, required=True, each=NAME_ONLY),
 }
+
+ALLOWED_TOOLS = {
+    "mode": Param(STRING, required=True, choices=("auto", "required")),
+    "tools": Param(ARRAY, 1, required=True, items=OBJECT, each=NAMED_TOOL),
+}
+
+TOOL_CHOICE = {
+    "type": Param(STRING, required=True, choices=("function", "allowed_tools")),
+    "function": Param(OBJECT, by_type=True, each=NAME_ONLY),
+    "allowed_tools": Param(OBJECT, by_type=True, each=ALLOWED_TOOLS),
+}
+
+FUNCTION_CALL = {**NAME_ONLY, "arguments": Param(STRING, required=True)}
 
 MESSAGE_CALL = {
     "id": Param(STRING, 1, required=True),
@@ -742,7 +786,7 @@ MESSAGE_CALL = {
 
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
-MESSAGE = {  # check_history sees to what depends on the role
+MESSAGE = {  # parse_messages checks what depends on the role
     "role": Param(STRING, required=True, choices=ROLES),
     "content": Param((str, list), items=OBJECT, each=PART),
     "refusal": Param(STRING),
@@ -753,7 +797,7 @@ MESSAGE = {  # check_history sees to what depends on the role
 }
 
 JSON_SCHEMA = {
-    "name": Param(STRING, 1, 64, required=True),
+    "name": Param(STRING, 1, 64, required=True, pattern="[a-zA-Z0-9_-]+"),
     "description": Param(STRING, default=""),
     "schema": Param(OBJECT, required=True),
     "strict": Param(BOOLEAN, default=False),
@@ -763,17 +807,19 @@ RESPONSE_FORMAT = {
     "type": Param(
         STRING, required=True, choices=("text", "json_object", "json_schema")
     ),
-    "json_schema": Param(OBJECT, each=JSON_SCHEMA),
+    "json_schema": Param(OBJECT, by_type=True, each=JSON_SCHEMA),
 }
 
 CHAT = {
     **SAMPLING,
     "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
     "tools": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=TOOL),
-    "tool_choice": Param((str, dict)),
+    "tool_choice": Param(
+        (str, dict), choices=("none", "auto", "required"), each=TOOL_CHOICE
+    ),
     "parallel_tool_calls": Param(BOOLEAN, default=True),
     "functions": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=FUNCTION),
-    "function_call": Param((str, dict)),
+    "function_call": Param((str, dict), choices=("none", "auto"), each=NAME_ONLY),
     "logprobs": Param(refused=NO_LOGPROBS, choices=(False,)),
     "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
     "response_format": Param(OBJECT, each=RESPONSE_FORMAT),
@@ -815,31 +861,38 @@ IGNORED = frozenset(
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
     """Fill in every parameter of the table; raise 400 for the first wrong one."""
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
-    checked = {
-        name: check_param(path + name, given.get(name), param)
-        if param.required or name in given
-        else param.default
-        for name, param in params.items()
-    }
+    checked = {}
+    for name, param in params.items():
+        is_named = param.by_type and given.get("type") == name
+        if param.required or is_named or name in given:
+            checked[name] = check_param(path + name, given.get(name), param)
+        else:
+            checked[name] = param.default
     return {**given, **checked}
+
+
+def missing_parameter(path: str) -> APIError:
+    message = f"Missing required parameter: '{path}'."
+    return APIError(400, message, code="missing_required_parameter", param=path)
 
 
 def check_param(path: str, value: Any, param: Param) -> Any:
     if value is None:
-        missing = f"Missing required parameter: '{path}'."
-        raise APIError(400, missing, code="missing_required_parameter", param=path)
+        raise missing_parameter(path)
     if param.refused:
         check_refused(path, value, param)
         return param.default
     check_kind(path, value, param.kinds)
     if isinstance(value, str) and param.items == STRING:
         value = [value]  # one string stands for an array of one
-    if param.choices:
-        check_choice(path, value, param.choices)
     if isinstance(value, NUMBER):
         check_number(path, value, param)
     if isinstance(value, (str, list)):
         check_length(path, value, param)
+    if isinstance(value, str) and param.choices:
+        check_choice(path, value, param.choices)
+    if isinstance(value, str) and param.pattern:
+        check_pattern(path, value, param.pattern)
     return check_inside(path, value, param)
 
 
@@ -877,6 +930,13 @@ def check_choice(path: str, value: str, choices: Sequence[str]) -> None:
     listed = f"{', '.join(some)}, and {last}" if some else last
     message = f"Invalid value: '{value}'. Supported values are: {listed}."
     raise APIError(400, message, code="invalid_value", param=path)
+
+
+def check_pattern(path: str, value: str, pattern: str) -> None:
+    expected = f"Expected a string that matches the pattern '^{pattern}$'."
+    message = f"Invalid '{path}': string does not match pattern. {expected}"
+    matches = re.fullmatch(pattern, value)
+    require(matches, message, code="invalid_value", param=path)
 
 
 def check_number(path: str, value: float, param: Param) -> None:
@@ -937,19 +997,10 @@ compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 # -- Messages ------------------------------------------------------------------
 #
-# Images and other files that come inside a message, as links or in base64. They
-# are checked before anything is done with them. To add a type of part: a row in
-# ATTACHABLE, and one in PART.
-
-
-def given_back(message: Json) -> Json:
-    """A message as `openai` dumps it may be a refusal, and may have an empty name."""
-    refusal, content = message.pop("refusal"), message["content"]
-    return {
-        **message,
-        "content": refusal if content is None else content,
-        "name": message["name"] or None,
-    }
+# What is left to check of messages once the tables have passed them, and the one
+# form that everything below reads: content is text or parts and never null, an
+# attachment is a link or a plain data: URL, calls are tool_calls and results have
+# the role `tool`. To add a type of part: a row in ATTACHABLE, and one in PART.
 
 
 Messages = list[Json]
@@ -976,6 +1027,8 @@ SIGNATURES = {
     "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
 }
 
+BASE64 = re.compile(r"[A-Za-z0-9+/]*")
+
 WRONG_IMAGE = (
     "You uploaded an unsupported image. Please make sure your image is valid and has "
     "one of the following formats: ['png', 'jpeg', 'gif', 'webp']."
@@ -986,11 +1039,15 @@ class Attachment(NamedTuple):
     """What a data: URL holds."""
 
     kind: str  # its media type
-    content: bytes
+    base64: str  # padded, on one line, not in the alphabet that is for URLs
+
+    @property
+    def content(self) -> bytes:
+        return b64decode(self.base64)
 
     @property
     def url(self) -> str:
-        return f"data:{self.kind};base64,{b64encode(self.content).decode()}"
+        return f"data:{self.kind};base64,{self.base64}"
 
 
 class Attachable(NamedTuple):
@@ -1022,42 +1079,27 @@ def url_of(part: Json) -> str:
     return row.begin.format_map(held) + str(held[row.key])
 
 
-def check_parts(messages: list[Json]) -> list[Json]:
-    """Messages whose parts hold what they say, written as any model can read it."""
-    return [
-        {**message, "content": check_content_parts(message["content"], index)}
-        for index, message in enumerate(messages)
-    ]
-
-
-def check_content_parts(content: Any, index: int) -> Any:
-    if not isinstance(content, list):
-        return content
-    path = f"messages[{index}].content"
-    return [check_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
-
-
-def check_part(part: Json, path: str) -> Json:
+def parse_part(part: Json, path: str) -> Json:
+    """Write the URL of an attachment as any model can read it."""
     kind = part["type"]
-    path = f"{path}.{kind}"
-    held = check_param(path, part[kind], PART[kind]._replace(required=True))
     if kind in WORDS:
         return part
-    row = ATTACHABLE[kind]
-    url = check_url(url_of(part), row, f"{path}.{row.key}")
+    row, held = ATTACHABLE[kind], part[kind]
+    url = parse_url(url_of(part), row, f"{path}.{kind}.{row.key}")
     return {**part, kind: {**held, row.key: url[len(row.begin.format_map(held)) :]}}
 
 
-def check_url(url: str, row: Attachable, path: str) -> str:
+def parse_url(url: str, row: Attachable, path: str) -> str:
     if LINK.fullmatch(url.strip()):
         return url.strip()
     attached = read_data_url(url)
-    message = f"Invalid '{path}': it has to be {row.wanted}, with the right data."
     if attached is None:
+        message = f"Invalid '{path}': it has to be {row.wanted}, with the right data."
         raise APIError(400, message, code=row.code, param=path)
     if row.is_image:
-        is_one = is_image(attached)
-        require(is_one, WRONG_IMAGE, code="invalid_image_format", param=path)
+        kind = image_type(attached)
+        require(kind, WRONG_IMAGE, code="invalid_image_format", param=path)
+        return attached._replace(kind=kind).url
     return attached.url
 
 
@@ -1067,24 +1109,20 @@ def read_data_url(url: str) -> Attachment | None:
     scheme, _, rest = head.partition(":")
     kind, *parameters = [word.strip().lower() for word in rest.split(";")]
     in_base64 = scheme.lower() == "data" and parameters[-1:] == ["base64"]
-    if comma and in_base64 and MEDIA_TYPE.fullmatch(kind):
-        with suppress(ValueError):
-            return Attachment(kind, b64decode(plain_base64(data), validate=True))
-    return None
-
-
-def plain_base64(data: str) -> str:
-    """On one line, in the alphabet that is not for URLs, and padded."""
+    if not (comma and in_base64 and MEDIA_TYPE.fullmatch(kind)):
+        return None
     line = "".join(unquote(data).split()).replace("-", "+").replace("_", "/")
     line = line.rstrip("=")
-    return line + "=" * (-len(line) % 4)
+    if len(line) % 4 == 1 or not BASE64.fullmatch(line):
+        return None
+    return Attachment(kind, line + "=" * (-len(line) % 4))
 
 
-def is_image(attached: Attachment) -> bool:
-    """Whether it is the image that it says."""
-    kind = attached.kind.removeprefix("image/").replace("jpg", "jpeg")
-    signature = SIGNATURES.get(kind)
-    return bool(signature and signature.match(attached.content))
+def image_type(attached: Attachment) -> str:
+    """The media type that its first bytes say, since many programs write any; or ""."""
+    start = b64decode(attached.base64[:64])
+    names = (name for name, form in SIGNATURES.items() if form.match(start))
+    return next((f"image/{name}" for name in names), "")
 
 
 def attachments(messages: Messages) -> list[tuple[str, str]]:
@@ -1098,70 +1136,113 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
     ]
 
 
+def parse_messages(messages: list[Json]) -> Messages:
+    """Bring messages that passed the tables to the form that all below reads.
+
+    Raise 400 for content that is missing, attachments that are none, and calls and
+    results that don't pair."""
+    parsed = []
+    for index, message in enumerate(messages):
+        path = f"messages[{index}].content"
+        content = message["content"]
+        if content is None:  # a refusal is dumped by `openai` like this
+            content = message["refusal"]
+        if content is None:
+            has_call = message["tool_calls"] or message["function_call"]
+            may_lack = {"function": True, "assistant": has_call}
+            if not may_lack.get(message["role"]):
+                raise missing_parameter(path)
+        if isinstance(content, list):
+            content = [
+                parse_part(part, f"{path}[{n}]") for n, part in enumerate(content)
+            ]
+        named = {"content": content or "", "name": message["name"] or None}
+        parsed.append({**without(message, ["refusal"]), **named})
+    check_pairing(parsed)
+    return functions_as_tools(parsed)
+
+
 NO_CALL_BEFORE = (
     "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
     "message with 'tool_calls'."
 )
 
-NO_ANSWERS = (
-    "An assistant message with 'tool_calls' must be followed by tool messages "
-    "responding to each 'tool_call_id'. The following tool_call_ids did not have "
-    "response messages: "
-)
 
-
-def check_history(messages: Messages) -> None:
-    """Raise 400 for missing content, and for calls and results that don't pair."""
-    calls: dict[str, bool] = {}  # of the last assistant: whether it has its result
+def check_pairing(messages: Messages) -> None:
+    """Raise 400 unless each call has one result, right after the message it is in."""
+    results: dict[str, int] = {}  # by the ids of the last calls; -1: none yet
     for index, message in enumerate(messages):
-        check_content(message, index)
-        if message["role"] == "tool":
-            check_result(message.get("tool_call_id"), calls, index)
-            calls[message["tool_call_id"]] = True
-        else:
-            check_answered(calls, index)
-            calls = {call["id"]: False for call in message.get("tool_calls") or []}
-    check_answered(calls, len(messages) - 1)
+        where = f"messages.[{index}]"
+        if message["role"] != "tool":
+            check_answered(results, index)
+            results = {call["id"]: -1 for call in message["tool_calls"] or []}
+            continue
+        id = message["tool_call_id"]
+        if not id:
+            raise missing_parameter(f"messages[{index}].tool_call_id")
+        require(results, NO_CALL_BEFORE, param=f"{where}.role")
+        unknown = (
+            f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
+            "previous message."
+        )
+        require(id in results, unknown, param=f"{where}.tool_call_id")
+        duplicate = (
+            f"Invalid parameter: Duplicate value for 'tool_call_id' of '{id}', in "
+            f"messages[{results[id]}] and messages[{index}]."
+        )
+        require(results[id] < 0, duplicate, param=f"{where}.tool_call_id")
+        results[id] = index
+    check_answered(results, len(messages) - 1)
 
 
-def check_content(message: Json, index: int) -> None:
-    is_call = message.get("tool_calls") or message.get("function_call")
-    may_lack = message["role"] == "function" or message["role"] == "assistant"
-    there = message.get("content") is not None
-    path = f"messages[{index}].content"
-    missing = f"Missing required parameter: '{path}'."
-    there = there or (may_lack and (is_call or message["role"] == "function"))
-    require(there, missing, code="missing_required_parameter", param=path)
-
-
-def check_result(id: str | None, calls: Mapping[str, bool], index: int) -> None:
-    path = f"messages[{index}].tool_call_id"
-    missing = f"Missing required parameter: '{path}'."
-    require(id, missing, code="missing_required_parameter", param=path)
-    require(calls, NO_CALL_BEFORE, param=f"messages.[{index}].role")
-    unknown = (
-        f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
-        "previous message."
+def check_answered(results: Mapping[str, int], index: int) -> None:
+    unanswered = ", ".join(id for id, result in results.items() if result < 0)
+    message = (
+        "An assistant message with 'tool_calls' must be followed by tool messages "
+        "responding to each 'tool_call_id'. The following tool_call_ids did not have "
+        f"response messages: {unanswered}"
     )
-    require(id in calls, unknown, param=f"messages.[{index}].tool_call_id")
+    require(not unanswered, message, param=f"messages.[{index}].role")
 
 
-def check_answered(calls: Mapping[str, bool], index: int) -> None:
-    open_ones = [id for id, is_answered in calls.items() if not is_answered]
-    message = NO_ANSWERS + ", ".join(open_ones)
-    require(not open_ones, message, param=f"messages.[{index}].role")
+def functions_as_tools(messages: Messages) -> Messages:
+    """Put the older function_call, and its result, into the words of tools.
+
+    A result with no call before it is given one, since models need the pair."""
+    translated: Messages = []
+    open_call = ""  # the id of a call that has no result yet
+    for index, message in enumerate(messages):
+        function = message["function_call"]
+        message = without(message, ["function_call"])
+        if message["role"] == "function":
+            if not open_call:
+                function = {"name": message["name"] or "", "arguments": "{}"}
+                open_call = f"call_{index}"
+                translated.append(
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [tool_call(open_call, function)],
+                    }
+                )
+            message |= {"role": "tool", "tool_call_id": open_call, "name": None}
+            open_call = ""
+        elif function:
+            open_call = f"call_{index}"
+            calls = [*(message["tool_calls"] or []), tool_call(open_call, function)]
+            message["tool_calls"] = calls
+        translated.append(message)
+    return translated
+
+
+def tool_call(id: str, function: Json) -> Json:
+    return {"id": id, "type": "function", "function": function}
 
 
 # -- Tools ---------------------------------------------------------------------
 #
-# What a model may call, for models that know nothing of tools: they are told
-# in the system's text, and what was called and came back stands in the history
-# in the form they were taught. `Dialects` hears what they make of it.
-
-
-TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-CHOICES = ("none", "auto", "required")
+# Which tools a model may call. How it is told of them is in Tool prompts, and how
+# its calls are read in Tool calls.
 
 
 class Tool(NamedTuple):
@@ -1193,24 +1274,10 @@ class Toolbox(NamedTuple):
 
 
 def parse_toolbox(body: Json) -> Toolbox | None:
-    """Give what may be called, if anything; `body` has passed the tables."""
-    both = "Only one of 'tools' and 'functions' can be given."
-    require(not (body["tools"] and body["functions"]), both, param="functions")
-    legacy = bool(body["functions"])
-    param = "function_call" if legacy else "tool_choice"
-    tools = read_tools(body)
-    check_no_choice(body)
-    names, must_call = read_choice(body[param], param)
-    check_names(names, tools, param)
-    if not tools or names == []:
-        return None
-    chosen = tuple(tool for tool in tools if names is None or tool.name in names)
-    parallel = body["parallel_tool_calls"] and not legacy
-    return Toolbox(chosen, must_call, parallel, legacy)
+    """Give what may be called, if anything; `body` has passed the tables.
 
-
-def check_no_choice(body: Json) -> None:
-    """Without tools, a choice that asks for none of them does no harm."""
+    The older `functions` and `function_call` say the same in other words: below,
+    they are no more than a flag of the toolbox."""
     for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
         message = (
             f"Invalid value for '{param}': "
@@ -1218,96 +1285,40 @@ def check_no_choice(body: Json) -> None:
         )
         harmless = body[among] or body[param] in (None, "none", "auto")
         require(harmless, message, param=param)
-
-
-def read_tools(body: Json) -> list[Tool]:
-    tools = []
-    for index, given in enumerate(body["functions"]):
-        tools.append(read_tool(given, f"functions[{index}]"))
-    for index, given in enumerate(body["tools"]):
-        path = f"tools[{index}]"
-        require_function(given, path)
-        tools.append(read_tool(given["function"], f"{path}.function"))
-    names = [tool.name for tool in tools]
-    for name in names:
-        message = f"Invalid 'tools': '{name}' is there twice; each needs its own name."
-        param = "functions" if body["functions"] else "tools"
-        require(names.count(name) == 1, message, code="invalid_value", param=param)
-    return tools
-
-
-def require_function(given: Json, path: str) -> None:
-    custom = (
-        f"Unsupported value: '{path}' is a custom tool, which Replicate's models "
-        "can't be given. Use one of type 'function'."
+    legacy = bool(body["functions"])
+    both = "Only one of 'tools' and 'functions' can be given."
+    require(not (legacy and body["tools"]), both, param="functions")
+    among, param = (
+        ("functions", "function_call") if legacy else ("tools", "tool_choice")
     )
-    param = f"{path}.type"
-    require(given["type"] == "function", custom, code="unsupported_value", param=param)
-    missing = f"Missing required parameter: '{path}.function'."
-    code, param = "missing_required_parameter", f"{path}.function"
-    require(given["function"] is not None, missing, code=code, param=param)
-
-
-def read_tool(given: Json, path: str) -> Tool:
-    name = given["name"]
-    message = (
-        f"Invalid '{path}.name': string does not match pattern. Expected a string "
-        f"that matches the pattern '^{TOOL_NAME.pattern}$'."
-    )
-    fits = TOOL_NAME.fullmatch(name)
-    require(fits, message, code="invalid_value", param=f"{path}.name")
-    return Tool(name, given["description"] or "", given["parameters"] or {})
-
-
-def read_choice(choice: Any, param: str) -> tuple[list[str] | None, bool]:
-    """Give the names of what may be called, None for all, and whether one must be."""
+    functions = body["functions"] or [tool["function"] for tool in body["tools"]]
+    choice = body[param]
+    if legacy and isinstance(choice, dict):
+        choice = {"type": "function", "function": choice}
+    known = [function["name"] for function in functions]
+    for name in known:
+        message = (
+            f"Invalid '{among}': '{name}' is there twice; each needs its own name."
+        )
+        require(known.count(name) == 1, message, code="invalid_value", param=among)
+    allowed, must_call = known, choice == "required"
     if isinstance(choice, dict):
-        return read_named(choice, param)
-    if choice is not None:
-        choices = CHOICES if param == "tool_choice" else CHOICES[:2]
-        check_choice(param, choice, choices)
-    return ([] if choice == "none" else None), choice == "required"
-
-
-def read_named(choice: Json, param: str) -> tuple[list[str] | None, bool]:
-    if param == "function_call":
-        return [read_name(choice, param)], True
-    kind = choice.get("type")
-    if kind == "allowed_tools":
-        return read_allowed(choice.get("allowed_tools"))
-    check_choice(f"{param}.type", str(kind), ("function", "allowed_tools"))
-    return [read_name(choice.get("function"), f"{param}.function")], True
-
-
-def read_allowed(allowed: Any) -> tuple[list[str] | None, bool]:
-    path = "tool_choice.allowed_tools"
-    has_tools = isinstance(allowed, dict) and isinstance(allowed.get("tools"), list)
-    missing = f"Missing required parameter: '{path}.tools'."
-    code = "missing_required_parameter"
-    require(has_tools and allowed["tools"], missing, code=code, param=f"{path}.tools")
-    mode = allowed.get("mode")
-    check_choice(f"{path}.mode", str(mode), ("auto", "required"))
-    names = [
-        read_name(tool.get("function") if isinstance(tool, dict) else None, path)
-        for tool in allowed["tools"]
-    ]
-    return names, mode == "required"
-
-
-def read_name(function: Any, path: str) -> str:
-    name = function.get("name") if isinstance(function, dict) else None
-    missing = f"Missing required parameter: '{path}.name'."
-    code, param = "missing_required_parameter", f"{path}.name"
-    require(isinstance(name, str), missing, code=code, param=param)
-    return str(name)
-
-
-def check_names(names: list[str] | None, tools: list[Tool], param: str) -> None:
-    among = "tools" if param == "tool_choice" else "functions"
-    for name in names or []:
-        there = any(tool.name == name for tool in tools)
+        rows, must_call = [choice], True
+        if choice["type"] == "allowed_tools":
+            rows = choice["allowed_tools"]["tools"]
+            must_call = choice["allowed_tools"]["mode"] == "required"
+        allowed = [row["function"]["name"] for row in rows]
+    for name in allowed:
         message = f"Tool choice '{name}' not found in '{among}' parameter."
-        require(there, message, code="invalid_value", param=param)
+        require(name in known, message, code="invalid_value", param=param)
+    if not functions or choice == "none":
+        return None
+    tools = tuple(
+        Tool(function["name"], function["description"], function["parameters"])
+        for function in functions
+        if function["name"] in allowed
+    )
+    return Toolbox(tools, must_call, body["parallel_tool_calls"] and not legacy, legacy)
 
 
 def properties_of(tool: Tool | None) -> Json:
@@ -1316,6 +1327,8 @@ def properties_of(tool: Tool | None) -> Json:
 
 # -- Output formats ------------------------------------------------------------
 #
+# Which JSON a client wants. Any schema will do: a model is told all of it, and an
+# answer is held to what of it can be checked.
 
 
 class ResponseFormat(NamedTuple):
@@ -1329,43 +1342,15 @@ class ResponseFormat(NamedTuple):
 
 ANY_OBJECT = ResponseFormat({"type": "object"})
 
-IS_NAME = re.compile("[A-Za-z0-9_-]+")
-
 
 def parse_response_format(body: Json) -> ResponseFormat | None:
-    """Read what Parameters have checked; None where text is wanted."""
+    """Give the format, None where text is wanted; `body` has passed the tables."""
     asked = body["response_format"]
     if asked is None or asked["type"] == "text":
         return None
-    return ANY_OBJECT if asked["type"] == "json_object" else read_schema(asked)
-
-
-def read_schema(asked: Json) -> ResponseFormat:
-    where = "response_format.json_schema"
-    named = check_param(
-        where, asked["json_schema"], Param(OBJECT, required=True, each=JSON_SCHEMA)
-    )
-    check_name(f"{where}.name", named["name"])
-    check_schema(named["name"], named["schema"])
-    rest = {key: named[key] for key in ("name", "description", "strict")}
-    return ResponseFormat(named["schema"], **rest)
-
-
-def check_name(path: str, name: str) -> None:
-    expected = "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."
-    message = f"Invalid '{path}': string does not match pattern. {expected}"
-    require(IS_NAME.fullmatch(name), message, code="invalid_value", param=path)
-
-
-def check_schema(name: str, schema: Json) -> None:
-    for context, fault in schema_faults(schema):
-        message = f"In context={context}, {fault}."
-        raise APIError(
-            400,
-            f"Invalid schema for response_format '{name}': {message}",
-            code="invalid_json_schema",
-            param="response_format",
-        )
+    if asked["type"] == "json_object":
+        return ANY_OBJECT
+    return ResponseFormat(**{key: asked["json_schema"][key] for key in JSON_SCHEMA})
 
 
 class Wanted(NamedTuple):
@@ -1444,7 +1429,9 @@ def without_empty(fields: Json) -> Json:
 def parsed(text: str) -> Any:
     """The value of a JSON text, None if it is not one."""
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite_float)
+        return json.loads(
+            text, parse_constant=reject_constant, parse_float=finite_float
+        )
     except (ValueError, RecursionError):
         return None
 
@@ -4779,11 +4766,13 @@ Check = Callable[[Any, Any, Place], Iterator[str]]  # value, what the keyword sa
 
 def validate(value: Any, schema: Any, path: str = "$") -> str:
     """Say in a sentence where the value breaks a schema without faults, else ""."""
-    schemas = dict(schemas_in(schema))
     try:
+        schemas = dict(schemas_in(schema))
         why = first_fault(value, Place(path, schema, schemas, iter(range(MOST_STEPS))))
     except (Intricate, RecursionError):
         return f"{path} takes too long to check against its schema."
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ""  # what can't be checked is not
     return why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}…"
 
 
@@ -4833,8 +4822,8 @@ def is_multiple(value: float, said: float) -> bool:
     return Fraction(str(value)) % Fraction(str(said)) == 0
 
 
-def names_of(said: str | list[str]) -> list[str]:
-    return [said] if isinstance(said, str) else said
+def names_of(said: Any) -> list[str]:
+    return [said] if isinstance(said, str) else as_list(said)
 
 
 def type_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
@@ -5271,7 +5260,9 @@ class Nesting:
 def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
     """Give the value, and in a sentence why it won't do; "" if it will."""
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite_float)
+        value = json.loads(
+            text, parse_constant=reject_constant, parse_float=finite_float
+        )
     except (ValueError, RecursionError) as error:
         return None, f"It is not JSON: {error}."
     return value, validate(value, format.schema)
@@ -5341,7 +5332,7 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
 def openings_of(schema: Json) -> re.Pattern[str]:
     """What a value may begin with, as far as the schema names its type."""
     types = names_of(schema.get("type", [*OPENINGS]))
-    return re.compile("|".join(OPENINGS.get(name, "(?!)") for name in types))
+    return re.compile("|".join(OPENINGS.get(str(name), "(?!)") for name in types))
 
 
 class Extract:
@@ -5828,9 +5819,9 @@ def as_literals(text: str) -> str:
     for c in bare:
         depth += (c in "([{") - (c in ")]}")
         if depth > DEEPEST_PYTHON:
-            refuse("too deep")
+            raise ValueError("too deep")
     if PYTHON_NOISE.search(bare):
-        refuse("more than literals")
+        raise ValueError("more than literals")
     return PYTHON_TOKEN.sub(as_literal, text)
 
 
@@ -6712,9 +6703,7 @@ def retrieve_model(proxy: Proxy, request: Request, id: str) -> Response:
 
 def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
     body = parse_body(request, CHAT, model)
-    messages = [given_back(message) for message in body["messages"]]
-    body["messages"] = check_parts(messages)
-    check_history(body["messages"])
+    body["messages"] = parse_messages(body["messages"])
     chosen = find_model(proxy.models.current(), body["model"])
     attached = attachments(body["messages"])
     kinds = {kind for kind, _ in attached}
@@ -8067,10 +8056,10 @@ def key_source(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
 def check_all(settings: Settings) -> int:
     """Say what was found of the settings, the models and the token."""
     settings.check()
-    catalogue = ModelsFile(settings.models_path, FAMILIES).current()
+    models = ModelsFile(settings.models_path, FAMILIES).current()
     print(f"settings  are right: {settings}")
-    print(f"models    {len(catalogue.mappings)} in {settings.models_path}, ", end="")
-    print(f"and {catalogue.default_model or 'none'} for any other name")
+    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
+    print(f"and {models.default_model or 'none'} for any other name")
     with closing(ReplicateAPI(settings, Timeouts())) as api:
         try:
             account = api.account()
