@@ -1397,7 +1397,6 @@ To call a tool, write its name and its arguments as JSON between these tags:
 <tool_response>. Never make up a result."""
 
 ONE_CALL = "Make one call, not more."
-
 MANY_CALLS = "To make several calls, write these tags once for each."
 
 
@@ -1462,36 +1461,28 @@ def function_object(tool: Tool) -> Json:
     return {name: value for name, value in fields.items() if value not in ("", {})}
 
 
-def format_object(format: ResponseFormat, key: str = "") -> Json:
-    """OpenAI's object for a format, with its schema in a key or beside the type."""
-    if not format.name:
-        return {"type": "json_object"}
-    schema = {"name": format.name, "schema": format.schema, "strict": format.strict}
-    if format.description:
-        schema["description"] = format.description
-    return {"type": "json_schema", **({key: schema} if key else schema)}
-
-
-def native_chat_inputs(wanted: Wanted) -> Json:
-    """Tools and format as in chat completions: IBM's granite from 3.3 on."""
+def native_inputs(api: str, wanted: Wanted) -> Json:
+    """Tools and format as `chat` completions have them, or the API of `responses`."""
     inputs: Json = {}
-    if wanted.toolbox:
-        functions = map(function_object, wanted.toolbox.tools)
-        inputs["tools"] = [{"type": "function", "function": f} for f in functions]
-    if wanted.format:
-        inputs["response_format"] = format_object(wanted.format, "json_schema")
-    return inputs
-
-
-def native_response_inputs(wanted: Wanted) -> Json:
-    """Tools and format as in the Responses API: openai/gpt-5-structured."""
-    inputs: Json = {}
-    if wanted.toolbox:
-        functions = map(function_object, wanted.toolbox.tools)
-        inputs["tools"] = [{"type": "function", **f} for f in functions]
-    if wanted.format:
-        inputs["json_schema"] = {"format": format_object(wanted.format)}
-    return inputs
+    toolbox, format = wanted
+    if toolbox:
+        functions = map(function_object, toolbox.tools)
+        inputs["tools"] = [
+            {"type": "function", **({"function": f} if api == "chat" else f)}
+            for f in functions
+        ]
+    if not format:
+        return inputs
+    schema: Json = {}
+    if format.name:
+        about = {"description": format.description} if format.description else {}
+        schema = {"name": format.name, **about}
+        schema |= {"schema": format.schema, "strict": format.strict}
+    type = {"type": "json_schema" if schema else "json_object"}
+    if api == "responses":  # openai/gpt-5-structured has its own name for it
+        return {**inputs, "json_schema": {"format": {**type, **schema}}}
+    named = {"json_schema": schema} if schema else {}
+    return {**inputs, "response_format": {**type, **named}}
 
 
 def parsed(text: str) -> Any:
@@ -1590,11 +1581,8 @@ def without_nulls(message: Json) -> Json:
 Turns = list[tuple[str, str]]  # each a role and a text
 
 LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
-
 LABEL_LINE = re.compile(rf"\n(?=(?:{'|'.join(LABELS.values())}):)")
-
-LLAMA_2_TOKENS = re.compile(r"[<\[](?=(?<=<)/?s>|(?<=<)</?SYS>>|(?<=\[)/?INST\])")
-
+LLAMA_2_TOKENS = re.compile(r"<(?=/?s>|</?SYS>>)|\[(?=/?INST\])")
 LLAMA_TOKENS = re.compile(  # of Llama 3 and of Llama 4
     r"<(?=\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id"
     r"|header_start|header_end|eot|eom|python_tag|python_start|python_end)\|>)"
@@ -1634,18 +1622,14 @@ def with_system(instructions: str, text: str, system: str, prompt: str) -> Json:
     return {prompt: f"{instructions}\n\n{text}" if instructions else text}
 
 
-def escape_labels(text: str) -> str:
-    return LABEL_LINE.sub("\n ", text)
-
-
 def render_transcript(messages: Messages, system: str, prompt: str) -> Json:
     """Turns with labels before them; a lone question stays as it is."""
     instructions, turns = split_system(messages)
     if is_question(turns):
         return with_system(instructions, turns[0][1], system, prompt)
     if not system:
-        instructions = escape_labels(f"\n{instructions}")[1:]
-    lines = [f"{LABELS[role]}: {escape_labels(text)}" for role, text in turns]
+        instructions = LABEL_LINE.sub("\n ", f"\n{instructions}")[1:]
+    lines = [f"{LABELS[role]}: " + LABEL_LINE.sub("\n ", text) for role, text in turns]
     if turns[-1][0] != "assistant":
         lines.append("Assistant:")
     return with_system(instructions, "\n\n".join(lines), system, prompt)
@@ -1695,17 +1679,12 @@ render_llama_4 = partial(
 
 def render_messages(messages: Messages, system: str, _: str) -> Json:
     """The model takes messages: they are only brought to the roles that all know."""
+    given = [
+        {**without_nulls(message), "content": plain_content(message["content"])}
+        for message in messages
+    ]
     roles = {"developer": system, "system": system}
-    return {
-        "messages": [
-            {
-                **without_nulls(message),
-                "role": roles.get(message["role"], message["role"]),
-                "content": plain_content(message["content"]),
-            }
-            for message in messages
-        ]
-    }
+    return {"messages": [{**m, "role": roles.get(m["role"], m["role"])} for m in given]}
 
 
 def render_response_items(messages: Messages, system: str, _: str) -> Json:
@@ -1728,10 +1707,7 @@ def render_response_items(messages: Messages, system: str, _: str) -> Json:
         ]
     if not items:
         return {"input_item_list": [{"role": "user", "content": instructions}]}
-    return {
-        "input_item_list": items,
-        **({system: instructions} if instructions else {}),
-    }
+    return {"input_item_list": items} | ({system: instructions} if instructions else {})
 
 
 # -- Families ------------------------------------------------------------------
@@ -1806,14 +1782,14 @@ class Slot(NamedTuple):
 
 
 class Family(NamedTuple):
-    pattern: str
-    render: Callable[[Messages, str, str], Json]  # by messages, system and prompt
-    system: str  # the input, or role, for system text; "": on top of the prompt
-    fields: Mapping[str, Field]  # by OpenAI's parameter
-    slots: Mapping[str, Slot] = {}  # by the type of part
+    pattern: str = ""
+    fields: Mapping[str, Field] = {}  # by OpenAI's parameter
+    render: Callable[[Messages, str, str], Json] = render_transcript
+    system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
+    slots: Mapping[str, Slot] = {}  # by the type of part
     always: Json = {}  # inputs that go with every prompt
-    native: Callable[[Wanted], Json] | None = None  # inputs for tools and format
+    native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
     others: Mapping[str, Field] = {}  # inputs that OpenAI has no name for
     required: tuple[str, ...] = ()  # inputs without which it does not run
     is_language: bool = True
@@ -1830,165 +1806,127 @@ def inputs_of(names: str, *others: Field) -> dict[str, Field]:
     return {PARAMETER_OF[row.name]: row for row in rows}
 
 
-def limit(name: str, low: int = 1, high: int | None = None) -> Field:
-    return Field(name, low, high)
+def levels(name: str, choices: str) -> Field:
+    return Field(name, choices=tuple(choices.split()))
 
-
-def long_limit(name: str, high: int | None = None) -> Field:
-    return Field(name, 1, high, default=LONG)
-
-
-COMMA_STOP = Field("stop_sequences", type="string")
 
 PENALTIES = "presence_penalty frequency_penalty"
-
-LLAMA = inputs_of(
-    f"temperature top_p top_k min_tokens {PENALTIES}",
-    long_limit("max_tokens"),
-    COMMA_STOP,
-)
-
+COMMA_STOP = Field("stop_sequences", type="string")
+LONG_LIMIT = Field("max_tokens", 1, default=LONG)
+OPEN = inputs_of(f"temperature top_p {PENALTIES}", LONG_LIMIT)
+LLAMA = {**OPEN, **inputs_of("top_k min_tokens", COMMA_STOP)}
 MISTRAL = inputs_of(
     "top_p top_k seed",
     Field("temperature", 0.01, 5),
     Field("min_new_tokens", -1),
-    long_limit("max_new_tokens"),
+    LONG_LIMIT._replace(name="max_new_tokens"),
     COMMA_STOP,
 )
-
+LLAMA_2 = {**MISTRAL, **inputs_of("", Field("top_k", 0))}
 LLAMA_2_7B = {**MISTRAL, **inputs_of("repetition_penalty", Field("top_k", -1))}
-
-OPEN = inputs_of(f"temperature top_p {PENALTIES}", long_limit("max_tokens"))
-
-GRANITE = {
-    **OPEN,
-    **inputs_of("top_k min_tokens seed stop", long_limit("max_completion_tokens")),
-}
+GRANITE_LIMIT = LONG_LIMIT._replace(name="max_completion_tokens")
+GRANITE = {**OPEN, **inputs_of("top_k min_tokens seed stop", GRANITE_LIMIT)}
+KIMI = {**OPEN, **inputs_of("", LONG_LIMIT._replace(high=131072))}
+DEEPSEEK_31 = {**OPEN, **inputs_of("", levels("thinking", "None medium"))}
+GPT_4 = f"temperature top_p {PENALTIES}"
+STRUCTURED = inputs_of(
+    "verbosity max_output_tokens", levels("reasoning_effort", "minimal low medium high")
+)
 
 AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
 
 IN_PLACE = {"image_url": Slot("", 100)}
-
 ONE_IMAGE = {"image_url": Slot("image")}
-
+IMAGE_INPUT = {"image_url": Slot("image_input", 100, as_list=True)}
 IMAGES = {"image_url": Slot("images", 10, as_list=True)}
-
 IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
 
 
 def gpt(pattern: str, names: str = "", efforts: str = "") -> Family:
     """A model of OpenAI's that takes messages, and images in them."""
-    effort = [Field("reasoning_effort", choices=(*efforts.split(),))] if efforts else []
-    fields = inputs_of(names, limit("max_completion_tokens"), *effort)
-    return Family(f"openai/{pattern}", render_messages, "system", fields, IN_PLACE)
+    fields = inputs_of(names, Field("max_completion_tokens", 1))
+    if efforts:
+        fields |= inputs_of("", levels("reasoning_effort", efforts))
+    return Family(pattern, fields, render_messages, "system", slots=IN_PLACE)
 
 
-def claude(pattern: str, limit: Field, slots: Mapping[str, Slot]) -> Family:
-    fields = inputs_of("", limit)
-    pattern = f"anthropic/claude-{pattern}"
-    return Family(pattern, render_transcript, "system_prompt", fields, slots)
+def claude(pattern: str, least: int, most: int, slots: Mapping[str, Slot]) -> Family:
+    fields = inputs_of("", Field("max_tokens", least, most))
+    return Family(pattern, fields, system="system_prompt", slots=slots)
 
 
-def gemini(pattern: str, slots: Mapping[str, Slot], effort: Field) -> Family:
-    fields = inputs_of(
-        "top_p",
-        Field("temperature", 0, 2),
-        limit("max_output_tokens", 1, 65535),
-        effort,
-    )
-    pattern = f"google/gemini-{pattern}"
-    return Family(pattern, render_transcript, "system_instruction", fields, slots)
+def gemini(pattern: str, effort: Field, slots: Mapping[str, Slot]) -> Family:
+    limit, heat = Field("max_output_tokens", 1, 65535), Field("temperature", 0, 2)
+    fields = inputs_of("top_p", limit, heat, effort)
+    return Family(pattern, fields, system="system_instruction", slots=slots)
 
 
 FAMILIES = {
     "llama-2-7b": Family(
-        r"meta/llama-2-7b-chat", render_llama_2, "system_prompt", LLAMA_2_7B
+        r"meta/llama-2-7b-chat", LLAMA_2_7B, render_llama_2, "system_prompt"
     ),
     "llama-2": Family(
-        r"meta/llama-2-.*-chat",
-        render_llama_2,
-        "system_prompt",
-        {**MISTRAL, **inputs_of("", Field("top_k", 0))},
+        r"meta/llama-2-.*-chat", LLAMA_2, render_llama_2, "system_prompt"
     ),
     "llama-3": Family(
-        r"meta/meta-llama-3.*-instruct", render_llama_3, "", LLAMA, always=AS_IT_IS
+        r"meta/meta-llama-3.*-instruct", LLAMA, render_llama_3, always=AS_IT_IS
     ),
     "llama-4": Family(
-        r"meta/llama-4-.*-instruct", render_llama_4, "", LLAMA, always=AS_IT_IS
+        r"meta/llama-4-.*-instruct", LLAMA, render_llama_4, always=AS_IT_IS
     ),
     "gpt-5-structured": Family(
         r"openai/gpt-5-structured",
+        STRUCTURED,
         render_response_items,
         "instructions",
-        inputs_of(
-            "verbosity",
-            limit("max_output_tokens"),
-            Field("reasoning_effort", choices=("minimal", "low", "medium", "high")),
-        ),
-        {"image_url": Slot("image_input", 100, as_list=True)},
-        native=native_response_inputs,
+        slots=IMAGE_INPUT,
+        native="responses",
     ),
-    "o1-mini": gpt(r"o1-mini")._replace(system="user", slots={}),
-    "o-series": gpt(r"o(1|3|3-mini|4-mini)", "", "low medium high"),
-    "gpt-5-pro": gpt(r"gpt-5-pro", "verbosity"),
-    "gpt-5.1": gpt(r"gpt-5\.1", "verbosity", "none low medium high"),
-    "gpt-5.2": gpt(r"gpt-5\.\d", "verbosity", "none low medium high xhigh"),
-    "gpt-5": gpt(r"gpt-5(-mini|-nano)?", "verbosity", "minimal low medium high"),
-    "kimi-k2.5": Family(
-        r"moonshotai/kimi-k2\.5",
-        render_transcript,
-        "",
-        {**OPEN, **inputs_of("", long_limit("max_tokens", 131072))},
-        ONE_IMAGE,
-    ),
-    "deepseek-v3.1": Family(
-        r"deepseek-ai/deepseek-v3\.1",
-        render_transcript,
-        "",
-        {**OPEN, **inputs_of("", Field("thinking", choices=("None", "medium")))},
-    ),
+    "o1-mini": gpt(r"openai/o1-mini")._replace(system="user", slots={}),
+    "o-series": gpt(r"openai/o(1|3|3-mini|4-mini)", "", "low medium high"),
+    "gpt-5-pro": gpt(r"openai/gpt-5-pro", "verbosity"),
+    "gpt-5.1": gpt(r"openai/gpt-5\.1", "verbosity", "none low medium high"),
+    "gpt-5.2": gpt(r"openai/gpt-5\.\d", "verbosity", "none low medium high xhigh"),
+    "gpt-5": gpt(r"openai/gpt-5(-mini|-nano)?", "verbosity", "minimal low medium high"),
+    "kimi-k2.5": Family(r"moonshotai/kimi-k2\.5", KIMI, slots=ONE_IMAGE),
+    "deepseek-v3.1": Family(r"deepseek-ai/deepseek-v3\.1", DEEPSEEK_31),
     "open": Family(
         r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
         r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
-        render_transcript,
-        "",
         OPEN,
     ),
-    "gpt-4": gpt(
-        r"gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", f"temperature top_p {PENALTIES}"
-    ),
-    "claude-3.5": claude(r"(3\.5-|4\.5-haiku).*", limit("max_tokens", 1, 8192), {}),
-    "claude": claude(r".*", limit("max_tokens", 1024, 64000), ONE_IMAGE),
+    "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", GPT_4),
+    "claude-3.5": claude(r"anthropic/claude-(3\.5-|4\.5-haiku).*", 1, 8192, {}),
+    "claude": claude(r"anthropic/claude-.*", 1024, 64000, ONE_IMAGE),
     "gemini-3.1": gemini(
-        r"3\.1-(pro|flash)",
+        r"google/gemini-3\.1-(pro|flash)",
+        levels("thinking_level", "low medium high"),
         IMAGES_AND_SOUND,
-        Field("thinking_level", choices=("low", "medium", "high")),
     ),
     "gemini-3": gemini(
-        r"3-(pro|flash)",
+        r"google/gemini-3-(pro|flash)",
+        levels("thinking_level", "low high"),
         IMAGES_AND_SOUND,
-        Field("thinking_level", choices=("low", "high")),
     ),
     "gemini": gemini(
-        r"2\.5-flash", IMAGES, Field("thinking_budget", 0, 24576, type="integer")
+        r"google/gemini-2\.5-flash",
+        Field("thinking_budget", 0, 24576, type="integer"),
+        IMAGES,
     ),
     "granite": Family(
-        r"ibm-granite/granite-3\.[012]-.*-instruct",
-        render_transcript,
-        "system_prompt",
-        LLAMA,
+        r"ibm-granite/granite-3\.[012]-.*-instruct", LLAMA, system="system_prompt"
     ),
     "granite-messages": Family(
         r"ibm-granite/granite-(3\.3-8b-instruct|4\.0-h-small)",
+        GRANITE,
         render_messages,
         "system",
-        GRANITE,
-        native=native_chat_inputs,
+        native="chat",
     ),
-    "mistral": Family(r"mistralai/mistral-7b-v0\.1", render_transcript, "", MISTRAL),
+    "mistral": Family(r"mistralai/mistral-7b-v0\.1", MISTRAL),
 }
 
-PLAIN = Family("", render_transcript, "", {})
+PLAIN = Family()
 
 
 def find_family(model: Model) -> Family:
@@ -2019,12 +1957,10 @@ PROMPTS = (
     "prompt user_prompt input_prompt text input_text text_input input inputs query "
     "question instruction message user_message"
 )
-
 SYSTEMS = (
     "system_prompt system_instruction system_instructions system_message instructions "
     "system pre_prompt"
 )
-
 SYSTEM_NAMES = SYSTEMS.split()
 
 # … and what is attached to it, by the type of part.
@@ -2036,8 +1972,8 @@ ATTACHED = {
     "file": "file files pdf document documents input_file",
 }
 
-# Which inputs take a value, by its type; both as `input_type` says them. An input
-# that says no type takes any.
+# The types of inputs, as `input_type` gives them, that take a value of a type, or
+# the messages, the text, or a file. An input that says no type takes any.
 ACCEPTED = {
     "messages": ("objects", "array"),
     "text": ("string",),
@@ -2049,16 +1985,21 @@ ACCEPTED = {
 }
 
 NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
-
 DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
 
-MANY = 100  # attachments, where the schema sets no bound
-
-MAX_HOPS = 8  # from a schema to what it refers to
-
-JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object")
-
+JSON_TYPES = {
+    "string": STRING,
+    "integer": INTEGER,
+    "number": NUMBER,
+    "boolean": BOOLEAN,
+    "array": ARRAY,
+    "object": OBJECT,
+}
+ANYTHING = tuple(KINDS)
+ALTERNATIVES = ("anyOf", "oneOf")
 TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
+MAX_HOPS = 8  # from a schema to what it refers to
+MANY = 100  # attachments, where the schema sets no bound
 
 
 def resolve(schema: Any, schemas: Json) -> Json:
@@ -2078,7 +2019,7 @@ def resolve(schema: Any, schemas: Json) -> Json:
 
 
 def alternatives(schema: Json) -> list[Json]:
-    lists = (as_list(schema.get(key)) for key in ("anyOf", "oneOf"))
+    lists = (as_list(schema.get(key)) for key in ALTERNATIVES)
     parts = (as_object(part) for parts in lists for part in parts)
     return [part for part in parts if part.get("type") != "null"]
 
@@ -2107,7 +2048,7 @@ def is_text(output: Json, schemas: Json) -> bool:
     """Whether what a model makes can be text, for all that its schema says."""
     if len(parts := alternatives(output)) > 1:
         folded = (resolve(part, schemas) for part in parts)
-        return any(is_text(without(f, ("anyOf", "oneOf")), schemas) for f in folded)
+        return any(is_text(without(f, ALTERNATIVES), schemas) for f in folded)
     if isinstance(output.get("x-cog-array-display"), str):
         return bool(output["x-cog-array-display"] == "concatenate")
     if inside := as_object(output.get("properties")):
@@ -2139,7 +2080,7 @@ def read_family(document: Any) -> Family | None:
     messages, prompt = find("messages", "messages"), find(PROMPTS, "text")
     if not (messages or prompt):
         return None
-    family = Family("", render_transcript, find(SYSTEMS, "text"), {}, prompt=prompt)
+    family = Family(system=find(SYSTEMS, "text"), prompt=prompt)
     if messages and prompt not in needed:
         family = family._replace(render=render_messages, system="system")
     fields = {
@@ -2205,13 +2146,10 @@ def read_slot(name: str, schema: Json) -> Slot:
 
 
 SCHEMA_LASTS = 3600  # seconds, for one that was read …
-
 RETRY_AFTER = 60  # … and for one that could not be
-
 MOST_SCHEMAS = 1000
 
 OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
-
 DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
@@ -2230,13 +2168,13 @@ def merge(row: Family, read: Family | None) -> Family:
     )
 
 
+@dataclass
 class SchemaEntry:
     """One look-up of a schema, for all the requests that wait for it."""
 
-    def __init__(self, family: Family | None, expires: float) -> None:
-        self.family = family
-        self.expires = expires
-        self.done = threading.Event()
+    family: Family | None
+    expires: float
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class SchemaCache:
@@ -2307,9 +2245,12 @@ def family_for(
 ) -> Family:
     """Its row if that says all that is needed, so that a known model costs no GET."""
     row = find_family(model)
+    known = {*DOCUMENTED, *row.fields, *(field.name for field in row.fields.values())}
+    known |= {*SYSTEM_NAMES} if "messages" in body else set()
+    sent = {name for name, value in body.items() if value is not None}
     if row is PLAIN:
         family = schemas.find(model.ref) or PLAIN
-    elif says_all(row, body, attached):
+    elif sent <= known and attached <= row.slots.keys():
         family = row
     else:
         family = merge(row, schemas.find(model.ref))
@@ -2317,14 +2258,6 @@ def family_for(
     is_language = family.is_language
     require(is_language, f"The model `{model.id}` {no_text}", param="model")
     return family
-
-
-def says_all(row: Family, body: Json, attached: set[str]) -> bool:
-    own = {field.name for field in row.fields.values()}
-    own |= {*SYSTEM_NAMES} if "messages" in body else set()
-    sent = {name for name, value in body.items() if value is not None}
-    unknown = sent - DOCUMENTED - row.fields.keys() - own
-    return not unknown and attached <= row.slots.keys()
 
 
 # -- Prediction inputs ---------------------------------------------------------
@@ -2352,7 +2285,7 @@ def with_wanted(body: Json, family: Family, wanted: Wanted) -> Json:
     """The body with tools, format, calls and results as the family takes them."""
     toolbox, format = wanted
     if family.native:
-        inputs, history = family.native(wanted), native_history
+        inputs, history = native_inputs(family.native, wanted), native_history
         texts = [native_tool_instructions(toolbox)] if toolbox else []
     else:
         inputs, history = {}, plain_history
@@ -2528,18 +2461,6 @@ def read_asked(body: Json, fields: Mapping[str, Field], config: ModelConfig) -> 
     return asked
 
 
-ANYTHING = tuple(KINDS)
-
-JSON_KINDS = {
-    "string": STRING,
-    "integer": INTEGER,
-    "number": NUMBER,
-    "boolean": BOOLEAN,
-    "array": ARRAY,
-    "object": OBJECT,
-}
-
-
 def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
     """Bring a value to the type, and the words, of an input.
 
@@ -2559,7 +2480,7 @@ def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
     if levels and value in row.scale and value not in field.choices:
         rank = row.scale.index(value)
         value = min(levels, key=lambda c: abs(row.scale.index(c.lower()) - rank))
-    param = Param(JSON_KINDS.get(type, ANYTHING), choices=field.choices, items=ANYTHING)
+    param = Param(JSON_TYPES.get(type, ANYTHING), choices=field.choices, items=ANYTHING)
     return check({name: value}, {name: param})[name]
 
 

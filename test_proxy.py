@@ -3493,6 +3493,23 @@ def test_a_call_waits_no_longer_than_its_limit(clock):
     assert schemas.find("a/b").prompt == "prompt"
 
 
+def test_without_a_thread_nobody_waits_and_the_next_call_tries_again(
+    monkeypatch, clock
+):
+    def no_thread(thread):
+        raise RuntimeError("can't start new thread")
+
+    schemas = proxy.SchemaCache(Models(SAID_READ), no_release, clock, limit=600)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert schemas.find("a/b") is None
+    assert schemas.find("a/b").prompt == "prompt"
+    clock.now += 3601
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        assert schemas.find("a/b").prompt == "prompt"
+
+
 def test_only_so_many_schemas_are_kept():
     models = Models(SAID_READ)
     schemas = proxy.SchemaCache(models, no_release)
