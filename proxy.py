@@ -30,10 +30,8 @@ Each section uses only names from those above it.
         Tools               which tools a model may call
         Output formats      which JSON an answer has to be
     3. Inputs
-        Tool prompts        tools and formats described in words
         Chat templates      how a conversation becomes what a model reads
         Families            how each kind of model is asked: one row per family
-        Native              what some models know of tools and JSON by themselves
         Input schemas       a family read from what a model says of itself
         Prediction inputs   a request in the terms of its model
     4. Predictions
@@ -119,7 +117,7 @@ from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
 from socketserver import BaseRequestHandler, StreamRequestHandler, TCPServer
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeGuard, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 try:
@@ -1363,11 +1361,18 @@ class Wanted(NamedTuple):
 # ==== 3. INPUTS ===============================================================
 
 
-# -- Tool prompts --------------------------------------------------------------
+# -- Chat templates ------------------------------------------------------------
 #
+# What a model reads: messages, what it is told of tools and formats, and the
+# calls and results of its conversation. To add a template: a function from
+# messages, the input (or role) for system text and the input for the prompt.
+#
+# Text reaches the model as it was written. Only what would end a turn of the
+# very template that is written here is escaped: a control token of Llama's gets
+# a backslash, and a line of a transcript that begins with a label gets a space.
 
 
-INSTRUCTIONS = """\
+TOOL_INSTRUCTIONS = """\
 You can call tools. Each line in <tools> describes one, with its parameters as a \
 JSON Schema:
 <tools>
@@ -1379,25 +1384,23 @@ To call a tool, write its name and its arguments as JSON between these tags:
 <tool_response>. Never make up a result."""
 
 ONE_CALL = "Make one call, not more."
-
 MANY_CALLS = "To make several calls, write these tags once for each."
 
 
 def tool_instructions(toolbox: Toolbox) -> str:
-    """The text above the system's own."""
-    lines = [compact(taught_tool(tool)) for tool in toolbox.tools]
-    how_many = MANY_CALLS if toolbox.parallel else ONE_CALL
-    when = told_when(toolbox)
-    return INSTRUCTIONS.format(tools="\n".join(lines), when=when, how_many=how_many)
+    # with a description, even if empty: a tool that is recited looks unlike a call
+    lines = [
+        compact({"name": tool.name, "description": "", **function_object(tool)})
+        for tool in toolbox.tools
+    ]
+    return TOOL_INSTRUCTIONS.format(
+        tools="\n".join(lines),
+        when=when_to_call(toolbox),
+        how_many=MANY_CALLS if toolbox.parallel else ONE_CALL,
+    )
 
 
-def taught_tool(tool: Tool) -> Json:
-    """With a description, if empty: a tool that is recited looks unlike a call."""
-    told = {"name": tool.name, "description": tool.description}
-    return {**told, **without_empty({"parameters": tool.parameters})}
-
-
-def told_when(toolbox: Toolbox) -> str:
+def when_to_call(toolbox: Toolbox) -> str:
     if not toolbox.must_call:
         return (
             "Call a tool only if you need it; if not, answer in plain words, "
@@ -1408,32 +1411,17 @@ def told_when(toolbox: Toolbox) -> str:
     return f"You must call {which} now: write the call and nothing else."
 
 
-def tool_demands(toolbox: Toolbox) -> str:
-    """What is still to be said to a model that was given the tools themselves."""
-    demands = [told_when(toolbox)] if toolbox.must_call else []
-    return " ".join([*demands, *([] if toolbox.parallel else [ONE_CALL])])
+def native_tool_instructions(toolbox: Toolbox) -> str:
+    """What is left to say to a model that takes the tools as an input."""
+    texts = [when_to_call(toolbox)] if toolbox.must_call else []
+    return " ".join([*texts, *([] if toolbox.parallel else [ONE_CALL])])
 
 
-def repair_instructions(toolbox: Toolbox, why: str) -> str:
-    """What the user's side says after an answer that was not what it had to be."""
+def retry_call_instructions(toolbox: Toolbox, why: str) -> str:
     return (
-        f"That was not a call that works: {why} {told_when(toolbox)} Write "
+        f"That was not a call that works: {why} {when_to_call(toolbox)} Write "
         '<tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>.'
     )
-
-
-def without_empty(fields: Json) -> Json:
-    return {name: value for name, value in fields.items() if value not in ("", {})}
-
-
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None if it is not one."""
-    try:
-        return json.loads(
-            text, parse_constant=reject_constant, parse_float=finite_float
-        )
-    except (ValueError, RecursionError):
-        return None
 
 
 def json_instructions(format: ResponseFormat) -> str:
@@ -1448,88 +1436,149 @@ def json_instructions(format: ResponseFormat) -> str:
     return f"Answer with one JSON {noun} {only}{about}{schema if format.name else ''}"
 
 
-def json_repair(format: ResponseFormat, why: str) -> str:
+def retry_json_instructions(format: ResponseFormat, why: str) -> str:
     return (
         f"This answer is wrong: {why}\n\n"
         f"Give the answer again, corrected and whole. {json_instructions(format)}"
     )
 
 
-# -- Chat templates ------------------------------------------------------------
-#
-# How a conversation becomes what a kind of model reads. To add a layout: a
-# function from messages and the input (or role) for system text to inputs.
-#
-# No text closes its turn or opens another, whoever wrote it: what would be a
-# sign gets a zero-width space after its first character. TOKENS, the control
-# tokens of the templates we know, are signs everywhere, in names and calls too.
-# LABEL_SIGNS are signs in what shares a prompt with others: in a transcript, and
-# in a system text on top of a prompt and what is below it. A lone question that
-# fills its prompt, and a system text in a field of its own, keep their labels.
-# Not covered are look-alikes: a label within a line, in letters that only look
-# like it, without a colon or by another name ("Me:", "### Response"). Nothing
-# is done to the prompt of a completion, unless it has to go as a message.
-# Calls and their results in a conversation, checked for belonging together, and
-# told in the form that a model was taught to call in. What is attached to them
-# stays beside their text. Results stand in the turn of the user, so what looks
-# like one in any text gets a zero-width space.
+def function_object(tool: Tool) -> Json:
+    fields = tool._asdict()
+    return {name: value for name, value in fields.items() if value not in ("", {})}
+
+
+def native_inputs(api: str, wanted: Wanted) -> Json:
+    """Tools and format as `chat` completions have them, or the API of `responses`."""
+    inputs: Json = {}
+    toolbox, format = wanted
+    if toolbox:
+        functions = map(function_object, toolbox.tools)
+        inputs["tools"] = [
+            {"type": "function", **({"function": f} if api == "chat" else f)}
+            for f in functions
+        ]
+    if not format:
+        return inputs
+    schema: Json = {}
+    if format.name:
+        about = {"description": format.description} if format.description else {}
+        schema = {"name": format.name, **about}
+        schema |= {"schema": format.schema, "strict": format.strict}
+    type = {"type": "json_schema" if schema else "json_object"}
+    if api == "responses":  # openai/gpt-5-structured has its own name for it
+        return {**inputs, "json_schema": {"format": {**type, **schema}}}
+    named = {"json_schema": schema} if schema else {}
+    return {**inputs, "response_format": {**type, **named}}
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None if it is not one."""
+    try:
+        return json.loads(text, parse_constant=reject_constant, parse_float=finite_float)
+    except (ValueError, RecursionError):
+        return None
+
+
+def plain_history(messages: Messages) -> Messages:
+    """Calls and their results as text, in the form that `tool_instructions` teaches."""
+    plain: Messages = []
+    names: dict[str, str] = {}  # of the functions, by the id of a call
+    by_kind = groupby(messages, key=lambda m: m["role"] in ("tool", "function"))
+    for are_results, group in by_kind:
+        if not are_results:
+            for message in group:
+                calls = message.get("tool_calls") or []
+                names |= {call["id"]: call["function"]["name"] for call in calls}
+                plain.append(render_calls(message))
+            continue
+        parts: list[Json] = []
+        for message in group:
+            text = render_result(message, names)
+            parts += with_attachments("\n" + text if parts else text, message)
+        plain.append({"role": "user", "content": plain_content(parts)})
+    return plain
+
+
+def render_calls(message: Json) -> Json:
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    if message.get("function_call"):
+        functions.append(message["function_call"])
+    content = message.get("content") or ""
+    if not functions:
+        return {**message, "content": content}
+    lines = [text_of(content)] if text_of(content) else []
+    parts = with_attachments("\n".join([*lines, *map(render_call, functions)]), message)
+    return {"role": message["role"], "content": plain_content(parts)}
+
+
+def render_call(function: Json) -> str:
+    name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
+    arguments = text if parsed(text) is not None else json.dumps(text)
+    arguments = arguments.replace("</tool_call", r"<\/tool_call")  # the same in JSON
+    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
+
+
+def render_result(message: Json, names: Mapping[str, str]) -> str:
+    id, name = message.get("tool_call_id"), message.get("name") or ""
+    of = f' name="{escape(names.get(id, name) if id else name)}"'
+    of += f' id="{escape(id)}"' if id else ""
+    text = text_of(message.get("content") or "")
+    text = text.replace("</tool_response", r"<\/tool_response")
+    return f"<tool_response{of}>\n{text}\n</tool_response>"
+
+
+def native_history(messages: Messages) -> Messages:
+    """Calls and their results as messages of today's form, the older ones too."""
+    newer: Messages = []
+    last = ""  # the id that stands for the last call of the older form
+    for index, message in enumerate(messages):
+        message = {**message, "content": message["content"] or ""}
+        if function := message.pop("function_call", None):
+            last = f"call_{index}"
+            call = {"id": last, "type": "function", "function": function}
+            message["tool_calls"] = [call]
+        if message["role"] == "function" and last:
+            message |= {"role": "tool", "tool_call_id": last, "name": None}
+        elif message["role"] == "function":
+            [message] = plain_history([message])
+        newer.append(message)
+    return newer
+
+
+def with_attachments(text: str, message: Json) -> list[Json]:
+    """A text in place of the message's own, and what is attached to the message."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    attached = [part for part in parts if part["type"] not in WORDS]
+    return [{"type": "text", "text": text}, *attached]
+
+
+def plain_content(content: str | list[Json]) -> str | list[Json]:
+    """A string where nothing is attached, as every model knows one."""
+    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
+        return text_of(content)
+    return [without_nulls(part) for part in content]
+
+
+def without_nulls(message: Json) -> Json:
+    return {name: value for name, value in message.items() if value is not None}
 
 
 Turns = list[tuple[str, str]]  # each a role and a text
 
 LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
-
-BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # what may end a line: see splitlines
-
-LABEL_SIGNS = re.compile(  # spaces and Markdown may be around it, but no JSON
-    rf"(?i)(?:\A|(?<=[{BREAKS}]))[^\w{BREAKS}{{]*_*"
-    rf"(?=(?:user|human|assistant|system)_*[^\w{BREAKS}\"']*[:：])."
+LABEL_LINE = re.compile(rf"\n(?=(?:{'|'.join(LABELS.values())}):)")
+LLAMA_2_TOKENS = re.compile(r"<(?=/?s>|</?SYS>>)|\[(?=/?INST\])")
+LLAMA_TOKENS = re.compile(  # of Llama 3 and of Llama 4
+    r"<(?=\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id"
+    r"|header_start|header_end|eot|eom|python_tag|python_start|python_end)\|>)"
 )
-
-TOKENS = re.compile(
-    r"<(?=[|｜][^|｜\s<>]*[|｜]>"  # ChatML, Llama 3 and 4, DeepSeek, Kimi, gpt-oss …
-    r"|/?s>|</?SYS>>"  # Llama 2, Mistral
-    r"|(?:start|end)_of_turn>|[be]os>)"  # Gemma
-    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
-    r"|(?:BOS|EOS|EOT|PAD)\])"  # Kimi
-)
-
-PLACEHOLDERS = re.compile(r"\{(?=(?:system_)?prompt\})")
-
-AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
-
-
-def escape_control_tokens(text: str, *signs: re.Pattern[str]) -> str:
-    """Each sign matches up to its first character, and looks ahead at the rest."""
-    for sign in signs:
-        text = sign.sub("\\g<0>\u200b", text)
-    return text
-
-
-def escape_content(
-    content: str | list[Json], *signs: re.Pattern[str]
-) -> str | list[Json]:
-    """The text of a message escape_control_tokens, and nothing else of its parts."""
-    if isinstance(content, str):
-        return escape_control_tokens(content, *signs)
-    parts = [
-        {
-            name: escape_control_tokens(said, *signs)
-            if name in WORDS and said
-            else said
-            for name, said in part.items()
-        }
-        for part in content
-    ]
-    if escape_control_tokens(text_of(parts), *signs) == text_of(parts):
-        return parts
-    gap = {"type": "text", "text": "\u200b"}  # they make a sign together
-    return [each for part in parts for each in (part, gap)]
 
 
 def split_system(messages: Messages) -> tuple[str, Turns]:
     """Part the system's first words from the turns; later ones are turns too."""
-    turns = joined(
+    turns = merge_turns(
         (
             "system" if message["role"] == "developer" else message["role"],
             text_of(message["content"]),
@@ -1538,247 +1587,166 @@ def split_system(messages: Messages) -> tuple[str, Turns]:
     )
     if turns[0][0] != "system":
         return "", turns
-    (_, told), *said = turns
-    return (told, said) if said else ("", [("user", told)])  # then it is the question
+    (_, instructions), *rest = turns
+    return (instructions, rest) if rest else ("", [("user", instructions)])
 
 
-def joined(turns: Iterable[tuple[str, str]]) -> Turns:
-    """Let those who speak twice in a row speak once."""
-    spoken = groupby(turns, key=itemgetter(0))
-    return [(role, "\n\n".join(text for _, text in said)) for role, said in spoken]
+def merge_turns(turns: Iterable[tuple[str, str]]) -> Turns:
+    """Make one turn of those in a row that have the same role."""
+    roles = groupby(turns, key=itemgetter(0))
+    return [(role, "\n\n".join(text for _, text in group)) for role, group in roles]
 
 
-def is_lone(turns: Turns) -> bool:
+def is_question(turns: Turns) -> bool:
+    """Whether the user says all there is: that needs no template."""
     return len(turns) == 1 and turns[0][0] == "user"
 
 
-def with_system(told: str, prompt: str, system: str) -> Json:
-    if told and system:
-        return {system: told, "prompt": prompt}
-    return {"prompt": f"{told}\n\n{prompt}" if told else prompt}
+def with_system(instructions: str, text: str, system: str, prompt: str) -> Json:
+    """Inputs with the system text in its own, or on top of the prompt."""
+    if instructions and system:
+        return {system: instructions, prompt: text}
+    return {prompt: f"{instructions}\n\n{text}" if instructions else text}
 
 
-def render_transcript(messages: Messages, system: str) -> Json:
-    """A conversation as a play is written; one lone question stays as it is."""
-    told, turns = split_system(messages)
-    shared = (LABEL_SIGNS, TOKENS)
-    told = escape_control_tokens(told, *((TOKENS,) if system else shared))
-    if is_lone(turns):
-        signs = shared if told and not system else (TOKENS,)
-        return with_system(told, escape_control_tokens(turns[0][1], *signs), system)
-    lines = [
-        f"{LABELS[role]}: {escape_control_tokens(text, *shared)}"
-        for role, text in turns
-    ]
+def render_transcript(messages: Messages, system: str, prompt: str) -> Json:
+    """Turns with labels before them; a lone question stays as it is."""
+    instructions, turns = split_system(messages)
+    if is_question(turns):
+        return with_system(instructions, turns[0][1], system, prompt)
+    if not system:
+        instructions = LABEL_LINE.sub("\n ", f"\n{instructions}")[1:]
+    lines = [f"{LABELS[role]}: " + LABEL_LINE.sub("\n ", text) for role, text in turns]
     if turns[-1][0] != "assistant":
         lines.append("Assistant:")
-    return with_system(told, "\n\n".join(lines), system)
+    return with_system(instructions, "\n\n".join(lines), system, prompt)
 
 
-def render_llama_2(messages: Messages, system: str) -> Json:
+def render_llama_2(messages: Messages, system: str, prompt: str) -> Json:
     """Turns as Replicate's page for llama-2-70b-chat gives them: it wraps the rest."""
-    told, turns = split_system(messages)
-    told = escape_control_tokens(told, TOKENS)
-    turns = joined(
-        ("user" if role == "system" else role, escape_control_tokens(text, TOKENS))
+    instructions, turns = split_system(messages)
+    instructions = LLAMA_2_TOKENS.sub(r"\g<0>\\", instructions)
+    turns = merge_turns(
+        ("user" if role == "system" else role, LLAMA_2_TOKENS.sub(r"\g<0>\\", text))
         for role, text in turns
     )
-    if is_lone(turns):
-        return with_system(told, turns[0][1], system)
-    said = [
+    lines = [
         f"[INST] {text} [/INST]" if role == "user" else text for role, text in turns
     ]
-    return with_system(told, "\n".join(said), system)
+    text = turns[0][1] if is_question(turns) else "\n".join(lines)
+    return with_system(instructions, text, system, prompt)
 
 
-def render_header_template(
-    start: str, end: str, stop: str, messages: Messages, _: str
+def render_headers(
+    start: str, end: str, stop: str, messages: Messages, _: str, prompt: str
 ) -> Json:
     """Meta's template, written out, with the answer begun at its end."""
-    told, turns = split_system(messages)
-    if told:
-        turns.insert(0, ("system", told))
+    instructions, turns = split_system(messages)
+    if instructions:
+        turns.insert(0, ("system", instructions))
     parts = [
-        f"{start}{role}{end}\n\n"
-        f"{escape_control_tokens(text, TOKENS, PLACEHOLDERS)}{stop}"
+        f"{start}{role}{end}\n\n" + LLAMA_TOKENS.sub(r"\g<0>\\", text) + stop
         for role, text in turns
     ]
     if turns[-1][0] == "assistant":
         parts[-1] = parts[-1].removesuffix(stop)
     else:
         parts.append(f"{start}assistant{end}\n\n")
-    return {"prompt": "<|begin_of_text|>" + "".join(parts), **AS_IT_IS}
+    return {prompt: "<|begin_of_text|>" + "".join(parts)}
 
 
 render_llama_3 = partial(
-    render_header_template, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+    render_headers, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 )
 
 render_llama_4 = partial(
-    render_header_template, "<|header_start|>", "<|header_end|>", "<|eot|>"
+    render_headers, "<|header_start|>", "<|header_end|>", "<|eot|>"
 )
 
 
-def render_messages(messages: Messages, system: str) -> Json:
+def render_messages(messages: Messages, system: str, _: str) -> Json:
     """The model takes messages: they are only brought to the roles that all know."""
-    names = {"developer": system, "system": system}
-    told = [
-        {
-            **escape_all({**message, "content": None}),
-            "role": names.get(message["role"], message["role"]),
-            "content": content_of(message),
-        }
+    given = [
+        {**without_nulls(message), "content": plain_content(message["content"])}
         for message in messages
     ]
-    return {"messages": [without_nulls(message) for message in told]}
+    roles = {"developer": system, "system": system}
+    return {"messages": [{**m, "role": roles.get(m["role"], m["role"])} for m in given]}
 
 
-def content_of(message: Json) -> str | list[Json]:
-    """Parts only where there is more than text: every model knows a string."""
-    content = message["content"]
-    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
-        return escape_control_tokens(text_of(content), TOKENS)
-    return escape_content([without_nulls(part) for part in content], TOKENS)
-
-
-def escape_all(value: Any) -> Any:
-    """All the text in a value escape_control_tokens: names, ids and arguments."""
-    if isinstance(value, dict):
-        return {name: escape_all(inside) for name, inside in value.items()}
-    if isinstance(value, list):
-        return [escape_all(inside) for inside in value]
-    return escape_control_tokens(value, TOKENS) if isinstance(value, str) else value
-
-
-def render_text_messages(messages: Messages, system: str) -> Json:
-    """Messages whose content is text alone."""
-    plain = [
-        {**message, "content": text_of(message["content"])} for message in messages
-    ]
-    return render_messages(plain, system)
-
-
-def without_nulls(message: Json) -> Json:
-    return {name: value for name, value in message.items() if value is not None}
-
-
-def render_response_items(messages: Messages, system: str) -> Json:
+def render_response_items(messages: Messages, system: str, _: str) -> Json:
     """Items of OpenAI's Responses API: calls and their results are some too."""
     first = list(takewhile(lambda m: m["role"] in ("system", "developer"), messages))
-    told = escape_control_tokens(
-        "\n\n".join(text_of(m["content"]) for m in first), TOKENS
-    )
-    said = [item for message in messages[len(first) :] for item in items_of(message)]
-    said = escape_all(said)
-    if not said:
-        return {"input_item_list": [{"role": "user", "content": told}]}
-    return {"input_item_list": said, **({system: told} if told else {})}
-
-
-def items_of(message: Json) -> list[Json]:
-    text = text_of(message["content"])
-    if message["role"] == "tool":
-        id = message["tool_call_id"]
-        return [{"type": "function_call_output", "call_id": id, "output": text}]
-    calls = [
-        {"type": "function_call", "call_id": call["id"], **call["function"]}
-        for call in message.get("tool_calls") or []
-    ]
-    said = {"role": message["role"], "content": text}
-    return [said, *calls] if text or not calls else calls
-
-
-RESULTS = re.compile(r"(?i)<(?=[\s/]*tool_response)")
-
-
-def plain_history(messages: Messages) -> Messages:
-    """Calls and their results as texts, in the form that a model was taught."""
-    plain: Messages = []
-    names: dict[str, str] = {}
-    results: list[Json] = []
-    for message in messages:
-        if message["role"] in ("tool", "function"):
-            text = told_result(message, names)
-            results += beside("\n" + text if results else text, message)
+    instructions = "\n\n".join(text_of(message["content"]) for message in first)
+    items: list[Json] = []
+    for message in messages[len(first) :]:
+        text = text_of(message["content"])
+        if message["role"] == "tool":
+            result = {"type": "function_call_output", "output": text}
+            items.append({**result, "call_id": message["tool_call_id"]})
             continue
-        if results:
-            plain.append({"role": "user", "content": simplest(results)})
-            results = []
         calls = message.get("tool_calls") or []
-        names.update((call["id"], call["function"]["name"]) for call in calls)
-        plain.append(told_message(message))
-    if results:
-        plain.append({"role": "user", "content": simplest(results)})
-    return plain
-
-
-def tools_history(messages: Messages) -> Messages:
-    """Calls and their results as they are; the older ones in the newer form."""
-    told: Messages = []
-    last = ""  # the id that stands for the last call of the older form
-    for index, message in enumerate(messages):
-        newer = {**message, "content": message["content"] or "", "function_call": None}
-        if function := message.get("function_call"):
-            last = f"call_{index}"
-            call = {"id": last, "type": "function", "function": function}
-            newer["tool_calls"] = [call]
-        if message["role"] == "function" and last:
-            newer |= {"role": "tool", "tool_call_id": last, "name": None}
-        elif message["role"] == "function":
-            parts = beside(told_result(message, {}), message)
-            newer = {"role": "user", "content": simplest(parts)}
-        told.append(newer)
-    return told
-
-
-def told_message(message: Json) -> Json:
-    functions = [call["function"] for call in message.get("tool_calls") or []]
-    if message.get("function_call"):
-        functions.append(message["function_call"])
-    content = message.get("content") or ""
-    if not functions:
-        return {**message, "content": escape_content(content, RESULTS)}
-    lines = filter(None, [text_of(content), *map(told_call, functions)])
-    parts = beside(escape_control_tokens("\n".join(lines), RESULTS), message)
-    return {"role": message["role"], "content": simplest(parts)}
-
-
-def beside(text: str, message: Json) -> list[Json]:
-    """A text in place of that of a message, and what is attached to the message."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    attached = [part for part in parts if part["type"] not in WORDS]
-    return [{"type": "text", "text": text}, *attached]
-
-
-def simplest(parts: list[Json]) -> str | list[Json]:
-    """A string where nothing is attached."""
-    is_text = all(part["type"] in WORDS for part in parts)
-    return text_of(parts) if is_text else parts
-
-
-def told_call(function: Json) -> str:
-    name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
-    arguments = text if parsed(text) is not None else json.dumps(text)
-    arguments = arguments.replace("</tool_call", r"<\/tool_call")  # the same in JSON
-    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
-
-
-def told_result(message: Json, names: Mapping[str, str]) -> str:
-    id = message.get("tool_call_id")
-    name = names[id] if id else message.get("name") or ""
-    of = f' name="{escape(name)}"' + (f' id="{escape(id)}"' if id else "")
-    text = escape_control_tokens(text_of(message.get("content") or ""), RESULTS)
-    return f"<tool_response{of}>\n{text}\n</tool_response>"
+        if text or not calls:
+            items.append({"role": message["role"], "content": text})
+        items += [
+            {"type": "function_call", "call_id": call["id"], **call["function"]}
+            for call in calls
+        ]
+    if not items:
+        return {"input_item_list": [{"role": "user", "content": instructions}]}
+    return {"input_item_list": items} | ({system: instructions} if instructions else {})
 
 
 # -- Families ------------------------------------------------------------------
 #
-# A family is how a kind of model is asked: its layout, and what it calls each
-# parameter, by its page on Replicate. The map is an allow-list: what it leaves
+# A family is how a kind of model is asked: its chat template, and its inputs for
+# OpenAI's parameters, by its page on Replicate. It is an allow-list: what it leaves
 # out is not sent. To add a family: a row; the first row whose pattern matches
 # owner/name counts. A pattern names language models that are known to be so and
-# no others of their makers, whose own schemas know better.
+# no others of their makers, whose own schemas know better. To add a parameter, or
+# a name that models have for one: a row of PARAMETERS, or a word in it.
+
+
+class Parameter(NamedTuple):
+    """What OpenAI has one name for, and models have several."""
+
+    type: str  # the JSON type of its values
+    names: str  # what models call it, the best first
+    scale: tuple[str, ...] = ()  # its levels, the least first
+
+
+PARAMETERS = {
+    "max_tokens": Parameter(
+        "integer",
+        "max_completion_tokens max_output_tokens max_tokens max_new_tokens "
+        "max_tokens_to_generate num_predict max_length",
+    ),
+    "min_tokens": Parameter("integer", "min_tokens min_new_tokens min_length"),
+    "temperature": Parameter("number", "temperature temp"),
+    "top_p": Parameter("number", "top_p"),
+    "top_k": Parameter("integer", "top_k"),
+    "presence_penalty": Parameter("number", "presence_penalty"),
+    "frequency_penalty": Parameter("number", "frequency_penalty"),
+    "repetition_penalty": Parameter("number", "repetition_penalty repeat_penalty"),
+    "stop": Parameter("array", "stop stop_sequences stop_strings stop_words"),
+    "seed": Parameter("integer", "seed random_seed"),
+    "reasoning_effort": Parameter(
+        "string",
+        "reasoning_effort thinking_level effort reasoning thinking thinking_budget",
+        EFFORTS,
+    ),
+    "verbosity": Parameter("string", "verbosity", VERBOSITIES),
+}
+
+PARAMETER_OF = {n: key for key, row in PARAMETERS.items() for n in row.names.split()}
+
+# An effort as tokens to think with, as Google counts them behind an API like OpenAI's.
+BUDGETS = {
+    **dict.fromkeys(("none", "minimal"), 0),
+    "low": 1024,
+    "medium": 8192,
+    **dict.fromkeys(("high", "xhigh", "max"), 24576),
+}
 
 
 class Field(NamedTuple):
@@ -1789,9 +1757,7 @@ class Field(NamedTuple):
     high: float | None = None
     default: Any = None  # sent when nobody named a value
     choices: tuple[Any, ...] = ()
-    joined: str = ""  # a list goes as one string, with this between
-    kind: str = ""  # its JSON type; "": that of the parameter
-    words: Mapping[str, Any] = {}  # what a word of OpenAI's stands for
+    type: str = ""  # its JSON type; "": that of the parameter
 
 
 class Slot(NamedTuple):
@@ -1803,13 +1769,14 @@ class Slot(NamedTuple):
 
 
 class Family(NamedTuple):
-    pattern: str
-    render: Callable[[Messages, str], Json]  # messages, system field -> input
-    system: str  # the input, or role, for system text; "": on top of the prompt
-    fields: Mapping[str, Field]
-    raw: Json = {}  # what makes the model take a prompt as it is
-    slots: Mapping[str, Slot] = {}  # by the type of part
+    pattern: str = ""
+    fields: Mapping[str, Field] = {}  # by OpenAI's parameter
+    render: Callable[[Messages, str, str], Json] = render_transcript
+    system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
+    slots: Mapping[str, Slot] = {}  # by the type of part
+    always: Json = {}  # inputs that go with every prompt
+    native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
     others: Mapping[str, Field] = {}  # inputs that OpenAI has no name for
     required: tuple[str, ...] = ()  # inputs without which it does not run
     is_language: bool = True
@@ -1820,214 +1787,133 @@ class Family(NamedTuple):
 LONG = 4096
 
 
-def same(*names: str) -> dict[str, Field]:
-    """Parameters that a family calls what OpenAI calls them."""
-    return {name: Field(name) for name in names}
+def inputs_of(names: str, *others: Field) -> dict[str, Field]:
+    """Inputs by the parameters they are for; others have bounds or defaults too."""
+    rows = [*map(Field, names.split()), *others]
+    return {PARAMETER_OF[row.name]: row for row in rows}
 
 
-def limit(
-    name: str, low: int = 1, high: int | None = None, default: Any = LONG
-) -> dict[str, Field]:
-    return {"max_tokens": Field(name, low, high, default)}
+def levels(name: str, choices: str) -> Field:
+    return Field(name, choices=tuple(choices.split()))
 
 
-COMMA_STOP = {"stop": Field("stop_sequences", joined=",", kind="string")}
+PENALTIES = "presence_penalty frequency_penalty"
+COMMA_STOP = Field("stop_sequences", type="string")
+LONG_LIMIT = Field("max_tokens", 1, default=LONG)
+OPEN = inputs_of(f"temperature top_p {PENALTIES}", LONG_LIMIT)
+LLAMA = {**OPEN, **inputs_of("top_k min_tokens", COMMA_STOP)}
+MISTRAL = inputs_of(
+    "top_p top_k seed",
+    Field("temperature", 0.01, 5),
+    Field("min_new_tokens", -1),
+    LONG_LIMIT._replace(name="max_new_tokens"),
+    COMMA_STOP,
+)
+LLAMA_2 = {**MISTRAL, **inputs_of("", Field("top_k", 0))}
+LLAMA_2_7B = {**MISTRAL, **inputs_of("repetition_penalty", Field("top_k", -1))}
+GRANITE_LIMIT = LONG_LIMIT._replace(name="max_completion_tokens")
+GRANITE = {**OPEN, **inputs_of("top_k min_tokens seed stop", GRANITE_LIMIT)}
+KIMI = {**OPEN, **inputs_of("", LONG_LIMIT._replace(high=131072))}
+DEEPSEEK_31 = {**OPEN, **inputs_of("", levels("thinking", "None medium"))}
+GPT_4 = f"temperature top_p {PENALTIES}"
+STRUCTURED = inputs_of(
+    "verbosity max_output_tokens", levels("reasoning_effort", "minimal low medium high")
+)
 
-PENALTIES = same("presence_penalty", "frequency_penalty")
-
-LLAMA = {
-    **same("temperature", "top_p", "top_k", "min_tokens"),
-    **PENALTIES,
-    **limit("max_tokens"),
-    **COMMA_STOP,
-}
-
-MISTRAL = {
-    "temperature": Field("temperature", 0.01, 5),
-    **same("top_p", "top_k", "seed"),
-    "min_tokens": Field("min_new_tokens", -1),
-    **limit("max_new_tokens"),
-    **COMMA_STOP,
-}
-
-LLAMA_2 = {**MISTRAL, "top_k": Field("top_k", 0)}
-
-LLAMA_2_7B = {**MISTRAL, "top_k": Field("top_k", -1), **same("repetition_penalty")}
-
-GRANITE = {
-    **same("temperature", "top_p", "top_k", "min_tokens", "seed", "stop"),
-    **PENALTIES,
-    **limit("max_completion_tokens"),
-}
-
-OPEN = {**same("temperature", "top_p"), **PENALTIES, **limit("max_tokens")}
-
-GPT_LIMIT = limit("max_completion_tokens", default=None)
-
-GPT_4 = {**same("temperature", "top_p"), **PENALTIES, **GPT_LIMIT}
-
-
-def effort(*choices: str, name: str = "reasoning_effort") -> dict[str, Field]:
-    return {"reasoning_effort": Field(name, choices=choices)}
-
-
-# Tokens to think with, as Google counts them behind an API like OpenAI's.
-BUDGETS = {
-    **dict.fromkeys(("none", "minimal"), 0),
-    "low": 1024,
-    "medium": 8192,
-    **dict.fromkeys(("high", "xhigh", "max"), 24576),
-}
-
-BUDGET = Field("thinking_budget", 0, 24576, kind="integer", words=BUDGETS)
-
-O_SERIES = {**GPT_LIMIT, **effort("low", "medium", "high")}
-
-GPT_5 = {**GPT_LIMIT, **same("verbosity"), **effort("minimal", "low", "medium", "high")}
-
-GPT_51 = {**GPT_5, **effort("none", "low", "medium", "high")}
-
-GPT_52 = {**GPT_5, **effort("none", "low", "medium", "high", "xhigh")}
-
-GPT_5_PRO = {**GPT_LIMIT, **same("verbosity")}
-
-GEMINI = {
-    "temperature": Field("temperature", 0, 2),
-    **same("top_p"),
-    **limit("max_output_tokens", 1, 65535, default=None),
-}
-
-GEMINI_25 = {**GEMINI, "reasoning_effort": BUDGET}
-
-GEMINI_3 = {**GEMINI, **effort("low", "high", name="thinking_level")}
-
-GEMINI_31 = {**GEMINI, **effort("low", "medium", "high", name="thinking_level")}
-
-STRUCTURED = {**GPT_5, **limit("max_output_tokens", default=None)}
+AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
 
 IN_PLACE = {"image_url": Slot("", 100)}
-
 ONE_IMAGE = {"image_url": Slot("image")}
-
+IMAGE_INPUT = {"image_url": Slot("image_input", 100, as_list=True)}
 IMAGES = {"image_url": Slot("images", 10, as_list=True)}
-
 IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
+
+
+def gpt(pattern: str, names: str = "", efforts: str = "") -> Family:
+    """A model of OpenAI's that takes messages, and images in them."""
+    fields = inputs_of(names, Field("max_completion_tokens", 1))
+    if efforts:
+        fields |= inputs_of("", levels("reasoning_effort", efforts))
+    return Family(pattern, fields, render_messages, "system", slots=IN_PLACE)
+
+
+def claude(pattern: str, least: int, most: int, slots: Mapping[str, Slot]) -> Family:
+    fields = inputs_of("", Field("max_tokens", least, most))
+    return Family(pattern, fields, system="system_prompt", slots=slots)
+
+
+def gemini(pattern: str, effort: Field, slots: Mapping[str, Slot]) -> Family:
+    limit, heat = Field("max_output_tokens", 1, 65535), Field("temperature", 0, 2)
+    fields = inputs_of("top_p", limit, heat, effort)
+    return Family(pattern, fields, system="system_instruction", slots=slots)
+
 
 FAMILIES = {
     "llama-2-7b": Family(
-        r"meta/llama-2-7b-chat", render_llama_2, "system_prompt", LLAMA_2_7B
+        r"meta/llama-2-7b-chat", LLAMA_2_7B, render_llama_2, "system_prompt"
     ),
     "llama-2": Family(
-        r"meta/llama-2-.*-chat", render_llama_2, "system_prompt", LLAMA_2
+        r"meta/llama-2-.*-chat", LLAMA_2, render_llama_2, "system_prompt"
     ),
     "llama-3": Family(
-        r"meta/meta-llama-3.*-instruct", render_llama_3, "", LLAMA, AS_IT_IS
+        r"meta/meta-llama-3.*-instruct", LLAMA, render_llama_3, always=AS_IT_IS
     ),
-    "llama-4": Family(r"meta/llama-4-.*-instruct", render_llama_4, "", LLAMA, AS_IT_IS),
+    "llama-4": Family(
+        r"meta/llama-4-.*-instruct", LLAMA, render_llama_4, always=AS_IT_IS
+    ),
     "gpt-5-structured": Family(
         r"openai/gpt-5-structured",
+        STRUCTURED,
         render_response_items,
         "instructions",
-        STRUCTURED,
-        slots={"image_url": Slot("image_input", 100, as_list=True)},
+        slots=IMAGE_INPUT,
+        native="responses",
     ),
-    "o1-mini": Family(r"openai/o1-mini", render_messages, "user", GPT_LIMIT),
-    "o-series": Family(
-        r"openai/o(1|3|3-mini|4-mini)",
-        render_messages,
-        "system",
-        O_SERIES,
-        slots=IN_PLACE,
-    ),
-    "gpt-5-pro": Family(
-        r"openai/gpt-5-pro", render_messages, "system", GPT_5_PRO, slots=IN_PLACE
-    ),
-    "gpt-5.1": Family(
-        r"openai/gpt-5\.1", render_messages, "system", GPT_51, slots=IN_PLACE
-    ),
-    "gpt-5.2": Family(
-        r"openai/gpt-5\.\d", render_messages, "system", GPT_52, slots=IN_PLACE
-    ),
-    "gpt-5": Family(
-        r"openai/gpt-5(-mini|-nano)?", render_messages, "system", GPT_5, slots=IN_PLACE
-    ),
-    "kimi-k2.5": Family(
-        r"moonshotai/kimi-k2\.5",
-        render_transcript,
-        "",
-        {**OPEN, **limit("max_tokens", 1, 131072)},
-        slots=ONE_IMAGE,
-    ),
-    "deepseek-v3.1": Family(
-        r"deepseek-ai/deepseek-v3\.1",
-        render_transcript,
-        "",
-        {**OPEN, **effort("None", "medium", name="thinking")},
-    ),
+    "o1-mini": gpt(r"openai/o1-mini")._replace(system="user", slots={}),
+    "o-series": gpt(r"openai/o(1|3|3-mini|4-mini)", "", "low medium high"),
+    "gpt-5-pro": gpt(r"openai/gpt-5-pro", "verbosity"),
+    "gpt-5.1": gpt(r"openai/gpt-5\.1", "verbosity", "none low medium high"),
+    "gpt-5.2": gpt(r"openai/gpt-5\.\d", "verbosity", "none low medium high xhigh"),
+    "gpt-5": gpt(r"openai/gpt-5(-mini|-nano)?", "verbosity", "minimal low medium high"),
+    "kimi-k2.5": Family(r"moonshotai/kimi-k2\.5", KIMI, slots=ONE_IMAGE),
+    "deepseek-v3.1": Family(r"deepseek-ai/deepseek-v3\.1", DEEPSEEK_31),
     "open": Family(
         r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
         r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
-        render_transcript,
-        "",
         OPEN,
     ),
-    "gpt-4": Family(
-        r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)",
-        render_messages,
-        "system",
-        GPT_4,
-        slots=IN_PLACE,
-    ),
-    "claude-3.5": Family(
-        r"anthropic/claude-(3\.5-|4\.5-haiku).*",
-        render_transcript,
-        "system_prompt",
-        limit("max_tokens", 1, 8192, default=None),
-    ),
-    "claude": Family(
-        r"anthropic/claude-.*",
-        render_transcript,
-        "system_prompt",
-        limit("max_tokens", 1024, 64000, default=None),
-        slots=ONE_IMAGE,
-    ),
-    "gemini-3.1": Family(
+    "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", GPT_4),
+    "claude-3.5": claude(r"anthropic/claude-(3\.5-|4\.5-haiku).*", 1, 8192, {}),
+    "claude": claude(r"anthropic/claude-.*", 1024, 64000, ONE_IMAGE),
+    "gemini-3.1": gemini(
         r"google/gemini-3\.1-(pro|flash)",
-        render_transcript,
-        "system_instruction",
-        GEMINI_31,
-        slots=IMAGES_AND_SOUND,
+        levels("thinking_level", "low medium high"),
+        IMAGES_AND_SOUND,
     ),
-    "gemini-3": Family(
+    "gemini-3": gemini(
         r"google/gemini-3-(pro|flash)",
-        render_transcript,
-        "system_instruction",
-        GEMINI_3,
-        slots=IMAGES_AND_SOUND,
+        levels("thinking_level", "low high"),
+        IMAGES_AND_SOUND,
     ),
-    "gemini": Family(
+    "gemini": gemini(
         r"google/gemini-2\.5-flash",
-        render_transcript,
-        "system_instruction",
-        GEMINI_25,
-        slots=IMAGES,
+        Field("thinking_budget", 0, 24576, type="integer"),
+        IMAGES,
     ),
     "granite": Family(
-        r"ibm-granite/granite-3\.[012]-.*-instruct",
-        render_transcript,
-        "system_prompt",
-        LLAMA,
+        r"ibm-granite/granite-3\.[012]-.*-instruct", LLAMA, system="system_prompt"
     ),
     "granite-messages": Family(
         r"ibm-granite/granite-(3\.3-8b-instruct|4\.0-h-small)",
-        render_text_messages,
-        "system",
         GRANITE,
+        render_messages,
+        "system",
+        native="chat",
     ),
-    "mistral": Family(r"mistralai/mistral-7b-v0\.1", render_transcript, "", MISTRAL),
+    "mistral": Family(r"mistralai/mistral-7b-v0\.1", MISTRAL),
 }
 
-PLAIN = Family("", render_transcript, "", {})
+PLAIN = Family()
 
 
 def find_family(model: Model) -> Family:
@@ -2036,7 +1922,7 @@ def find_family(model: Model) -> Family:
     return row_of(model.owner_and_name)
 
 
-@lru_cache(1000)  # a call looks for one
+@lru_cache(1000)  # every request looks for one
 def row_of(name: str) -> Family:
     matching = (
         family
@@ -2046,206 +1932,77 @@ def row_of(name: str) -> Family:
     return next(matching, PLAIN)
 
 
-# -- Native --------------------------------------------------------------------
-#
-# Some models take tools, calls in the history and formats as inputs: they are
-# given them so. All else is the same, as what they answer is text that has to
-# be heard: in which form Replicate tells a call of theirs is not documented.
-# To add a kind of model: a row in NATIVE, by its layout.
-
-
-class Native(NamedTuple):
-    """The inputs in which a model takes what others are told in words."""
-
-    tool: Callable[[Tool], Json]  # one of the input `tools`
-    format_name: str
-    format: Callable[[ResponseFormat], Json]
-
-
-def chat_tool(tool: Tool) -> Json:
-    """OpenAI's own object, of chat completions …"""
-    return {"type": "function", "function": without_empty(tool._asdict())}
-
-
-def response_tool(tool: Tool) -> Json:
-    """… and of responses."""
-    return {"type": "function", **without_empty(tool._asdict())}
-
-
-def granite_format(format: ResponseFormat) -> Json:
-    """OpenAI's own object: ibm-granite/granite-3.3 and later take it so."""
-    if not format.name:
-        return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": named_schema(format)}
-
-
-def structured_schema(format: ResponseFormat) -> Json:
-    """What openai/gpt-5-structured calls json_schema: as the Responses API has it."""
-    if not format.name:
-        return {"format": {"type": "json_object"}}
-    return {"format": {"type": "json_schema", **named_schema(format)}}
-
-
-def named_schema(format: ResponseFormat) -> Json:
-    described = {"description": format.description} if format.description else {}
-    return {
-        "name": format.name,
-        **described,
-        "schema": format.schema,
-        "strict": format.strict,
-    }
-
-
-NATIVE: dict[Any, Native] = {
-    render_text_messages: Native(chat_tool, "response_format", granite_format),
-    render_response_items: Native(response_tool, "json_schema", structured_schema),
-}
-
-
-def asked_for(body: Json, family: Family, wanted: Wanted) -> Json:
-    """A call as this family has to be told of what is wanted."""
-    native = NATIVE.get(family.render)
-    history = tools_history if native else plain_history
-    inputs = native_inputs(native, wanted) if native else {}
-    return {
-        **body,
-        "messages": [*taught(wanted, bool(native)), *history(body["messages"])],
-        "replicate": {**inputs, **body["replicate"]},
-    }
-
-
-def native_inputs(native: Native, wanted: Wanted) -> Json:
-    inputs: Json = {}
-    if wanted.toolbox:
-        inputs["tools"] = [native.tool(tool) for tool in wanted.toolbox.tools]
-    if wanted.format:
-        inputs[native.format_name] = native.format(wanted.format)
-    return inputs
-
-
-def taught(wanted: Wanted, is_native: bool) -> Messages:
-    """What a model has to be told in words."""
-    toolbox, format = wanted
-    told = []
-    if toolbox:
-        told += [tool_demands(toolbox) if is_native else tool_instructions(toolbox)]
-    if format and not is_native:
-        told += [json_instructions(format)]
-    return [{"role": "system", "content": text} for text in told if text]
-
-
 # -- Input schemas -------------------------------------------------------------
 #
 # A family read from the model's own input schema, for the models that have no
 # row and for what a row does not name. Nothing in a schema is sure to be there
-# or to be of its type. To add a name that models use for a parameter: a word in
-# SYNONYMS.
-# Which family a call gets: its model's row, or what the model says of itself,
-# which is looked up no oftener than it must be, once for all who ask together.
+# or to be of its type.
 
 
-class Synonyms(NamedTuple):
-    kinds: frozenset[str]  # what it may be, by kind_of; "" is always accepted
-    names: str  # what models call it, the best first
+# What carries the conversation, by the names that models have for it …
+PROMPTS = (
+    "prompt user_prompt input_prompt text input_text text_input input inputs query "
+    "question instruction message user_message"
+)
+SYSTEMS = (
+    "system_prompt system_instruction system_instructions system_message instructions "
+    "system pre_prompt"
+)
+SYSTEM_NAMES = SYSTEMS.split()
 
-
-def kinds(words: str) -> frozenset[str]:
-    return frozenset(["", *words.split()])
-
-
-TEXT, WORD = kinds("string"), kinds("string word")
-
-WHOLE, REAL = kinds("integer number"), kinds("number")
-
-FILES = kinds("file files string strings array")
-
-# What carries the conversation …
-CONVERSATION = {
-    "messages": Synonyms(kinds("objects array"), "messages"),
-    "prompt": Synonyms(
-        TEXT,
-        "prompt user_prompt input_prompt text input_text text_input input inputs "
-        "query question instruction message user_message",
-    ),
-    "system": Synonyms(
-        TEXT,
-        "system_prompt system_instruction system_instructions system_message "
-        "instructions system pre_prompt",
-    ),
-}
-
-SYSTEM_NAMES = CONVERSATION["system"].names.split()
-
-# … what is attached to it, by the type of part …
+# … and what is attached to it, by the type of part.
 ATTACHED = {
-    "image_url": Synonyms(
-        FILES,
-        "images image_input input_images image_urls image input_image image_url media",
+    "image_url": (
+        "images image_input input_images image_urls image input_image image_url media"
     ),
-    "input_audio": Synonyms(
-        FILES, "audio audio_file audio_input input_audio audio_url"
-    ),
-    "file": Synonyms(FILES, "file files pdf document documents input_file"),
+    "input_audio": "audio audio_file audio_input input_audio audio_url",
+    "file": "file files pdf document documents input_file",
 }
 
-# … and what OpenAI has a parameter for.
-SYNONYMS = {
-    "max_tokens": Synonyms(
-        WHOLE,
-        "max_completion_tokens max_output_tokens max_tokens max_new_tokens "
-        "max_tokens_to_generate num_predict max_length",
-    ),
-    "min_tokens": Synonyms(WHOLE, "min_tokens min_new_tokens min_length"),
-    "temperature": Synonyms(REAL, "temperature temp"),
-    "top_p": Synonyms(REAL, "top_p"),
-    "top_k": Synonyms(WHOLE, "top_k"),
-    "presence_penalty": Synonyms(REAL, "presence_penalty"),
-    "frequency_penalty": Synonyms(REAL, "frequency_penalty"),
-    "repetition_penalty": Synonyms(REAL, "repetition_penalty repeat_penalty"),
-    "stop": Synonyms(
-        kinds("string strings array"), "stop stop_sequences stop_strings stop_words"
-    ),
-    "seed": Synonyms(WHOLE, "seed random_seed"),
-    "reasoning_effort": Synonyms(
-        WORD, "reasoning_effort thinking_level effort reasoning thinking"
-    ),
-    "verbosity": Synonyms(WORD, "verbosity"),
+# The types of inputs, as `input_type` gives them, that take a value of a type, or
+# the messages, the text, or a file. An input that says no type takes any.
+ACCEPTED = {
+    "messages": ("objects", "array"),
+    "text": ("string",),
+    "file": ("file", "files", "string", "strings", "array"),
+    "integer": ("integer", "number"),
+    "number": ("number",),
+    "string": ("string", "enum"),
+    "array": ("string", "strings", "array"),
 }
-
-GRADED = {"reasoning_effort": EFFORTS, "verbosity": VERBOSITIES}
 
 NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
-
 DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
 
-MANY = 100  # attachments, where the schema sets no bound
-
-MAX_HOPS = 8  # from a schema to what it refers to
-
+JSON_TYPES = {
+    "string": STRING,
+    "integer": INTEGER,
+    "number": NUMBER,
+    "boolean": BOOLEAN,
+    "array": ARRAY,
+    "object": OBJECT,
+}
+ANYTHING = tuple(KINDS)
 ALTERNATIVES = ("anyOf", "oneOf")
-
-JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object")
-
 TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
+MAX_HOPS = 8  # from a schema to what it refers to
+MANY = 100  # attachments, where the schema sets no bound
 
 
 def resolve(schema: Any, schemas: Json) -> Json:
-    """Fold what a schema refers to into it; its own words count before those."""
+    """Fold what a schema refers to into it; its own keywords count before those."""
     flat: Json = {}
     for _ in range(MAX_HOPS):
-        flat = {**as_object(schema), **flat}
-        schema = referred(as_object(schema), schemas)
+        schema = as_object(schema)
+        flat = {**schema, **flat}
+        if isinstance(ref := schema.get("$ref"), str):
+            schema = schemas.get(ref.rpartition("/")[2])
+        elif parts := as_list(schema.get("allOf")):
+            schema = parts[0]
+        else:  # of several alternatives it may be any
+            parts = alternatives(schema)
+            schema = parts[0] if len(parts) == 1 else None
     return flat
-
-
-def referred(schema: Json, schemas: Json) -> Any:
-    """What stands behind a $ref, or the only alternative that is not null."""
-    if isinstance(ref := schema.get("$ref"), str):
-        return schemas.get(ref.rpartition("/")[2])
-    if whole := as_list(schema.get("allOf")):
-        return whole[0]
-    parts = alternatives(schema)
-    return parts[0] if len(parts) == 1 else None  # of several, it may be any
 
 
 def alternatives(schema: Json) -> list[Json]:
@@ -2256,23 +2013,37 @@ def alternatives(schema: Json) -> list[Json]:
 
 def json_type(schema: Json) -> str:
     """The type that is not null; "" if the schema names none."""
-    told = schema.get("type")
-    named = [told, *as_list(told)]
-    return next((kind for kind in JSON_TYPES if kind in named), "")
+    named = [schema.get("type"), *as_list(schema.get("type"))]
+    return next((type for type in JSON_TYPES if type in named), "")
 
 
-def kind_of(schema: Json, schemas: Json) -> str:
-    """A JSON type, or closer: file or word, and files, strings or objects."""
-    kind = json_type(schema)
-    if kind == "string" and schema.get("format") == "uri":
+def input_type(schema: Json, schemas: Json) -> str:
+    """A JSON type, or closer: file or enum, and files, strings or objects."""
+    type = json_type(schema)
+    if type == "string" and schema.get("format") == "uri":
         return "file"
-    if kind == "string" and as_list(schema.get("enum")):
-        return "word"
-    if kind == "array":
+    if type == "string" and as_list(schema.get("enum")):
+        return "enum"
+    if type == "array":
         item = resolve(schema.get("items"), schemas)
         listed = "file" if item.get("format") == "uri" else json_type(item)
-        return f"{listed}s" if listed in ("file", "string", "object") else kind
-    return kind
+        return f"{listed}s" if listed in ("file", "string", "object") else type
+    return type
+
+
+def is_text(output: Json, schemas: Json) -> bool:
+    """Whether what a model makes can be text, for all that its schema says."""
+    if len(parts := alternatives(output)) > 1:
+        folded = (resolve(part, schemas) for part in parts)
+        return any(is_text(without(f, ALTERNATIVES), schemas) for f in folded)
+    if isinstance(output.get("x-cog-array-display"), str):
+        return bool(output["x-cog-array-display"] == "concatenate")
+    if inside := as_object(output.get("properties")):
+        return not TEXT_IN_OBJECT.isdisjoint(inside)
+    type = input_type(output, schemas)
+    if type == "array":  # of what has no type, or of numbers and the like
+        return not resolve(output.get("items"), schemas)
+    return type in ("", "string", "enum", "strings", "object")
 
 
 def read_family(document: Any) -> Family | None:
@@ -2280,164 +2051,92 @@ def read_family(document: Any) -> Family | None:
     schemas = as_object(as_object(as_object(document).get("components")).get("schemas"))
     if not is_text(resolve(schemas.get("Output"), schemas), schemas):
         return PLAIN._replace(is_language=False)
-    return read_inputs(resolve(schemas.get("Input"), schemas), schemas)
-
-
-def read_inputs(inputs: Json, schemas: Json) -> Family | None:
+    inputs = resolve(schemas.get("Input"), schemas)
     rows = as_object(inputs.get("properties")).items()
     known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
-    offered = {name: kind_of(row, schemas) for name, row in known.items()}
-    needed = tuple(name for name in known if is_needed(name, known[name], inputs))
-    talk = find_inputs(CONVERSATION, offered, needed)
-    if not talk.keys() & {"messages", "prompt"}:
+    types = {name: input_type(row, schemas) for name, row in known.items()}
+    listed = as_list(inputs.get("required"))
+    needed = tuple(n for n in known if n in listed and "default" not in known[n])
+
+    def find(names: str, type: str) -> str:
+        """The best input of these names, one that the model needs before others."""
+        accepted = ("", *ACCEPTED[type])
+        fitting = [name for name in names.split() if types.get(name, "-") in accepted]
+        return min(fitting, key=lambda name: name not in needed, default="")
+
+    messages, prompt = find("messages", "messages"), find(PROMPTS, "text")
+    if not (messages or prompt):
         return None
-    family = family_of_schema(talk, needed)
-    parameters = {
-        parameter: own
-        for parameter, own in find_inputs(SYNONYMS, offered, needed).items()
-        if is_graded(parameter, known[own])
+    family = Family(system=find(SYSTEMS, "text"), prompt=prompt)
+    if messages and prompt not in needed:
+        family = family._replace(render=render_messages, system="system")
+    fields = {
+        parameter: read_field(name, known[name], parameter)
+        for parameter, row in PARAMETERS.items()
+        if (name := find(row.names, row.type)) and has_levels(known[name], row.scale)
     }
-    spoken = {*parameters.values(), talk.get("messages"), talk.get("prompt")}
-    return family._replace(
-        fields={p: read_field(p, own, known[own]) for p, own in parameters.items()},
-        slots=read_slots(family, find_inputs(ATTACHED, offered, needed), known),
-        others=read_others(known, spoken),
-        required=needed,
-    )
+    slots = {
+        part: read_slot(name, known[name])
+        for part, names in ATTACHED.items()
+        if (name := find(names, "file"))
+    }
+    if "image_url" in slots and family.render is render_messages:
+        slots |= IN_PLACE
+    named = {*DOCUMENTED, *(field.name for field in fields.values()), messages, prompt}
+    others = {n: read_field(n, row) for n, row in known.items() if n not in named}
+    return family._replace(fields=fields, slots=slots, others=others, required=needed)
 
 
-def is_text(output: Json, schemas: Json) -> bool:
-    """Whether what the model makes can be told as text, for all that is known."""
-    if len(parts := alternatives(output)) > 1:
-        folded = (resolve(part, schemas) for part in parts)
-        return any(is_text(without(part, ALTERNATIVES), schemas) for part in folded)
-    if isinstance(output.get("x-cog-array-display"), str):
-        return bool(output["x-cog-array-display"] == "concatenate")
-    inside = as_object(output.get("properties"))
-    if inside:
-        return any(name in inside for name in TEXT_IN_OBJECT)
-    kind = kind_of(output, schemas)
-    if kind == "array":  # of what has no type, or of numbers and the like
-        return not resolve(output.get("items"), schemas)
-    return kind in ("", "string", "word", "strings", "object")
-
-
-def find_inputs(
-    table: Mapping[str, Synonyms], offered: Mapping[str, str], needed: Sequence[str]
-) -> dict[str, str]:
-    """The model's name for each row of which it has an input; needed ones first."""
-    found = {}
-    for name, (legal, names) in table.items():
-        fitting = [own for own in names.split() if offered.get(own, "-") in legal]
-        if fitting:
-            found[name] = min(fitting, key=lambda own: own not in needed)
-    return found
-
-
-def is_graded(parameter: str, schema: Json) -> bool:
-    """Whether the model's words for it, if it says which, are grades of OpenAI's."""
-    words, scale = as_list(schema.get("enum")), GRADED.get(parameter, ())
+def has_levels(schema: Json, scale: Sequence[str]) -> bool:
+    """Whether an input's words, if it lists any, are levels of OpenAI's scale."""
+    words = as_list(schema.get("enum"))
     return not (words and scale) or any(str(word).lower() in scale for word in words)
 
 
-def is_needed(name: str, schema: Json, inputs: Json) -> bool:
-    return name in as_list(inputs.get("required")) and "default" not in schema
-
-
-def family_of_schema(talk: Mapping[str, str], needed: Sequence[str]) -> Family:
-    """Messages as they are, where they alone will do; else a transcript."""
-    prompt = talk.get("prompt", "")
-    if "messages" in talk and prompt not in needed:
-        return Family("", render_messages, "system", {}, prompt=prompt)
-    render = (
-        partial(render_transcript_as, prompt) if prompt != "prompt" else PLAIN.render
-    )
-    return Family("", render, talk.get("system", ""), {}, prompt=prompt)
-
-
-def render_transcript_as(prompt: str, messages: Messages, system: str) -> Json:
-    """A transcript for a model with its own name for the prompt."""
-    rendered = render_transcript(messages, system)
-    return {prompt if name == "prompt" else name: v for name, v in rendered.items()}
-
-
-def read_field(parameter: str, name: str, schema: Json) -> Field:
-    kind = json_type(schema)
-    low, high = read_bounds(kind, schema)
+def read_field(name: str, schema: Json, parameter: str = "") -> Field:
+    type = json_type(schema)
     choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
-    is_short = is_bound(schema.get("default")) and 0 < schema["default"] < LONG
+    default = schema.get("default")
+    is_short = is_bound(default) and 0 < default < LONG
     return Field(
         name,
-        low,
-        high,
+        *read_bounds(schema, is_whole=type == "integer"),
         default=LONG if parameter == "max_tokens" and is_short else None,
         choices=tuple(choices),
-        joined="," if parameter == "stop" and kind == "string" else "",
-        kind=kind,
+        type=type,
     )
 
 
-def is_bound(value: Any) -> bool:
+def is_bound(value: Any) -> TypeGuard[float]:
     return is_number(value) and abs(value) < 2**64
 
 
-def read_bounds(kind: str, schema: Json) -> tuple[float | None, float | None]:
+def read_bounds(schema: Json, is_whole: bool) -> tuple[float | None, float | None]:
     """The least and the most that a field takes: of an integer, whole ones."""
-    if kind == "array":
-        return read_bound(schema.get("minItems")), read_bound(schema.get("maxItems"))
-    step = 1 if kind == "integer" else 0.01  # inwards from a bound that is left out
-    lows = (schema.get("minimum"), stepped(schema.get("exclusiveMinimum"), step))
-    highs = (schema.get("maximum"), stepped(schema.get("exclusiveMaximum"), -step))
-    low = max(filter(is_bound, lows), default=None)
-    high = min(filter(is_bound, highs), default=None)
-    if kind == "integer":
-        return low and ceil(low), high and floor(high)
-    return low, high
+    step = 1 if is_whole else 0.01  # inwards from a bound that is left out
 
+    def bounds(keyword: str, step: float = 0) -> list[float]:
+        bound = schema.get(keyword)
+        return [bound + step] if is_bound(bound) else []
 
-def stepped(bound: Any, step: float) -> Any:
-    return bound + step if is_bound(bound) else None
-
-
-def read_bound(value: Any) -> float | None:
-    return value if is_bound(value) else None
-
-
-def read_slots(
-    family: Family, found: Mapping[str, str], known: Mapping[str, Json]
-) -> dict[str, Slot]:
-    """Where attachments go: for images among messages, in their place there."""
-    slots = {kind: read_slot(name, known[name]) for kind, name in found.items()}
-    in_place = family.render is render_messages and "image_url" in slots
-    return {**slots, **IN_PLACE} if in_place else slots
+    lows = bounds("minimum") + bounds("exclusiveMinimum", step)
+    highs = bounds("maximum") + bounds("exclusiveMaximum", -step)
+    low, high = max(lows, default=None), min(highs, default=None)
+    return (low and ceil(low), high and floor(high)) if is_whole else (low, high)
 
 
 def read_slot(name: str, schema: Json) -> Slot:
     if json_type(schema) != "array":
         return Slot(name)
-    most = read_bound(schema.get("maxItems")) or 0
-    return Slot(name, int(most) if most >= 1 else MANY, as_list=True)
-
-
-def read_others(
-    known: Mapping[str, Json], spoken: Collection[str | None]
-) -> dict[str, Field]:
-    """Each other input under its own name, but where OpenAI has a meaning for that."""
-    return {
-        name: read_field("", name, schema)
-        for name, schema in known.items()
-        if name not in DOCUMENTED and name not in spoken
-    }
+    most = schema.get("maxItems")
+    return Slot(name, int(most) if is_bound(most) and most >= 1 else MANY, as_list=True)
 
 
 SCHEMA_LASTS = 3600  # seconds, for one that was read …
-
 RETRY_AFTER = 60  # … and for one that could not be
-
 MOST_SCHEMAS = 1000
 
 OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
-
 DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
@@ -2447,7 +2146,7 @@ def merge(row: Family, read: Family | None) -> Family:
         return row
     taken = {field.name for field in row.fields.values()}
     others = {name: f for name, f in read.others.items() if name not in taken}
-    in_place = row.render is render_messages
+    in_place = row.render is render_messages and not row.native
     slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
     return row._replace(
         fields={**read.fields, **row.fields},
@@ -2456,63 +2155,66 @@ def merge(row: Family, read: Family | None) -> Family:
     )
 
 
-class Inquiry:
-    """One look at a schema, for all the calls that wait for it."""
+@dataclass
+class SchemaEntry:
+    """One look-up of a schema, for all the requests that wait for it."""
 
-    def __init__(self, last: Family | None, expires: float) -> None:
-        self.family = last
-        self.expires = expires
-        self.done = threading.Event()
+    family: Family | None
+    expires: float
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class SchemaCache:
-    """Families by ref, each read once and kept for an hour."""
+    """Families by ref, each read once an hour; an old one serves until then."""
 
     def __init__(
         self,
         look_up: Callable[[str, str, str], Json],  # owner, name, version or ""
         release_of: Callable[[str, str], str],  # a deployment's owner, name -> ref
         clock: Callable[[], float] = time.monotonic,
-        limit: float = 5,  # seconds that a call waits for one
+        limit: float = 5,  # seconds that a request waits for one
     ) -> None:
         self.look_up = look_up
         self.release_of = release_of
         self.clock = clock
         self.limit = limit
         self.lock = threading.Lock()
-        self.inquiries: dict[str, Inquiry] = {}
+        self.entries: dict[str, SchemaEntry] = {}
 
     def find(self, ref: str) -> Family | None:
         """The last family that was read, or None: no schema, or not in time."""
         if not (OWNED.fullmatch(ref) or DEPLOYED.fullmatch(ref)):
             return None  # Replicate tells nothing of a version without its model
-        inquiry = self.inquire(ref)
-        if inquiry.family is None:  # an old one serves while it is read again
-            inquiry.done.wait(self.limit)
-        return inquiry.family
-
-    def inquire(self, ref: str) -> Inquiry:
         with self.lock:
-            last = self.inquiries.get(ref)
-            if last and self.clock() < last.expires:
-                return last
-            fresh = Inquiry(last.family if last else None, self.clock() + RETRY_AFTER)
-            self.inquiries.pop(ref, None)
-            self.inquiries[ref] = fresh
-            for oldest in list(self.inquiries)[:-MOST_SCHEMAS]:
-                del self.inquiries[oldest]
-        threading.Thread(target=self.answer, args=(ref, fresh), daemon=True).start()
-        return fresh
+            entry = self.entries.get(ref)
+            if entry is None or self.clock() >= entry.expires:
+                entry = self.refresh(ref, entry)
+        if entry.family is None:
+            entry.done.wait(self.limit)
+        return entry.family
 
-    def answer(self, ref: str, inquiry: Inquiry) -> None:
+    def refresh(self, ref: str, last: SchemaEntry | None) -> SchemaEntry:
+        """Look it up in a thread, as the last family may serve in the meantime."""
+        entry = SchemaEntry(last.family if last else None, self.clock() + RETRY_AFTER)
         try:
-            inquiry.family = self.read(ref)
-            inquiry.expires = self.clock() + SCHEMA_LASTS
+            threading.Thread(target=self.fill, args=(ref, entry), daemon=True).start()
+        except RuntimeError:  # no thread to be had: the next request tries again
+            entry.done.set()
+            return entry
+        self.entries.pop(ref, None)
+        self.entries[ref] = entry
+        if len(self.entries) > MOST_SCHEMAS:
+            del self.entries[next(iter(self.entries))]
+        return entry
+
+    def fill(self, ref: str, entry: SchemaEntry) -> None:
+        try:
+            entry.family = self.read(ref)
+            entry.expires = self.clock() + SCHEMA_LASTS
         except Exception as error:
-            told = as_api_error(error)
-            log.warning("the schema of %s can't be read: %s", ref, told)
+            log.warning("the schema of %s can't be read: %s", ref, as_api_error(error))
         finally:
-            inquiry.done.set()
+            entry.done.set()
 
     def read(self, ref: str) -> Family | None:
         """Of a deployment: the row of the model that it runs, or that one's schema."""
@@ -2528,11 +2230,14 @@ class SchemaCache:
 def family_for(
     model: Model, body: Json, attached: set[str], schemas: SchemaCache
 ) -> Family:
-    """Its row if that says all the call needs, so that a known model costs no GET."""
+    """Its row if that says all that is needed, so that a known model costs no GET."""
     row = find_family(model)
+    known = {*DOCUMENTED, *row.fields, *(field.name for field in row.fields.values())}
+    known |= {*SYSTEM_NAMES} if "messages" in body else set()
+    sent = {name for name, value in body.items() if value is not None}
     if row is PLAIN:
         family = schemas.find(model.ref) or PLAIN
-    elif says_all(row, body, attached):
+    elif sent <= known and attached <= row.slots.keys():
         family = row
     else:
         family = merge(row, schemas.find(model.ref))
@@ -2542,18 +2247,10 @@ def family_for(
     return family
 
 
-def says_all(row: Family, body: Json, attached: set[str]) -> bool:
-    sent = {name for name, value in body.items() if value is not None}
-    own = {field.name for field in row.fields.values()}
-    own |= {*SYSTEM_NAMES} if "messages" in body else set()
-    unknown = sent - DOCUMENTED - row.fields.keys() - own
-    return not unknown and attached <= row.slots.keys()
-
-
 # -- Prediction inputs ---------------------------------------------------------
 #
-# A call in the terms of its model: what Replicate is given, and what must be
-# known of it to tell its answer.
+# A request in the terms of its model: what Replicate is given, and what must be
+# known of it to write the answer. It is built once, for all its n choices.
 
 
 LONGEST = 6 * 2**20  # users report that Replicate interrupts what is larger
@@ -2568,264 +2265,227 @@ class PredictionInput(NamedTuple):
     prompt: str  # the text in it, to estimate tokens by
     limit: int | None  # of tokens, as it was sent
     cut: int | None  # of tokens, where the client's limit is below the model's least
-    echo: bool = False  # say the prompt before the answer
-    again: Callable[[str, str], PredictionInput] | None = (
-        None  # by what was said, and what to do
-    )
+    seed: Field | None = None  # the input that choices differ in: the client named it
+
+
+def with_wanted(body: Json, family: Family, wanted: Wanted) -> Json:
+    """The body with tools, format, calls and results as the family takes them."""
+    toolbox, format = wanted
+    if family.native:
+        inputs, history = native_inputs(family.native, wanted), native_history
+        texts = [native_tool_instructions(toolbox)] if toolbox else []
+    else:
+        inputs, history = {}, plain_history
+        texts = [tool_instructions(toolbox)] if toolbox else []
+        texts += [json_instructions(format)] if format else []
+    first = [{"role": "system", "content": text} for text in texts if text]
+    return {
+        **body,
+        "messages": [*first, *history(body["messages"])],
+        "replicate": {**inputs, **body["replicate"]},
+    }
 
 
 def build_chat_input(body: Json, model: Model, family: Family) -> PredictionInput:
     body, model = with_system_texts(body, model)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
-    rendered = {
-        **family.render(unplaced(body["messages"], family.slots), family.system),
-        **place(attachments(body["messages"]), family.slots),
-    }
-    return order(body, model, family, rendered, prompt)
-
-
-def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
-    """System text beside the messages as one of them: an input would hide theirs."""
-    sources = (model.config.input, body)
-    if all(source.keys().isdisjoint(SYSTEM_NAMES) for source in sources):
-        return body, model
-    named = [(src, name) for src in sources for name in SYSTEM_NAMES if src.get(name)]
-    for source, name in named:
-        if not isinstance(source[name], str):
-            raise misfit(name, source[name], "string")
-    told = [{"role": "system", "content": source[name]} for source, name in named]
-    given, body = (without(source, SYSTEM_NAMES) for source in sources)
-    config = model.config._replace(input=given)
-    messages = [*told, *body["messages"]]
-    return {**body, "messages": messages}, replace(model, config=config)
+    messages, placed = place_attachments(body["messages"], model, family)
+    rendered = family.render(messages, family.system, family.prompt)
+    return build_input(body, model, family, {**rendered, **placed}, prompt)
 
 
 def build_retry_input(
     body: Json, model: Model, family: Family, answer: str, instruction: str
 ) -> PredictionInput:
-    """The same input, with a first answer to it and what is to be done about that."""
-    turns = [
+    """The same request, with a first answer to it and what is to be done about that."""
+    messages = [
+        *body["messages"],
         {"role": "assistant", "content": answer},
         {"role": "user", "content": instruction},
     ]
-    body = {**body, "messages": [*body["messages"], *turns]}
-    return build_chat_input(body, model, family)
-
-
-def with_seed(prediction_input: PredictionInput, offset: int) -> PredictionInput:
-    """Choices of one request must not all have the same seed."""
-    for name, parameter in prediction_input.names.items():
-        if parameter == "seed" and offset and name in prediction_input.input:
-            seed = prediction_input.input[name] + offset
-            input = {**prediction_input.input, name: seed}
-            return prediction_input._replace(input=input)
-    return prediction_input
+    return build_chat_input({**body, "messages": messages}, model, family)
 
 
 def build_completion_input(
     body: Json, model: Model, family: Family, prompt: str
 ) -> PredictionInput:
-    rendered = render_prompt(family, prompt)
-    asked = order(body, model, family, rendered, prompt)
-    return asked._replace(echo=body["echo"])
+    """With the bare prompt as it is, or as a message if the model takes no other."""
+    rendered = {family.prompt: prompt}
+    if not family.prompt:
+        message = {"role": "user", "content": prompt}
+        rendered = family.render([message], family.system, "")
+    return build_input(body, model, family, rendered, prompt)
 
 
-def order(
-    body: Json, model: Model, family: Family, rendered: Json, prompt: str
-) -> PredictionInput:
-    too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
-    short_enough = len(prompt.encode()) <= LONGEST
-    param = "messages" if "messages" in body else "prompt"
-    require(short_enough, too_long, code="context_length_exceeded", param=param)
-    fields = {**family.others, **family.fields}
-    asked = apply_model_config(asked_of(body, fields), model.config)
-    input = {  # what comes later counts
-        **bounded(asked, fields),
-        **rendered,
-        **model.config.input,
-        **body["replicate"],
-    }
-    require_inputs(model, family, input)
-    names = {field.name: name for name, field in fields.items()}
-    limit = input.get(fields["max_tokens"].name) if "max_tokens" in fields else None
-    limit = limit if type(limit) is int else None  # `replicate` may hold anything
-    short = asked["max_tokens"] and limit and asked["max_tokens"] < limit
-    return PredictionInput(
-        model, input, names, prompt, limit, asked["max_tokens"] if short else None
-    )
+def with_seed(built: PredictionInput, offset: int) -> PredictionInput:
+    """The input of choice number `offset`: with one seed all would be the same."""
+    if not (built.seed and offset):
+        return built
+    name, low, high, *_ = built.seed
+    low, high = INT64[0] if low is None else low, INT64[1] if high is None else high
+    seed = wrap(built.input[name] + offset, low, high)
+    return built._replace(input={**built.input, name: seed})
 
 
-def check_places(attached: list[tuple[str, str]], model: Model, family: Family) -> None:
-    """Raise 400 for what the model does not take, or not so much of."""
-    slots = family.slots
-    for kind in {kind for kind, _ in attached}:
-        count = sum(each == kind for each, _ in attached)
-        most = slots[kind].most if kind in slots else 0
-        require(
-            count <= most,
-            f"The model `{model.id}` ({model.ref}) takes {most or 'no'} parts of type "
-            f"'{kind}', but got {count}. {ABLE.get(kind, 'No model known here does.')}",
-            code="invalid_value",
-            param="messages",
-        )
+def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
+    """System text beside the messages as one of them: an input would hide theirs."""
+    sources = (model.config.input, body)
+    texts = [
+        check({name: source[name]}, {name: Param(STRING)})[name]
+        for source in sources
+        for name in SYSTEM_NAMES
+        if source.get(name)
+    ]
+    first = [{"role": "system", "content": text} for text in texts]
+    given, body = (without(source, SYSTEM_NAMES) for source in sources)
+    model = replace(model, config=model.config._replace(input=given))
+    return {**body, "messages": [*first, *body["messages"]]}, model
 
 
-def place(attached: list[tuple[str, str]], slots: Mapping[str, Slot]) -> Json:
-    placed: Json = {}
-    for kind, slot in slots.items():
-        urls = [url for each, url in attached if each == kind]
-        if urls and slot.name:
-            placed[slot.name] = urls if slot.as_list else urls[0]
-    return placed
-
-
-def unplaced(messages: Messages, slots: Mapping[str, Slot]) -> Messages:
-    """Messages without what has an input of its own: it would be sent twice."""
-    placed = {kind for kind, slot in slots.items() if slot.name}
-
-    def rest(content: str | list[Json]) -> str | list[Json]:
-        if isinstance(content, str):
-            return content
-        return [part for part in content if part["type"] not in placed]
-
-    return [{**message, "content": rest(message["content"])} for message in messages]
-
-
-ABLE = {
+TAKERS = {
     "image_url": "openai/gpt-4o and google/gemini-2.5-flash take several images, "
     "anthropic/claude-4.5-sonnet takes one.",
     "input_audio": "google/gemini-3-flash takes one.",
 }
 
 
-def asked_of(body: Json, wanted: Mapping[str, Field]) -> Json:
-    """What the client asks for; the model's own name counts before OpenAI's."""
+def place_attachments(
+    messages: Messages, model: Model, family: Family
+) -> tuple[Messages, Json]:
+    """Move what has an input of its own out of the messages.
+
+    Raise 400 for what the model does not take, or not so much of.
+    """
+    urls: dict[str, list[str]] = {}
+    for kind, url in attachments(messages):
+        urls.setdefault(kind, []).append(url)
+    placed: Json = {}
+    for kind, found in urls.items():
+        slot = family.slots.get(kind, Slot("", 0))
+        require(
+            len(found) <= slot.most,
+            f"The model `{model.id}` ({model.ref}) takes {slot.most or 'no'} parts of "
+            f"type '{kind}', but got {len(found)}. "
+            f"{TAKERS.get(kind, 'No model known here does.')}",
+            code="invalid_value",
+            param="messages",
+        )
+        if slot.name:
+            placed[slot.name] = found if slot.as_list else found[0]
+    if not placed:
+        return messages, placed
+    moved = {kind for kind, slot in family.slots.items() if slot.name}
+    rest = [
+        {**message, "content": [p for p in content if p["type"] not in moved]}
+        if isinstance(content := message["content"], list)
+        else message
+        for message in messages
+    ]
+    return rest, placed
+
+
+def build_input(
+    body: Json, model: Model, family: Family, rendered: Json, prompt: str
+) -> PredictionInput:
+    """Raise 400 for values that the model's inputs can't take, and for missing ones."""
+    too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
+    short_enough = len(prompt.encode()) <= LONGEST
+    param = "messages" if "messages" in body else "prompt"
+    require(short_enough, too_long, code="context_length_exceeded", param=param)
+    fields = {**family.others, **family.fields}
+    asked = read_asked(body, fields, model.config)
+    inputs: Json = {}
+    for parameter, row in fields.items():
+        value = asked.get(parameter, row.default)
+        if is_number(value):
+            bring = wrap if parameter == "seed" else clamp
+            value = bring(value, row.low, row.high)
+        if value is not None:
+            inputs[row.name] = value
+    input = {  # what comes later counts
+        **inputs,
+        **rendered,
+        **family.always,
+        **model.config.input,
+        **body["replicate"],
+    }
+    require_inputs(model, family, input)
+    sent = input.get(fields["max_tokens"].name) if "max_tokens" in fields else None
+    limit = sent if type(sent) is int else None  # `replicate` may hold anything
+    wanted = asked.get("max_tokens")
+    seed = fields["seed"] if "seed" in asked else None
+    is_ours = seed and input[seed.name] == inputs[seed.name]
+    return PredictionInput(
+        model,
+        input,
+        names={row.name: parameter for parameter, row in fields.items()},
+        prompt=prompt,
+        limit=limit,
+        cut=wanted if wanted and limit and wanted < limit else None,
+        seed=seed if is_ours else None,
+    )
+
+
+def read_asked(body: Json, fields: Mapping[str, Field], config: ModelConfig) -> Json:
+    """What the client asks for, by parameter, after the operator's word on it.
+
+    The model's own name counts before OpenAI's, and the newer of those first."""
     body = {**body, "stop": list(filter(None, body["stop"])) or None}
-    asked = {}
-    for parameter, row in wanted.items():
-        own = [row.name] if row.name not in DOCUMENTED else []
+    asked: Json = {}
+    for parameter, row in fields.items():
+        own = [row.name] if row.name != parameter else []
         names = [*own, NEWER.get(parameter, parameter), parameter]
-        given = [name for name in names if body.get(name) is not None]
+        given = next((name for name in names if body.get(name) is not None), None)
         if given:
-            asked[parameter] = fit(given[0], body[given[0]], parameter, row)
+            value = fit(given, body[given], parameter, row)
+            if value is not None:
+                asked[parameter] = value
+    if config.max_tokens and "max_tokens" in fields:
+        limits = (asked.get("max_tokens"), config.max_tokens)
+        asked["max_tokens"] = min(filter(None, limits))
+    if config.temperature_range and "temperature" in asked:
+        asked["temperature"] = clamp(asked["temperature"], *config.temperature_range)
     return asked
 
 
-def apply_model_config(asked: Json, config: ModelConfig) -> Json:
-    """The parameters after the operator's word on them in models.json."""
-    limits = (asked.get("max_tokens"), config.max_tokens)
-    temperature = asked.get("temperature")
-    if config.temperature_range and temperature is not None:
-        temperature = clamp(temperature, *config.temperature_range)
-    limit = min(filter(None, limits), default=None)
-    return {**asked, "max_tokens": limit, "temperature": temperature}
-
-
-def bounded(asked: Json, wanted: Mapping[str, Field]) -> Json:
-    """Inputs within the model's bounds; where nothing was asked for, the default."""
-    inputs = {}
-    for parameter, row in wanted.items():
-        value = row.default if asked.get(parameter) is None else asked[parameter]
-        if value is not None:
-            bring = wrap if parameter == "seed" else clamp
-            is_real = is_number(value)
-            inputs[row.name] = bring(value, row.low, row.high) if is_real else value
-    return inputs
-
-
 def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
-    """Bring a value to what the model takes: its type, and its words."""
-    if isinstance(value, str):
-        value = field.words.get(value, value)
-    if field.joined and isinstance(value, list):
-        return join(value, field.joined)
-    kind = field.kind or KIND_OF.get(parameter, "")
-    fitted = CASTS[kind](value) if kind else value
-    if fitted is None:
-        raise misfit(name, value, kind)
-    scale = GRADED.get(parameter, ())
-    return choose(name, fitted, field.choices, scale) if field.choices else fitted
+    """Bring a value to the type, and the words, of an input.
 
-
-def join(items: list[Any], between: str) -> str | None:
-    """An item that holds the separator can't be sent."""
-    return between.join(str(item) for item in items if between not in str(item)) or None
-
-
-def whole(value: Any) -> int | None:
-    """2.0 is whole in JSON; 2.5 is refused, as either side of it would be a guess."""
-    return int(value) if is_number(value) and value % 1 == 0 else None
-
-
-def listed(value: Any) -> list[Any] | None:
-    """One string stands for an array of one, as it does in OpenAI's API."""
-    return [value] if isinstance(value, str) else value if type(value) is list else None
-
-
-# By JSON type: the value as that, or None. A list for a string has no separator that
-# could be known, but where `joined` tells it.
-CASTS: dict[str, Callable[[Any], Any]] = {
-    "string": lambda value: value if isinstance(value, str) else None,
-    "integer": whole,
-    "number": lambda value: value if is_number(value) else None,
-    "boolean": lambda value: value if isinstance(value, bool) else None,
-    "array": listed,
-    "object": lambda value: value if isinstance(value, dict) else None,
-}
-
-# … and the type of what a checked parameter holds: stop strings are a list by then.
-JSON_KINDS = {STRING: "string", INTEGER: "integer", NUMBER: "number"}
-
-KIND_OF = {
-    **{name: JSON_KINDS.get(param.kinds, "") for name, param in SAMPLING.items()},
-    "stop": "array",
-}
-
-ARTICLES = {"integer": "an", "array": "an", "object": "an"}
-
-
-def misfit(name: str, value: Any, kind: str) -> APIError:
-    wanted = f"{ARTICLES.get(kind, 'a')} {kind}"
-    message = (
-        f"Invalid type for '{name}': this model takes {wanted}, "
-        f"but got {KINDS[type(value)]} instead."
-    )
-    return APIError(400, message, code="invalid_type", param=name)
-
-
-def choose(name: str, value: Any, choices: Sequence[Any], scale: Sequence[str]) -> Any:
-    """A grade that the model does not know becomes its nearest."""
-    graded = [word for word in choices if str(word).lower() in scale]
-    if value in choices or value not in scale or not graded:
-        check_choice(name, value, choices)
-        return value
-    rank = scale.index(value)
-    return min(graded, key=lambda word: abs(scale.index(word.lower()) - rank))
-
-
-def render_prompt(family: Family, prompt: str) -> Json:
-    """A bare prompt as it is, or as the one message of a model that takes no other."""
-    if family.prompt:
-        return {family.prompt: prompt, **family.raw}
-    return family.render([{"role": "user", "content": prompt}], family.system)
+    None if nothing of it is left to send; raise 400 if it can't be brought."""
+    row = PARAMETERS.get(parameter, Parameter("", ""))
+    type = field.type or row.type
+    if parameter == "stop" and type == "string" and isinstance(value, list):
+        # a separator that is known; a stop string that holds it can't be sent
+        return ",".join(s for s in map(str, value) if "," not in s) or None
+    if parameter == "reasoning_effort" and type == "integer" and value in [*BUDGETS]:
+        value = BUDGETS[value]
+    if type == "integer" and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 2.0 is whole in JSON; either side of 2.5 is a guess
+    if type == "array" and isinstance(value, str):
+        value = [value]  # as in OpenAI's API
+    levels = [c for c in field.choices if str(c).lower() in row.scale]
+    if levels and value in row.scale and value not in field.choices:
+        rank = row.scale.index(value)
+        value = min(levels, key=lambda c: abs(row.scale.index(c.lower()) - rank))
+    param = Param(JSON_TYPES.get(type, ANYTHING), choices=field.choices, items=ANYTHING)
+    return check({name: value}, {name: param})[name]
 
 
 def require_inputs(model: Model, family: Family, input: Json) -> None:
     """Raise 400 for what the schema says the model can't run without."""
     missing = [name for name in family.required if name not in input]
-    named = " and ".join(f"'{name}'" for name in missing)
-    first = next(iter(missing), "")
-    parts = {
-        slot.name: f"a part of type '{kind}'" for kind, slot in family.slots.items()
-    }
+    if not missing:
+        return
+    parts = {slot.name: f"a part of type '{p}'" for p, slot in family.slots.items()}
     remedies = {**parts, family.system: "a system message"}
-    elsewise = f'"replicate": {{"{first}": …}} in the body'
-    require(
-        not missing,
+    elsewise = f'"replicate": {{"{missing[0]}": …}} in the body'
+    named = " and ".join(f"'{name}'" for name in missing)
+    raise APIError(
+        400,
         f"The model `{model.id}` needs the input {named}, which nothing in this call "
-        f"gives. Send {remedies.get(first, elsewise)}.",
+        f"gives. Send {remedies.get(missing[0], elsewise)}.",
         code="missing_required_parameter",
-        param=first,
+        param=missing[0],
     )
 
 
@@ -3864,7 +3524,7 @@ def calls_beside(output: Json) -> list[str]:
     items = [output] if is_one else as_list(output.get("tool_calls"))
     plain = [{k: v for k, v in as_object(i).items() if k in CALL_KEYS} for i in items]
     return [
-        told_call({"name": n, "arguments": a})
+        render_call({"name": n, "arguments": a})
         for n, a in calls_in(plain, Toolbox(()), True)
     ]
 
@@ -4661,6 +4321,8 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,
 }
+
+ARTICLES = {"integer": "an", "array": "an", "object": "an"}
 
 VALUE_TYPES = {
     name: ("null" if name == "null" else f"{ARTICLES.get(name, 'a')} {name}", fits)
@@ -6459,8 +6121,8 @@ class Generation(NamedTuple):
     inputs: list[PredictionInput]
     toolbox: Toolbox | None = None
     format: ResponseFormat | None = None
-    # From an answer and what is wrong with it to the input of another try.
-    retry_input: Callable[[Choice, str], PredictionInput] | None = None
+    # From an answer and what to do about it to the input of another try.
+    build_retry: Callable[[str, str], PredictionInput] | None = None
 
     def respond(
         self,
@@ -6636,11 +6298,11 @@ class Generation(NamedTuple):
                 sent = len(seen)
         answer, usage = fold(seen)
         why = self.complaint(answer)
-        if why and not sent and self.retry_input and answer.finish_reason != "length":
+        if why and not sent and self.build_retry and answer.finish_reason != "length":
             log.warning("event=retry why=%s", quoted(why))
             try:
-                second_input = self.retry_input(answer, why)
-                with self.start_prediction(second_input, cancellation) as others:
+                again = self.build_retry(self.render(answer), self.instruction(why))
+                with self.start_prediction(again, cancellation) as others:
                     second = list(others)
             except APIError as error:
                 cancellation.check()
@@ -6653,6 +6315,18 @@ class Generation(NamedTuple):
         if why:
             log.warning("event=misfit why=%s", quoted(why))
         yield from seen[sent:]
+
+    def render(self, answer: Choice) -> str:
+        """An answer as the model could have written it."""
+        message = {"role": "assistant", "content": answer.text}
+        rendered = render_calls({**message, "tool_calls": [*answer.calls]})
+        return text_of(rendered["content"])
+
+    def instruction(self, why: str) -> str:
+        if self.toolbox:
+            return retry_call_instructions(self.toolbox, why)
+        assert self.format
+        return retry_json_instructions(self.format, why)
 
     def complaint(self, answer: Choice) -> str:
         """What is wrong with an answer, in a sentence; "" if it is as asked for."""
@@ -6705,19 +6379,17 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
     body = parse_body(request, CHAT, model)
     body["messages"] = parse_messages(body["messages"])
     chosen = find_model(proxy.models.current(), body["model"])
-    attached = attachments(body["messages"])
-    kinds = {kind for kind, _ in attached}
+    kinds = {kind for kind, _ in attachments(body["messages"])}
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
-    check_places(attached, chosen, family)
     wanted = Wanted(parse_toolbox(body), parse_response_format(body))
-    body = asked_for(body, family, wanted)
+    body = with_wanted(body, family, wanted)
     generation = Generation(
         proxy,
         request,
         body,
         [build_chat_input(body, chosen, family)],
         *wanted,
-        partial(retry_input, body, chosen, family, wanted),
+        partial(build_retry_input, body, chosen, family),
     )
     return generation.respond("chatcmpl-", chat_completion, chat_stream)
 
@@ -6743,25 +6415,6 @@ def check_count(predictions: int) -> None:
     )
     few = predictions <= MOST_PREDICTIONS
     require(few, message, code="array_above_max_length", param="prompt")
-
-
-def retry_input(
-    body: Json,
-    model: Model,
-    family: Family,
-    wanted: Wanted,
-    answer: Choice,
-    why: str,
-) -> PredictionInput:
-    """The input of another try, which shows the first answer and what is wrong."""
-    if wanted.toolbox:
-        instruction = repair_instructions(wanted.toolbox, why)
-    else:
-        assert wanted.format
-        instruction = json_repair(wanted.format, why)
-    said = {"role": "assistant", "content": answer.text, "tool_calls": [*answer.calls]}
-    text = told_message(said)["content"]
-    return build_retry_input(body, model, family, text, instruction)
 
 
 def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
