@@ -102,7 +102,6 @@ from contextlib import (
     suppress,
 )
 from dataclasses import dataclass, field, fields, replace
-from email.utils import formatdate
 from fractions import Fraction
 from functools import lru_cache, partial
 from graphlib import CycleError, TopologicalSorter
@@ -7113,11 +7112,6 @@ def response_head(status: int, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([first, *lines, "", ""]).encode()
 
 
-@lru_cache(1)  # thousands of responses share a second
-def http_date(now: int) -> str:
-    return formatdate(now, usegmt=True)
-
-
 # -- Server --------------------------------------------------------------------
 #
 # A thread per connection, as http.server has them, and one more that watches all
@@ -7150,6 +7144,7 @@ class EventStreamWriter:
         self.lock = threading.Lock()
         self.unsent = b""  # the rest of a sign of life
         self.is_open = False  # the status line is sent
+        self.is_watched = True
         self.last_write = time.monotonic()
 
     def write(self, data: bytes) -> None:
@@ -7181,8 +7176,9 @@ class EventStreamWriter:
             return
         if self.lock.acquire(blocking=False):  # else its request is writing
             try:
-                due = self.take(KEEP_ALIVE)
-                self.unsent = due[send_at_once(self.sock, due) :]
+                if self.is_watched:
+                    due = self.take(KEEP_ALIVE)
+                    self.unsent = due[send_at_once(self.sock, due) :]
             finally:
                 self.lock.release()
 
@@ -7225,6 +7221,8 @@ class Watcher(threading.Thread):
             yield
         finally:
             self.writers.discard(writer)
+            with writer.lock:  # a look at it may be under way
+                writer.is_watched = False
 
     def run(self) -> None:
         while not self.is_stopped:
@@ -7278,8 +7276,10 @@ class Handler(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.connection.setblocking(True)  # a Mac's is as the one that listens
+        limit = self.server.proxy.settings.write_timeout
+        block(self.connection, socket.SO_SNDTIMEO, limit)
         self.reader = DeadlineReader(self.connection)
-        self.stream = io.BufferedReader(self.reader)
+        self.rfile = self.stream = io.BufferedReader(self.reader)
 
     def handle_one_request(self) -> None:
         """Serve a request, from its first byte to its line in the log."""
@@ -7339,46 +7339,40 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = version == "HTTP/1.0" or not keeps
         return True
 
-    def find_operation(self) -> Operation:
-        asked = self.api_request
-        proxy = self.server.proxy
-        return find_operation(proxy, asked.method, asked.path, asked.headers)
-
     def do_GET(self) -> None:
-        operation = self.find_operation()
-        self.send(operation(self.server.proxy, self.api_request))
+        self.send(dispatch(self.server.proxy, self.api_request))
 
     def do_POST(self) -> None:
-        """Read a body from one who may ask, if there is room; then watch the client."""
-        operation, request = self.find_operation(), self.api_request
-        limit = self.server.proxy.settings.max_body_bytes
-        assert self.body
-        self.body.check(limit)
-        self.server.admit(request)
-        self.reader.within(self.server.timeouts.body)
-        if self.body.awaits_continue:
+        """Read the body of one who may ask, if there is room; then watch the client."""
+        server, request, body = self.server, self.api_request, self.body
+        operation = find_operation(
+            server.proxy, request.method, request.path, request.headers
+        )
+        assert body
+        limit = server.proxy.settings.max_body_bytes
+        body.check(limit)
+        server.admit(request)
+        self.reader.within(server.timeouts.body)
+        if body.awaits_continue:
             self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.body = self.body.read(limit)
-        self.server.watcher.watch(request.cancellation, self.connection)
-        self.send(operation(self.server.proxy, request))
+        request.body = body.read(limit)
+        server.watcher.watch(request.cancellation, self.connection)
+        self.send(operation(server.proxy, request))
 
     def send(self, response: Response) -> None:
-        body = response.body
-        if isinstance(body, EventStream):
-            self.send_stream(body, response.headers)
+        data, headers = response.body or b"", dict(response.headers)
+        if isinstance(data, EventStream):
+            self.send_stream(data, headers)
             return
-        if not (self.body and (self.body.is_read or self.body.is_skippable)):
-            self.close_connection = True
-        headers = dict(response.headers)
-        if isinstance(body, dict):
-            body, headers = (
-                encode_for_people(body),
-                {"content-type": "application/json", **headers},
-            )
+        if isinstance(data, dict):
+            data = encode_for_people(data)
+            headers.setdefault("content-type", "application/json")
         if response.status != 204:
-            headers["content-length"] = str(len(body or b""))
+            headers["content-length"] = str(len(data))
+        if not self.body or not (self.body.is_read or self.body.is_skippable):
+            self.close_connection = True
         head = self.head(response.status, headers)
-        self.write(head + (body or b"") if self.command != "HEAD" else head)
+        self.write(head if self.command == "HEAD" else head + data)
 
     def send_failure(self, error: APIError) -> None:
         self.api_request.log.error = error.code or error.status
@@ -7389,13 +7383,10 @@ class Handler(BaseHTTPRequestHandler):
         is_chunked = self.request_version == "HTTP/1.1"
         coding = {"transfer-encoding": "chunked"} if is_chunked else {}
         head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
-        self.limit_writes()
         writer = EventStreamWriter(self.connection, head, is_chunked)
+        alive = self.server.watcher.kept_alive(writer)
         try:
-            with (
-                self.server.watcher.kept_alive(writer),
-                closing(stream.open()) as frames,
-            ):
+            with alive, closing(stream.open()) as frames:
                 for frame in frames:
                     writer.write(frame)
         except ClientDisconnected:
@@ -7413,29 +7404,21 @@ class Handler(BaseHTTPRequestHandler):
         self.status = status
         self.close_connection = self.close_connection or self.server.is_stopping
         request_log = self.api_request.log
-        return response_head(
-            status,
-            {
-                "date": http_date(int(time.time())),
-                **headers,
-                "x-request-id": self.id,
-                "openai-version": "2020-10-01",
-                "openai-processing-ms": str(self.elapsed_ms()),
-                "x-replicate-model": request_log.ref,
-                "x-replicate-prediction-id": ", ".join(request_log.predictions),
-                **CORS,
-                "connection": "close" if self.close_connection else "",
-            },
-        )
-
-    def limit_writes(self) -> None:
-        """Give up a client that does not read."""
-        limit = self.server.proxy.settings.write_timeout
-        block(self.connection, socket.SO_SNDTIMEO, limit)
+        all_headers = {
+            "date": self.date_time_string(),
+            **headers,
+            "x-request-id": self.id,
+            "openai-version": "2020-10-01",
+            "openai-processing-ms": str(self.elapsed_ms()),
+            "x-replicate-model": request_log.ref,
+            "x-replicate-prediction-id": ", ".join(request_log.predictions),
+            **CORS,
+            "connection": "close" if self.close_connection else "",
+        }
+        return response_head(status, all_headers)
 
     def write(self, data: bytes) -> None:
         try:
-            self.limit_writes()
             self.connection.sendall(data)
         except OSError as error:
             raise ClientDisconnected from error
