@@ -117,6 +117,9 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
+if __name__ == "__main__":  # so that Ctrl-C is quiet while it starts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 try:
     import httpx
     from replicate import (
