@@ -7177,24 +7177,17 @@ class EventStreamWriter:
         limit = timeouts.keep_alive if self.is_open else timeouts.hold
         if time.monotonic() - self.last_write < limit:
             return
-        if self.lock.acquire(blocking=False):  # else its request is writing
-            try:
-                if self.is_watched:
-                    due = self.take(KEEP_ALIVE)
-                    self.unsent = due[send_at_once(self.sock, due) :]
-            finally:
-                self.lock.release()
-
-
-def send_at_once(sock: socket.socket, data: bytes) -> int:
-    limit = sock.gettimeout()
-    sock.settimeout(0)
-    try:
-        return sock.send(data)
-    except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
-        return 0
-    finally:
-        sock.settimeout(limit)
+        if not self.lock.acquire(blocking=False):  # its request is writing
+            return
+        try:
+            if self.is_watched:
+                self.unsent = self.take(KEEP_ALIVE)
+                sent = self.sock.send(self.unsent, DONT_WAIT)
+                self.unsent = self.unsent[sent:]
+        except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
+            pass
+        finally:
+            self.lock.release()
 
 
 # To register with poll is no system call, unlike epoll; Windows has only select.
@@ -7605,7 +7598,8 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 # Several servers on one port, for more than one core: processes that are forked from
 # a parent, which holds the port, serves nobody, and replaces one that dies. A pipe
 # stops them: its end comes when the parent is told to stop, and also if it is killed.
-# They ignore signals, which a terminal or systemd sends to all processes at once.
+# Signals, which a terminal or systemd sends to all processes at once, are collected
+# in each, but only the parent looks at them.
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -7671,8 +7665,6 @@ def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
         return pid
     code = 1
     try:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
         os.close(pipe[1])
         code = work(pipe[0])
     except Exception:
@@ -7728,13 +7720,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-DEMO = {
-    "REPLICATE_API_TOKEN": "r8_demo",
-    "REPLICATE_BASE_URL": "http://127.0.0.1/v1",
-    "PROXY_API_KEY": "demo",
-}
-
-
 def read_settings(options: argparse.Namespace) -> Settings:
     flags = {"HOST": options.host, "PORT": options.port, "MODELS_PATH": options.models}
     return Settings.from_environ(
@@ -7742,9 +7727,19 @@ def read_settings(options: argparse.Namespace) -> Settings:
             **read_env(options.env_file),
             **{name: value for name, value in os.environ.items() if value},
             **{name: value for name, value in flags.items() if value is not None},
-            **(DEMO if options.demo else {}),
+            **(demo_settings() if options.demo else {}),
         }
     )
+
+
+def demo_settings() -> dict[str, str]:
+    if not (HERE / "fake_replicate.py").exists():
+        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
+    return {
+        "REPLICATE_API_TOKEN": "r8_demo",
+        "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
+        "PROXY_API_KEY": "demo",
+    }
 
 
 def read_env(path: str | None) -> dict[str, str]:
@@ -7764,10 +7759,8 @@ def stand_in(settings: Settings, demo: bool) -> Iterator[Settings]:
     if not demo:
         yield settings
         return
-    try:
-        from fake_replicate import FakeReplicate
-    except ModuleNotFoundError:
-        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.") from None
+    from fake_replicate import FakeReplicate
+
     with FakeReplicate(token=settings.replicate_api_token, default="demo") as fake:
         yield replace(settings, replicate_base_url=fake.base_url)
 
@@ -7790,50 +7783,51 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
         f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n\n"
         f"  {curl_line(url, options, models)}\n"
     )
-    if settings.workers > 1:
-        signals = collect_signals()
+    if settings.workers == 1:
+        stop = stop_on_signals()
         print(told, flush=True)
-        work = partial(serve_as_worker, settings, options.demo, listener)
-        return run_workers(settings.workers, work, listener, signals)
-    with stand_in(settings, options.demo) as settings:
-        server = Server(settings, Timeouts(), listener)
-        stop_on_signals(server)
-        print(told, flush=True)
-        return serve_to_the_end(server)
+        return serve_until(stop.wait, settings, options.demo, listener)
+    signals = collect_signals()
+    print(told, flush=True)
+
+    def work(pipe: int) -> int:
+        wait = partial(os.read, pipe, 1)
+        return serve_until(wait, settings, options.demo, listener)
+
+    return run_workers(settings.workers, work, listener, signals)
 
 
-def serve_as_worker(
-    settings: Settings, demo: bool, listener: socket.socket, pipe: int
+def stop_on_signals() -> threading.Event:
+    """What the first signal sets; another one ends the program at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for each in SIGNALS:
+        signal.signal(each, handle)
+    return stop
+
+
+def serve_until(
+    wait: Callable[[], object], settings: Settings, demo: bool, listener: socket.socket
 ) -> int:
+    """Serve until `wait` returns, and all requests are answered."""
     with stand_in(settings, demo) as settings:
         server = Server(settings, Timeouts(), listener)
 
         def stop() -> None:
-            os.read(pipe, 1)
+            wait()
             server.shutdown()
 
         threading.Thread(target=stop, daemon=True).start()
-        return serve_to_the_end(server)
-
-
-def serve_to_the_end(server: Server) -> int:
-    gc.freeze()  # what stays: to look at all of it would take 50 ms, again and again
-    server.serve_forever()
-    log.info("stopping calls=%d", len(server.requests))
-    server.server_close()
+        gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
+        server.serve_forever()
+        log.info("stopping calls=%d", len(server.requests))
+        server.server_close()
     return 0
-
-
-def stop_on_signals(server: Server) -> None:
-    """The first stops the server gently, another one at once."""
-
-    def stop(number: int, _: Any) -> None:
-        for each in SIGNALS:
-            signal.signal(each, lambda number, _: os._exit(128 + number))
-        threading.Thread(target=server.shutdown, daemon=True).start()
-
-    for each in SIGNALS:
-        signal.signal(each, stop)
 
 
 def allow_many_sockets() -> None:
