@@ -5219,7 +5219,7 @@ def test_a_prediction_has_its_types_whatever_was_in_it(value):
 # -- Uploads -------------------------------------------------------------------
 
 INLINE = 256 * 1024  # what Replicate advises to have in an input at the most
-SOUND = "data:audio/mpeg3;base64,"  # whose length is a multiple of four
+MP3_BEGINS = "data:audio/mpeg3;base64,"  # whose length is a multiple of four
 
 
 def large(name, size=INLINE):
@@ -5270,7 +5270,7 @@ def on_upload(fake):
 def test_the_largest_go_until_the_rest_may_stay(
     fake, server, fresh_files, sizes, expected
 ):
-    urls = [SOUND + fresh_files * (size // 4 - 6) for size in sizes]
+    urls = [MP3_BEGINS + fresh_files * (size // 4 - 6) for size in sizes]
     assert give(server, sounds=urls).status == 200
     told = fake.creates()[0].body["input"]["sounds"]
     gone = [size for size, url in zip(sizes, told, strict=True) if url[:4] == "http"]
