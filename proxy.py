@@ -72,7 +72,6 @@ import logging
 import os
 import re
 import secrets
-import select
 import selectors
 import shlex
 import signal
@@ -102,23 +101,24 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from dataclasses import asdict, dataclass, field, fields, replace
-from email.utils import formatdate
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from graphlib import CycleError, TopologicalSorter
 from hashlib import sha256
 from hmac import compare_digest
 from html import escape
-from http.server import ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, groupby, islice, pairwise, takewhile
 from math import ceil, floor, isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
-from socketserver import BaseRequestHandler, StreamRequestHandler, TCPServer
 from typing import Any, NamedTuple, NoReturn, TypeGuard, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+if __name__ == "__main__":  # so that Ctrl-C is quiet while it starts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
     import httpx
@@ -1475,7 +1475,9 @@ def native_inputs(api: str, wanted: Wanted) -> Json:
 def parsed(text: str) -> Any:
     """The value of a JSON text, None if it is not one."""
     try:
-        return json.loads(text, parse_constant=reject_constant, parse_float=finite_float)
+        return json.loads(
+            text, parse_constant=reject_constant, parse_float=finite_float
+        )
     except (ValueError, RecursionError):
         return None
 
@@ -2549,21 +2551,22 @@ class Done:
     usage: Usage = Usage()
 
 
-@dataclass
-class RequestLog:
-    """What the log line of a request tells; the steps fill it in."""
-
-    model: str = ""
-    ref: str = ""
-    predictions: list[str] = field(default_factory=list)
-    usages: list[Usage] = field(default_factory=list)
-    first_text_at: float | None = None
-    error: str | int = ""
-
-
 Event = Started | Reasoning | Text | ToolCall | Arguments | Done
 
 Events = Generator[Event, None, None]
+
+
+@dataclass
+class RequestLog:
+    """What the log line of a request tells; the steps that serve it fill it in."""
+
+    model: str = ""  # as the client calls it
+    ref: str = ""  # as Replicate calls it
+    predictions: list[str] = field(default_factory=list)
+    usages: list[Usage] = field(default_factory=list)
+    first_text_at: float | None = None  # time.monotonic
+    error: str | int = ""  # a code, or a status
+
 
 ALPHABET = string.ascii_letters + string.digits
 
@@ -6089,14 +6092,16 @@ class Proxy(NamedTuple):
     upstream: Upstream
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
+    """What a client asks for, and what is known of it while it is served."""
+
     method: str
-    path: str
+    path: str  # without the query
     headers: Mapping[str, str]  # names in lower case
-    body: bytes
-    cancellation: Cancellation
-    log: RequestLog
+    body: bytes = b""
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    log: RequestLog = field(default_factory=RequestLog)
 
 
 class EventStream(NamedTuple):
@@ -6558,13 +6563,22 @@ def answer_preflight(proxy: Proxy, request: Request) -> Response:
 
 # -- HTTP ----------------------------------------------------------------------
 #
-# Requests as they come over a socket: no bare line feeds, no folded lines and no
-# two lengths, which http.server takes, and behind which one could hide another.
+# Requests as they come over a socket. http.server takes bare line feeds, folded
+# lines and two lengths, behind which one request could hide another: here, what
+# can be read in two ways is refused.
 
 
-SMALL = 65536  # a body that is rather read and forgotten than the connection closed
+SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the connection
 
-REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) HTTP/1\.([01])")
+REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
+
+ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
+
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(;[ -~]*)?\r\n")
+
+
+def bad_request(message: str, status: int = 400) -> APIError:
+    return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
 
 
 class DeadlineReader(io.RawIOBase):
@@ -6573,7 +6587,6 @@ class DeadlineReader(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.deadline = 0.0
-        self.is_idle = True  # between two calls
 
     def within(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
@@ -6592,34 +6605,21 @@ class DeadlineReader(io.RawIOBase):
         except OSError as error:
             raise ClientDisconnected from error
 
-
-ORIGIN = re.compile(r"\A\w+://[^/?]*")
-
-
-class RequestHead(NamedTuple):
-    method: str
-    target: str
-    minor: int  # of HTTP/1.x
-    headers: dict[str, str]
-    length: int | None = None  # of the body
-
-    @property
-    def keeps_alive(self) -> bool:
-        asked = self.headers.get("connection", "").lower()
-        return self.minor == 1 and "close" not in asked
-
-    @property
-    def path(self) -> str:
-        """Of a target in any of its forms, without the query."""
-        return ORIGIN.sub("", self.target, 1).partition("?")[0]
+    def linger(self, seconds: float) -> None:
+        """Read what the client still sends; closing now would lose our response."""
+        with suppress(OSError, APIError, ClientDisconnected):
+            self.sock.shutdown(socket.SHUT_WR)
+            self.within(seconds)
+            while self.readinto(bytearray(SMALL_BODY)):
+                pass
 
 
-def bad_request(message: str, status: int = 400) -> APIError:
-    return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
+def path_of(target: str) -> str:
+    return ORIGIN.sub("", target, count=1).partition("?")[0]
 
 
-def read_head(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
-    """Read the lines up to the empty one."""
+def read_head_lines(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
+    """Read the lines up to the empty one; empty lines before the first are skipped."""
     lines: list[bytes] = []
     left = MAX_HEAD
     while line := stream.readline(left + 1):
@@ -6635,50 +6635,51 @@ def read_head(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
     raise bad_request("its head has no end")
 
 
-def parse_head(lines: Sequence[bytes]) -> RequestHead:
-    first = REQUEST_LINE.fullmatch(lines[0])
-    if not first:
-        raise bad_request("the request line is not METHOD target HTTP/1.1")
-    method, target = first[1].decode("ascii"), first[2].decode("latin-1")
-    try:
-        headers = read_headers(lines[1:])
-        return RequestHead(method, target, int(first[3]), headers, read_length(headers))
-    except BadHead as error:
-        raise bad_request(str(error)) from None
-
-
-class Body:
-    """The body of a request, which is read when somebody wants it."""
+class RequestBody:
+    """The body of a request. Raise APIError if its length is said in two ways."""
 
     def __init__(
         self,
-        request: RequestHead,
         stream: io.BufferedReader[DeadlineReader],
-        limit: int,
+        headers: Mapping[str, str],
+        version: str,
     ) -> None:
         self.stream = stream
-        self.limit = limit
-        self.is_chunked = is_chunked(request)
-        self.length = request.length
+        self.length = read_length(headers)
+        coding = headers.get("transfer-encoding")
+        if coding and (self.length is not None or version == "HTTP/1.0"):
+            raise bad_request(
+                "its length is told in two ways, or in one it may not use"
+            )
+        if coding and coding.lower() != "chunked":
+            raise bad_request("its Transfer-Encoding is not just chunked", 501)
+        self.is_chunked = coding is not None
         self.is_read = not self.is_chunked and not self.length
-        self.is_begun = False
-        self.is_awaited = request.headers.get("expect", "").lower() == "100-continue"
+        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
+        is_small = self.length is not None and self.length <= SMALL_BODY
+        self.is_skippable = is_small and not self.awaits_continue
 
-    def check(self) -> None:
+    def check(self, limit: int) -> None:
         """Refuse it by the length it is said to have, before it is asked for."""
         if self.length is None and not self.is_chunked:
             raise bad_request("a body needs a Content-Length", 411)
-        if self.length and self.length > self.limit:
-            raise self.too_large(self.length)
+        check_body_size(self.length or 0, limit)
 
-    def read(self) -> bytes:
-        self.is_begun = True
+    def read(self, limit: int) -> bytes:
+        self.is_skippable = False
         if self.is_chunked:
-            body = b"".join(self.read_chunks())
+            body = b"".join(self.read_chunks(limit))
         else:
             body = self.read_exactly(self.length or 0)
         self.is_read = True
         return body
+
+    def skip(self) -> bool:
+        """Read a small body that nobody wanted; True if another request can follow."""
+        if self.is_skippable and not self.is_read:
+            with suppress(APIError, ClientDisconnected):
+                self.read(SMALL_BODY)
+        return self.is_read
 
     def read_exactly(self, length: int) -> bytes:
         data = self.stream.read(length)
@@ -6686,74 +6687,35 @@ class Body:
             raise bad_request("its body stops early")
         return data
 
-    def read_chunks(self) -> Iterator[bytes]:
+    def read_chunks(self, limit: int) -> Iterator[bytes]:
         total = 0
-        while size := self.read_size():
+        while size := self.read_chunk_size():
             total += size
-            if total > self.limit:
-                raise self.too_large(total)
+            check_body_size(total, limit)
             yield self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise bad_request("a chunk is longer than it says")
-        read_trailers(self.stream)
+        left = MAX_HEAD
+        while (line := self.stream.readline(left)) != b"\r\n":
+            left -= len(line)
+            if not line.endswith(b"\r\n") or left <= 0:
+                raise bad_request("its trailers have no end")
 
-    def read_size(self) -> int:
-        match = re.fullmatch(
-            rb"([0-9A-Fa-f]{1,8})(;[ -~]*)?\r\n", self.stream.readline(1024)
-        )
+    def read_chunk_size(self) -> int:
+        match = CHUNK_SIZE.fullmatch(self.stream.readline(1024))
         if not match:
             raise bad_request("a chunk has no size")
         return int(match[1], 16)
 
-    def too_large(self, size: int) -> APIError:
-        message = f"Maximum content size limit ({self.limit}) exceeded ({size} bytes)."
-        return APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
-    @property
-    def is_passable(self) -> bool:
-        """Whether another call can follow: nothing is unread, or little."""
-        is_little = self.length is not None and self.length <= SMALL
-        return self.is_read or (is_little and not self.is_awaited and not self.is_begun)
-
-    def forget(self) -> bool:
-        """Read what nobody wanted if it is little; else the connection must close."""
-        if self.is_passable and not self.is_read:
-            with suppress(APIError, ClientDisconnected):
-                self.read()
-        return self.is_read
+def check_body_size(size: int, limit: int) -> None:
+    if size > limit:
+        message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
+        raise APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
-def linger(reading: DeadlineReader, seconds: float) -> None:
-    """Take in for a moment what is still being sent: a reset would undo our reply."""
-    with suppress(OSError, APIError, ClientDisconnected):
-        reading.sock.shutdown(socket.SHUT_WR)
-        reading.within(seconds)
-        while reading.readinto(bytearray(SMALL)):
-            pass
-
-
-def read_trailers(stream: io.BufferedReader[DeadlineReader]) -> None:
-    left = MAX_HEAD
-    while (line := stream.readline(left)) != b"\r\n":
-        left -= len(line)
-        if not line.endswith(b"\r\n") or left <= 0:
-            raise bad_request("its trailers have no end")
-
-
-def is_chunked(request: RequestHead) -> bool:
-    """Of two ways to tell a body's length, which could differ, neither is taken."""
-    coding = request.headers.get("transfer-encoding")
-    if coding is None:
-        return False
-    if request.length is not None or request.minor == 0:
-        raise bad_request("its length is told in two ways, or in one it may not use")
-    if coding.lower() != "chunked":
-        raise bad_request("its Transfer-Encoding is not just chunked", 501)
-    return True
-
-
-def reply_head(status: int, headers: Mapping[str, str]) -> bytes:
-    """A header can't carry all that a client may call a model: the rest becomes ?."""
+def response_head(status: int, headers: Mapping[str, str]) -> bytes:
+    """Headers without a value are left out, and what no header can carry becomes ?."""
     first = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
     lines = [f"{name}: {value}" for name, value in headers.items() if value]
     text = "".join(lines)
@@ -6762,25 +6724,30 @@ def reply_head(status: int, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([first, *lines, "", ""]).encode()
 
 
-@lru_cache(1)  # thousands of replies share a second
-def http_date(now: int) -> str:
-    return formatdate(now, usegmt=True)
+# -- Server --------------------------------------------------------------------
+#
+# A thread per connection, as http.server has them, and one more that watches all
+# clients: threads that follow predictions may simply block, since a client that
+# hangs up has its request cancelled, and a stream that is silent is kept alive.
 
 
-spaced = json.JSONEncoder(ensure_ascii=False).encode
+spaced_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
-def encode_for_people(value: Json) -> bytes:
-    """A line for each key, and each item of a list: the encoder in C can't indent."""
-    lines = [f'"{name}": {in_lines(each)}' for name, each in value.items()]
+def encode_readable_json(body: Json) -> bytes:
+    """Put each key, and each item of a list, on a line of its own.
+
+    json's `indent` would do more of it, by an encoder that is not in C.
+    """
+
+    def encode(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return spaced_json(value)
+        return "[\n    " + ",\n    ".join(map(spaced_json, value)) + "\n  ]"
+
+    lines = [f'"{name}": {encode(value)}' for name, value in body.items()]
     text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
     return text.encode("utf-8", "replace")
-
-
-def in_lines(value: Any) -> str:
-    if not isinstance(value, list) or not value:
-        return spaced(value)
-    return "[\n    " + ",\n    ".join(map(spaced, value)) + "\n  ]"
 
 
 STREAM_HEADERS = {
@@ -6789,124 +6756,87 @@ STREAM_HEADERS = {
     "x-accel-buffering": "no",  # or nginx would hold the tokens back
 }
 
-STREAM_CHUNKED = {**STREAM_HEADERS, "transfer-encoding": "chunked"}
-
-
-# -- Server --------------------------------------------------------------------
-#
-# One thread looks after the calls in cancellation, so that the threads which follow
-# predictions may simply block: it notices who hangs up, and breaks silences.
-# ConnectionPool as http.server has them, a thread each; but they begin without waiting
-# for one another, and are counted from when they are accepted, so that a server that
-# closes knows when it has served all.
-# What http.server says by itself is HTML, its head and body sent apart: not used.
-
-
 KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
 
 
 class EventStreamWriter:
-    """A streamed reply on the wire: its call writes it, the watcher keeps it alive.
+    """Writes a stream to a client: frames by its request, signs of life by the watcher.
 
-    Its status line waits until there is something to tell, but not for ever.
+    The status line waits for the first frame, so that a failure before it can have a
+    status of its own, but no longer than `Timeouts.hold`.
     """
 
     def __init__(
-        self, sock: socket.socket, head: Callable[[], bytes], chunked: bool
+        self, sock: socket.socket, head: Callable[[], bytes], is_chunked: bool
     ) -> None:
         self.sock = sock
         self.head = head
-        self.chunked = chunked
+        self.is_chunked = is_chunked
         self.lock = threading.Lock()
-        self.held = b""  # what is to go before anything else
-        self.is_open = False
-        self.is_over = False
-        self.last = time.monotonic()
+        self.unsent = b""  # the rest of a sign of life
+        self.is_open = False  # the status line is sent
+        self.is_watched = True
+        self.last_write = time.monotonic()
 
-    def hold(self, data: bytes) -> None:
-        """Say this with what comes next."""
+    def write(self, data: bytes) -> None:
+        """Send a batch at once. Raise ClientDisconnected for one who does not read."""
         with self.lock:
-            self.held += self.piece(data)
-
-    def write(self, data: bytes, end: bytes = b"") -> None:
-        """Raise ClientDisconnected if the client has left, or does not read."""
-        with self.lock:
-            self.is_over = bool(end)
             try:
-                self.sock.sendall(self.take(data) + end)
+                self.sock.sendall(self.take(data))
             except OSError as error:
                 raise ClientDisconnected from error
 
-    def end(self, data: bytes) -> None:
-        self.write(data, b"0\r\n\r\n" if self.chunked else b"")
-
     def take(self, data: bytes) -> bytes:
-        """What is due on the wire now, up to this."""
-        head = b"" if self.is_open else self.head()
-        due = head + self.held + self.piece(data)
-        self.is_open, self.held, self.last = True, b"", time.monotonic()
+        """What is due on the wire up to and with this."""
+        if self.is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        due = self.unsent + data if self.is_open else self.head() + data
+        self.is_open, self.unsent, self.last_write = True, b"", time.monotonic()
         return due
 
-    def piece(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data
+    def end(self) -> None:
+        """End the response. Whoever has left by now has read all of it."""
+        if self.is_chunked:
+            with self.lock, suppress(OSError):
+                self.sock.sendall(self.unsent + b"0\r\n\r\n")
 
-    def close(self) -> bool:
-        """Leave the socket alone from now on; True if no status line went out."""
-        with self.lock:
-            self.is_over = True
-            return not self.is_open
-
-    def break_silence(self, timeouts: Timeouts) -> None:
+    def keep_alive(self, timeouts: Timeouts) -> None:
         """Send a sign of life if it is time, and no more of it than goes at once."""
         limit = timeouts.keep_alive if self.is_open else timeouts.hold
-        if time.monotonic() - self.last < limit:
+        if time.monotonic() - self.last_write < limit:
             return
-        if self.lock.acquire(blocking=False):  # else its call is writing
-            try:
-                if not self.is_over:
-                    due = self.take(KEEP_ALIVE)
-                    self.held = due[send_at_once(self.sock, due) :]
-            finally:
-                self.lock.release()
+        if not self.lock.acquire(blocking=False):  # its request is writing
+            return
+        try:
+            if self.is_watched:
+                self.unsent = self.take(KEEP_ALIVE)
+                sent = self.sock.send(self.unsent, DONT_WAIT)
+                self.unsent = self.unsent[sent:]
+        except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
+            pass
+        finally:
+            self.lock.release()
 
 
-def send_at_once(sock: socket.socket, data: bytes) -> int:
-    limit = sock.gettimeout()
-    sock.settimeout(0)
-    try:
-        return sock.send(data)
-    except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
-        return 0
-    finally:
-        sock.settimeout(limit)
-
-
-class Watch:
-    """One client, for as long as its call lasts.
-
-    Each has a lock of its own. What is done under it are system calls, after which a
-    thread waits for its turn again: if all shared one lock, all would wait for that.
-    """
-
-    def __init__(self, sock: socket.socket, cancellation: Cancellation) -> None:
-        self.sock = sock
-        self.cancellation = cancellation
-        self.lock = threading.Lock()
-        self.is_registered = True  # with the selector, until something comes
+# To register with poll is no system call, unlike epoll; Windows has only select.
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Watcher(threading.Thread):
-    """Stops the flights of clients that hang up, and breaks the silence of others."""
+    """Cancels the requests of clients that hang up, and keeps silent streams alive."""
 
     def __init__(self, timeouts: Timeouts) -> None:
         super().__init__(name="watcher", daemon=True)
         self.timeouts = timeouts
-        self.selector = selectors.DefaultSelector()
+        self.clients: dict[Cancellation, socket.socket] = {}
         self.writers: set[EventStreamWriter] = set()
-        self.early: set[Watch] = set()  # what came is the next call
         self.is_stopped = False
-        self.bell, self.ear = socket.socketpair()  # ends a wait; and some need one
-        self.selector.register(self.ear, selectors.EVENT_READ)
+
+    def watch(self, cancellation: Cancellation, client: socket.socket) -> None:
+        self.clients[cancellation] = client
+
+    def forget(self, cancellation: Cancellation) -> None:
+        self.clients.pop(cancellation, None)
 
     @contextmanager
     def kept_alive(self, writer: EventStreamWriter) -> Iterator[None]:
@@ -6915,93 +6845,284 @@ class Watcher(threading.Thread):
             yield
         finally:
             self.writers.discard(writer)
-            writer.close()
+            with writer.lock:  # a look at it may be under way
+                writer.is_watched = False
 
     def run(self) -> None:
         while not self.is_stopped:
             try:
-                self.go_round()
-            except Exception:  # all calls depend on this thread
+                self.look_for_hang_ups()
+                for writer in list(self.writers):
+                    writer.keep_alive(self.timeouts)
+            except Exception:  # all requests depend on this thread
                 log.exception("the watcher failed")
                 time.sleep(self.timeouts.tick)
 
-    def go_round(self) -> None:
-        for key, _ in self.selector.select(self.timeouts.tick):
-            if key.data:
-                self.look(key.data)
-        for watch in list(self.early):
-            self.look_behind(watch)
-        for writer in list(self.writers):
-            writer.break_silence(self.timeouts)
-
-    def watch(self, sock: socket.socket, cancellation: Cancellation) -> Watch:
-        watch = Watch(sock, cancellation)
-        with suppress(OSError, ValueError):
-            self.selector.register(sock, selectors.EVENT_READ, watch)
-        return watch
-
-    def forget(self, watch: Watch) -> None:
-        """Best before the last word to a client, whose next call would wake us."""
-        with watch.lock:
-            self.drop(watch)
-            self.early.discard(watch)
-
-    def drop(self, watch: Watch) -> None:
-        if watch.is_registered:
-            watch.is_registered = False
-            with suppress(OSError, ValueError, KeyError):
-                self.selector.unregister(watch.sock)
-
-    def look(self, watch: Watch) -> None:
-        """See why it can be read, if it still can: its end, or a call too early."""
-        with watch.lock:
-            came = peek(watch.sock) if watch.is_registered else None
-            if came is None:
+    def look_for_hang_ups(self) -> None:
+        """Wait for a tick, or until a client sends something or its connection ends."""
+        with Selector() as selector:
+            for cancellation, client in self.clients.copy().items():
+                with suppress(OSError, ValueError, KeyError):  # it was closed just now
+                    selector.register(client, selectors.EVENT_READ, cancellation)
+            if not selector.get_map():
+                time.sleep(self.timeouts.tick)
                 return
-            self.drop(watch)
-            if came:
-                self.early.add(watch)
-            else:
-                watch.cancellation.cancel(ClientDisconnected())
-
-    def look_behind(self, watch: Watch) -> None:
-        with watch.lock:
-            if watch in self.early and has_left(watch.sock):
-                self.early.discard(watch)
-                watch.cancellation.cancel(ClientDisconnected())
+            for key, _ in selector.select(self.timeouts.tick):
+                # What a client sends now is its next request: from then on a hang-up
+                # can't be seen, and its request is no longer watched.
+                self.forget(key.data)
+                if not peek(cast(socket.socket, key.fileobj)):
+                    key.data.cancel(ClientDisconnected())
 
     def stop(self) -> None:
         self.is_stopped = True
-        self.bell.send(b"!")
         self.join()
-        for end in (self.bell, self.ear, self.selector):
-            end.close()
 
 
-def has_left(sock: socket.socket) -> bool:
-    """Whether the other side has closed, though there is more to read: Linux tells."""
-    closed = getattr(select, "POLLRDHUP", 0)
-    if not closed:
-        return False
-    poll = select.poll()
-    poll.register(sock, closed)
-    return bool(poll.poll(0))
+BACKLOG = 1024  # of 200 clients at once, 5 left 100 without an answer
+
+TOO_MANY = "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
+
+STOPPING = "is being stopped"
 
 
-class CountingServer(ThreadingHTTPServer):
-    request_queue_size = 1024  # of 200 callers at once, 5 left 100 without an answer
-    allow_reuse_port = False  # some Pythons would share a port that is in use
+def overloaded(why: str) -> APIError:
+    message = f"The proxy {why}. Try again in a moment."
+    return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A connection: its requests, one after another."""
+
+    disable_nagle_algorithm = True  # or a request on a kept connection takes 44 ms
+    server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.setblocking(True)  # a Mac's is as the one that listens
+        limit = self.server.proxy.settings.write_timeout
+        block(self.connection, socket.SO_SNDTIMEO, limit)
+        self.reader = DeadlineReader(self.connection)
+        self.rfile = self.stream = io.BufferedReader(self.reader)
+
+    def handle_one_request(self) -> None:
+        """Serve a request, from its first byte to its line in the log."""
+        self.close_connection = True
+        if not self.await_request():
+            return
+        self.began = time.monotonic()
+        self.id = f"req_{secrets.token_hex(16)}"
+        self.command = "-"
+        self.api_request = Request("-", "-", {})
+        self.body: RequestBody | None = None
+        self.status = 0  # once it is sent
+        try:
+            self.parse_request()
+            getattr(self, f"do_{self.command}", self.do_GET)()
+        except ClientDisconnected:
+            self.close_connection = True
+            self.api_request.log.error = "client_gone"
+        except Exception as error:
+            with suppress(ClientDisconnected):
+                self.send_failure(as_api_error(error))
+        finally:
+            self.log_line()
+            self.server.dismiss(self.api_request)
+        if self.body and not self.close_connection:
+            self.close_connection = not self.body.skip()
+        elif not self.body or not self.body.is_read:
+            self.reader.linger(self.server.timeouts.linger)
+
+    def await_request(self) -> bool:
+        """Wait for its first byte; from then on, the client has to hurry."""
+        server, timeouts = self.server, self.server.timeouts
+        self.reader.within(timeouts.drain if server.is_stopping else timeouts.idle)
+        server.idle.add(self.connection)
+        try:
+            has_come = bool(self.stream.peek(1))
+        except (APIError, ClientDisconnected):
+            has_come = False
+        server.idle.discard(self.connection)
+        self.reader.within(timeouts.head)
+        return has_come
+
+    def parse_request(self) -> bool:
+        """Read the head. Raise APIError for one that could be read in two ways."""
+        first, *lines = read_head_lines(self.stream)
+        if not (match := REQUEST_LINE.fullmatch(first)):
+            raise bad_request("the request line is not METHOD target HTTP/1.1")
+        method, target, version = (part.decode("latin-1") for part in match.groups())
+        try:
+            headers = read_headers(lines)
+            self.command, self.request_version = method, version
+            self.api_request = Request(method, path_of(target), headers)
+            self.body = RequestBody(self.stream, headers, version)
+        except BadHead as error:
+            raise bad_request(str(error)) from None
+        keeps = "close" not in headers.get("connection", "").lower()
+        self.close_connection = version == "HTTP/1.0" or not keeps
+        return True
+
+    def do_GET(self) -> None:
+        self.send(dispatch(self.server.proxy, self.api_request))
+
+    def do_POST(self) -> None:
+        """Read the body of one who may ask, if there is room; then watch the client."""
+        server, request, body = self.server, self.api_request, self.body
+        operation = find_operation(
+            server.proxy, request.method, request.path, request.headers
+        )
+        assert body
+        limit = server.proxy.settings.max_body_bytes
+        body.check(limit)
+        server.admit(request)
+        self.reader.within(server.timeouts.body)
+        if body.awaits_continue:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.body = body.read(limit)
+        server.watcher.watch(request.cancellation, self.connection)
+        self.send(operation(server.proxy, request))
+
+    def send(self, response: Response) -> None:
+        data, headers = response.body or b"", dict(response.headers)
+        if isinstance(data, EventStream):
+            self.send_stream(data, headers)
+            return
+        if isinstance(data, dict):
+            data = encode_readable_json(data)
+            headers.setdefault("content-type", "application/json")
+        if response.status != 204:
+            headers["content-length"] = str(len(data))
+        if not self.body or not (self.body.is_read or self.body.is_skippable):
+            self.close_connection = True
+        head = self.head(response.status, headers)
+        self.write(head if self.command == "HEAD" else head + data)
+
+    def send_failure(self, error: APIError) -> None:
+        self.api_request.log.error = error.code or error.status
+        self.send(Response(error.body, error.status, error.headers))
+
+    def send_stream(self, stream: EventStream, headers: Mapping[str, str]) -> None:
+        """Send frames as they come; a failure after the first is the last of them."""
+        is_chunked = self.request_version == "HTTP/1.1"
+        coding = {"transfer-encoding": "chunked"} if is_chunked else {}
+        head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
+        writer = EventStreamWriter(self.connection, head, is_chunked)
+        alive = self.server.watcher.kept_alive(writer)
+        try:
+            with alive:
+                stream.run(writer.write)
+        except ClientDisconnected:
+            raise
+        except Exception as error:
+            if not writer.is_open:
+                raise
+            failure = as_api_error(error)
+            self.api_request.log.error = failure.code or failure.status
+            writer.write(stream.error(failure))
+        writer.end()
+
+    def head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """The head of a response, as it is sent now."""
+        self.status = status
+        self.close_connection = self.close_connection or self.server.is_stopping
+        request_log = self.api_request.log
+        all_headers = {
+            "date": self.date_time_string(),
+            **headers,
+            "x-request-id": self.id,
+            "openai-version": "2020-10-01",
+            "openai-processing-ms": str(self.elapsed_ms()),
+            "x-replicate-model": request_log.ref,
+            "x-replicate-prediction-id": ", ".join(request_log.predictions),
+            **CORS,
+            "connection": "close" if self.close_connection else "",
+        }
+        return response_head(status, all_headers)
+
+    def write(self, data: bytes) -> None:
+        try:
+            self.connection.sendall(data)
+        except OSError as error:
+            raise ClientDisconnected from error
+
+    def elapsed_ms(self) -> int:
+        return round((time.monotonic() - self.began) * 1000)
+
+    def log_line(self) -> None:
+        """One line per request: nothing of a key, a token or what was said."""
+        request, told = self.api_request, self.api_request.log
+        is_probe = request.path.endswith("/health") and self.status == 200
+        level = logging.DEBUG if is_probe else logging.INFO
+        if not log.isEnabledFor(level):
+            return
+        usage = sum_usage(told.usages) if told.usages else None
+        first = told.first_text_at
+        row = {
+            "method": request.method,
+            "path": request.path,
+            "status": self.status or 499,
+            "model": told.model,
+            "ref": told.ref,
+            "prediction": ",".join(told.predictions),
+            "tokens_in": usage and usage.prompt_tokens,
+            "tokens_out": usage and usage.completion_tokens,
+            "estimated": "yes" if usage and usage.is_estimate else None,
+            "first_token_ms": first and round((first - self.began) * 1000),
+            "ms": self.elapsed_ms(),
+            "error": told.error,
+            "request_id": self.id,
+        }
+        pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
+        log.log(level, "%s", " ".join(pairs))
+
+
+class Server(ThreadingHTTPServer):
+    """`serve_forever`, `shutdown`, `server_close`, and `url` once it is made."""
 
     def __init__(
-        self, address: tuple[str, int], handler: Callable[..., BaseRequestHandler]
+        self,
+        settings: Settings,
+        timeouts: Timeouts,
+        listener: socket.socket | None = None,
     ) -> None:
-        self.changed = threading.Condition()
-        self.connections: set[socket.socket] = set()
-        super().__init__(address, handler)
-
-    def server_activate(self) -> None:
-        super().server_activate()
+        settings.check()
+        models = ModelsFile(settings.models_path, FAMILIES)
+        address = (settings.host, settings.port)
+        super().__init__(address, Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener or listen(settings)
         self.socket.setblocking(False)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = settings.host, self.server_address[1]
+        self.url = base_url(self.socket, settings)
+        self.timeouts = timeouts
+        self.api = ReplicateAPI(settings, timeouts)
+        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
+        self.changed = threading.Condition()  # of the sets below
+        self.connections: set[socket.socket] = set()  # from when they are accepted
+        self.idle: set[socket.socket] = set()  # those between two requests
+        self.requests: set[Request] = set()  # in flight
+        self.is_stopping = False  # no connection is kept …
+        self.is_over = False  # … and no request begun
+        self.watcher = Watcher(timeouts)
+        self.watcher.start()
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        super().serve_forever(poll_interval)
+
+    def service_actions(self) -> None:
+        """One look for who has come is enough for all of them."""
+        self.accept_all()
+
+    def accept_all(self) -> None:
+        try:
+            for _ in range(BACKLOG):  # it holds no more at once
+                self.process_request(*self.get_request())
+        except BlockingIOError:  # that was all
+            pass
+        except OSError:  # no descriptor is left: another try at once would fail too
+            time.sleep(self.timeouts.tick)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread serve it; `Thread.start` would wait until that has begun.
@@ -7016,15 +7137,8 @@ class CountingServer(ThreadingHTTPServer):
             self.handle_error(request, client_address)
             self.shutdown_request(request)
 
-    def let_in(self) -> None:
-        """Take over all whom the system has let in."""
-        with suppress(OSError):
-            for _ in range(self.request_queue_size):  # it holds no more at once
-                self.process_request(*self.get_request())
-
-    def service_actions(self) -> None:
-        """One look for who has come is enough for all of them."""
-        self.let_in()
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection failed")
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -7032,301 +7146,42 @@ class CountingServer(ThreadingHTTPServer):
             self.connections.discard(request)
             self.changed.notify_all()
 
+    def admit(self, request: Request) -> None:
+        """Raise 503 if there is no room for it."""
+        with self.changed:
+            if self.is_over:
+                raise overloaded(STOPPING)
+            if len(self.requests) >= self.proxy.settings.max_concurrent_calls:
+                raise overloaded(TOO_MANY)
+            self.requests.add(request)
+
+    def dismiss(self, request: Request) -> None:
+        self.watcher.forget(request.cancellation)
+        with self.changed:
+            self.requests.discard(request)
+            self.changed.notify_all()
+
     def await_end_of(self, those: Collection[object], seconds: float) -> None:
         with self.changed:
             self.changed.wait_for(lambda: not those, seconds)
 
-
-def origin(host: str, port: int) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-TOO_MANY = "has as many calls in cancellation as it may (MAX_CONCURRENT_CALLS)"
-
-STOPPING = "is being stopped"
-
-
-def overloaded(why: str) -> APIError:
-    message = f"The proxy {why}. Try again in a moment."
-    return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
-
-
-class Exchange:
-    """One call on a connection, from its first line to its line in the log."""
-
-    def __init__(
-        self,
-        server: Server,
-        reading: DeadlineReader,
-        stream: io.BufferedReader[DeadlineReader],
-    ) -> None:
-        self.server = server
-        self.reading = reading
-        self.stream = stream
-        self.cancellation = Cancellation()
-        self.id = f"req_{secrets.token_hex(16)}"
-        self.write_timeout = server.proxy.settings.write_timeout
-        self.began = time.monotonic()
-        self.request = RequestHead("-", "-", 0, {})
-        self.body: Body | None = None
-        self.watch: Watch | None = None
-        self.notes = RequestLog()
-        self.status = 0  # once it is sent
-        self.keep = False  # the connection, for another call
-
-    def run(self) -> bool:
-        """Serve one call; say whether the connection can carry another."""
-        if not self.is_asked():
-            return False
-        try:
-            self.serve(parse_head(read_head(self.stream)))
-        except ClientDisconnected:
-            self.keep = False
-            self.notes.error = "client_gone"
-        except Exception as error:
-            with suppress(ClientDisconnected):
-                self.send_error(as_api_error(error))
-        finally:
-            self.log()
-            self.server.dismiss(self)
-        return self.can_go_on()
-
-    def is_asked(self) -> bool:
-        """Wait for a call; from its first byte on, the client has to hurry."""
-        timeouts = self.server.timeouts
-        stopping = self.server.is_stopping
-        self.reading.within(timeouts.drain if stopping else timeouts.idle)
-        self.reading.is_idle = True
-        with suppress(APIError, ClientDisconnected):
-            if self.stream.peek(1):
-                self.began = time.monotonic()
-                self.reading.within(timeouts.head)
-                self.reading.is_idle = False
-                return True
-        return False
-
-    def serve(self, request: RequestHead) -> None:
-        settings = self.server.proxy.settings
-        self.request = request
-        self.body = Body(request, self.stream, settings.max_body_bytes)
-        self.keep = request.keeps_alive
-        operation = find_operation(
-            self.server.proxy, request.method, request.path, request.headers
-        )
-        data = self.read_body() if request.method == "POST" else b""
-        asked = Request(
-            request.method,
-            request.path,
-            request.headers,
-            data,
-            self.cancellation,
-            self.notes,
-        )
-        response = operation(self.server.proxy, asked)
-        if isinstance(response.body, EventStream):
-            self.send_stream(response.body)
-        else:
-            assert not isinstance(response.body, bytes)
-            self.send_object(response.status, response.body, response.headers)
-
-    def read_body(self) -> bytes:
-        """Read it from one who may ask, if there is room; from then on, be watchful."""
-        assert self.body
-        self.body.check()
-        self.server.admit(self)
-        self.reading.within(self.server.timeouts.body)
-        if self.body.is_awaited:
-            self.body.is_awaited = False
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.body.read()
-        self.watch = self.server.watcher.watch(self.reading.sock, self.cancellation)
-        return body
-
-    def unwatch(self) -> None:
-        if self.watch:
-            self.server.watcher.forget(self.watch)
-
-    def send_object(
-        self, status: int, body: Json | None, headers: Mapping[str, str]
-    ) -> None:
-        self.keep = self.keep and self.body is not None and self.body.is_passable
-        data = b"" if body is None else encode_for_people(body)
-        kind = {"content-type": "application/json"} if data else {}
-        length = {"content-length": str(len(data))} if status != 204 else {}
-        head = self.head(status, {**kind, **length, **headers})
-        self.unwatch()
-        self.write(head if self.request.method == "HEAD" else head + data)
-
-    def send_error(self, error: APIError) -> None:
-        self.notes.error = error.code or error.status
-        if self.body is None or not self.body.is_passable:
-            self.keep = False
-        self.send_object(error.status, error.body, error.headers)
-
-    def send_stream(self, stream: EventStream) -> None:
-        """Send server-sent events as they come, and a failure as the last of them."""
-        chunked = self.request.minor > 0
-        head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
-        block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
-        writer = EventStreamWriter(self.reading.sock, head, chunked)
-        with self.server.watcher.kept_alive(writer):
-            try:
-                stream.run(writer.write)
-            except ClientDisconnected:
-                raise
-            except Exception as failure:
-                if not writer.is_open:
-                    writer.close()
-                    raise
-                error = as_api_error(failure)
-                self.notes.error = error.code or error.status
-                writer.write(stream.error(error))
-            self.unwatch()
-            writer.end(b"")
-
-    def head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        self.status = status
-        self.keep = self.keep and not self.server.is_stopping
-        told = {
-            "date": http_date(int(time.time())),
-            **headers,
-            "x-request-id": self.id,
-            "openai-version": "2020-10-01",
-            "openai-processing-ms": str(self.elapsed_ms()),
-            "x-replicate-model": self.notes.ref,
-            "x-replicate-prediction-id": ", ".join(self.notes.predictions),
-            **CORS,
-            "connection": "" if self.keep else "close",
-        }
-        return reply_head(status, told)
-
-    def write(self, data: bytes) -> None:
-        try:
-            block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
-            self.reading.sock.sendall(data)
-        except OSError as error:
-            raise ClientDisconnected from error
-
-    def can_go_on(self) -> bool:
-        """Whether the connection stands at the beginning of another call."""
-        if self.body and self.keep:
-            return self.body.forget()
-        if not self.body or not self.body.is_read:
-            linger(self.reading, self.server.timeouts.linger)
-        return False
-
-    def elapsed_ms(self) -> int:
-        return round((time.monotonic() - self.began) * 1000)
-
-    def log(self) -> None:
-        """One line per call: nothing of a key, a token or what was said."""
-        if not log.isEnabledFor(logging.INFO):
-            return
-        notes = self.notes
-        usage = sum_usage(notes.usages) if notes.usages else None
-        first = notes.first_text_at
-        row = {
-            "method": self.request.method,
-            "path": self.request.path,
-            "status": self.status or 499,
-            "model": notes.model,
-            "ref": notes.ref,
-            "prediction": ",".join(notes.predictions),
-            "tokens_in": usage and usage.prompt_tokens,
-            "tokens_out": usage and usage.completion_tokens,
-            "estimated": "yes" if usage and usage.is_estimate else None,
-            "first_token_ms": first and round((first - self.began) * 1000),
-            "ms": self.elapsed_ms(),
-            "error": notes.error,
-            "request_id": self.id,
-        }
-        pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
-        log.info("%s", " ".join(pairs))
-
-
-class Handler(StreamRequestHandler):
-    """A connection: its calls, one after another. It keeps nothing of any."""
-
-    disable_nagle_algorithm = True  # or a kept-alive call takes 44 ms
-    server: Server
-
-    def handle(self) -> None:
-        self.connection.setblocking(True)  # a Mac's is as the one that listens
-        reading = DeadlineReader(self.connection)
-        stream = io.BufferedReader(reading)
-        self.server.readings.add(reading)
-        try:
-            while Exchange(self.server, reading, stream).run():
-                pass
-        finally:
-            self.server.readings.discard(reading)
-
-
-class Server(CountingServer):
-    """`serve_forever`, `shutdown`, `server_close`, and `url` once it is made."""
-
-    def __init__(self, settings: Settings, timeouts: Timeouts) -> None:
-        settings.check()
-        models = ModelsFile(settings.models_path, FAMILIES)
-        self.timeouts = timeouts
-        self.api = ReplicateAPI(settings, timeouts)
-        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
-        if ":" in settings.host:
-            self.address_family = socket.AF_INET6
-        self.watcher = Watcher(timeouts)
-        self.calls: set[Exchange] = set()  # in cancellation
-        self.readings: set[DeadlineReader] = set()  # of all connections
-        self.is_stopping = False  # no connection is kept …
-        self.is_over = False  # … and no call begun
-        self.watcher.start()
-        super().__init__((settings.host, settings.port), Handler)
-
-    def server_bind(self) -> None:
-        """As http.server does, but ask no DNS for our own name: that can take 30 s."""
-        TCPServer.server_bind(self)
-        self.server_name = self.proxy.settings.host
-        self.server_port = int(self.server_address[1])
-
-    @property
-    def url(self) -> str:
-        return origin(self.server_name, self.server_port)
-
-    def admit(self, exchange: Exchange) -> None:
-        with self.changed:
-            if self.is_over:
-                raise overloaded(STOPPING)
-            if len(self.calls) >= self.proxy.settings.max_concurrent_calls:
-                raise overloaded(TOO_MANY)
-            self.calls.add(exchange)
-
-    def dismiss(self, exchange: Exchange) -> None:
-        exchange.unwatch()
-        with self.changed:
-            self.calls.discard(exchange)
-            self.changed.notify_all()
-
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        super().serve_forever(poll_interval)
-
     def server_close(self) -> None:
-        """Stop listening, let the calls finish that have come, and break off the rest.
+        """Stop listening, let the requests finish that have come, break off the rest.
 
-        Whoever holds an idle connection may have a call under way on it, which a
+        Whoever holds an idle connection may have a request under way on it, which a
         close would lose: it is closed when none has come for a moment.
         """
         with self.changed:
             if self.is_stopping:
                 return
             self.is_stopping = True
-        self.let_in()  # or the close would reset them
+        self.accept_all()  # or the close would reset them
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
         self.await_end_of(self.connections, drain)
-        for reading in list(self.readings):
-            if reading.is_idle:
-                shut(reading.sock)
+        for connection in list(self.idle):
+            shut(connection)
         self.await_end_of(self.connections, grace - drain)
         self.break_off()
         self.watcher.stop()
@@ -7335,15 +7190,29 @@ class Server(CountingServer):
     def break_off(self) -> None:
         with self.changed:
             self.is_over = True
-            last = list(self.calls)
-        for exchange in last:
-            exchange.cancellation.cancel(overloaded(STOPPING))
+            last = list(self.requests)
+        for request in last:
+            request.cancellation.cancel(overloaded(STOPPING))
         until = time.monotonic() + self.timeouts.farewell
-        self.await_end_of(self.calls, self.timeouts.farewell)
+        self.await_end_of(self.requests, self.timeouts.farewell)
         self.proxy.upstream.await_runs(until - time.monotonic())
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("a connection failed")
+
+def listen(settings: Settings) -> socket.socket:
+    """Raise OSError for an address that is in use, or not ours."""
+    is_ipv6 = ":" in settings.host
+    return socket.create_server(
+        (settings.host, settings.port),
+        family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
+        backlog=BACKLOG,
+        dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
+    )
+
+
+def base_url(listener: socket.socket, settings: Settings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    port = listener.getsockname()[1]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
@@ -7353,175 +7222,94 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 
 # -- Workers -------------------------------------------------------------------
 #
-# Several servers on one port, for more than one core: each is a process of its
-# own. Their parent serves nobody. It holds the port, and puts another in the
-# place of one that dies. By a line, which is its stdin, a worker hears its
-# settings and says that it listens. The end of the line means stop, and comes
-# even if the parent is killed.
+# Several servers on one port, for more than one core: processes that are forked from
+# a parent, which holds the port, serves nobody, and replaces one that dies. A pipe
+# stops them: its end comes when the parent is told to stop, and also if it is killed.
+# Signals, which a terminal or systemd sends to all processes at once, are collected
+# in each, but only the parent looks at them.
 
 
-BALANCED = sys.platform == "linux"  # elsewhere one of many sockets may get all calls
-
-LOOK = 0.1  # seconds between looks at who has died
-
-# Python keeps the syntax tree of a script in memory, 10 MB, but not of a module.
-WORK = (
-    f"import sys; sys.path[0] = {str(HERE)!r}; import proxy; "
-    "sys.exit(proxy.main(sys.argv[1:]))"
-)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 SETTLED = 10  # seconds a worker lives if it was not its start that failed
 
-LONGEST_PAUSE = 30.0  # seconds before one that dies at its start is started again
+MAX_PAUSE = 30.0  # seconds before one that dies at its start is started again
 
 
-class BoundServer(Server):
-    """A server on a socket that is bound already, and maybe others'."""
-
-    def __init__(self, settings: Settings, bound: socket.socket) -> None:
-        self.bound = bound
-        super().__init__(settings, Timeouts())
-
-    def server_bind(self) -> None:
-        self.socket.close()
-        self.socket = self.bound
-        self.server_address = self.socket.getsockname()
-        self.server_name = self.proxy.settings.host
-        self.server_port = int(self.server_address[1])
+def collect_signals() -> list[int]:
+    """A list of the signals that come from now on."""
+    signals: list[int] = []
+    for each in SIGNALS:
+        signal.signal(each, lambda number, _: signals.append(number))
+    return signals
 
 
-class Worker:
-    """A process that serves, and the next in its place when it has died."""
+def run_workers(
+    count: int,
+    work: Callable[[int], int],
+    listener: socket.socket,
+    signals: Sequence[int],
+) -> int:
+    """Keep processes at work until a signal, and wait for their end until another.
 
-    def __init__(
-        self, settings: Settings, open_socket: Callable[[], socket.socket]
-    ) -> None:
-        self.settings = settings
-        self.open_socket = open_socket
-        self.pause = 0.0
-        self.start()
-
-    def start(self) -> None:
-        self.began = time.monotonic()
-        with self.open_socket() as sock:
-            fd = sock.fileno()
-            self.line, end = socket.socketpair()
-            with end:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-c", WORK, "--worker", str(fd)],
-                    stdin=end.fileno(),
-                    pass_fds=[fd],
-                )
-        self.due = 0.0  # when the next one starts, if this one has died
-        with suppress(OSError):  # as it may have by now
-            self.line.sendall(json.dumps(asdict(self.settings)).encode() + b"\n")
-
-    def await_start(self) -> None:
-        with suppress(OSError):
-            self.line.recv(1)
-
-    def look(self) -> None:
-        """Start another if it has died, but not at once again and again."""
-        if self.is_running:
-            return
-        if not self.due:
-            self.line.close()
-            pid, code = self.process.pid, self.process.returncode
-            self.postpone(f"event=worker_died pid={pid} code={code}")
-        if time.monotonic() >= self.due:
-            try:
-                self.start()
-            except OSError as error:  # no memory, or too many processes
-                self.postpone(f"event=worker_not_started error={quoted(str(error))}")
-
-    def postpone(self, event: str) -> None:
+    Each gives its exit code, and is given the end of a pipe that tells it to stop."""
+    pipe = os.pipe()
+    workers: dict[int, float] = {}  # when each was started, by its id
+    pause, due = 0.0, 0.0
+    while not signals:
         now = time.monotonic()
-        is_quick = now - self.began < SETTLED
-        self.pause = min(2 * self.pause or 0.5, LONGEST_PAUSE) if is_quick else 0.0
-        self.due = now + self.pause
-        log.error("%s pause=%g", event, self.pause)
-
-    @property
-    def is_running(self) -> bool:
-        return self.process.poll() is None
-
-
-class Workers:
-    """As many servers as the settings say, on one port: `url` tells which."""
-
-    def __init__(self, settings: Settings) -> None:
-        settings.check()
-        if not hasattr(os, "fork"):
-            raise ConfigError("WORKERS must be 1 on Windows.")
-        self.models = ModelsFile(settings.models_path, FAMILIES).current()
-        self.settings = settings
-        self.signals: list[int] = []
-        self.workers: list[Worker] = []
-        self.socket = bind(settings.host, settings.port)
-        self.port = int(self.socket.getsockname()[1])
-        self.url = origin(settings.host, self.port)
-        if BALANCED:  # from now on: a port that others share would not have been free
-            share(self.socket)
-        else:
-            self.socket.listen(Server.request_queue_size)
-
-    def open_socket(self) -> socket.socket:
-        """What one worker listens on."""
-        if BALANCED:
-            return bind(self.settings.host, self.port, share)
-        return self.socket.dup()
-
-    def start(self) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda number, _: self.signals.append(number))
-        for _ in range(self.settings.workers):
-            self.workers.append(Worker(self.settings, self.open_socket))
-        for worker in self.workers:
-            worker.await_start()
-
-    def run(self) -> int:
-        """Keep them running until a signal, and wait for their end until another."""
-        while not self.signals:
-            time.sleep(LOOK)
-            for worker in self.workers:
-                worker.look()
-        for worker in self.workers:
-            worker.line.close()
-        while any(worker.is_running for worker in self.workers):
-            if self.signals[1:]:
-                return self.kill()
-            time.sleep(LOOK)
-        return int(any(worker.process.returncode for worker in self.workers))
-
-    def kill(self) -> int:
-        for worker in self.workers:
-            worker.process.kill()
-            worker.process.wait()
-        return 128 + self.signals[1]
+        try:
+            while now >= due and len(workers) < count:
+                workers[fork(work, pipe)] = now
+        except OSError as error:  # no memory, or too many processes
+            log.error("event=worker_not_started error=%s", quoted(error))
+            due = now + 1
+        time.sleep(0.1)
+        if died := reap(workers):
+            shortest = min(now - workers.pop(pid) for pid in died)
+            pause = min(2 * pause or 0.5, MAX_PAUSE) if shortest < SETTLED else 0.0
+            due = now + pause
+            for pid, code in died.items():
+                log.error("event=worker_died pid=%d code=%d pause=%g", pid, code, pause)
+    listener.close()
+    os.close(pipe[1])
+    exit_code = 0
+    while workers:
+        if len(signals) > 1:
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            return 128 + signals[1]
+        for pid, code in reap(workers).items():
+            del workers[pid]
+            exit_code = exit_code or int(code != 0)
+        time.sleep(0.1)
+    return exit_code
 
 
-def bind(
-    host: str, port: int, prepare: Callable[[socket.socket], None] = lambda _: None
-) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
+    """Start a process; the parent has no threads, which a fork would break."""
+    if pid := os.fork():
+        return pid
+    code = 1
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        prepare(sock)
-        sock.bind((host, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        os.close(pipe[1])
+        code = work(pipe[0])
+    except Exception:
+        log.exception("a worker failed")
+    finally:
+        os._exit(code)
 
 
-def share(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+def reap(workers: Iterable[int]) -> dict[int, int]:
+    """The exit codes of those that have ended."""
+    looks = (os.waitpid(pid, os.WNOHANG) for pid in workers)
+    return {pid: os.waitstatus_to_exitcode(status) for pid, status in looks if pid}
 
 
 # -- Command line --------------------------------------------------------------
 #
-# The command line: what it says goes to stdout, what is logged to stderr, and
-# what keeps it from starting is a sentence there and exit code 2.
+# What the program says goes to stdout, what it logs to stderr, and what keeps it
+# from starting is a sentence there and exit code 2.
 
 
 DESCRIPTION = """\
@@ -7553,26 +7341,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--models", metavar="FILE", help="which models there are (MODELS_PATH)")
     add("--env-file", metavar="FILE", help="settings to read instead of .env")
     add("--check", action="store_true", help="say whether the settings work, and exit")
+    add("--key", action="store_true", help="print the first key of clients, and exit")
     add("--reload", action="store_true", help="start again when a file changes")
-    add("--worker", metavar="FD", type=int, help=argparse.SUPPRESS)
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(arguments)
 
 
-def read_settings(
-    options: argparse.Namespace,
-    environ: Mapping[str, str],
-    override: Mapping[str, str],
-) -> Settings:
+def read_settings(options: argparse.Namespace) -> Settings:
     flags = {"HOST": options.host, "PORT": options.port, "MODELS_PATH": options.models}
     return Settings.from_environ(
         {
             **read_env(options.env_file),
-            **{name: value for name, value in environ.items() if value},
+            **{name: value for name, value in os.environ.items() if value},
             **{name: value for name, value in flags.items() if value is not None},
-            **override,
+            **(demo_settings() if options.demo else {}),
         }
     )
+
+
+def demo_settings() -> dict[str, str]:
+    if not (HERE / "fake_replicate.py").exists():
+        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
+    return {
+        "REPLICATE_API_TOKEN": "r8_demo",
+        "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
+        "PROXY_API_KEY": "demo",
+    }
 
 
 def read_env(path: str | None) -> dict[str, str]:
@@ -7587,67 +7381,80 @@ def read_env(path: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def stand_in(demo: bool) -> Iterator[dict[str, str]]:
+def stand_in(settings: Settings, demo: bool) -> Iterator[Settings]:
     """Play Replicate inside this process; give the settings that lead there."""
     if not demo:
-        yield {}
+        yield settings
         return
-    try:
-        from fake_replicate import FakeReplicate
-    except ModuleNotFoundError:
-        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.") from None
-    with FakeReplicate(default="demo") as fake:
-        yield {
-            "REPLICATE_API_TOKEN": fake.token,
-            "REPLICATE_BASE_URL": fake.base_url,
-            "PROXY_API_KEY": "demo",
-        }
+    from fake_replicate import FakeReplicate
+
+    with FakeReplicate(token=settings.replicate_api_token, default="demo") as fake:
+        yield replace(settings, replicate_base_url=fake.base_url)
 
 
-@contextmanager
-def address_told(settings: Settings) -> Iterator[None]:
+def serve(settings: Settings, options: argparse.Namespace) -> int:
+    if settings.workers > 1 and not hasattr(os, "fork"):
+        raise ConfigError("WORKERS must be 1 on Windows.")
+    models = ModelsFile(settings.models_path, FAMILIES).current()
     try:
-        yield
+        listener = listen(settings)
     except (OSError, OverflowError) as error:
-        where = f"{settings.host}:{settings.port}"
-        remedy = "Choose another address with --host and --port, or HOST and PORT."
+        why = str(error).partition(" (while")[0]
         raise ConfigError(
-            f"Nothing can be served on {where}: {error}. {remedy}"
+            f"Nothing can be served on {settings.host}:{settings.port}: {why}. "
+            "Choose another address with --host and --port, or HOST and PORT."
         ) from None
+    allow_many_sockets()
+    url = base_url(listener, settings)
+    told = (
+        f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n\n"
+        f"  {curl_line(url, options, models)}\n"
+    )
+    if settings.workers == 1:
+        stop = stop_on_signals()
+        print(told, flush=True)
+        return serve_until(stop.wait, settings, options.demo, listener)
+    signals = collect_signals()
+    print(told, flush=True)
+
+    def work(pipe: int) -> int:
+        wait = partial(os.read, pipe, 1)
+        return serve_until(wait, settings, options.demo, listener)
+
+    return run_workers(settings.workers, work, listener, signals)
 
 
-def serve(settings: Settings, key: str) -> int:
-    with address_told(settings):
-        server = make_server(settings)
-    stop_on_signals(server)
-    tell_url(server.url, key, server.proxy.models.current())
-    return serve_to_the_end(server)
+def stop_on_signals() -> threading.Event:
+    """What the first signal sets; another one ends the program at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for each in SIGNALS:
+        signal.signal(each, handle)
+    return stop
 
 
-def serve_with_workers(settings: Settings, key: str) -> int:
-    with address_told(settings):
-        workers = Workers(settings)
-    workers.start()
-    tell_url(workers.url, key, workers.models)
-    return workers.run()
+def serve_until(
+    wait: Callable[[], object], settings: Settings, demo: bool, listener: socket.socket
+) -> int:
+    """Serve until `wait` returns, and all requests are answered."""
+    with stand_in(settings, demo) as settings:
+        server = Server(settings, Timeouts(), listener)
 
+        def stop() -> None:
+            wait()
+            server.shutdown()
 
-def work(fd: int) -> int:
-    """Serve on the socket that the parent has bound, until its line ends."""
-    line = socket.fromfd(sys.stdin.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
-    settings = Settings(**json.loads(line.makefile().readline()))
-    log_to_stderr(settings.log_level)
-    server = BoundServer(settings, socket.socket(fileno=fd))
-    stop_on_signals(server)
-    line.send(b"!")
-
-    def stop() -> None:
-        with suppress(OSError):  # its end may come as an error
-            line.recv(1)
-        server.shutdown()
-
-    threading.Thread(target=stop, daemon=True).start()
-    return serve_to_the_end(server)
+        threading.Thread(target=stop, daemon=True).start()
+        gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
+        server.serve_forever()
+        log.info("stopping calls=%d", len(server.requests))
+        server.server_close()
+    return 0
 
 
 def allow_many_sockets() -> None:
@@ -7659,33 +7466,17 @@ def allow_many_sockets() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def serve_to_the_end(server: Server) -> int:
-    allow_many_sockets()
-    gc.freeze()  # what stays: to look at all of it would take 50 ms, again and again
-    server.serve_forever()
-    log.info("stopping calls=%d", len(server.calls))
-    server.server_close()
-    return 0
-
-
-def stop_on_signals(server: Server) -> None:
-    """The first stops the server gently, another one at once."""
-
-    def stop(number: int, _: Any) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda number, _: os._exit(128 + number))
-        threading.Thread(target=server.shutdown, daemon=True).start()
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
-
-
-def tell_url(url: str, key: str, models: Models) -> None:
-    print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
-    print(f"  {curl_line(url, key, models)}\n", flush=True)
-
-
-def curl_line(url: str, key: str, models: Models) -> str:
+def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
+    """It finds the key by a shell's own means, and does not hold it."""
+    if options.demo:
+        key = "demo"
+    elif os.environ.get("PROXY_API_KEY"):
+        key = "${PROXY_API_KEY%%,*}"
+    else:
+        command = [sys.executable, str(HERE / "proxy.py"), "--key"]
+        if options.env_file:
+            command += ["--env-file", str(Path(options.env_file).resolve())]
+        key = f"$({shlex.join(command)})"
     model = next(iter(models.mappings), models.default_model or "owner/name")
     hello = [{"role": "user", "content": "Hello!"}]
     body = json.dumps({"model": model, "stream": True, "messages": hello})
@@ -7696,19 +7487,8 @@ def curl_line(url: str, key: str, models: Models) -> str:
     )
 
 
-def key_source(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
-    """A shell's way to the key, so that what is printed works and does not hold it."""
-    if options.demo:
-        return "demo"
-    if environ.get("PROXY_API_KEY"):
-        return "${PROXY_API_KEY%%,*}"
-    file = shlex.quote(str(Path(options.env_file or HERE / ".env").resolve()))
-    return f"$(. {file}; echo ${{PROXY_API_KEY%%,*}})"
-
-
 def check_all(settings: Settings) -> int:
     """Say what was found of the settings, the models and the token."""
-    settings.check()
     models = ModelsFile(settings.models_path, FAMILIES).current()
     print(f"settings  are right: {settings}")
     print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
@@ -7724,15 +7504,17 @@ def check_all(settings: Settings) -> int:
     return 0
 
 
-def reload_on_change(arguments: Sequence[str], watched: Iterable[Path]) -> int:
+def reload_on_change(arguments: Sequence[str], options: argparse.Namespace) -> int:
     """Run the program as a child, and anew whenever a file has changed."""
-    command = [sys.executable, str(HERE / "proxy.py"), *arguments]
+    rest = [argument for argument in arguments if argument != "--reload"]
+    command = [sys.executable, str(HERE / "proxy.py"), *rest]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
-        before = stamps(watched)
+        before = stamps(options)
         with subprocess.Popen(command) as child:
             try:
-                while stamps(watched) == before:
+                while stamps(options) == before:
                     time.sleep(0.3)
             except KeyboardInterrupt:  # which the child has heard too
                 return child.wait()
@@ -7743,7 +7525,11 @@ def reload_on_change(arguments: Sequence[str], watched: Iterable[Path]) -> int:
             child.terminate()
 
 
-def stamps(files: Iterable[Path]) -> list[float]:
+def stamps(options: argparse.Namespace) -> list[float]:
+    """When the program, its settings and its models were changed."""
+    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
+    with suppress(ConfigError):  # which the child tells
+        files.append(Path(read_settings(options).models_path))
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 
@@ -7761,23 +7547,18 @@ def log_to_stderr(level: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     if options.reload:
-        models = Path(
-            options.models or os.environ.get("MODELS_PATH") or HERE / "models.json"
-        )
-        watched = [HERE / "proxy.py", Path(options.env_file or HERE / ".env"), models]
-        rest = [argument for argument in arguments if argument != "--reload"]
-        return reload_on_change(rest, watched)
+        return reload_on_change(arguments, options)
     try:
-        if options.worker is not None:
-            return work(options.worker)
-        with stand_in(options.demo) as override:
-            settings = read_settings(options, os.environ, override)
-            if options.check:
+        settings = read_settings(options)
+        settings.check()
+        if options.key:
+            print(settings.api_keys[0])
+            return 0
+        if options.check:
+            with stand_in(settings, options.demo) as settings:
                 return check_all(settings)
-            settings.check()
-            log_to_stderr(settings.log_level)
-            run = serve if settings.workers == 1 else serve_with_workers
-            return run(settings, key_source(options, os.environ))
+        log_to_stderr(settings.log_level)
+        return serve(settings, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)
