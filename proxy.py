@@ -887,7 +887,7 @@ def check_param(path: str, value: Any, param: Param) -> Any:
         check_number(path, value, param)
     if isinstance(value, (str, list)):
         check_length(path, value, param)
-    if isinstance(value, str) and param.choices:
+    if param.choices:
         check_choice(path, value, param.choices)
     if isinstance(value, str) and param.pattern:
         check_pattern(path, value, param.pattern)
@@ -6171,40 +6171,42 @@ class Generation(NamedTuple):
             self.proxy.upstream.upload_large_files(each, cancellation)
             for each in self.inputs
         ]
-        inputs = [
-            with_seed(each, i) for each in uploaded for i in range(self.body["n"])
-        ]
-        if len(inputs) == 1:
-            with self.start_choice(inputs[0], cancellation) as events:
+        jobs = [(each, i) for each in uploaded for i in range(self.body["n"])]
+        if len(jobs) == 1:
+            with self.start_choice(*jobs[0], cancellation) as events:
                 yield ((0, event) for event in events)
         else:
-            with self.start_side_by_side(inputs) as indexed:
+            with self.start_side_by_side(jobs) as indexed:
                 yield indexed
 
     @contextmanager
     def start_side_by_side(
-        self, inputs: list[PredictionInput]
+        self, jobs: list[tuple[PredictionInput, int]]
     ) -> Iterator[IndexedEvents]:
         """The first error, or a cancellation, ends all choices at once.
 
         Nobody waits for their threads: each cancels its prediction as soon as it
         knows of one, and the end of the server waits for that.
         """
-        jobs = deque(enumerate(inputs))
+        waiting = deque(enumerate(jobs))
         arrivals: SimpleQueue[tuple[int, Event | None] | Exception | None] = (
             SimpleQueue()
         )
         branch = Cancellation()
 
+        def next_job() -> tuple[int, tuple[PredictionInput, int]] | None:
+            with suppress(IndexError):
+                return waiting.popleft()
+            return None
+
         def run_jobs() -> None:
             try:
-                with suppress(IndexError):
-                    while job := jobs.popleft():
-                        index, prediction_input = job
-                        with self.start_choice(prediction_input, branch) as events:
-                            arrivals.put((index, None))  # it is created
-                            for event in events:
-                                arrivals.put((index, event))
+                while job := next_job():
+                    index, (prediction_input, offset) = job
+                    with self.start_choice(prediction_input, offset, branch) as events:
+                        arrivals.put((index, None))  # it is created
+                        for event in events:
+                            arrivals.put((index, event))
                 arrivals.put(None)
             except Exception as error:
                 arrivals.put(error)
@@ -6223,7 +6225,7 @@ class Generation(NamedTuple):
             branch.cancel(cause)
             arrivals.put(cause)
 
-        threads = min(len(inputs), MAX_PARALLEL_PREDICTIONS)
+        threads = min(len(jobs), MAX_PARALLEL_PREDICTIONS)
         try:
             with self.request.cancellation.on_cancel(stop):
                 for _ in range(threads):
@@ -6240,11 +6242,15 @@ class Generation(NamedTuple):
 
     @contextmanager
     def start_choice(
-        self, prediction_input: PredictionInput, cancellation: Cancellation
+        self,
+        prediction_input: PredictionInput,
+        offset: int,  # among the choices of the same input
+        cancellation: Cancellation,
     ) -> Iterator[Events]:
-        with self.start_prediction(prediction_input, cancellation) as events:
+        seeded = with_seed(prediction_input, offset)
+        with self.start_prediction(seeded, cancellation) as events:
             if self.toolbox or self.format:
-                events = self.with_retry(events, cancellation)
+                events = self.with_retry(events, offset, cancellation)
             if self.body.get("echo"):
                 events = echo(events, prediction_input.prompt)
             yield events
@@ -6284,7 +6290,9 @@ class Generation(NamedTuple):
             events = stop_at(events, stops)
         return with_usage(events, prediction_input.prompt, self.request.log.usages)
 
-    def with_retry(self, events: Events, cancellation: Cancellation) -> Events:
+    def with_retry(
+        self, events: Events, offset: int, cancellation: Cancellation
+    ) -> Events:
         """Hold an answer for as long as another may have to take its place.
 
         Not held is what is streamed: text where no call has to be made, and what
@@ -6307,6 +6315,7 @@ class Generation(NamedTuple):
             log.warning("event=retry why=%s", quoted(why))
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
+                again = with_seed(again, offset)
                 with self.start_prediction(again, cancellation) as others:
                     second = list(others)
             except APIError as error:
