@@ -997,7 +997,7 @@ compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Checks of messages that tables can't express, and the form that all code below
 # reads: content is never null, an attachment is a link or a plain data: URL, calls
 # are tool_calls, and results have the role `tool`. To add a type of part: a row in
-# ATTACHABLE, and one in PART.
+# PART, and one in ATTACHABLE.
 
 
 Messages = list[Json]
@@ -1046,57 +1046,42 @@ class Attachment(NamedTuple):
         return f"data:{self.kind};base64,{self.base64}"
 
 
-class Attachable(NamedTuple):
-    """A type of part that is not text."""
-
-    key: str  # the field with its URL, or with what comes …
-    begin: str  # … after this beginning of one
-    expected: str  # what a client should send
-    code: str = "invalid_value"  # of the error if it does not
-    is_image: bool = False
-
-
-ATTACHABLE = {
-    "image_url": Attachable(
-        "url",
-        "",
-        "https://… or data:image/png;base64,…",
-        code="invalid_image_url",
-        is_image=True,
+ATTACHABLE = {  # the field with its URL or data, what to send, the code of an error
+    "image_url": ("url", "https://… or data:image/png;base64,…", "invalid_image_url"),
+    "input_audio": ("data", "base64", "invalid_value"),
+    "file": (
+        "file_data",
+        "https://… or data:application/pdf;base64,…",
+        "invalid_value",
     ),
-    "input_audio": Attachable("data", "data:audio/{format};base64,", "base64"),
-    "file": Attachable("file_data", "", "https://… or data:application/pdf;base64,…"),
 }
 
 
 def url_of(part: Json) -> str:
-    """The URL of a part; data without one becomes a data: URL."""
-    row, held = ATTACHABLE[part["type"]], part[part["type"]]
-    return row.begin.format_map(held) + str(held[row.key])
+    """The URL of an attachment; data without one becomes a data: URL."""
+    held, (key, *_) = part[part["type"]], ATTACHABLE[part["type"]]
+    begin = f"data:audio/{held['format']};base64," if key == "data" else ""
+    return f"{begin}{held[key]}"
 
 
 def parse_part(part: Json, path: str) -> Json:
-    """Bring the URL of an attachment to a form that any model can read."""
+    """Bring the URL of an attachment to a form that any model reads; or raise 400."""
     kind = part["type"]
     if kind in WORDS:
         return part
-    row, held = ATTACHABLE[kind], part[kind]
-    url = parse_url(url_of(part), row, f"{path}.{kind}.{row.key}")
-    return {**part, kind: {**held, row.key: url[len(row.begin.format_map(held)) :]}}
-
-
-def parse_url(url: str, row: Attachable, path: str) -> str:
-    if LINK.fullmatch(url.strip()):
-        return url.strip()
-    attached = read_data_url(url)
-    if attached is None:
-        message = f"Invalid '{path}': it has to be {row.expected}, with the right data."
-        raise APIError(400, message, code=row.code, param=path)
-    if row.is_image:
-        kind = image_type(attached)
-        require(kind, WRONG_IMAGE, code="invalid_image_format", param=path)
-        return attached._replace(kind=kind).url
-    return attached.url
+    key, expected, code = ATTACHABLE[kind]
+    path, url = f"{path}.{kind}.{key}", url_of(part).strip()
+    if not LINK.fullmatch(url):
+        attached = read_data_url(url)
+        if attached is None:
+            message = f"Invalid '{path}': it has to be {expected}, with the right data."
+            raise APIError(400, message, code=code, param=path)
+        if kind == "image_url":
+            media_type = image_type(attached)
+            require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
+            attached = attached._replace(kind=media_type)
+        url = attached.base64 if key == "data" else attached.url
+    return {**part, kind: {**part[kind], key: url}}
 
 
 def read_data_url(url: str) -> Attachment | None:
