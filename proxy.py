@@ -148,8 +148,8 @@ Json = dict[str, Any]
 
 # -- Errors --------------------------------------------------------------------
 #
-# Whoever finds something wrong raises an APIError, with the remedy in its
-# message. Codes and words are those that api.openai.com was seen to answer.
+# Any code that finds something wrong raises an APIError, with the remedy in its
+# message. Codes and wordings are those that api.openai.com was seen to send.
 
 
 RETRY = {"x-should-retry": "true"}
@@ -202,7 +202,7 @@ def require(
 
 
 def as_api_error(error: Exception) -> APIError:
-    """Make any exception tellable; one of ours is logged and described no further."""
+    """Give what a client is told of any exception: of an internal one, no details."""
     if isinstance(error, APIError):
         return error
     log.error("internal error", exc_info=error)
@@ -218,15 +218,15 @@ ONE_WORD = re.compile(r"[!#-<>-~]+")
 
 
 def quoted(value: Any) -> str:
-    """A value of a key=value line, in quotes where it would not stay one word."""
+    """Format a value for a key=value log line, in quotes if it is not one word."""
     text = str(value)[:200]
     return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
 # -- Settings ------------------------------------------------------------------
 #
-# Nothing else reads the environment, but for its HTTPS_PROXY. To add one: a
-# field here, with its range if it is a number, and its line in .env.example.
+# Nothing else reads the environment, except for HTTPS_PROXY. To add a setting: a
+# field here, with its range if it is a number, and a line in .env.example.
 
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -247,7 +247,7 @@ ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 class ConfigError(ValueError):
-    """Why the program can't start: one clear sentence per problem."""
+    """The program can't start: one clear sentence per problem."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -273,7 +273,7 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """Read what is set; a number that is none stays text, for `check` to tell."""
+        """Read what is set; what should be a number and is not, stays for `check`."""
         given: Json = {}
         for row in fields(cls):
             if text := environ.get(row.name.upper(), "").strip():
@@ -286,7 +286,7 @@ class Settings:
         return [key.strip() for key in self.proxy_api_key.split(",") if key.strip()]
 
     def check(self) -> None:
-        """Raise ConfigError, with every problem, if no server can be made of these."""
+        """Raise ConfigError, with all problems at once, if there are any."""
         problems = []
         token, keys = self.replicate_api_token.strip(), self.api_keys or [""]
         for name, values, remedy in (
@@ -296,12 +296,12 @@ class Settings:
             if fault := next(filter(None, map(secret_fault, values)), ""):
                 problems.append(f"{name} {fault}. {remedy} and put it into .env.")
         for row in (row for row in fields(self) if row.metadata):
-            value, (low, high) = getattr(self, row.name), row.metadata["range"]
+            name, value = row.name.upper(), getattr(self, row.name)
+            low, high = row.metadata["range"]
             if isinstance(value, str):
-                problems.append(f"{row.name.upper()} must be a number, not {value!r}.")
+                problems.append(f"{name} must be a number, not {value!r}.")
             elif not low <= value <= high:
-                expected = f"must be a number from {low} to {high}."
-                problems.append(f"{row.name.upper()} {expected}")
+                problems.append(f"{name} must be a number from {low} to {high}.")
         if self.log_level.upper() not in LOG_LEVELS:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
@@ -311,12 +311,12 @@ class Settings:
 
 
 class Timeouts(NamedTuple):
-    """How long we wait for what, in seconds: for those who embed or test a server."""
+    """Limits in seconds, for programs that embed or test a server."""
 
     connect: float = 5
     schema: float = 5  # for Replicate to tell what inputs a model has
     create: float = 30  # for Replicate to answer a create …
-    look: float = 5  # … and a GET or a cancel, which can be asked again
+    look: float = 5  # … and a GET or a cancel, which can be repeated
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
     stream: float = 60  # without a byte on an event stream
     poll: float = 1  # between looks at a prediction that does not stream …
@@ -332,7 +332,7 @@ class Timeouts(NamedTuple):
     tick: float = 0.2  # between looks at which streams are silent
     farewell: float = 8  # for calls that are broken off to say so, after a create
     drain: float = 1  # for calls that are under way on idle connections when we stop
-    linger: float = 2  # for a client to hear our last word before we close
+    linger: float = 2  # for a client to read our last bytes before we close
 
 
 def secret_fault(value: str) -> str:
@@ -340,13 +340,12 @@ def secret_fault(value: str) -> str:
         return "is missing"
     if PLACEHOLDER.match(value):
         return "is still the placeholder"
-    return (
-        "" if re.fullmatch(r"[!-~]+", value) else "has a character no header can carry"
-    )
+    is_sendable = re.fullmatch(r"[!-~]+", value)
+    return "" if is_sendable else "has a character no header can carry"
 
 
 def parse_env_file(text: str) -> dict[str, str]:
-    """Read KEY=value lines as shells and Docker do: export, quotes and comments."""
+    """Parse KEY=value lines as shells and Docker do: export, quotes and comments."""
     values = {}
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -393,7 +392,7 @@ class Model:
 
     @property
     def owner_and_name(self) -> str:
-        """Of a deployment, whose owner may run anybody's model, it is neither."""
+        """The ref without its version. A deployment's says nothing of its model."""
         return without_version(self.ref)
 
 
@@ -484,7 +483,7 @@ def without_comments(row: Json) -> Json:
 
 
 def parse_models(text: str, families: Iterable[str], created: int = 0) -> Models:
-    """Raise ConfigError if it is not JSON, or not of the form that the rules tell."""
+    """Raise ConfigError if it is not JSON, or breaks a rule of `models_rules`."""
     try:
         root = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
@@ -496,7 +495,7 @@ def parse_models(text: str, families: Iterable[str], created: int = 0) -> Models
 
 
 class ModelsFile:
-    """models.json as it stands: an edit takes effect at once, unless it is wrong."""
+    """models.json, read again after an edit; a wrong edit changes nothing."""
 
     def __init__(self, path: str, families: Iterable[str]) -> None:
         self.path = Path(path)
@@ -506,7 +505,7 @@ class ModelsFile:
         self.models = self.read()
 
     def read_stamp(self) -> tuple[int, ...]:
-        """What differs after an edit."""
+        """What changes with an edit; () if the file is not there."""
         try:
             stat = self.path.stat()
         except OSError:
@@ -535,7 +534,7 @@ class ModelsFile:
 
 
 def find_model(models: Models, id: str) -> Model:
-    """Find by mapping, else by the form of a ref, else the default; else raise 404."""
+    """Find by mapping, else by the form of a ref, else the default; raise 404."""
     if id in models.mappings:
         return models.model(id, models.mappings[id])
     if REF.fullmatch(id):
@@ -574,7 +573,7 @@ NOT_JSON = (
 
 
 def parse_json_body(data: bytes, content_type: str) -> Json:
-    """Parse an object; raise 400 with the reason if it is none, or an ambiguous one."""
+    """Parse a JSON object; raise 400 with the reason if it is none, or is ambiguous."""
     try:
         text = data.decode("utf-8-sig")
         body = json.loads(
@@ -618,7 +617,7 @@ def reject_constant(name: str) -> NoReturn:
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
-    """Of two keys of a name, another reader might take the other."""
+    """Raise ValueError, as two readers might take different ones of the values."""
     object: Json = dict(pairs)
     if len(object) < len(pairs):
         names = sorted(name for name, _ in pairs)
@@ -857,7 +856,7 @@ IGNORED = frozenset(
 
 
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
-    """Fill in every parameter of the table; raise 400 for the first wrong one."""
+    """Return the body with every parameter of the table; raise 400 if one is wrong."""
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
     checked = {}
     for name, param in params.items():
@@ -950,7 +949,7 @@ def check_number(path: str, value: float, param: Param) -> None:
 
 
 def check_length(path: str, value: str | list[Any], param: Param) -> None:
-    """Hold a string or an array to the row's bounds, as far as it has any."""
+    """Raise 400 for a string or an array that is shorter or longer than allowed."""
     noun = "array" if isinstance(value, list) else "string"
     a, size = KINDS[type(value)], len(value)
     if param.low and size < param.low:
@@ -978,7 +977,7 @@ def without(object: Json, names: Collection[str]) -> Json:
 
 
 def wrap(value: Any, low: float | None, high: float | None) -> Any:
-    """Seeds that differ still do, within bounds."""
+    """Bring a seed into bounds, so that different seeds stay different."""
     if low is None or high is None:
         return clamp(value, low, high)
     return low + (value - low) % (high - low + 1)
@@ -989,16 +988,16 @@ def clamp(value: Any, low: float | None, high: float | None) -> Any:
     return raised if high is None else min(raised, high)
 
 
-# One encoder for all: json.dumps would make another for each value.
+# One encoder for all: json.dumps makes a new one for each value.
 compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 # -- Messages ------------------------------------------------------------------
 #
-# What is left to check of messages once the tables have passed them, and the one
-# form that everything below reads: content is text or parts and never null, an
-# attachment is a link or a plain data: URL, calls are tool_calls and results have
-# the role `tool`. To add a type of part: a row in ATTACHABLE, and one in PART.
+# Checks of messages that tables can't express, and the form that all code below
+# reads: content is never null, an attachment is a link or a plain data: URL, calls
+# are tool_calls, and results have the role `tool`. To add a type of part: a row in
+# PART, and one in ATTACHABLE.
 
 
 Messages = list[Json]
@@ -1007,11 +1006,10 @@ WORDS = ("text", "refusal")  # the parts of a message that are text
 
 
 def text_of(content: str | list[Json]) -> str:
-    """The text of a message; its parts follow one another without a gap."""
+    """The text of a message, its parts joined without a gap."""
     if isinstance(content, str):
         return content
-    said = (part for part in content if part["type"] in WORDS)
-    return "".join(part.get(part["type"]) or "" for part in said)
+    return "".join(part[part["type"]] for part in content if part["type"] in WORDS)
 
 
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
@@ -1048,61 +1046,46 @@ class Attachment(NamedTuple):
         return f"data:{self.kind};base64,{self.base64}"
 
 
-class Attachable(NamedTuple):
-    """A type of part that is no text."""
-
-    key: str  # what holds its URL, or the end of one …
-    begin: str  # … that begins like this
-    wanted: str  # what a client has to send
-    code: str = "invalid_value"  # if it sends something else
-    is_image: bool = False
-
-
-ATTACHABLE = {
-    "image_url": Attachable(
-        "url",
-        "",
-        "https://… or data:image/png;base64,…",
-        code="invalid_image_url",
-        is_image=True,
+ATTACHABLE = {  # the field with its URL or data, what to send, the code of an error
+    "image_url": ("url", "https://… or data:image/png;base64,…", "invalid_image_url"),
+    "input_audio": ("data", "base64", "invalid_value"),
+    "file": (
+        "file_data",
+        "https://… or data:application/pdf;base64,…",
+        "invalid_value",
     ),
-    "input_audio": Attachable("data", "data:audio/{format};base64,", "base64"),
-    "file": Attachable("file_data", "", "https://… or data:application/pdf;base64,…"),
 }
 
 
 def url_of(part: Json) -> str:
-    """The URL that a part has, or what it holds as one."""
-    row, held = ATTACHABLE[part["type"]], part[part["type"]]
-    return row.begin.format_map(held) + str(held[row.key])
+    """The URL of an attachment; data without one becomes a data: URL."""
+    held, (key, *_) = part[part["type"]], ATTACHABLE[part["type"]]
+    begin = f"data:audio/{held['format']};base64," if key == "data" else ""
+    return f"{begin}{held[key]}"
 
 
 def parse_part(part: Json, path: str) -> Json:
-    """Write the URL of an attachment as any model can read it."""
+    """Bring the URL of an attachment to a form that any model reads; or raise 400."""
     kind = part["type"]
     if kind in WORDS:
         return part
-    row, held = ATTACHABLE[kind], part[kind]
-    url = parse_url(url_of(part), row, f"{path}.{kind}.{row.key}")
-    return {**part, kind: {**held, row.key: url[len(row.begin.format_map(held)) :]}}
-
-
-def parse_url(url: str, row: Attachable, path: str) -> str:
-    if LINK.fullmatch(url.strip()):
-        return url.strip()
-    attached = read_data_url(url)
-    if attached is None:
-        message = f"Invalid '{path}': it has to be {row.wanted}, with the right data."
-        raise APIError(400, message, code=row.code, param=path)
-    if row.is_image:
-        kind = image_type(attached)
-        require(kind, WRONG_IMAGE, code="invalid_image_format", param=path)
-        return attached._replace(kind=kind).url
-    return attached.url
+    key, expected, code = ATTACHABLE[kind]
+    path, url = f"{path}.{kind}.{key}", url_of(part).strip()
+    if not LINK.fullmatch(url):
+        attached = read_data_url(url)
+        if attached is None:
+            message = f"Invalid '{path}': it has to be {expected}, with the right data."
+            raise APIError(400, message, code=code, param=path)
+        if kind == "image_url":
+            media_type = image_type(attached)
+            require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
+            attached = attached._replace(kind=media_type)
+        url = attached.base64 if key == "data" else attached.url
+    return {**part, kind: {**part[kind], key: url}}
 
 
 def read_data_url(url: str) -> Attachment | None:
-    """Read what browsers read: in any case, with parameters, broken into lines."""
+    """Parse as browsers do: upper case, parameters and line breaks are allowed."""
     head, comma, data = url.partition(",")
     scheme, _, rest = head.partition(":")
     kind, *parameters = [word.strip().lower() for word in rest.split(";")]
@@ -1117,14 +1100,14 @@ def read_data_url(url: str) -> Attachment | None:
 
 
 def image_type(attached: Attachment) -> str:
-    """The media type that its first bytes say, since many programs write any; or ""."""
+    """Tell an image by its first bytes, as many programs send a fixed type; or ""."""
     start = b64decode(attached.base64[:64])
     names = (name for name, form in SIGNATURES.items() if form.match(start))
     return next((f"image/{name}" for name in names), "")
 
 
 def attachments(messages: Messages) -> list[tuple[str, str]]:
-    """What messages hold besides text, in order: the type of a part, and its URL."""
+    """The types and URLs of all parts that are not text, in order."""
     return [
         (part["type"], url_of(part))
         for message in messages
@@ -1135,15 +1118,15 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
 
 
 def parse_messages(messages: list[Json]) -> Messages:
-    """Bring messages that passed the tables to the form that all below reads.
+    """Bring messages, which have passed the tables, to the form described above.
 
-    Raise 400 for content that is missing, attachments that are none, and calls and
-    results that don't pair."""
+    Raise 400 for missing content, unreadable attachments, and tool calls and results
+    that don't pair."""
     parsed = []
     for index, message in enumerate(messages):
         path = f"messages[{index}].content"
         content = message["content"]
-        if content is None:  # a refusal is dumped by `openai` like this
+        if content is None:  # openai-python dumps a refusal like this
             content = message["refusal"]
         if content is None:
             has_call = message["tool_calls"] or message["function_call"]
@@ -1204,9 +1187,9 @@ def check_answered(results: Mapping[str, int], index: int) -> None:
 
 
 def functions_as_tools(messages: Messages) -> Messages:
-    """Put the older function_call, and its result, into the words of tools.
+    """Translate the older function_call and role `function` into tool_calls and `tool`.
 
-    A result with no call before it is given one, since models need the pair."""
+    A result without a call before it gets one, as models need the pair."""
     translated: Messages = []
     open_call = ""  # the id of a call that has no result yet
     for index, message in enumerate(messages):
@@ -1250,7 +1233,7 @@ class Tool(NamedTuple):
 
 
 class Toolbox(NamedTuple):
-    """What a model may call now; with a tool named by the client, that one only."""
+    """What a model may call now; only the named tool if the client names one."""
 
     tools: tuple[Tool, ...]
     must_call: bool = False
@@ -1272,10 +1255,10 @@ class Toolbox(NamedTuple):
 
 
 def parse_toolbox(body: Json) -> Toolbox | None:
-    """Give what may be called, if anything; `body` has passed the tables.
+    """Return what may be called, None for nothing; `body` has passed the tables.
 
-    The older `functions` and `function_call` say the same in other words: below,
-    they are no more than a flag of the toolbox."""
+    The older `functions` and `function_call` are translated: code below sees only
+    the flag `legacy`, by which an answer is told in the older form."""
     for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
         message = (
             f"Invalid value for '{param}': "
@@ -1325,8 +1308,8 @@ def properties_of(tool: Tool | None) -> Json:
 
 # -- Output formats ------------------------------------------------------------
 #
-# Which JSON a client wants. Any schema will do: a model is told all of it, and an
-# answer is held to what of it can be checked.
+# Which JSON a client wants. Any schema is accepted: the model is told all of it, and
+# an answer is checked as far as the schema can be.
 
 
 class ResponseFormat(NamedTuple):
@@ -1342,7 +1325,7 @@ ANY_OBJECT = ResponseFormat({"type": "object"})
 
 
 def parse_response_format(body: Json) -> ResponseFormat | None:
-    """Give the format, None where text is wanted; `body` has passed the tables."""
+    """Return the format, None for text; `body` has passed the tables."""
     asked = body["response_format"]
     if asked is None or asked["type"] == "text":
         return None
