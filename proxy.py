@@ -886,7 +886,7 @@ def check_param(path: str, value: Any, param: Param) -> Any:
         check_number(path, value, param)
     if isinstance(value, (str, list)):
         check_length(path, value, param)
-    if param.choices:
+    if param.choices and not isinstance(value, dict):
         check_choice(path, value, param.choices)
     if isinstance(value, str) and param.pattern:
         check_pattern(path, value, param.pattern)
