@@ -7753,7 +7753,7 @@ class Workers:
 
     def __init__(self, settings: Settings) -> None:
         settings.check()
-        if os.name == "nt":
+        if not hasattr(os, "fork"):
             raise ConfigError("WORKERS must be 1 on Windows.")
         self.models = ModelsFile(settings.models_path, FAMILIES).current()
         self.settings = settings
