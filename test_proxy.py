@@ -3829,10 +3829,12 @@ def test_without_a_thread_nobody_waits_and_the_next_call_tries_again(
     def no_thread(thread):
         raise RuntimeError("can't start new thread")
 
-    schemas = proxy.SchemaCache(Models(SAID_READ), no_release, clock, limit=600)
+    schemas = proxy.SchemaCache(Models(SAID_READ), no_release, clock, limit=10)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", no_thread)
+        began = time.monotonic()
         assert schemas.find("a/b") is None
+        assert time.monotonic() - began < 9
     assert schemas.find("a/b").prompt == "prompt"
     clock.now += 3601
     with monkeypatch.context() as patch:
