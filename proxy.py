@@ -7383,7 +7383,7 @@ class Handler(BaseHTTPRequestHandler):
         alive = self.server.watcher.kept_alive(writer)
         try:
             with alive, closing(stream.open()) as frames:
-                for frame in frames:
+                for frame in filter(None, frames):  # nothing would be the last chunk
                     writer.write(frame)
         except ClientDisconnected:
             raise

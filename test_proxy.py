@@ -9040,6 +9040,13 @@ def test_a_whole_is_pretty_json_of_a_known_length(server):
     assert answer.body.endswith(b"}\n")
 
 
+def test_an_event_without_a_frame_does_not_end_a_stream(server):
+    body = {"model": "fake/hello", "prompt": ["a", "b", "c"], "stream": True}
+    answer = send(server, "POST", "/v1/completions", body)
+    texts = [chunk["choices"][0]["text"] for chunk in answer.chunks]
+    assert sorted("".join(texts)) == sorted(3 * HELLO)
+
+
 def test_chunks_of_a_stream_share_their_id_and_time(server):
     chunks = chat(server, "hello", stream=True).chunks
     assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
