@@ -7100,9 +7100,6 @@ class Server(ThreadingHTTPServer):
         self.watcher = Watcher(timeouts)
         self.watcher.start()
 
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        super().serve_forever(poll_interval)
-
     def service_actions(self) -> None:
         """One look for who has come is enough for all of them."""
         self.accept_all()
@@ -7402,48 +7399,46 @@ def serve(settings: Settings, options: argparse.Namespace) -> int:
         f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n\n"
         f"  {curl_line(url, options, models)}\n"
     )
+    work = partial(serve_until, settings, options.demo, listener)
     if settings.workers == 1:
-        stop = stop_on_signals()
+        pipe = stop_on_signals()
         print(told, flush=True)
-        return serve_until(stop.wait, settings, options.demo, listener)
+        return work(pipe)
     signals = collect_signals()
     print(told, flush=True)
-
-    def work(pipe: int) -> int:
-        wait = partial(os.read, pipe, 1)
-        return serve_until(wait, settings, options.demo, listener)
-
     return run_workers(settings.workers, work, listener, signals)
 
 
-def stop_on_signals() -> threading.Event:
-    """What the first signal sets; another one ends the program at once."""
-    stop = threading.Event()
+def stop_on_signals() -> int:
+    """A pipe that the first signal ends; another one ends the program at once."""
+    pipe, end = os.pipe()
+    signals: list[int] = []
 
     def handle(number: int, _: Any) -> None:
-        if stop.is_set():
+        if signals:
             os._exit(128 + number)
-        stop.set()
+        signals.append(number)
+        os.close(end)
 
     for each in SIGNALS:
         signal.signal(each, handle)
-    return stop
+    return pipe
 
 
 def serve_until(
-    wait: Callable[[], object], settings: Settings, demo: bool, listener: socket.socket
+    settings: Settings, demo: bool, listener: socket.socket, pipe: int
 ) -> int:
-    """Serve until `wait` returns, and all requests are answered."""
+    """Serve until a pipe ends, and then until all requests are answered."""
     with stand_in(settings, demo) as settings:
         server = Server(settings, Timeouts(), listener)
 
         def stop() -> None:
-            wait()
+            os.read(pipe, 1)
             server.shutdown()
 
         threading.Thread(target=stop, daemon=True).start()
         gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
-        server.serve_forever()
+        server.serve_forever(0.1)
         log.info("stopping calls=%d", len(server.requests))
         server.server_close()
     return 0
