@@ -3056,9 +3056,7 @@ def first_bytes(pieces: Iterable[bytes], length: int) -> BodyPieces:
     raise http.client.IncompleteRead(b"", length)
 
 
-class Origin(NamedTuple):
-    scheme: str
-    netloc: str  # host and port
+Origin = tuple[str, str]  # scheme, and host with port
 
 
 class ServerResponse:
@@ -3192,19 +3190,15 @@ class ConnectionPool:
         """Connect, through HTTPS_PROXY where the environment names one."""
         url, timeout = urlsplit("://".join(origin)), self.timeouts.connect
         host, port = url.hostname or "", url.port
-        connection: http.client.HTTPConnection
-        if url.scheme == "http":
-            connection = http.client.HTTPConnection(host, port, timeout=timeout)
-        else:
-            proxy = find_proxy(host)
-            there = (
-                (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
-            )
+        proxy = find_proxy(host) if url.scheme == "https" else urlsplit("")
+        address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
+        connection = http.client.HTTPConnection(*address, timeout=timeout)
+        if url.scheme == "https":
             connection = http.client.HTTPSConnection(
-                *there, timeout=timeout, context=self.tls
+                *address, timeout=timeout, context=self.tls
             )
-            if proxy.hostname:
-                connection.set_tunnel(host, port, proxy_authorization(proxy))
+        if proxy.hostname:
+            connection.set_tunnel(host, port, proxy_authorization(proxy))
         try:
             connection.connect()  # with TCP_NODELAY
         except (OSError, http.client.HTTPException) as error:
@@ -3249,7 +3243,7 @@ class ConnectionPool:
         """Open an event stream. Raise StreamRefused now, or StreamBroken later."""
         parts = urlsplit(url)
         target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
-        origin, timeout = Origin(*parts[:2]), self.timeouts.stream
+        origin, timeout = parts[:2], self.timeouts.stream
         lines = [("Host", parts.netloc), *headers.items()]
         encoded = [(name.encode(), value.encode()) for name, value in lines]
         try:
@@ -3348,7 +3342,7 @@ class ReplicateTransport(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Raise what `ConnectionPool.request` raises: a connection error to the SDK."""
         url, method = request.url, request.method
-        origin = Origin(url.scheme, url.netloc.decode())
+        origin = url.scheme, url.netloc.decode()
         message = render_head(method, url.raw_path, request.headers.raw)
         response = self.pool.request(
             origin,
@@ -3486,12 +3480,9 @@ RETRY_DELAYS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 # Exceptions that say something of the connection, and are no fault of ours.
 CONNECTION_ERRORS = (OSError, http.client.HTTPException, httpx.HTTPError)
 
-RECORD_TYPES: dict[str, type] = {
-    "status": str,
-    "error": str,
-    "logs": str,
-    "urls": dict,
-    "metrics": dict,
+RECORD_TYPES = {
+    **dict.fromkeys(("status", "error", "logs"), str),
+    **dict.fromkeys(("urls", "metrics"), dict),
 }
 
 
@@ -3522,12 +3513,12 @@ class ReplicateAPI:
         self.client.close()
         self.pool.close()
 
-    def create(self, prediction_input: PredictionInput, wait: bool) -> Json:
+    def create(self, asked: PredictionInput, wait: bool) -> Json:
         """Create a prediction, of a community model by its newest version."""
-        ref = prediction_input.model.ref
+        ref = asked.model.ref
         known = self.versions.get(ref, ref)
         try:
-            return self.create_as(known, prediction_input, wait)
+            return self.create_as(known, asked, wait)
         except APIError as error:  # was refused, so there is no prediction
             if error.code != "model_not_found":
                 raise
@@ -3535,7 +3526,7 @@ class ReplicateAPI:
             if version in (None, known):
                 raise
         self.versions[ref] = version
-        return self.create_as(version, prediction_input, wait)
+        return self.create_as(version, asked, wait)
 
     def create_as(self, ref: str, asked: PredictionInput, wait: bool) -> Json:
         given: Json = {"input": asked.input, "cancel_after": f"{self.time_limit}s"}
@@ -3567,10 +3558,9 @@ class ReplicateAPI:
             raise refusal(error, asked, self.token) from None
         except (ReplicateError, BadResponse) as error:
             cause = error.__cause__
-            if isinstance(error, APIConnectionError) and not isinstance(
-                cause, CONNECTION_ERRORS
-            ):
-                raise cause or error from None
+            failed = isinstance(error, APIConnectionError)
+            if failed and not isinstance(cause, CONNECTION_ERRORS):
+                raise cause or error from None  # a cancellation, or a fault of ours
             if isinstance(cause, NotConnected):
                 log.warning("event=unreachable why=%s", quoted(cause))
                 message = "Replicate can't be reached from the proxy. Try again later."
@@ -3584,9 +3574,8 @@ class ReplicateAPI:
             ) from error
 
     def latest_version(self, owner: str, name: str) -> Json:
-        get = self.client.models.with_raw_response.get
-        given: Json = {"model_owner": owner, "model_name": name}
-        model = self.send(get, timeout=self.timeouts.schema, **given)
+        get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
+        model = self.send(get, model_owner=owner, model_name=name, timeout=timeout)
         return as_object(model.get("latest_version"))
 
     def find_version(self, ref: str) -> str | None:
@@ -3600,11 +3589,13 @@ class ReplicateAPI:
     def find_schema(self, owner: str, name: str, version: str) -> Json:
         """What a version says of itself, or the newest one; {} if it says nothing."""
         if version:
-            get = self.client.models.versions.with_raw_response.get
-            given: Json = {"model_owner": owner, "model_name": name}
             with suppress(APIError):  # official models list none
                 found = self.send(
-                    get, version_id=version, timeout=self.timeouts.schema, **given
+                    self.client.models.versions.with_raw_response.get,
+                    model_owner=owner,
+                    model_name=name,
+                    version_id=version,
+                    timeout=self.timeouts.schema,
                 )
                 return as_object(found.get("openapi_schema"))
         return as_object(self.latest_version(owner, name).get("openapi_schema"))
@@ -3618,22 +3609,22 @@ class ReplicateAPI:
             timeout=self.timeouts.schema,
         )
         release = as_object(found.get("current_release"))
-        ref = ":".join(filter(None, (release.get("model"), release.get("version"))))
+        parts = filter(None, (release.get("model"), release.get("version")))
+        ref = ":".join(map(str, parts))
         require(OWNED.fullmatch(ref), "The deployment has no release.")
         return ref
 
     def fetch_prediction(self, id: str, cancellation: Cancellation) -> Json:
-        get = self.client.predictions.with_raw_response.get
-        given: Json = {"prediction_id": quote(id, safe="")}
+        get, timeout = self.client.predictions.with_raw_response.get, self.timeouts.look
+        name = quote(id, safe="")
         with broken_off_by(cancellation):
-            return parse_prediction(
-                self.send(get, "id", timeout=self.timeouts.look, **given)
-            )
+            record = self.send(get, "id", prediction_id=name, timeout=timeout)
+        return parse_prediction(record)
 
     def cancel(self, id: str) -> None:
         cancel = self.client.predictions.with_raw_response.cancel
-        given: Json = {"prediction_id": quote(id, safe="")}
-        self.send(cancel, timeout=self.timeouts.look, **given)
+        name = quote(id, safe="")
+        self.send(cancel, prediction_id=name, timeout=self.timeouts.look)
 
     def upload(self, attached: Attachment, cancellation: Cancellation) -> str:
         """Put a file into Replicate's files; return its link."""

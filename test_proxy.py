@@ -4041,15 +4041,21 @@ def raw_replicate(create=None, stream=None, looks=(), timeouts=SHORT, **options)
     """
     looks = list(looks) or [recorded()]
 
+    def record_of(answer):
+        """A record as given, with the URL of the stream."""
+        body = answer.partition(b"\r\n\r\n")[2]
+        return recorded(**{**json.loads(body), "urls": {"stream": host.url}})
+
     def says(method, path):
         if method == "POST":
-            streams = {"stream": host.url} if stream is not None else {}
-            new = recorded(None, "processing", urls=streams)
+            new = recorded(None, "processing")
+            new = new if stream is None else record_of(new)
             return new if create is None else create
         if path.startswith("/v1/streams"):
             return stream
         if path.startswith("/v1/predictions"):
-            return looks.pop(0) if len(looks) > 1 else looks[0]
+            look = looks.pop(0) if len(looks) > 1 else looks[0]
+            return look if stream is None else record_of(look)
         return NO_SUCH
 
     with (
@@ -10002,7 +10008,7 @@ def play_llama(call, input):
 @pytest.fixture(params=LLAMAS)
 def llama(request, fake, replicate):
     text = partial(play_llama, LLAMAS[request.param])
-    replicate.scenarios["llama"] = replace(SCENARIOS["hello"], text=text, pace=0.01)
+    replicate.scenarios["llama"] = replace(SCENARIOS["hello"], text=text, pace=0.03)
     yield "fake/llama"
     del replicate.scenarios["llama"]
 
