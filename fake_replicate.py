@@ -14,7 +14,7 @@ other model plays `fake.default`.
       |           reply                                      |
       +<-- Server <---- Endpoints <--------------------------+
       |           frames                                     |
-      +<-- Server <---- (a second port) <--- Wires <---------+
+      +<-- Server <--------- Wires <-------------------------+
 
 A prediction is a function of its age: creating, waiting, looking it up and
 following its stream all read the same timeline, and none of them drives it.
@@ -32,7 +32,7 @@ look up is said to be a guess where it stands.
     Account      all that exists at this Replicate, and all it has been asked
     Endpoints    one row per path, one function per operation
     Server       sockets and HTTP
-    Stand-in     the two servers and their account, as a context manager
+    Stand-in     the server and its account, as a context manager
     Main         the program
 """
 
@@ -1040,7 +1040,7 @@ class Account:
         self.pace = pace
         self.record = record
         self.base_url = ""
-        self.stream_origin = ""
+        self.origin = ""
         self.scenarios = dict(SCENARIOS)
         self.models = dict(MODELS)
         self.seen: list[Seen] = []
@@ -1115,7 +1115,7 @@ class Account:
         urls["cancel"] = f"{urls['get']}/cancel"
         urls["web"] = f"https://replicate.com/p/{prediction.id}"
         if url := prediction.scenario.stream_url:
-            urls["stream"] = url.format(streams=self.stream_origin, key=prediction.key)
+            urls["stream"] = url.format(streams=self.origin, key=prediction.key)
         prediction.urls = urls
         self.predictions[prediction.id] = prediction
         self.streams[prediction.key] = prediction
@@ -1138,8 +1138,7 @@ def version_id(model: Json) -> str | None:
 
 
 # == Endpoints =================================================================
-# One function per operation. To add one: a function, and a row of ENDPOINTS or,
-# for the second port, of STREAM_ENDPOINTS.
+# One function per operation. To add one: a function, and a row of ENDPOINTS.
 
 
 def suffer(
@@ -1401,16 +1400,16 @@ ENDPOINTS = (
     Endpoint("GET", "/v1/files/*", retrieve_file),
     Endpoint("GET", "/v1/files/*/download", download_file),
     Endpoint("DELETE", "/v1/files/*", delete_file),
+    Endpoint("GET", "/v1/streams/*", follow),
 )
-STREAM_ENDPOINTS = (Endpoint("GET", "/v1/streams/*", follow),)
 
 
-def answer(account: Account, endpoints: Sequence[Endpoint], call: Call) -> Reply:
+def answer(account: Account, call: Call) -> Reply:
     account.note(call)
     limit = 3000
     try:
         authorize(account, call.headers.get("authorization"))
-        endpoint, args = find_endpoint(endpoints, call)
+        endpoint, args = find_endpoint(call)
         limit = endpoint.limit
         reply = endpoint.operation(account, call, *args)
     except Refusal as refusal:
@@ -1431,10 +1430,8 @@ def path_pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.escape(path).replace(r"\*", "([^/]+)"))
 
 
-def find_endpoint(
-    endpoints: Sequence[Endpoint], call: Call
-) -> tuple[Endpoint, list[str]]:
-    for endpoint in endpoints:
+def find_endpoint(call: Call) -> tuple[Endpoint, list[str]]:
+    for endpoint in ENDPOINTS:
         match = path_pattern(endpoint.path).fullmatch(call.path)
         if match and call.method == endpoint.method:
             return endpoint, [*match.groups()]
@@ -1442,8 +1439,8 @@ def find_endpoint(
 
 
 # == Server ====================================================================
-# Two of it, each with its own endpoints. A thread per connection, which blocks
-# wherever the timeline, or a fault, makes its client wait.
+# A thread per connection, which blocks wherever the timeline, or a fault, makes its
+# client wait.
 
 
 class Play(NamedTuple):
@@ -1510,11 +1507,8 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024  # 5 leave most of 200 clients at once without answer
     allow_reuse_port = False  # two on one port would share its clients
 
-    def __init__(
-        self, account: Account, endpoints: Sequence[Endpoint], address: tuple[str, int]
-    ) -> None:
+    def __init__(self, account: Account, address: tuple[str, int]) -> None:
         self.account = account
-        self.endpoints = endpoints
         self.connections: set[socket.socket] = set()
         self.pacer = Pacer()
         super().__init__(address, Handler)
@@ -1571,9 +1565,8 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # it holds a kept-alive reply for 44 ms
 
     def respond(self) -> None:
-        server = self.server
         try:
-            self.send(answer(server.account, server.endpoints, self.read_call()))
+            self.send(answer(self.server.account, self.read_call()))
         except Cut as cut:
             self.close_connection = True
             if isinstance(cut, Silence):
@@ -1658,13 +1651,11 @@ class FakeReplicate(Account):
         self.servers: list[Server] = []
 
     def start(self) -> FakeReplicate:
-        api = Server(self, ENDPOINTS, (self.host, self.port))
-        streams = Server(self, STREAM_ENDPOINTS, (self.host, 0))
-        self.base_url = f"http://{self.host}:{api.server_port}/v1"
-        self.stream_origin = f"http://{self.host}:{streams.server_port}"
-        self.servers = [api, streams]
-        for server in self.servers:
-            threading.Thread(target=server.serve, daemon=True).start()
+        server = Server(self, (self.host, self.port))
+        self.origin = f"http://{self.host}:{server.server_port}"
+        self.base_url = f"{self.origin}/v1"
+        self.servers = [server]
+        threading.Thread(target=server.serve, daemon=True).start()
         return self
 
     def stop(self) -> None:

@@ -95,12 +95,14 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     AbstractContextManager,
     closing,
     contextmanager,
     suppress,
 )
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -2479,10 +2481,10 @@ def require_inputs(model: Model, family: Family, input: Json) -> None:
 
 # -- Events --------------------------------------------------------------------
 #
-# The narrow waist: one Started, then Thoughts, Texts and ToolCalls (each with its
-# Arguments), then one Done; or it is cut short by an APIError. Upstream makes them
-# and Replies tells them. What shapes an answer in between is a function from
-# events to events; it closes those it reads when it is closed: that cancels.
+# What a prediction says, as events: Reasoning, Texts and ToolCalls (each followed
+# by its Arguments), then one Done; an APIError cuts them short. A function that
+# shapes an answer takes events and yields events, and closes those it reads when it
+# is closed itself: that cancels the prediction.
 
 
 class Usage(NamedTuple):
@@ -2497,20 +2499,17 @@ class Usage(NamedTuple):
 @dataclass(frozen=True)
 class Started:
     prediction: str  # its id
-    ref: str  # what it runs on
+    ref: str  # of the model
 
 
 @dataclass(frozen=True)
 class Text:
     text: str
-    # The next one came together with it, so that they can leave together. Who makes
-    # a text of texts leaves it out, and so nothing waits for what may not come.
-    more: bool = field(default=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    text: str  # of its reasoning
+    text: str
 
 
 @dataclass(frozen=True)
@@ -2541,14 +2540,14 @@ Events = Generator[Event, None, None]
 
 @dataclass
 class RequestLog:
-    """What the log line of a request tells; the steps that serve it fill it in."""
+    """What the log line tells of a request; each step fills in what it knows."""
 
-    model: str = ""  # as the client calls it
-    ref: str = ""  # as Replicate calls it
+    model: str = ""  # as the client names it
+    ref: str = ""  # what Replicate ran
     predictions: list[str] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
-    first_text_at: float | None = None  # time.monotonic
-    error: str | int = ""  # a code, or a status
+    first_text_at: float | None = None  # time.monotonic()
+    error: str | int = ""
 
 
 ALPHABET = string.ascii_letters + string.digits
@@ -2561,82 +2560,88 @@ def random_id(prefix: str, length: int) -> str:
 
 # -- Cancellation --------------------------------------------------------------
 #
-# A call in the air: whoever works for it may simply block, as a hang-up or the
-# end of the server wakes it and raises in it. That is what cancels predictions.
+# Whoever works for a request may simply block: a hang-up, or the end of the server,
+# wakes it from another thread and raises in it.
 
 
 class ClientDisconnected(Exception):
-    """The client has left: nobody is there to be told anything."""
+    """The client has hung up: nobody reads the response."""
 
 
 class Cancellation:
-    """Why a call has to stop, once it has, and how to wake those who work for it."""
+    """Lets another thread stop a request that is blocked."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.cause: Exception | None = None
-        self.wakers: list[Callable[[], None]] = []
+        self.callbacks: list[Callable[[], None]] = []
 
     def cancel(self, cause: Exception) -> None:
+        """Stop the request; of several causes the first counts."""
         with self.lock:
             if self.cause:
                 return
             self.cause = cause
-            for wake in self.wakers:
-                with suppress(Exception):  # those after it must wake too
-                    wake()
+            for callback in self.callbacks:
+                with suppress(Exception):  # the callbacks after it count too
+                    callback()
 
     def check(self) -> None:
-        """Raise the cause if the call has to stop."""
+        """Raise the cause if the request has to stop."""
         if self.cause:
             raise self.cause
 
     def sleep(self, seconds: float) -> None:
-        woken = threading.Event()
-        with self.on_cancel(woken.set):
-            woken.wait(seconds)
+        cancelled = threading.Event()
+        with self.on_cancel(cancelled.set):
+            cancelled.wait(seconds)
         self.check()
 
     @contextmanager
-    def on_cancel(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Have `wake` called, in the meantime, if the call has to stop."""
+    def on_cancel(self, callback: Callable[[], None]) -> Iterator[None]:
+        """Have `callback` called if the request has to stop within this block."""
         with self.lock:
             self.check()
-            self.wakers.append(wake)
+            self.callbacks.append(callback)
         try:
             yield
         finally:
             with self.lock:
-                self.wakers.remove(wake)
+                self.callbacks.remove(callback)
 
 
 # -- HTTP client ---------------------------------------------------------------
 #
-# The head of an HTTP message, of a client's or of Replicate's, read strictly: what
-# can be read in two ways lets one message hide in another. email.parser, by which
-# http.server and http.client read one, is not strict, and takes ten times as long.
-# What a host of Replicate's answers on a connection, in pieces as they come. For
-# http.client each chunk is a piece: here tokens that came together stay together.
-# ConnectionPool to Replicate's hosts, kept for the next request. httpx's own pool is
-# quadratic in its connections, and takes more than twice the CPU for a request.
-# A GET is safe to repeat; a POST is not.
-# Replicate's event streams: this is where a proxy spends its time, token by token.
-# A stream read to its end leaves its connection for the next one.
+# Connections to Replicate's hosts, kept for the next request, and event streams. The
+# SDK's requests go over them too: httpx's own pool is quadratic in its connections.
+# http.client connects; its response parser takes four times the CPU of this one, and
+# gives each chunk alone, where here tokens that came together stay together.
+# What can be read in two ways is refused, of a client's request as well.
 
 
-MAX_HEAD = 65536
+MAX_HEAD = 65536  # bytes
+MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
+READ_SIZE = 8192  # bytes
+MAX_IDLE = 100  # connections to one host
 
 HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
+SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization")
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: .*)?")
 
-ONCE = frozenset(("content-length", "transfer-encoding", "host", "authorization"))
+# A line end before a chunk ends the chunk before it; the first chunk is given one.
+CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
+LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
+PARTIAL_CHUNK_HEAD = re.compile(
+    rb"\r?\Z|\r\n[0-9A-Fa-f]*[ \t]*(?:;.*)?\r?\Z|\r\n0+[ \t]*(?:;.*)?\r\n"
+)
 
 
 class BadHead(http.client.HTTPException):
-    """What is wrong with a head, as the end of a sentence."""
+    """What is wrong with a message's head, as the end of a sentence."""
 
 
-def read_headers(lines: Iterable[bytes]) -> dict[str, str]:
-    """Names in lower case; what several by one name say is joined."""
+def parse_headers(lines: Iterable[bytes]) -> dict[str, str]:
+    """Names in lower case; the values of a repeated name are joined. Raise BadHead."""
     text = b"".join(line + b"\r\n" for line in lines)
     if not HEADERS.fullmatch(text):
         raise BadHead("a header is not of the form Name: value")
@@ -2644,14 +2649,13 @@ def read_headers(lines: Iterable[bytes]) -> dict[str, str]:
     for line in text.decode("latin-1").split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
-        if name in headers and name in ONCE:
+        if name in headers and name in SINGLE_HEADERS:
             raise BadHead(f"it has two headers {name}")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
-def read_length(headers: Mapping[str, str]) -> int | None:
-    """How long the body is, if there is a word of it."""
+def parse_content_length(headers: Mapping[str, str]) -> int | None:
     length = headers.get("content-length")
     if length is None:
         return None
@@ -2660,56 +2664,36 @@ def read_length(headers: Mapping[str, str]) -> int | None:
     return int(length)
 
 
-STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-9]\d\d)(?: .*)?")
-
-# What stands before a chunk ends the one before it; the first has none.
-CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
-
-LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
-
-UNDECIDED = re.compile(  # as it is cut off in the middle
-    rb"\r?\Z|\r\n[0-9A-Fa-f]*[ \t]*(?:;.*)?\r?\Z|\r\n0+[ \t]*(?:;.*)?\r\n"
-)
-
-BODILESS = (204, 304)
-
-READ_MOST = 8192  # bytes, at the most, of one read
-
-Pieces = Generator[bytes, None, bytes]  # and, at the end, what came beyond
+BodyPieces = Generator[bytes, None, bytes]  # returns what follows the body
 
 
-def unchunked(pieces: Iterable[bytes]) -> Pieces:
-    """What is in the chunks, with no regard to where they begin and end."""
-    data, left = b"\r\n", 0  # to come of a chunk
+def unchunked(pieces: Iterable[bytes]) -> BodyPieces:
+    """Yield what is in the chunks, together what was received together."""
+    data, left = b"\r\n", 0  # bytes to come of the chunk
     for piece in pieces:
-        data, at, told = data + piece, 0, []
+        data, at, content = data + piece, 0, []
         while at < len(data):
             if not left:
                 if not (head := CHUNK_HEAD.match(data, at)):
                     break
                 at, left = head.end(), int(head[1], 16)
-            told.append(data[at : at + left])
-            at += len(told[-1])
-            left -= len(told[-1])
-        if told:
-            yield b"".join(told)
+            content.append(data[at : at + left])
+            at += len(content[-1])
+            left -= len(content[-1])
+        if content:
+            yield b"".join(content)
         data = data[at:]
-        if not left and (beyond := beyond_last(data)) is not None:
-            return beyond
+        if left:
+            continue
+        if last := LAST_CHUNK.match(data):
+            return data[last.end() :]
+        if not PARTIAL_CHUNK_HEAD.match(data) or len(data) > MAX_HEAD:
+            raise BadHead("a chunk has no size")
     raise http.client.IncompleteRead(data)
 
 
-def beyond_last(data: bytes) -> bytes | None:
-    """What follows the last chunk, if that is here. Raise BadHead if it is no chunk."""
-    if last := LAST_CHUNK.match(data):
-        return data[last.end() :]
-    if not UNDECIDED.match(data) or len(data) > MAX_HEAD:
-        raise BadHead("a chunk has no size")
-    return None
-
-
-def cut_off(pieces: Iterable[bytes], length: int) -> Pieces:
-    """The first so many bytes, of which there is one at least."""
+def first_bytes(pieces: Iterable[bytes], length: int) -> BodyPieces:
+    """Yield the first `length` bytes."""
     for piece in pieces:
         yield piece[:length]
         length -= len(piece)
@@ -2718,233 +2702,223 @@ def cut_off(pieces: Iterable[bytes], length: int) -> Pieces:
     raise http.client.IncompleteRead(b"", length)
 
 
-class Answer:
-    """An answer whose head was read. All here raises OSError or HTTPException."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.buffer = memoryview(bytearray(READ_MOST))  # new ones would leave holes
-        self.unread = b""
-        first, *lines = self.read_head()
-        while first.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # there is more to come
-            first, *lines = self.read_head()
-        self.status = read_status(first)
-        self.headers = read_headers(lines)
-        self.keeps = first[:8] == b"HTTP/1.1" and "close" not in self.says("connection")
-        self.is_over = False
-        self.body = self.read_body()
-
-    def says(self, header: str) -> str:
-        return self.headers.get(header, "").lower()
-
-    def receive(self) -> bytes:
-        """A time-out is one, by whomever: see `block`."""
-        try:
-            return bytes(self.buffer[: self.sock.recv_into(self.buffer)])
-        except BlockingIOError:
-            raise TimeoutError("nothing came in time") from None
-
-    def read_head(self) -> list[bytes]:
-        while b"\r\n\r\n" not in self.unread:
-            piece = self.receive()
-            if not piece and not self.unread:
-                raise http.client.RemoteDisconnected("it ended without an answer")
-            if not piece or len(self.unread) > MAX_HEAD:
-                raise http.client.BadStatusLine(repr(self.unread[:80]))
-            self.unread += piece
-        head, _, self.unread = self.unread.partition(b"\r\n\r\n")
-        return head.split(b"\r\n")
-
-    def read_body(self) -> Iterator[bytes]:
-        """`is_over` tells those who read it to its end that it was."""
-        pieces, coding = self.pieces(), self.says("transfer-encoding")
-        length = 0 if self.status in BODILESS else read_length(self.headers)
-        if coding and (coding != "chunked" or length is not None):
-            raise BadHead("its length is told in two ways, or in one that is not known")
-        if coding:
-            beyond = yield from unchunked(pieces)
-        elif length == 0:
-            beyond = self.unread
-        elif length is not None:
-            beyond = yield from cut_off(pieces, length)
-        else:
-            yield from pieces
-            beyond = b"its end is that of the connection"
-        self.is_over = True
-        self.keeps = self.keeps and not beyond
-
-    def pieces(self) -> Iterator[bytes]:
-        piece = self.unread or self.receive()
-        while piece:
-            yield piece
-            piece = self.receive()
-
-
-def read_status(line: bytes) -> int:
-    if not (match := STATUS_LINE.fullmatch(line)):
-        raise http.client.BadStatusLine(repr(line[:80]))
-    return int(match[1])
-
-
-MOST_IDLE = 100  # connections to one host
-
 Origin = tuple[str, str]  # scheme, and host with port
 
-Headers = Iterable[tuple[bytes, bytes]]
+
+class ServerResponse:
+    """A response of Replicate's: its head was read, and `body` yields the rest.
+
+    Reading raises OSError or HTTPException.
+    """
+
+    def __init__(self, sock: socket.socket, origin: Origin) -> None:
+        self.sock = sock
+        self.origin = origin
+        self.buffer = memoryview(bytearray(READ_SIZE))  # new ones would leave holes
+        head, rest = self.receive_head(b"")
+        while head.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # an interim response
+            head, rest = self.receive_head(rest)
+        first, *lines = head.split(b"\r\n")
+        if not (status := STATUS_LINE.fullmatch(first)):
+            raise http.client.BadStatusLine(repr(first[:80]))
+        self.status = int(status[2])
+        self.headers = parse_headers(lines)
+        closes = "close" in self.headers.get("connection", "").lower()
+        self.is_reusable = status[1] == b"1" and not closes
+        self.is_complete = False
+        self.body = self.read_body(rest)
+
+    def receive(self) -> bytes:
+        try:
+            return bytes(self.buffer[: self.sock.recv_into(self.buffer)])
+        except BlockingIOError:  # see set_timeout
+            raise TimeoutError("nothing came in time") from None
+
+    def receive_head(self, data: bytes) -> tuple[bytes, bytes]:
+        while b"\r\n\r\n" not in data:
+            piece = self.receive()
+            if not piece and not data:
+                raise http.client.RemoteDisconnected("it ended without a response")
+            if not piece or len(data) > MAX_HEAD:
+                raise http.client.BadStatusLine(repr(data[:80]))
+            data += piece
+        head, _, rest = data.partition(b"\r\n\r\n")
+        return head, rest
+
+    def receive_all(self, piece: bytes) -> Iterator[bytes]:
+        yield piece
+        while piece := self.receive():
+            yield piece
+
+    def read_body(self, rest: bytes) -> Iterator[bytes]:
+        pieces, coding = self.receive_all(rest), self.headers.get("transfer-encoding")
+        length = parse_content_length(self.headers)
+        if coding and (coding.lower() != "chunked" or length is not None):
+            raise BadHead("its length is given in two ways, or in an unknown one")
+        if self.status in (204, 304):
+            length = 0
+        if coding:
+            beyond = yield from unchunked(pieces)
+        elif length is not None:
+            beyond = yield from first_bytes(pieces, length)
+        else:
+            yield from pieces
+            beyond = b"the connection has ended"
+        self.is_complete = True
+        self.is_reusable = self.is_reusable and not beyond
 
 
 class NotConnected(OSError):
-    """Nothing was sent, as there was no way there."""
+    """There was no way to the host, so nothing was sent."""
+
+
+class StreamRefused(Exception):
+    """There is no event stream to read."""
+
+
+class StreamBroken(Exception):
+    """An event stream ended before its end."""
 
 
 class ConnectionPool:
-    """Idle connections, of which the last used is taken first."""
+    """Connections that are kept open, the last used first."""
 
-    def __init__(
-        self, timeouts: Timeouts, tls: ssl.SSLContext, keep: float = 60
-    ) -> None:
+    def __init__(self, timeouts: Timeouts, tls: ssl.SSLContext) -> None:
         self.timeouts = timeouts
         self.tls = tls
-        self.keep = keep  # seconds that a connection may be idle
+        self.keep = 60.0  # seconds that a connection may be idle
         self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
+        self.is_closed = False
 
-    def ways(self, origin: Origin) -> Iterator[socket.socket]:
-        """An idle connection if there is one, then a new one. Raise NotConnected."""
-        if idle := self.take(origin):
-            yield idle
-        connection = prepare(origin, self.timeouts.connect, self.tls)
-        try:
-            connection.connect()
-        except (OSError, http.client.HTTPException) as error:
-            connection.close()
-            raise NotConnected(repr(error)) from error
-        block(connection.sock, socket.SO_SNDTIMEO, self.timeouts.create)
-        yield connection.sock
+    def request(
+        self,
+        origin: Origin,
+        method: str,
+        message: bytes,
+        timeout: float,
+        cancellation: Cancellation,
+    ) -> ServerResponse:
+        """Send a message and read the head of its response; `release` it later.
+
+        Raise NotConnected if nothing was sent, else OSError or HTTPException. A GET
+        whose kept connection turns out to have ended is sent again; a POST never is.
+        """
+        kept = self.take(origin)
+        while True:
+            sock = kept or self.connect(origin)
+            try:
+                with cancellation.on_cancel(partial(shut, sock)):
+                    set_timeout(sock, socket.SO_RCVTIMEO, timeout)
+                    sock.sendall(message)
+                    return ServerResponse(sock, origin)
+            except BaseException as error:
+                sock.close()
+                cancellation.check()
+                has_ended = isinstance(error, (OSError, http.client.HTTPException))
+                is_late = isinstance(error, TimeoutError)
+                if not (kept and method == "GET" and has_ended) or is_late:
+                    raise
+                kept = None
 
     def take(self, origin: Origin) -> socket.socket | None:
         idle = self.idle[origin]
         self.trim(idle)
-        with suppress(IndexError):  # another thread was faster
+        with suppress(IndexError):  # there are no more
             while sock := idle.pop()[1]:
-                if not has_input(sock):
+                if sock.gettimeout() or not DONT_WAIT:
+                    sock.settimeout(0)
+                if peek(sock) is None:
                     return sock
-                sock.close()  # as the other side has done
+                sock.close()  # something came that was not asked for: mostly its end
         return None
 
-    def ask(
-        self,
-        origin: Origin,
-        method: str,
-        request: bytes,
-        timeout: float,
-        cancellation: Cancellation,
-    ) -> Answer:
-        """Raise OSError or HTTPException: NotConnected if nothing was sent."""
-        failure: Exception = NotConnected("no way there")
-        for sock in self.ways(origin):
-            try:
-                with cancellation.on_cancel(partial(shut, sock)):
-                    return exchange(sock, request, timeout)
-            except (OSError, http.client.HTTPException) as error:
-                failure = error
-                cancellation.check()
-                if method != "GET" or isinstance(error, TimeoutError):
-                    break
-            except Exception:  # the call has stopped
-                sock.close()
-                raise
-        raise failure
+    def connect(self, origin: Origin) -> socket.socket:
+        """Connect, through HTTPS_PROXY where the environment names one."""
+        url, timeout = urlsplit("://".join(origin)), self.timeouts.connect
+        host, port = url.hostname or "", url.port
+        proxy = find_proxy(host) if url.scheme == "https" else urlsplit("")
+        address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
+        connection = http.client.HTTPConnection(*address, timeout=timeout)
+        if url.scheme == "https":
+            connection = http.client.HTTPSConnection(
+                *address, timeout=timeout, context=self.tls
+            )
+        if proxy.hostname:
+            connection.set_tunnel(host, port, proxy_authorization(proxy))
+        try:
+            connection.connect()  # with TCP_NODELAY
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise NotConnected(repr(error)) from error
+        set_timeout(connection.sock, socket.SO_SNDTIMEO, self.timeouts.create)
+        return cast(socket.socket, connection.sock)
 
-    def put_back(self, origin: Origin, answer: Answer) -> None:
-        """Keep the connection if the answer's last bytes are here already."""
-        sock = answer.sock
+    def release(self, response: ServerResponse) -> None:
+        """Keep the connection if the last bytes of its response are here already."""
+        sock = response.sock
         with suppress(OSError, http.client.HTTPException):
-            if not answer.is_over:
+            if not response.is_complete:
                 sock.settimeout(0.001)
-                for _ in islice(answer.body, 2):  # a little, and then its end
+                for _ in islice(response.body, 2):  # a little, and then its end
                     pass
-            if answer.is_over and answer.keeps:
-                idle = self.idle[origin]
+            if response.is_complete and response.is_reusable and not self.is_closed:
+                idle = self.idle[response.origin]
                 idle.append((time.monotonic(), sock))
                 self.trim(idle)
                 return
         sock.close()
 
     def trim(self, idle: deque[tuple[float, socket.socket]]) -> None:
-        """Close what is too old, or too much."""
+        """Close what is too old, or too many."""
         oldest = time.monotonic() - self.keep
         with suppress(IndexError):
-            while idle[0][0] <= oldest or len(idle) > MOST_IDLE:
+            while idle[0][0] <= oldest or len(idle) > MAX_IDLE:
                 idle.popleft()[1].close()
 
     def close(self) -> None:
+        self.is_closed = True
         for idle in list(self.idle.values()):
-            while idle:
-                with suppress(IndexError):
+            with suppress(IndexError):
+                while True:
                     idle.pop()[1].close()
 
-
-# The headers of an answer that the library or we look at.
-KEPT = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
-
-
-class ReplicateTransport(httpx.Client):
-    """What the library sends by: httpx, without what Replicate's API has no use for."""
-
-    def __init__(self, connections: ConnectionPool) -> None:
-        super().__init__(transport=httpx.BaseTransport())  # which is never used
-        self.connections = connections
-
-    def build_request(
-        self, method: str, url: httpx.URL | str, *, timeout: Any = None, **given: Any
-    ) -> httpx.Request:
-        given["extensions"] = {"timeout": timeout}  # to read
-        return httpx.Request(method, url, **given)
-
-    def send(self, request: httpx.Request, **_: Any) -> httpx.Response:
-        """Raise what `ask` raises, which the library calls a connection error."""
-        url, headers = request.url, request.headers.raw
-        origin = url.scheme, url.netloc.decode()
-        asked = request_head(request.method, url.raw_path, headers) + request.read()
-        timeout = request.extensions["timeout"]
-        answer = self.connections.ask(
-            origin, request.method, asked, timeout, Cancellation()
-        )
+    @contextmanager
+    def open_stream(
+        self, url: str, headers: Mapping[str, str], cancellation: Cancellation
+    ) -> Iterator[Iterator[bytes]]:
+        """Open an event stream. Raise StreamRefused now, or StreamBroken later."""
+        parts = urlsplit(url)
+        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        origin, timeout = parts[:2], self.timeouts.stream
+        lines = [("Host", parts.netloc), *headers.items()]
+        encoded = [(name.encode(), value.encode()) for name, value in lines]
         try:
-            content = b"".join(answer.body)
+            message = render_head("GET", target.encode(), encoded)
+            response = self.request(origin, "GET", message, timeout, cancellation)
+        except TimeoutError as error:
+            raise StreamBroken(repr(error)) from error
+        except (OSError, http.client.HTTPException) as error:
+            raise StreamRefused(repr(error)) from error
+        try:
+            kind = response.headers.get("content-type", "").lower()
+            if response.status != 200 or not kind.startswith("text/event-stream"):
+                raise StreamRefused(f"status {response.status}, type {kind!r}")
+            with cancellation.on_cancel(partial(shut, response.sock)):
+                yield response.body
+        except (OSError, http.client.HTTPException) as error:
+            raise StreamBroken(repr(error)) from error
         finally:
-            self.connections.put_back(origin, answer)
-        kept = {name: answer.says(name) for name in KEPT if name in answer.headers}
-        return httpx.Response(
-            answer.status, headers=kept, content=content, request=request
-        )
+            self.release(response)
 
 
-def request_head(method: str, target: bytes, headers: Headers) -> bytes:
-    """Raise HTTPException for what would end a line before its end."""
+def render_head(
+    method: str, target: bytes, headers: Iterable[tuple[bytes, bytes]]
+) -> bytes:
     lines = [b"%b %b HTTP/1.1" % (method.encode(), target)]
     lines += [name + b": " + value for name, value in headers]
     if re.search(rb"[\r\n\0]", b"".join(lines)):
         raise http.client.InvalidURL("a line of the request has another in it")
     return b"\r\n".join([*lines, b"", b""])
-
-
-def exchange(sock: socket.socket, request: bytes, timeout: float) -> Answer:
-    """Send a request and read the head of its answer; the body is read by others."""
-    try:
-        block(sock, socket.SO_RCVTIMEO, timeout)
-        sock.sendall(request)
-        return Answer(sock)
-    except BaseException:
-        sock.close()
-        raise
-
-
-def has_input(sock: socket.socket) -> bool:
-    """Whether something came that nobody asked for: most often, the end."""
-    if sock.gettimeout() or not DONT_WAIT:
-        sock.settimeout(0)
-    return peek(sock) is not None
 
 
 def peek(sock: socket.socket) -> bytes | None:
@@ -2966,45 +2940,26 @@ def shut(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-def block(sock: socket.socket, option: int, seconds: float) -> None:
-    """Have the kernel end what takes too long: SO_RCVTIMEO a read, SO_SNDTIMEO a write.
+def set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
+    """Limit a read (SO_RCVTIMEO) or a write (SO_SNDTIMEO) by the kernel's clock.
 
-    With a time-out of Python's own, each piece is two system calls, and two turns at
-    the lock that all threads want. TLS knows no other, and Windows counts in
-    other units.
+    With Python's own time-out each piece is two system calls, and two turns at the
+    lock that all threads want. TLS knows no other, and Windows counts in other units.
     """
     limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    ours: float | None = seconds
+    pythons: float | None = seconds
     if not isinstance(sock, ssl.SSLSocket) and os.name != "nt":
         with suppress(OSError):  # where a time has another size
             sock.setsockopt(socket.SOL_SOCKET, option, limit)
-            ours = None
-    if sock.gettimeout() != ours:  # to set one is a system call too
-        sock.settimeout(ours)
-
-
-def prepare(
-    origin: Origin, timeout: float, tls: ssl.SSLContext
-) -> http.client.HTTPConnection:
-    """Through HTTPS_PROXY where the environment names one, as the SDK does."""
-    url = urlsplit("://".join(origin))
-    host, port = url.hostname or "", url.port
-    if url.scheme == "http":
-        return http.client.HTTPConnection(host, port, timeout=timeout)
-    proxy = find_proxy(host)
-    if not proxy.hostname:
-        return http.client.HTTPSConnection(host, port, timeout=timeout, context=tls)
-    tunnel = http.client.HTTPSConnection(
-        proxy.hostname, proxy.port or 80, timeout=timeout, context=tls
-    )
-    tunnel.set_tunnel(host, port, headers=proxy_authorization(proxy))
-    return tunnel
+            pythons = None
+    if sock.gettimeout() != pythons:  # to set one is a system call too
+        sock.settimeout(pythons)
 
 
 def find_proxy(host: str) -> SplitResult:
-    """Find the proxy on the way to a host, if there is one: http unless it says so."""
-    told = urllib.request.getproxies()
-    url = told.get("https") or told.get("all") or ""
+    """The URL of the proxy for a host, empty if there is none: http is assumed."""
+    proxies = urllib.request.getproxies()
+    url = proxies.get("https") or proxies.get("all") or ""
     if urllib.request.proxy_bypass(host):
         url = ""
     return urlsplit(url if "://" in url else f"//{url}")
@@ -3017,113 +2972,111 @@ def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
     return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
 
 
-# The fields that count, and the comment that ends a stream without an end.
+# The response headers that the SDK or we look at.
+SDK_HEADERS = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
+
+# What may break off a request that is safe to break off; a create is not.
+REQUEST_CANCELLATION = ContextVar[Cancellation | None]("cancellation", default=None)
+
+
+class ReplicateTransport(httpx.BaseTransport):
+    """Sends the SDK's requests over the pool, each with its own headers and timeout."""
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self.pool = pool
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Raise what `ConnectionPool.request` raises: a connection error to the SDK."""
+        url, method = request.url, request.method
+        origin = url.scheme, url.netloc.decode()
+        message = render_head(method, url.raw_path, request.headers.raw)
+        response = self.pool.request(
+            origin,
+            method,
+            message + request.read(),
+            request.extensions["timeout"]["read"],
+            REQUEST_CANCELLATION.get() or Cancellation(),
+        )
+        content = bytearray()
+        try:
+            for piece in response.body:
+                content += piece
+                if len(content) > MAX_RESPONSE:
+                    raise http.client.HTTPException("the response is too large")
+        finally:
+            self.pool.release(response)
+        kept = {n: v for n, v in response.headers.items() if n in SDK_HEADERS}
+        return httpx.Response(response.status, headers=kept, content=bytes(content))
+
+
+@contextmanager
+def broken_off_by(cancellation: Cancellation) -> Iterator[None]:
+    token = REQUEST_CANCELLATION.set(cancellation)
+    try:
+        yield
+    finally:
+        REQUEST_CANCELLATION.reset(token)
+
+
+ServerSentEvent = tuple[str, str]  # its name and its data
+
+# The fields that count, and the comment with which Replicate ends a stream early.
 FIELD = re.compile(rb"(?m)^(?:(data|event)(?::[ ]?(.*))?|(:408).*)$")
-
-
-class ServerSentEvent(NamedTuple):
-    event: str
-    data: str
-
-    @property
-    def is_output(self) -> bool:
-        return self.event == "output" and self.data != ""
-
-
-TIMED_OUT = ServerSentEvent(":408", "")
+TIMED_OUT = (":408", "")
 
 
 def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
     """Decode an event stream (Replicate's docs, "Streaming"), however it is cut up.
 
-    What came together is told together.
+    Yield together what was received together. LF, CRLF and CR end a line, and nothing
+    else does. End at a 408 comment. Raise HTTPException for an event without an end.
     """
-    for blocks in split_blocks(pieces):
-        said = [event for event in map(read_block, blocks) if event]
-        if TIMED_OUT in said:
-            yield said[: said.index(TIMED_OUT)]
-            return
-        yield said
-
-
-def split_blocks(pieces: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """What ends in an empty line. LF, CRLF and CR end a line, and nothing else does."""
-    rest, after_cr = b"", False
+    data, after_cr = bytearray(), False
     for piece in pieces:
         fresh = piece[1:] if after_cr and piece.startswith(b"\n") else piece
         after_cr = piece.endswith(b"\r")
         if b"\r" in fresh:
             fresh = fresh.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        *blocks, rest = (rest + fresh).split(b"\n\n")
-        yield blocks
+        searched = max(len(data) - 1, 0)
+        data += fresh
+        end = data.rfind(b"\n\n", searched) + 2
+        if end < 2:
+            if len(data) > MAX_RESPONSE:
+                raise http.client.HTTPException("an event has no end")
+            yield []
+            continue
+        events = [parse_event(block) for block in bytes(data[:end]).split(b"\n\n")]
+        del data[:end]
+        if TIMED_OUT in events:
+            yield [event for event in events[: events.index(TIMED_OUT)] if event]
+            return
+        yield [event for event in events if event]
 
 
-def read_block(block: bytes) -> ServerSentEvent | None:
-    event, data = b"", []
-    for name, value, timed_out in FIELD.findall(block):
+def parse_event(block: bytes) -> ServerSentEvent | None:
+    name, data = b"", []
+    for key, value, timed_out in FIELD.findall(block):
         if timed_out:
             return TIMED_OUT
-        if name == b"data":
+        if key == b"data":
             data.append(value)
         else:
-            event = value
-    if not data and not event:
+            name = value
+    if not data and not name:
         return None
     text = b"\n".join(data).decode("utf-8", "replace")
-    return ServerSentEvent(event.decode("utf-8", "replace"), text)
-
-
-class StreamBroken(Exception):
-    """A stream ended before its end."""
-
-
-class StreamRefused(Exception):
-    """A stream could not be had at all."""
-
-
-@contextmanager
-def open_stream(
-    connections: ConnectionPool, url: str, headers: Headers, cancellation: Cancellation
-) -> Iterator[Iterator[bytes]]:
-    """Read a stream in pieces. Raise StreamRefused now or StreamBroken later."""
-    origin = urlsplit(url)[:2]
-    answer = ask_for_stream(connections, url, headers, cancellation)
-    try:
-        kind = answer.says("content-type")
-        if answer.status != 200 or not kind.startswith("text/event-stream"):
-            raise StreamRefused(f"status {answer.status}, type {kind!r}")
-        with cancellation.on_cancel(partial(shut, answer.sock)):
-            yield answer.body
-    except (OSError, http.client.HTTPException) as error:
-        raise StreamBroken(repr(error)) from error
-    finally:
-        connections.put_back(origin, answer)
-
-
-def ask_for_stream(
-    connections: ConnectionPool, url: str, headers: Headers, cancellation: Cancellation
-) -> Answer:
-    asked, timeout = urlsplit(url), connections.timeouts.stream
-    target = asked._replace(scheme="", netloc="", fragment="").geturl() or "/"
-    host = b"Host", asked.netloc.encode()
-    try:
-        head = request_head("GET", target.encode(), [host, *headers])
-        return connections.ask(asked[:2], "GET", head, timeout, cancellation)
-    except TimeoutError as error:
-        raise StreamBroken(repr(error)) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise StreamRefused(repr(error)) from error
+    return name.decode("utf-8", "replace"), text
 
 
 # -- Replicate -----------------------------------------------------------------
 #
-# Replicate's API through its library, of which nothing else here knows, with
-# what it refuses in the client's terms. To add a refusal: a row in REFUSALS.
-# What the record of a prediction tells: its text, its tokens and its failure.
-# To add a way for one to fail: a row in FAILURES.
+# Replicate's API through its SDK, which nothing else here imports; what Replicate
+# refuses, in the client's terms; and what the record of a prediction says. To add a
+# refusal: a row in REFUSALS. To add a way for a prediction to fail: a row in FAILURES.
 
 
 TRUSTED_HOST = re.compile(r"(.+\.)?replicate\.(com|net|delivery)")
+PORTS = {"http": 80, "https": 443}
 
 
 class Refusal(NamedTuple):
@@ -3168,18 +3121,23 @@ REFUSALS = {
 }
 
 REFUSED_FILES = {401, 402, 403, 413, 429}  # mean the same as for a prediction
+RETRY_DELAYS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 
-NOT_UPLOADED = (
-    "A file of this call could not be handed to Replicate. Nothing was run: try again."
-)
+# Exceptions that say something of the connection, and are no fault of ours.
+CONNECTION_ERRORS = (OSError, http.client.HTTPException, httpx.HTTPError)
 
-AWAY = (OSError, http.client.HTTPException, httpx.HTTPError)  # no fault of ours
+RECORD_TYPES = {
+    **dict.fromkeys(("status", "error", "logs"), str),
+    **dict.fromkeys(("urls", "metrics"), dict),
+}
 
-WAITS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
+
+class BadResponse(ValueError):
+    """A 2xx response that is not the JSON object it has to be: Replicate's failure."""
 
 
 class ReplicateAPI:
-    """The SDK to create, look and cancel, over the connections that it streams from."""
+    """The calls of Replicate's API that are made here. They raise APIError."""
 
     def __init__(self, settings: Settings, timeouts: Timeouts) -> None:
         self.token = settings.replicate_api_token.strip()
@@ -3187,139 +3145,68 @@ class ReplicateAPI:
         self.time_limit = settings.prediction_timeout
         self.timeouts = timeouts
         tls = httpx.create_ssl_context()  # takes 20 ms: one for all
-        self.connections = ConnectionPool(timeouts, tls)
-        self.url = self.base._replace(path=self.base.path or "/v1").geturl()
+        self.pool = ConnectionPool(timeouts, tls)
         self.client = Replicate(
             bearer_token=self.token,
-            base_url=self.url,
-            max_retries=0,  # a create would be a second bill
+            base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
+            max_retries=0,  # a second create would be a second bill
             timeout=timeouts.create,
-            http_client=ReplicateTransport(self.connections),
+            http_client=httpx.Client(transport=ReplicateTransport(self.pool)),
         )
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
 
     def close(self) -> None:
         self.client.close()
-        self.connections.close()
+        self.pool.close()
 
-    def create(self, order: PredictionInput, wait: bool) -> Json:
-        """A create that was refused is sent again, with a community model's version."""
-        ref = order.model.ref
+    def create(self, asked: PredictionInput, wait: bool) -> Json:
+        """Create a prediction, of a community model by its newest version."""
+        ref = asked.model.ref
         known = self.versions.get(ref, ref)
         try:
-            return self.post(order, known, wait)
-        except APIError as error:
+            return self.create_as(known, asked, wait)
+        except APIError as error:  # was refused, so there is no prediction
             if error.code != "model_not_found":
                 raise
-            newest = self.find_version(ref)
-            if newest in (None, known):
+            version = self.find_version(ref)
+            if version in (None, known):
                 raise
-        self.versions[ref] = newest
-        return self.post(order, newest, wait)
+        self.versions[ref] = version
+        return self.create_as(version, asked, wait)
 
-    def post(self, order: PredictionInput, ref: str, wait: bool) -> Json:
-        is_deployed = ref.startswith("deployments/")
-        path = f"/{ref}/predictions" if is_deployed else "/predictions"
-        body = {"input": order.input, **({} if is_deployed else {"version": ref})}
-        headers = {"Cancel-After": f"{self.time_limit}s"}
+    def create_as(self, ref: str, asked: PredictionInput, wait: bool) -> Json:
+        given: Json = {"input": asked.input, "cancel_after": f"{self.time_limit}s"}
         if wait:
-            headers["Prefer"] = f"wait={self.timeouts.wait}"
-        with self.failures_told(order):
-            answer = self.submit(path, body=body, options={"headers": headers})
-            return read_prediction(read_object_of(answer, needs="id"))
+            given["prefer"] = f"wait={self.timeouts.wait}"
+        send: Callable[..., Any]
+        if ref.startswith("deployments/"):
+            send = self.client.deployments.predictions.with_raw_response.create
+            _, given["deployment_owner"], given["deployment_name"] = ref.split("/", 2)
+        else:
+            send = self.client.predictions.with_raw_response.create
+            given["version"] = ref
+        return parse_prediction(self.send(send, "id", asked, **given))
 
-    def submit(self, path: str, **options: Any) -> Any:
-        """Not by the library's own objects, which would take half as long again."""
-        return self.client.post(f"{self.url}{path}", cast_to=httpx.Response, **options)
+    def send(
+        self,
+        send: Callable[..., Any],
+        needs: str = "",
+        asked: PredictionInput | None = None,
+        **given: Any,
+    ) -> Json:
+        """Send a request by a method of the SDK; parse the JSON object in its response.
 
-    def fetch(self, path: str, timeout: float, needs: str = "") -> Json:
-        url, options = f"{self.url}{path}", cast(Any, {"timeout": timeout})
-        with self.failures_told():
-            answer = self.client.get(url, cast_to=httpx.Response, options=options)
-            return read_object_of(answer, needs)
-
-    def find_version(self, ref: str) -> str | None:
-        """The newest version of a community model, or None if it is none."""
-        if ":" not in ref and OWNED.fullmatch(ref):
-            with suppress(APIError):
-                found = self.fetch(f"/models/{ref}", self.timeouts.create)
-                return as_object(found.get("latest_version")).get("id")
-        return None
-
-    def find_schema(self, owner: str, name: str, version: str) -> Json:
-        """What a version says of itself, or the newest one; {} if it says nothing."""
-        path, timeout = f"/models/{owner}/{name}", self.timeouts.schema
-        if version:
-            with suppress(APIError):  # official ones list none
-                found = self.fetch(f"{path}/versions/{version}", timeout)
-                return as_object(found.get("openapi_schema"))
-        newest = as_object(self.fetch(path, timeout).get("latest_version"))
-        return as_object(newest.get("openapi_schema"))
-
-    def find_release(self, owner: str, name: str) -> str:
-        """The ref of what a deployment runs."""
-        found = self.fetch(f"/deployments/{owner}/{name}", self.timeouts.schema)
-        release = as_object(found.get("current_release"))
-        parts = filter(None, (release.get("model"), release.get("version")))
-        with self.failures_told():
-            if not OWNED.fullmatch(ref := ":".join(map(str, parts))):
-                raise NoObject("a deployment without a release")
-        return ref
-
-    def look(self, id: str) -> Json:
-        path = f"/predictions/{quote(id, safe='')}"
-        return read_prediction(self.fetch(path, self.timeouts.look, needs="id"))
-
-    def cancel(self, id: str) -> None:
-        path = f"/predictions/{quote(id, safe='')}/cancel"
-        with self.failures_told():
-            self.submit(path, options={"timeout": self.timeouts.look})
-
-    def upload(self, attached: Attachment) -> str:
-        """Give the link of a file of Replicate's."""
-        content = ("attachment", attached.content, attached.kind)
+        Raise APIError, in the client's terms, for all that Replicate may do.
+        """
         try:
-            made = self.client.files.with_raw_response.create(content=content)
-            return read_link(made)
-        except (ReplicateError, NoObject) as error:
-            raise not_uploaded(error, self.token) from None
-
-    def account(self) -> Json:
-        return self.fetch("/account", self.timeouts.create)
-
-    def open_stream(
-        self, url: str, cancellation: Cancellation
-    ) -> AbstractContextManager[Iterator[bytes]]:
-        headers = [
-            (b"Authorization", f"Bearer {self.token}".encode()),
-            (b"Accept", b"text/event-stream"),
-            (b"Cache-Control", b"no-store"),
-        ]
-        return open_stream(self.connections, url, headers, cancellation)
-
-    def may_stream_from(self, url: str) -> bool:
-        """The token goes to Replicate's hosts alone, whatever an answer says."""
-        with suppress(ValueError):
-            asked = urlsplit(url)
-            if asked.hostname == self.base.hostname:
-                return asked.scheme in (self.base.scheme, "https")
-            trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
-            return bool(
-                trusted and asked.scheme == "https" and asked.port in (None, 443)
-            )
-        return False
-
-    @contextmanager
-    def failures_told(self, order: PredictionInput | None = None) -> Iterator[None]:
-        """Turn what the SDK raises into the client's terms."""
-        try:
-            yield
+            return parse_object(send(**given), needs)
         except APIStatusError as error:
-            raise refusal(error, order, self.token) from None
-        except (ReplicateError, NoObject) as error:
+            raise refusal(error, asked, self.token) from None
+        except (ReplicateError, BadResponse) as error:
             cause = error.__cause__
-            if isinstance(error, APIConnectionError) and not isinstance(cause, AWAY):
-                raise cause or error from None
+            failed = isinstance(error, APIConnectionError)
+            if failed and not isinstance(cause, CONNECTION_ERRORS):
+                raise cause or error from None  # a cancellation, or a fault of ours
             if isinstance(cause, NotConnected):
                 log.warning("event=unreachable why=%s", quoted(cause))
                 message = "Replicate can't be reached from the proxy. Try again later."
@@ -3332,50 +3219,132 @@ class ReplicateAPI:
                 headers=NO_RETRY,
             ) from error
 
+    def latest_version(self, owner: str, name: str) -> Json:
+        get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
+        model = self.send(get, model_owner=owner, model_name=name, timeout=timeout)
+        return as_object(model.get("latest_version"))
 
-class NoObject(ValueError):
-    """A 2xx answer that is not a JSON object: a failure of Replicate's."""
+    def find_version(self, ref: str) -> str | None:
+        """The newest version of a community model, or None if it is none."""
+        owned = OWNED.fullmatch(ref)
+        if owned and not owned[3]:
+            with suppress(APIError):
+                return self.latest_version(owned[1], owned[2]).get("id")
+        return None
+
+    def find_schema(self, owner: str, name: str, version: str) -> Json:
+        """What a version says of itself, or the newest one; {} if it says nothing."""
+        if version:
+            with suppress(APIError):  # official models list none
+                found = self.send(
+                    self.client.models.versions.with_raw_response.get,
+                    model_owner=owner,
+                    model_name=name,
+                    version_id=version,
+                    timeout=self.timeouts.schema,
+                )
+                return as_object(found.get("openapi_schema"))
+        return as_object(self.latest_version(owner, name).get("openapi_schema"))
+
+    def find_release(self, owner: str, name: str) -> str:
+        """The ref of what a deployment runs."""
+        found = self.send(
+            self.client.deployments.with_raw_response.get,
+            deployment_owner=owner,
+            deployment_name=name,
+            timeout=self.timeouts.schema,
+        )
+        release = as_object(found.get("current_release"))
+        parts = filter(None, (release.get("model"), release.get("version")))
+        ref = ":".join(map(str, parts))
+        require(OWNED.fullmatch(ref), "The deployment has no release.")
+        return ref
+
+    def fetch_prediction(self, id: str, cancellation: Cancellation) -> Json:
+        get, timeout = self.client.predictions.with_raw_response.get, self.timeouts.look
+        name = quote(id, safe="")
+        with broken_off_by(cancellation):
+            record = self.send(get, "id", prediction_id=name, timeout=timeout)
+        return parse_prediction(record)
+
+    def cancel(self, id: str) -> None:
+        cancel = self.client.predictions.with_raw_response.cancel
+        name = quote(id, safe="")
+        self.send(cancel, prediction_id=name, timeout=self.timeouts.look)
+
+    def upload(self, attached: Attachment, cancellation: Cancellation) -> str:
+        """Put a file into Replicate's files; return its link."""
+        content = ("attachment", attached.content, attached.kind)
+        create = self.client.files.with_raw_response.create
+        try:
+            with broken_off_by(cancellation):
+                made = parse_object(create(content=content))
+            link = as_object(made.get("urls")).get("get")
+            if not isinstance(link, str) or not LINK.fullmatch(link):
+                raise BadResponse("no link to a file")
+        except (ReplicateError, BadResponse) as error:
+            cancellation.check()
+            if isinstance(error, APIStatusError) and error.status_code in REFUSED_FILES:
+                raise refusal(error, None, self.token) from None
+            why = quoted(str(error).replace(self.token, "…"))
+            log.warning("event=upload-failed why=%s", why)
+            raise APIError(
+                502,
+                "A file of this call could not be handed to Replicate. Nothing was "
+                "run: try again.",
+                code="upstream_unavailable",
+            ) from None
+        return link
+
+    def account(self) -> Json:
+        return self.send(self.client.account.with_raw_response.get)
+
+    def open_stream(
+        self, url: str, cancellation: Cancellation
+    ) -> AbstractContextManager[Iterator[bytes]]:
+        headers = {
+            "Authorization": f"Bearer {self.token}",
+            "Accept": "text/event-stream",
+            "Cache-Control": "no-store",
+        }
+        return self.pool.open_stream(url, headers, cancellation)
+
+    def may_stream_from(self, url: str) -> bool:
+        """The token goes to our API's origin and to Replicate's hosts alone."""
+        with suppress(ValueError):
+            asked, port = urlsplit(url), PORTS.get(urlsplit(url).scheme)
+            if "@" in asked.netloc:
+                return False
+            if (asked.scheme, asked.hostname) == (self.base.scheme, self.base.hostname):
+                return (asked.port or port) == (self.base.port or port)
+            is_trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
+            is_standard = asked.scheme == "https" and asked.port in (None, 443)
+            return bool(is_trusted) and is_standard
+        return False
 
 
-def read_object_of(answer: Any, needs: str = "") -> Json:
+def parse_object(response: Any, needs: str = "") -> Json:
     try:
-        body = answer.json()
-    except ValueError as error:
-        raise NoObject(str(error)) from error
+        body = response.json()
+    except (ValueError, RecursionError) as error:
+        raise BadResponse(repr(error)) from error
     if not isinstance(body, dict) or (needs and not body.get(needs)):
-        raise NoObject(f"no object with {needs!r} in it")
+        raise BadResponse(f"no object with {needs!r} in it")
     return body
 
 
-def read_link(answer: Any) -> str:
-    """Where a file is."""
-    link = as_object(read_object_of(answer).get("urls")).get("get")
-    if not isinstance(link, str) or not LINK.fullmatch(link):
-        raise NoObject("no link to a file")
-    return link
-
-
-def read_prediction(seen: Json) -> Json:
-    """A prediction whose fields have their types, whatever was in them."""
-    for name, kind in PREDICTION.items():
-        if not isinstance(seen.get(name), kind):
-            seen[name] = kind()
-    return seen
-
-
-PREDICTION: dict[str, type] = {
-    "status": str,
-    "error": str,
-    "logs": str,
-    "urls": dict,
-    "metrics": dict,
-}
+def parse_prediction(record: Json) -> Json:
+    """A prediction's record whose fields have their types, whatever was in them."""
+    for name, kind in RECORD_TYPES.items():
+        if not isinstance(record.get(name), kind):
+            record[name] = kind()
+    return record
 
 
 def refusal(
-    error: APIStatusError, order: PredictionInput | None, secret: str
+    error: APIStatusError, asked: PredictionInput | None, secret: str
 ) -> APIError:
-    status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+    status, body = error.status_code, as_object(error.body)
     detail = str(body.get("detail") or body.get("title") or "").strip()
     invalid = body.get("invalid_fields")
     if status == 422 and not invalid and "version" in f"{body.get('title')} {detail}":
@@ -3384,46 +3353,35 @@ def refusal(
     headers = dict(row.headers)
     if status == 429 and (seconds := retry_after(error, body, detail)):
         headers["retry-after"] = seconds
-    said = (
-        f" Replicate says: {detail}" if detail else f" Replicate's status was {status}."
-    )
+    why = f"Replicate says: {detail}" if detail else f"Replicate's status was {status}."
     return APIError(
         row.status,
-        row.message + said.replace(secret, "…"),
+        f"{row.message} {why}".replace(secret, "…"),
         code=row.code,
-        param=invalid_param(invalid, order) if status == 422 else None,
+        param=invalid_param(invalid, asked) if status == 422 else None,
         headers=headers,
     )
 
 
-def not_uploaded(error: Exception, secret: str) -> APIError:
-    """Nothing runs before its files are there, so it costs nothing to try again."""
-    if isinstance(error, APIStatusError) and error.status_code in REFUSED_FILES:
-        return refusal(error, None, secret)
-    why = quoted(str(error).replace(secret, "…"))
-    log.warning("event=upload-failed why=%s", why)
-    return APIError(502, NOT_UPLOADED, code="upstream_unavailable")
-
-
-def invalid_param(invalid: Any, order: PredictionInput | None) -> str | None:
+def invalid_param(invalid: Any, asked: PredictionInput | None) -> str | None:
     """OpenAI's name of the first input that Replicate refused."""
     with suppress(LookupError, TypeError, AttributeError):
         name = str(invalid[0]["field"]).removeprefix("input.")
-        return order.names.get(name, name) if order else name
+        return asked.names.get(name, name) if asked else name
     return None
 
 
 def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
-    """Seconds to wait, wherever they are told: Replicate has used all four places."""
+    """Seconds to wait, wherever they are given: Replicate has used all four places."""
     headers = error.response.headers
-    words = next((m[1] for m in (re.search(w, detail) for w in WAITS) if m), None)
-    told = (
+    matches = (re.search(pattern, detail) for pattern in RETRY_DELAYS)
+    places = (
         headers.get("retry-after"),
         body.get("retry_after"),
-        words,
+        next((match[1] for match in matches if match), None),
         headers.get("ratelimit-reset"),
     )
-    return next((str(t) for t in told if re.fullmatch(r"\d{1,6}", str(t))), None)
+    return next((str(p) for p in places if re.fullmatch(r"\d{1,6}", str(p))), None)
 
 
 # By the text of a failed prediction's error (Replicate's docs, "Error codes"); the
@@ -3446,41 +3404,39 @@ FAILURES = (
     (r"", Refusal(502, "prediction_failed", "The prediction failed.", NO_RETRY)),
 )
 
+
+def failure(text: str, secret: str) -> APIError:
+    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
+    why = f" The model says: {text}" if text else ""
+    message = row.message + why.replace(secret, "…")
+    return APIError(row.status, message, code=row.code, headers=row.headers)
+
+
+# How models name a count in their metrics, and in a line of their logs.
 COUNTS = {
-    "prompt_tokens": r"Input token count: (\d+)",
-    "completion_tokens": r"Output token count: (\d+)",
-    "reasoning_tokens": r"Reasoning tokens: (\d+)",
-}
-
-METRICS = {
-    "prompt_tokens": "input_token_count",
-    "completion_tokens": "output_token_count",
+    "prompt_tokens": ("input_token_count", r"Input token count: (\d{1,12})\b"),
+    "completion_tokens": ("output_token_count", r"Output token count: (\d{1,12})\b"),
+    "reasoning_tokens": ("", r"Reasoning tokens: (\d{1,12})\b"),
 }
 
 
-def remainder(output: str, told: str) -> str | None:
-    """What follows in the output after what was told of it; None if they differ.
+def read_usage(record: Json) -> Usage:
+    """From the metrics, else from the lines that some models log."""
+    counts: dict[str, int] = {}
+    for name, (metric, line) in COUNTS.items():
+        count = record["metrics"].get(metric)
+        if isinstance(count, (int, float)) and 0 <= count < 1e12:
+            counts[name] = int(count)
+        elif logged := re.findall(line, record["logs"]):
+            counts[name] = int(logged[-1])
+    prompt, completion, reasoning = map(counts.get, COUNTS)
+    return Usage(prompt, completion, reasoning or 0)
 
-    A carriage return can't travel in an event stream: there it is a line's end,
-    or is lost with what is left of its line.
-    """
-    if not output:
-        return ""
-    for text in (output, output.replace("\r\n", "\n").replace("\r", "\n")):
-        if text.startswith(told):
-            return text[len(told) :]
-    return rest_without_lines(output, told.replace("\n", ""))
 
-
-def rest_without_lines(output: str, told: str) -> str | None:
-    at = matched = 0
-    while matched < len(told) and at < len(output):
-        if output[at] == told[matched]:
-            matched += 1
-        elif output[at] not in "\r\n":
-            return None
-        at += 1
-    return output[at:] if matched == len(told) else None
+def finish_reason(usage: Usage, limit: int | None) -> str:
+    """By a true count: nothing else tells whether a limit was reached."""
+    count = usage.completion_tokens
+    return "length" if limit and count is not None and count >= limit else "stop"
 
 
 def output_text(output: Any) -> str:
@@ -3495,164 +3451,122 @@ def output_text(output: Any) -> str:
 
 
 def object_text(output: Json) -> str:
-    """Its text or its JSON, and its calls in the form that is heard; else all of it."""
+    """Its text or its JSON, and its tool calls as text; else all of it."""
     named = sorted(output.keys() & TEXT_IN_OBJECT)
     text = output_text(output[named[0]]) if named else ""
-    said = [text or output_text(output.get("json_output")), *calls_beside(output)]
-    if named or any(said):
-        return "\n".join(filter(None, said))
+    texts = [text or output_text(output.get("json_output")), *calls_as_text(output)]
+    if named or any(texts):
+        return "\n".join(filter(None, texts))
     return json.dumps(output, ensure_ascii=False)
 
 
-def calls_beside(output: Json) -> list[str]:
+def calls_as_text(output: Json) -> Iterator[str]:
     """The calls that an object has, or the one that it is (OpenAI's Responses API)."""
-    is_one = output.get("type") == "function_call"
-    items = [output] if is_one else as_list(output.get("tool_calls"))
-    plain = [{k: v for k, v in as_object(i).items() if k in CALL_KEYS} for i in items]
-    return [
-        render_call({"name": n, "arguments": a})
-        for n, a in calls_in(plain, Toolbox(()), True)
-    ]
+    is_call = output.get("type") == "function_call"
+    for item in [output] if is_call else as_list(output.get("tool_calls")):
+        call = as_object(as_object(item).get("function", item))
+        if isinstance(name := call.get("name"), str):
+            arguments = call.get("arguments") or {}
+            if isinstance(arguments, str):
+                with suppress(ValueError, RecursionError):
+                    arguments = json.loads(arguments)
+            text = json.dumps({"name": name, "arguments": arguments})
+            text = text.replace("</", r"<\/")  # the same in JSON
+            yield f"<tool_call>{text}</tool_call>"
 
 
-def read_usage(seen: Json) -> Usage:
-    """From the metrics, else from the lines that some models log."""
-    metrics, logs = seen["metrics"], seen["logs"]
-    logged = {name: re.findall(row, logs) for name, row in COUNTS.items()}
-    counts = {name: int(found[-1]) for name, found in logged.items() if found}
-    for name, key in METRICS.items():
-        if isinstance(metrics.get(key), (int, float)) and isfinite(metrics[key]):
-            counts[name] = int(metrics[key])
-    return Usage(
-        counts.get("prompt_tokens"),
-        counts.get("completion_tokens"),
-        counts.get("reasoning_tokens", 0),
-    )
+def remainder(output: str, delivered: str) -> str | None:
+    """What follows in the output after what was delivered; None if they differ.
 
-
-def finish_reason(usage: Usage, limit: int | None) -> str:
-    """By a true count: nothing else tells whether a limit was reached."""
-    told = usage.completion_tokens
-    return "length" if limit and told is not None and told >= limit else "stop"
-
-
-def failure(text: str, secret: str) -> APIError:
-    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
-    said = f" The model says: {text}" if text else ""
-    message = row.message + said.replace(secret, "…")
-    return APIError(row.status, message, code=row.code, headers=row.headers)
+    A carriage return can't travel in an event stream: there it is a line's end,
+    or is lost with what is left of its line.
+    """
+    if not output:
+        return ""
+    for text in (output, output.replace("\r\n", "\n").replace("\r", "\n")):
+        if text.startswith(delivered):
+            return text[len(delivered) :]
+    at = 0
+    for character in delivered.replace("\n", ""):
+        while output[at : at + 1] in ("\r", "\n"):
+            at += 1
+        if output[at : at + 1] != character:
+            return None
+        at += 1
+    return output[at:]
 
 
 # -- Uploads -------------------------------------------------------------------
 #
-# Replicate takes little in an input: what is large in it goes to its files first,
-# and a link takes its place. A call waits for that where a hang-up wakes it, and
-# each content goes there once, for all the calls that have it.
+# Replicate takes little data in an input: what is large in it goes into Replicate's
+# files first, and a link takes its place.
 
 
-INLINE = 256 * 1024  # bytes of data: URLs in an input, as Replicate advises
-
-UPLOADS_AT_ONCE = 8  # of one call
-
+INLINE_DATA = 256 * 1024  # bytes of data: URLs in an input, as Replicate advises
+UPLOADS_AT_ONCE = 8  # of one request
 DATA_URL = re.compile(r"data:[^,;]+;[^,]*base64,", re.IGNORECASE)
 
 
-class Upload:
-    """One upload, for all the calls that wait for it."""
-
-    def __init__(self, expires: float) -> None:
-        self.expires = expires
-        self.waiting = 0  # calls
-        self.link = ""
-        self.error: Exception | None = None
-
-
 class UploadCache:
-    """Which contents Replicate's files hold for us."""
+    """The links of contents that are in Replicate's files."""
 
-    def __init__(self, upload: Callable[[Attachment], str], keep: float = 1800) -> None:
+    def __init__(self, upload: Callable[[Attachment, Cancellation], str]) -> None:
         self.upload = upload
-        self.keep = keep  # seconds; Replicate keeps a file for an hour at least
-        self.changed = threading.Condition()
-        self.uploads: dict[bytes, Upload] = {}
+        self.keep = 1800.0  # seconds; Replicate keeps a file for an hour at least
+        self.lock = threading.Lock()
+        self.links: dict[bytes, tuple[str, float]] = {}  # by SHA-256: and until when
 
-    def links(self, urls: Iterable[str], cancellation: Cancellation) -> dict[str, str]:
-        """Host what data: URLs hold, all of it side by side; the first error counts."""
-        turns = threading.Semaphore(UPLOADS_AT_ONCE)
-        uploads = {url: self.begin(url, turns) for url in urls}
+    def link_all(
+        self, urls: Collection[str], cancellation: Cancellation
+    ) -> dict[str, str]:
+        """Upload what data: URLs hold, side by side. The first error is raised."""
+        threads = ThreadPoolExecutor(UPLOADS_AT_ONCE)
         try:
-            with cancellation.on_cancel(self.wake), self.changed:
-                self.changed.wait_for(
-                    lambda: cancellation.cause or is_over(uploads.values())
-                )
-            cancellation.check()
+            links = threads.map(partial(self.link, cancellation), urls)
+            return dict(zip(urls, links, strict=True))
         finally:
-            with self.changed:
-                for upload in uploads.values():
-                    upload.waiting -= 1
-        if error := next((u.error for u in uploads.values() if u.error), None):
-            raise error
-        return {url: upload.link for url, upload in uploads.items()}
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def wake(self) -> None:
-        with self.changed:
-            self.changed.notify_all()
-
-    def begin(self, url: str, turns: threading.Semaphore) -> Upload:
-        name, now = sha256(url.encode()).digest(), time.monotonic()
-        with self.changed:
-            for old in [n for n, up in self.uploads.items() if now > up.expires]:
-                del self.uploads[old]
-            upload = self.uploads.get(name)
-            if upload is None:
-                upload = Upload(now + self.keep)
-                work = partial(self.send, name, url, upload, turns)
-                threading.Thread(target=work, daemon=True).start()
-                self.uploads[name] = upload
-            upload.waiting += 1
-        return upload
-
-    def send(
-        self, name: bytes, url: str, upload: Upload, turns: threading.Semaphore
-    ) -> None:
-        """Upload when it is its turn, if somebody still waits for it."""
-        try:
-            with turns:
-                if self.is_wanted(name, upload):
-                    upload.link = self.upload(read_attachment(url))
-        except Exception as error:
-            upload.error = error
-        finally:
-            with self.changed:
-                if not upload.link:
-                    self.uploads.pop(name, None)
-                self.changed.notify_all()
-
-    def is_wanted(self, name: bytes, upload: Upload) -> bool:
-        """Nobody can begin to wait for one that is not."""
-        with self.changed:
-            if not upload.waiting:
-                self.uploads.pop(name, None)
-            return upload.waiting > 0
+    def link(self, cancellation: Cancellation, url: str) -> str:
+        key, now = sha256(url.encode()).digest(), time.monotonic()
+        with self.lock:
+            for old in [k for k, (_, expires) in self.links.items() if expires < now]:
+                del self.links[old]
+            if key in self.links:
+                return self.links[key][0]
+        if (attached := read_data_url(url)) is None:
+            message = f"The data: URL that begins {quoted(url[:40])} can't be read."
+            raise APIError(400, message, code="invalid_value")
+        cancellation.check()
+        link = self.upload(attached, cancellation)
+        with self.lock:
+            self.links[key] = link, now + self.keep
+        return link
 
 
-def is_over(uploads: Collection[Upload]) -> bool:
-    return any(up.error for up in uploads) or all(up.link for up in uploads)
+def upload_large_files(
+    asked: PredictionInput, cache: UploadCache, cancellation: Cancellation
+) -> PredictionInput:
+    """Replace the largest data: URLs of an input by links, so that the rest is small.
+
+    A data: URL in the prompt's text stays as it is. Raise APIError.
+    """
+    strings = (leaf for leaf in leaves(asked.input) if isinstance(leaf, str))
+    urls = (text for text in strings if DATA_URL.match(text))
+    by_size = sorted((url for url in urls if url not in asked.prompt), key=len)
+    totals = accumulate(map(len, by_size))
+    sizes = zip(by_size, totals, strict=True)
+    large = {url for url, total in sizes if total > INLINE_DATA}
+    check_size(replace_strings(asked.input, dict.fromkeys(large, "")))
+    if not large:
+        return asked
+    links = cache.link_all(large, cancellation)
+    return asked._replace(input=replace_strings(asked.input, links))
 
 
-def read_attachment(url: str) -> Attachment:
-    """What a data: URL holds that came by the model's own name for an input."""
-    attached = read_data_url(url)
-    if attached is None:
-        message = f"The data: URL that begins {quoted(url[:40])} can't be read."
-        raise APIError(400, message, code="invalid_value")
-    return attached
-
-
-def leaves(input: Json) -> list[Any]:
+def leaves(value: Any) -> list[Any]:
     """All that is in an input, wherever it stands, and its names too."""
-    found: list[Any] = []
-    values: list[Any] = [input]
+    found, values = [], [value]
     while values:
         value = values.pop()
         if isinstance(value, dict):
@@ -3664,34 +3578,18 @@ def leaves(input: Json) -> list[Any]:
     return found
 
 
-def is_data_url(value: Any) -> bool:
-    return isinstance(value, str) and DATA_URL.match(value) is not None
-
-
-def too_large(urls: Iterable[str]) -> set[str]:
-    """The largest of them, as many as have to go for the rest to stay."""
-    by_size = sorted(urls, key=len)
-    totals = accumulate(map(len, by_size))
-    return {url for url, total in zip(by_size, totals, strict=True) if total > INLINE}
-
-
-def with_links(
-    order: PredictionInput, upload_cache: UploadCache, cancellation: Cancellation
-) -> PredictionInput:
-    """The order with its large files upload_cache; what was said as text stays text."""
-    urls = filter(is_data_url, leaves(order.input))
-    large = too_large(url for url in urls if url not in order.prompt)
-    if not large:
-        check_size(order.input)
-        return order
-    check_size(linked(order.input, dict.fromkeys(large, "")))
-    return order._replace(
-        input=linked(order.input, upload_cache.links(large, cancellation))
-    )
+def replace_strings(value: Any, links: Mapping[str, str]) -> Any:
+    if not links:
+        return value
+    if isinstance(value, dict):
+        return {name: replace_strings(each, links) for name, each in value.items()}
+    if isinstance(value, list):
+        return [replace_strings(each, links) for each in value]
+    return links.get(value, value) if isinstance(value, str) else value
 
 
 def check_size(input: Json) -> None:
-    """Measure it, if it can be too large: that costs 0.2 ms for 20 kB of text."""
+    """Encode it only if it can be too large: that takes 0.2 ms for 20 kB of text."""
     at_most = sum(6 * len(v) if isinstance(v, str) else 24 for v in leaves(input))
     if at_most > LONGEST:
         size = len(json.dumps(input, ensure_ascii=False).encode())
@@ -3699,25 +3597,16 @@ def check_size(input: Json) -> None:
         require(size <= LONGEST, too_long, code="context_length_exceeded")
 
 
-def linked(value: Any, links: Mapping[str, str]) -> Any:
-    """An input with links in the place of data: URLs."""
-    if isinstance(value, dict):
-        return {name: linked(each, links) for name, each in value.items()}
-    if isinstance(value, list):
-        return [linked(each, links) for each in value]
-    return links.get(value, value) if isinstance(value, str) else value
-
-
 # -- Predictions ---------------------------------------------------------------
 #
-# Predictions, each followed to its end or cancelled.
+# Each prediction is followed to its end, or cancelled.
 
 
 TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
 
 
 class Upstream:
-    """Replicate as a source of events."""
+    """Replicate as a source of predictions."""
 
     def __init__(self, api: ReplicateAPI, timeouts: Timeouts) -> None:
         self.api = api
@@ -3727,73 +3616,85 @@ class Upstream:
             api.find_schema, api.find_release, limit=timeouts.schema
         )
         self.changed = threading.Condition()
-        self.running = 0  # orders, from before their uploads until after a cancel
-
-    def upload_large_files(
-        self, prediction_input: PredictionInput, cancellation: Cancellation
-    ) -> PredictionInput:
-        return with_links(prediction_input, self.upload_cache, cancellation)
+        self.running = 0  # requests with a prediction to create, follow or cancel
 
     def create(
         self,
-        order: PredictionInput,
+        asked: PredictionInput,
         cancellation: Cancellation,
-        log: RequestLog,
+        request_log: RequestLog,
         *,
         wait: bool,
     ) -> Prediction:
+        """Return when Replicate has created it; `wait` for its whole output a little.
+
+        A create is never broken off, as its prediction could not be cancelled. Raise
+        APIError, or the cancellation's cause.
+        """
         cancellation.check()
+        record = self.api.create(asked, wait)
+        prediction = Prediction(self, asked, cancellation, request_log, record, wait)
+        request_log.predictions.append(prediction.id)
+        if cancellation.cause:
+            prediction.cancel()
+        cancellation.check()
+        return prediction
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
         with self.changed:
             self.running += 1
         try:
-            seen = self.api.create(order, wait)
-        except BaseException:
-            self.ended()
-            raise
-        prediction = Prediction(self, order, cancellation, seen, waited=wait)
-        prediction.log = log
-        log.predictions.append(prediction.id)
-        return prediction
+            yield
+        finally:
+            with self.changed:
+                self.running -= 1
+                self.changed.notify_all()
 
-    def ended(self) -> None:
-        with self.changed:
-            self.running -= 1
-            self.changed.notify_all()
+    def in_background(self, work: Callable[[], None]) -> None:
+        """Work that nobody waits for but the end of the server, in `await_runs`."""
+        has_begun = threading.Event()
+
+        def run() -> None:
+            with self.counted():
+                has_begun.set()
+                work()
+
+        try:
+            threading.Thread(target=run, daemon=True).start()
+            has_begun.wait()
+        except RuntimeError:  # there are too many threads
+            work()
 
     def await_runs(self, seconds: float) -> None:
-        """Wait for those too that nobody listens to any more, but have to cancel."""
+        """Wait for what nobody else waits for any more: cancels on their way."""
         with self.changed:
             self.changed.wait_for(lambda: not self.running, seconds)
 
 
+@dataclass(eq=False)
 class Prediction:
-    """A prediction that is followed: how it was last seen, and what was told of it."""
+    """A prediction: its record as last fetched, and what was delivered of it."""
 
-    def __init__(
-        self,
-        upstream: Upstream,
-        order: PredictionInput,
-        cancellation: Cancellation,
-        seen: Json,
-        *,
-        waited: bool,
-    ) -> None:
-        self.upstream = upstream
-        self.api = upstream.api
-        self.timeouts = upstream.timeouts
-        self.order = order
-        self.cancellation = cancellation
-        self.id = str(seen["id"])
-        self.seen = seen
-        self.blind_since: float | None = None
-        self.deadline = time.monotonic() + upstream.api.time_limit + self.timeouts.grace
-        self.told: list[str] = []
-        self.is_late = waited  # to its stream, which may have begun without us
-        self.said_done = False
+    upstream: Upstream
+    asked: PredictionInput
+    cancellation: Cancellation
+    request_log: RequestLog
+    record: Json
+    is_late: bool  # to its stream, which may have begun without us
+    delivered: list[str] = field(default_factory=list)
+    unseen_since: float | None = None  # since when its record can't be fetched
+    said_done: bool = False
+    is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.api, self.timeouts = self.upstream.api, self.upstream.timeouts
+        self.id = str(self.record["id"])
+        self.deadline = time.monotonic() + self.api.time_limit + self.timeouts.grace
 
     @property
     def is_over(self) -> bool:
-        return self.seen.get("status") in TERMINAL
+        return self.record["status"] in TERMINAL
 
     @property
     def has_time(self) -> bool:
@@ -3801,142 +3702,164 @@ class Prediction:
 
     @property
     def output(self) -> str:
-        return output_text(self.seen.get("output"))
+        return output_text(self.record.get("output"))
 
     @property
     def stream_url(self) -> str:
         """Where it streams text; "" if it does not, or not where the token may go."""
-        url = str(self.seen["urls"].get("stream") or "")
+        url = str(self.record["urls"].get("stream") or "")
         is_text = "/v1/files/" not in url  # which is a file's bytes
-        streams = self.order.model.config.supports_streaming
+        streams = self.asked.model.config.supports_streaming
         return url if streams and is_text and self.api.may_stream_from(url) else ""
 
     def events(self) -> Events:
-        self.cancellation.check()
-        for text in self.texts():
-            self.log.first_text_at = self.log.first_text_at or time.monotonic()
-            yield Text(text.text)
-        yield self.end()
+        """Its Texts as they come, then Done. Raise APIError; cancel if closed early."""
+        try:
+            yield from self.texts()
+            yield self.end()
+        finally:
+            self.cancel()
+
+    def wait_until_done(self) -> Any:
+        """Its output, when it has succeeded. Raise APIError; cancel if interrupted."""
+        try:
+            for _ in self.polls():
+                pass
+            self.request_log.usages.append(self.end().usage)
+        finally:
+            self.cancel()
+        return self.record.get("output")
 
     def texts(self) -> Iterator[Text]:
-        """Tell its output as it comes, by its stream or by looks, until it is over."""
-        timeouts = self.timeouts
+        """Yield its output as it comes, from its stream or its record."""
         while not self.is_over and self.stream_url and self.has_time:
-            if not (yield from self.listen()):
+            if not (yield from self.follow_stream()):
                 break
             self.is_late = True
-            self.cancellation.sleep(timeouts.poll)
-        pause = timeouts.settle if self.said_done else timeouts.poll
-        while not self.is_over and self.has_time:
+            self.cancellation.sleep(self.timeouts.poll)
+        if self.asked.model.config.supports_streaming and not self.is_over:
             yield from self.rest()
-            self.cancellation.sleep(pause)
-            pause = min(pause * 1.5, timeouts.poll_most)
-            self.look()
+        for _ in self.polls():
+            if self.asked.model.config.supports_streaming:
+                yield from self.rest()
         yield from self.rest(at_end=True)
 
-    def listen(self) -> Generator[Text, None, bool]:
-        """Tell what its stream says, then look; True if it is worth opening again."""
+    def polls(self) -> Iterator[None]:
+        """Fetch its record until it is over or its time is up; yield each time."""
+        pause = self.timeouts.settle if self.said_done else self.timeouts.poll
+        while not self.is_over and self.has_time:
+            self.cancellation.sleep(pause)
+            pause = min(pause * 1.5, self.timeouts.poll_most)
+            self.refresh()
+            yield
+
+    def follow_stream(self) -> Generator[Text, None, bool]:
+        """Yield what its stream says; return whether to open the stream once more.
+
+        A stream that is opened again seems to begin at its start, but Replicate's docs
+        do not say so. So it is opened again only while there is no text at all, neither
+        delivered nor in the record; else the record alone says what is to come.
+        """
         try:
             with self.api.open_stream(self.stream_url, self.cancellation) as pieces:
-                if not (yield from self.hear(pieces)):
+                if not (yield from self.read_stream(pieces)):
                     return False
         except StreamRefused as error:
-            log.info("prediction=%s event=polled why=%s", self.id, quoted(error))
+            self.log_event("polled", error)
             return False
         except StreamBroken as error:
             self.cancellation.check()
-            log.info("prediction=%s event=broken why=%s", self.id, quoted(error))
-        self.look()
-        return not self.output
+            self.log_event("broken", error)
+        self.refresh()
+        return not self.delivered and not self.output
 
-    def hear(self, pieces: Iterable[bytes]) -> Generator[Text, None, bool]:
-        """Tell its words; False if they came to their end, or are not its words."""
-        for said in decode_events(pieces):
-            for at, sent in enumerate(said, 1):
-                if sent.event == "done":
-                    self.hear_done(sent.data)
-                    self.look()  # while the stream's last bytes arrive
+    def read_stream(self, pieces: Iterable[bytes]) -> Generator[Text, None, bool]:
+        """Yield its texts, those of one read as one; return whether it broke off."""
+        for events in decode_events(pieces):
+            text, done = "", None
+            for kind, data in events:
+                if kind == "output":
+                    text += data
+                elif kind == "done":
+                    done = data
+                    break
+            if text:
+                if not self.continues_with(text):
                     return False
-                if sent.is_output:
-                    if not self.fits(sent.data):
-                        return False
-                    self.told.append(sent.data)
-                    more = at < len(said) and said[at].is_output and not self.is_late
-                    yield Text(sent.data, more=more)
+                yield self.deliver(text)
+            if done is not None:
+                if "reason" not in done:  # its record may lag behind, not for long
+                    self.said_done = True
+                    self.deadline = time.monotonic() + self.timeouts.grace
+                self.refresh()  # while the stream's last bytes arrive
+                return False
             if not self.has_time:
                 break
         return True
 
-    def hear_done(self, data: str) -> None:
-        """Its record may lag behind its stream, but not for long."""
-        if "reason" not in data:
-            self.said_done = True
-            self.deadline = time.monotonic() + self.timeouts.grace
-
-    def fits(self, data: str) -> bool:
+    def continues_with(self, text: str) -> bool:
         """Whether a stream opened late says what the output has at this place.
 
-        Replicate seems to replay a stream from its start, but does not say so
-        in its docs: what does not fit is dropped, and looks go on.
+        It may begin anywhere: what does not fit is dropped, and the record polled.
         """
         if not self.is_late:
             return True
-        if not self.told and not self.find_output():
+        if not self.delivered and not self.find_output():
             return False
-        at = sum(map(len, self.told))
-        known = self.output[at : at + len(data)]
+        at = sum(map(len, self.delivered))
+        known = self.output[at : at + len(text)]
         self.is_late = bool(known)
-        return data.startswith(known)
+        return text.startswith(known)
 
     def find_output(self) -> bool:
-        """Look until there is output: its record may lag behind a stream."""
+        """Fetch its record, which may lag behind its stream, until it has output."""
         pause = self.timeouts.settle
         while not self.output and pause < self.timeouts.poll:
-            self.look()
+            self.refresh()
             if not self.output:
                 self.cancellation.sleep(pause)
             pause *= 2
         return bool(self.output)
 
-    def look(self) -> None:
-        """See how it stands. A look that fails does no harm unless all do, for long."""
+    def refresh(self) -> None:
+        """Fetch its record. A failure does no harm unless all fail, for long."""
         try:
-            self.seen = self.api.look(self.id)
-            self.blind_since = None
+            self.record = self.api.fetch_prediction(self.id, self.cancellation)
+            self.unseen_since = None
         except APIError as error:
-            log.info("prediction=%s event=unseen code=%s", self.id, error.code)
+            self.cancellation.check()
+            self.log_event("unseen", error.code)
             now = time.monotonic()
-            self.blind_since = self.blind_since or now
-            if now - self.blind_since > self.timeouts.blind and not self.said_done:
-                message = f"Replicate tells nothing of the prediction any more: {error}"
-                raise APIError(
-                    502, message, code="upstream_unavailable", headers=NO_RETRY
+            self.unseen_since = self.unseen_since or now
+            if now - self.unseen_since > self.timeouts.blind and not self.said_done:
+                raise lost(
+                    f"Replicate says no more of the prediction: {error}"
                 ) from None
 
     def rest(self, *, at_end: bool = False) -> Iterator[Text]:
-        """Tell what of its output was not told yet."""
-        if not at_end and not self.order.model.config.supports_streaming:
-            return
-        new = remainder(self.output, "".join(self.told))
-        if new is None and at_end:
-            log.warning("prediction=%s event=differs", self.id)
+        """Yield what of its output was not delivered yet."""
+        text = remainder(self.output, "".join(self.delivered))
+        if text is None and at_end:
+            self.log_event("differs", "from its stream", logging.WARNING)
             if not self.said_done:
-                message = (
+                raise lost(
                     "Replicate's stream broke, and what it said is not the output."
                 )
-                raise APIError(
-                    502, message, code="upstream_unavailable", headers=NO_RETRY
-                )
-        if new:
-            self.told.append(new)
-            yield Text(new)
+        if text:
+            yield self.deliver(text)
+
+    def deliver(self, text: str) -> Text:
+        self.delivered.append(text)
+        if self.request_log.first_text_at is None:
+            self.request_log.first_text_at = time.monotonic()
+        return Text(text)
 
     def end(self) -> Done:
-        """Tell the end. Raise APIError if it is not a good one."""
-        status = self.seen.get("status")
+        """How it ended. Raise APIError unless it succeeded."""
+        status = self.record["status"]
         if status == "failed":
-            raise failure(self.seen["error"], self.api.token)
-        if self.seen.get("data_removed") and not self.told:
+            raise failure(self.record["error"], self.api.token)
+        if self.record.get("data_removed") and not self.delivered:
             raise failure("Its output was removed before it was seen.", self.api.token)
         if status != "succeeded" and not self.said_done:
             raise APIError(
@@ -3946,30 +3869,32 @@ class Prediction:
                 code="prediction_timeout",
                 headers=NO_RETRY,
             )
-        usage = read_usage(self.seen)
-        return Done(finish_reason(usage, self.order.limit), usage)
-
-    log: RequestLog
+        usage = read_usage(self.record)
+        return Done(finish_reason(usage, self.asked.limit), usage)
 
     def cancel(self) -> None:
-        try:
-            self.cancel_now()
-        finally:
-            self.upstream.ended()
+        """Stop the bill unless it is over, in a thread of its own: nobody waits."""
+        if not (self.is_over or self.said_done or self.is_cancelled):
+            self.is_cancelled = True
+            self.upstream.in_background(self.send_cancel)
 
-    def cancel_now(self) -> None:
-        """Stop the bill, if it is not over. A cancel that failed is tried once more."""
-        if self.is_over or self.said_done:
-            return
+    def send_cancel(self) -> None:
+        """A cancel that fails is tried once more."""
         for pause in (0.5, 0):
             try:
                 self.api.cancel(self.id)
-                return
+                break
             except APIError as error:
-                log.warning(
-                    "prediction=%s event=uncancelled code=%s", self.id, error.code
-                )
+                self.log_event("uncancelled", error.code, logging.WARNING)
                 time.sleep(pause)
+
+    def log_event(self, event: str, why: object, level: int = logging.INFO) -> None:
+        name, reason = quoted(self.id), quoted(why)
+        log.log(level, "prediction=%s event=%s why=%s", name, event, reason)
+
+
+def lost(message: str) -> APIError:
+    return APIError(502, message, code="upstream_unavailable", headers=NO_RETRY)
 
 
 # ==== 5. TEXT =================================================================
@@ -6150,9 +6075,9 @@ class Generation(NamedTuple):
 
         The first choice leads: it has been created when this begins."""
         cancellation = self.request.cancellation
+        cache = self.proxy.upstream.upload_cache
         uploaded = [
-            self.proxy.upstream.upload_large_files(each, cancellation)
-            for each in self.inputs
+            upload_large_files(each, cache, cancellation) for each in self.inputs
         ]
         jobs = [(each, i) for each in uploaded for i in range(self.body["n"])]
         if len(jobs) == 1:
@@ -6243,16 +6168,15 @@ class Generation(NamedTuple):
         self, prediction_input: PredictionInput, cancellation: Cancellation
     ) -> Iterator[Events]:
         """Create a prediction; after, it is over or cancelled."""
-        prediction = self.proxy.upstream.create(
-            prediction_input,
-            cancellation,
-            self.request.log,
-            wait=not self.body["stream"],
-        )
-        try:
-            yield self.shape(prediction.events(), prediction_input)
-        finally:
-            prediction.cancel()
+        upstream, log = self.proxy.upstream, self.request.log
+        with upstream.counted():
+            prediction = upstream.create(
+                prediction_input, cancellation, log, wait=not self.body["stream"]
+            )
+            try:
+                yield self.shape(prediction.events(), prediction_input)
+            finally:
+                prediction.cancel()
 
     def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
         """What the client asked for and the model can't do, step by step.
@@ -6590,7 +6514,7 @@ class DeadlineReader(io.RawIOBase):
         """Raise ClientDisconnected, or 408 after the deadline."""
         left = max(self.deadline - time.monotonic(), 0.001)
         try:
-            block(self.sock, socket.SO_RCVTIMEO, left)
+            set_timeout(self.sock, socket.SO_RCVTIMEO, left)
             return self.sock.recv_into(buffer)
         except (TimeoutError, BlockingIOError):
             raise bad_request("it came too slowly", 408) from None
@@ -6637,7 +6561,7 @@ class RequestBody:
         version: str,
     ) -> None:
         self.stream = stream
-        self.length = read_length(headers)
+        self.length = parse_content_length(headers)
         coding = headers.get("transfer-encoding")
         if coding and (self.length is not None or version == "HTTP/1.0"):
             raise bad_request(
@@ -6893,7 +6817,7 @@ class Handler(BaseHTTPRequestHandler):
         super().setup()
         self.connection.setblocking(True)  # a Mac's is as the one that listens
         limit = self.server.proxy.settings.write_timeout
-        block(self.connection, socket.SO_SNDTIMEO, limit)
+        set_timeout(self.connection, socket.SO_SNDTIMEO, limit)
         self.reader = DeadlineReader(self.connection)
         self.rfile = self.stream = io.BufferedReader(self.reader)
 
@@ -6945,7 +6869,7 @@ class Handler(BaseHTTPRequestHandler):
             raise bad_request("the request line is not METHOD target HTTP/1.1")
         method, target, version = (part.decode("latin-1") for part in match.groups())
         try:
-            headers = read_headers(lines)
+            headers = parse_headers(lines)
             self.command, self.request_version = method, version
             self.api_request = Request(method, path_of(target), headers)
             self.body = RequestBody(self.stream, headers, version)

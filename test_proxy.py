@@ -4485,28 +4485,37 @@ def recorded(output="Hi", status="succeeded", **more):
     )
 
 
+SHORT = TIMEOUTS._replace(stream=0.3)
+
+
 @contextmanager
-def raw_replicate(create=None, stream=None, looks=(), **options):
+def raw_replicate(create=None, stream=None, looks=(), timeouts=SHORT, **options):
     """A host that plays Replicate in bytes, and a server in front of it.
 
     A look is answered with each of `looks`, and with the last of them from then on.
     """
     looks = list(looks) or [recorded()]
 
+    def record_of(answer):
+        """A record as given, with the URL of the stream."""
+        body = answer.partition(b"\r\n\r\n")[2]
+        return recorded(**{**json.loads(body), "urls": {"stream": host.url}})
+
     def says(method, path):
         if method == "POST":
-            streams = {"stream": host.url} if stream is not None else {}
-            new = recorded(None, "processing", urls=streams)
+            new = recorded(None, "processing")
+            new = new if stream is None else record_of(new)
             return new if create is None else create
         if path.startswith("/v1/streams"):
             return stream
         if path.startswith("/v1/predictions"):
-            return looks.pop(0) if len(looks) > 1 else looks[0]
+            look = looks.pop(0) if len(looks) > 1 else looks[0]
+            return look if stream is None else record_of(look)
         return NO_SUCH
 
     with (
         hosting(says, **options) as host,
-        fronting(host, TIMEOUTS._replace(stream=0.3), proxy_api_key=KEY) as server,
+        fronting(host, timeouts, proxy_api_key=f"{KEY},key") as server,
     ):
         yield host, server
 
@@ -4644,9 +4653,9 @@ def test_a_get_that_is_not_answered_in_time_is_not_sent_again(settings):
     with hosting(lambda *_: next(says)) as host:
         there = replace(settings, replicate_base_url=host.base_url)
         with closing(proxy.ReplicateAPI(there, timeouts)) as api:
-            api.look("p")
+            api.fetch_prediction("p", proxy.Cancellation())
             with pytest.raises(APIError, match="no answer that can be understood"):
-                api.look("p")
+                api.fetch_prediction("p", proxy.Cancellation())
         assert len(host.requests) == 2
 
 
@@ -4658,7 +4667,7 @@ def test_a_request_that_nobody_reads_ends_in_time(settings):
         with closing(proxy.ReplicateAPI(there, timeouts)) as api:
             attached = proxy.Attachment("image/png", b"x" * 30_000_000)
             with pytest.raises(APIError, match="could not be handed to Replicate"):
-                api.upload(attached)
+                api.upload(attached, proxy.Cancellation())
 
 
 def test_an_answer_may_be_compressed():
@@ -4760,6 +4769,21 @@ def test_an_event_is_told_as_soon_as_its_bytes_are_here():
     assert next(proxy.decode_events(pieces())) == [("", "a")]
 
 
+def test_an_event_of_one_long_line_costs_no_more_than_its_length():
+    wire = b"event: output\ndata: " + b"x" * 2**22 + b"\n\n"
+    pieces = [wire[at : at + 1024] for at in range(0, len(wire), 1024)]
+    begun = time.process_time()
+    [(_, data)] = decoded(pieces)
+    assert len(data) == 2**22
+    assert time.process_time() - begun < 1
+
+
+def test_an_event_without_an_end_is_no_event(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_RESPONSE", 1000)
+    with pytest.raises(http.client.HTTPException):
+        decoded([b"data: "] + [b"x" * 100] * 20)
+
+
 def stream_of(*pieces, end=b"0\r\n\r\n", kind=b"text/event-stream", status=b"200 OK"):
     head = b"HTTP/1.1 %b\r\ncontent-type: %b\r\n" % (status, kind)
     chunks = [b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces]
@@ -4789,7 +4813,7 @@ def test_a_stale_connection_is_replaced_silently():
 
 def test_a_connection_idle_for_too_long_is_not_used_again():
     with raw_replicate(recorded()) as (host, server):
-        server.api.connections.keep = 0
+        server.api.pool.keep = 0
         for _ in range(2):
             assert chat(server, "hello").status == 200
         assert host.connected == len(host.requests) == 3
@@ -5074,7 +5098,7 @@ def test_the_token_follows_no_redirect(status):
 
 def test_the_id_of_a_prediction_stays_in_its_place(api, fake):
     with pytest.raises(proxy.APIError):
-        api.look("a/b?c#d")
+        api.fetch_prediction("a/b?c#d", proxy.Cancellation())
     assert fake.seen[-1].path == "/v1/predictions/a%2Fb%3Fc%23d"
 
 
@@ -5086,7 +5110,9 @@ def test_each_request_has_its_own_time_limit(settings):
             closing(proxy.ReplicateAPI(there, timeouts)) as api,
             ThreadPoolExecutor() as pool,
         ):
-            error = pool.submit(api.look, "p").exception(timeout=20)
+            error = pool.submit(
+                api.fetch_prediction, "p", proxy.Cancellation()
+            ).exception(timeout=20)
         assert "no answer that can be understood" in str(error)
 
 
@@ -5225,7 +5251,10 @@ STREAM_HOSTS = [
     ("https://stream.replicate.com/v1/streams/x", True),
     ("https://stream-b.svc.rno2.c.replicate.net/v1/streams/x", True),
     ("https://replicate.delivery/x", True),
-    ("http://127.0.0.1:1/v1/streams/x", True),  # where the settings say it is
+    ("http://127.0.0.1:1/v1/streams/x", False),  # where the settings say, but the port
+    ("https://me@stream.replicate.com/v1/streams/x", False),
+    ("https://:secret@stream.replicate.com/v1/streams/x", False),
+    ("https://stream.replicate.com:443/v1/streams/x", True),
     ("http://localhost:1/v1/streams/x", False),
     ("http://stream.replicate.com/v1/streams/x", False),
     ("https://stream.replicate.com:81/v1/streams/x", False),
@@ -5310,7 +5339,7 @@ OUTPUTS = [
                 {**CALL_ITEM, "arguments": '{"x":1}'},
             ]
         },
-        'a<tool_call>{"name": "f", "arguments": {"x":1}}</tool_call>',
+        'a<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
     ),
     ("calls that are none", {"text": "a", "tool_calls": [1, {"x": 2}]}, "a"),
 ]
@@ -5495,15 +5524,6 @@ def test_a_content_is_uploaded_once_for_a_while(fake, server, on_upload):
     assert len(uploads(fake)) == 2
 
 
-def test_calls_that_come_together_share_an_upload(fake, server, on_upload):
-    on_upload(wait=0.3)
-    with ThreadPoolExecutor(6) as pool:
-        calls = [pool.submit(give, server, image=large("shared")) for _ in range(6)]
-        assert {call.result(10).status for call in calls} == {200}
-    assert len(uploads(fake)) == 1
-    assert len({create.body["input"]["image"] for create in fake.creates()}) == 1
-
-
 def test_the_uploads_of_a_call_run_side_by_side_and_not_all_at_once(
     fake, server, on_upload
 ):
@@ -5515,28 +5535,23 @@ def test_the_uploads_of_a_call_run_side_by_side_and_not_all_at_once(
     assert times[1] - times[0] < 0.5 <= times[8] - times[0] + 0.01
 
 
-def test_a_failed_upload_is_told_to_all_who_wait_and_then_forgotten(
-    fake, server, on_upload
-):
-    on_upload(problem(500, "no"), wait=0.3)
+def test_what_failed_is_uploaded_anew(fake, server, on_upload):
+    on_upload(problem(500, "no"), times=1)
     asked = {"image": large("failing")}
-    with ThreadPoolExecutor(2) as pool:
-        calls = [pool.submit(give, server, **asked) for _ in range(2)]
-        assert [call.result(10).status for call in calls] == [502, 502]
-    assert len(uploads(fake)) == 1
-    on_upload(times=0)
-    assert give(server, **asked).status == 200
+    assert [give(server, **asked).status for _ in range(2)] == [502, 200]
+    assert len(uploads(fake)) == 2
 
 
-def test_what_nobody_waits_for_is_not_uploaded(watched):
+def test_a_hang_up_breaks_uploads_off_and_begins_no_more(watched):
     fake, server = watched
-    fake.on_upload = Fault(wait=0.3)
+    fake.on_upload = Fault(wait=5)
     images = [large(letter) for letter in "abcdefghijkl"]
     with start_call(server, "fake/hello", replicate={"images": images}):
-        fake.wait_for(lambda: len(fake.seen) > 8, 10)
-    wait_until(lambda: len(fake.files) == 8)
-    time.sleep(0.1)
-    assert len(uploads(fake)) == 8
+        fake.wait_for(lambda: len(uploads(fake)) == 8, 10)
+    left = time.monotonic()
+    wait_until(lambda: not server.requests)
+    assert time.monotonic() - left < 2
+    assert len(uploads(fake)) == 8 and not fake.files
     assert not fake.creates()
 
 
@@ -5620,19 +5635,6 @@ def test_a_stream_has_its_head_and_signs_of_life_while_files_are_uploaded(watche
         read_until(sock, b"[DONE]")
     [file] = fake.files
     assert fake.creates()[0].body["input"]["image"].endswith(f"/files/{file}")
-
-
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_a_hang_up_during_an_upload_creates_nothing(watched, stream):
-    fake, server = watched
-    fake.on_upload = Fault(wait=5)
-    model, messages = "anthropic/claude-4-sonnet", seeing(large("a"))
-    with start_call(server, model, stream=stream, messages=messages):
-        fake.wait_for(lambda: uploads(fake))
-    left = time.monotonic()
-    wait_until(lambda: not server.requests)
-    assert time.monotonic() - left < 3
-    assert not fake.creates()
 
 
 # -- Predictions ---------------------------------------------------------------
@@ -5898,6 +5900,126 @@ def test_a_stream_opened_late_is_compared_with_the_record(looks, words):
     with raw_replicate(stream=stream, looks=looks) as (_, server):
         assert chat(server, "hello").message.content in ("a b c d", "c d")
         assert looks[-1].endswith(b'd"}') and not looks[-1].count(b"processing")
+
+
+def output_events(*texts):
+    """Events of these texts, as one chunk."""
+    return b"".join(f"event: output\ndata: {text}\n\n".encode() for text in texts)
+
+
+@table(
+    "looks",
+    [
+        ("and then has all", [NOTHING_YET] * 3 + [recorded(["one ", "two"])]),
+        (
+            "and then grows",
+            [NOTHING_YET, recorded(["one "], "processing"), recorded(["one ", "two"])],
+        ),
+    ],
+)
+def test_a_stream_that_breaks_while_the_record_lags_says_nothing_twice(looks):
+    """Opened again it would begin anew, with nothing to compare it with."""
+    stream = stream_of(output_events("one "), end=b"")
+    ends = "GET /v1/streams"
+    with raw_replicate(stream=stream, looks=looks, hangs_up=ends) as (host, server):
+        assert chat(server, "hello", stream=True).streamed_text == "one two"
+        assert len(host.paths("GET", "/v1/streams")) == 1
+
+
+def test_texts_that_came_together_are_one_chunk():
+    stream = stream_of(output_events("a", "b"), output_events("c"), SAYS_DONE)
+    with raw_replicate(stream=stream, looks=[recorded("abc")]) as (_, server):
+        answer = chat(server, "hello", stream=True)
+    contents = [c["choices"][0]["delta"].get("content") for c in answer.chunks]
+    assert list(filter(None, contents)) in (["abc"], ["ab", "c"])
+
+
+def test_a_client_waits_for_no_cancel_but_the_end_of_the_server_does():
+    with FakeReplicate() as fake:
+        with fronting(fake, proxy_api_key=KEY) as server:
+            begun = time.monotonic()
+            answer = chat(server, "cancel-slow", stream=True, stop=["3"])
+            assert answer.message == ("1 2 ", "stop", "", ())
+            assert time.monotonic() - begun < 1.5
+        [prediction] = fake.predictions.values()
+        assert prediction.status == "canceled"
+
+
+def test_a_hang_up_breaks_off_a_look_that_hangs():
+    with FakeReplicate() as fake, fronting(fake, TIMEOUTS._replace(look=60)) as server:
+        fake.scenarios["unseen"] = replace(
+            SCENARIOS["endless"], stream_url="", on_look=Fault(wait=60)
+        )
+        with start_call(server, "fake/unseen", stream=True):
+            fake.wait_for(lambda: [seen for seen in fake.seen if is_look(seen)])
+        left = time.monotonic()
+        fake.wait_for(lambda: fake.cancels)
+        assert time.monotonic() - left < 1
+
+
+@table(
+    "body",
+    [
+        ("too deep", b'{"id": "p", "output": ' + b"[" * 100_000),
+        ("no JSON", b"Hi"),
+        ("no id", b'{"status": "succeeded"}'),
+        ("too large", b'{"id": "p", "logs": "' + b" " * 3000 + b'"}'),
+    ],
+)
+def test_a_create_that_answers_anything_else_is_a_failure_of_replicates(
+    monkeypatch, body
+):
+    monkeypatch.setattr(proxy, "MAX_RESPONSE", 200_000 if body[:2] != b"Hi" else 1)
+    if b"logs" in body:
+        monkeypatch.setattr(proxy, "MAX_RESPONSE", 2000)
+    with raw_replicate(answering(body)) as (host, server):
+        answer = chat(server, "hello")
+        assert (answer.status, answer.error["code"]) == (504, "upstream_unavailable")
+        assert len(host.paths("POST", "/v1/predictions")) == 1
+
+
+@table(
+    "counted",
+    [
+        ("in logs", {"logs": "Input token count: " + "9" * 5000}),
+        ("in metrics", {"metrics": {"input_token_count": 1e308}}),
+        ("below nothing", {"metrics": {"input_token_count": -5}}),
+    ],
+)
+def test_a_count_that_can_not_be_is_none(counted):
+    with raw_replicate(recorded(**counted)) as (_, server):
+        assert chat(server, "hello").json["usage"]["prompt_tokens"] == 1
+
+
+def test_an_id_of_replicates_makes_no_line_of_the_log(caplog):
+    caplog.set_level("INFO", "proxy")
+    odd = {"id": "p\r\nlevel=ERROR", "status": "processing", "output": None}
+    with raw_replicate(recorded(**odd, urls={}), looks=[NO_SUCH, recorded()]) as both:
+        assert chat(both[1], "hello").message.content == "Hi"
+    assert "event=unseen" in caplog.text
+    assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", ["hello", "failed", "stuck"])
+def test_a_prediction_can_be_waited_for_without_its_text(fake, api, name):
+    upstream, request_log = proxy.Upstream(api, TIMEOUTS), proxy.RequestLog()
+    cancellation = proxy.Cancellation()
+    prediction = upstream.create(
+        order(f"fake/{name}"), cancellation, request_log, wait=True
+    )
+    assert request_log.predictions == [prediction.id]
+    if name == "hello":
+        assert "".join(prediction.wait_until_done()) == HELLO
+        assert request_log.usages == [Usage(1, 8)]
+    elif name == "failed":
+        with pytest.raises(APIError, match="list index out of range"):
+            prediction.wait_until_done()
+    else:
+        threading.Timer(0.1, cancellation.cancel, [proxy.ClientDisconnected()]).start()
+        with pytest.raises(proxy.ClientDisconnected):
+            prediction.wait_until_done()
+        upstream.await_runs(5)
+        assert fake.cancels == [prediction.id]
 
 
 def test_a_stream_is_read_no_longer_than_its_prediction_may_take():
@@ -8938,6 +9060,7 @@ def test_a_client_that_hangs_up_stops_the_bill_once(watched, caplog, leave):
             read_until(sock, heard)
         leave(sock)
     wait_until(lambda: len(log_lines(caplog, "error=client_gone")) == len(LEAVES))
+    fake.wait_for(lambda: len(fake.cancels) >= len(LEAVES))
     assert sorted(fake.cancels) == sorted(fake.predictions)
 
 
@@ -8989,20 +9112,15 @@ MUTE = [
 ]
 
 
-@table("says", MUTE)
-def test_a_hang_up_is_acted_on_however_the_stream_is(caplog, says):
-    caplog.set_level("INFO", "proxy")
-    timeouts = QUICK._replace(stream=60)
-    with (
-        FakeReplicate() as fake,
-        hosting(says) as host,
-        fronting(fake, timeouts) as server,
+@pytest.mark.parametrize(("why", "says"), MUTE, ids=whys(MUTE))
+def test_a_hang_up_is_acted_on_however_the_stream_is(why, says):
+    with raw_replicate(stream=says, timeouts=QUICK._replace(stream=60)) as (
+        host,
+        server,
     ):
-        fake.scenarios["mute"] = replace(fake.scenarios["endless"], stream_url=host.url)
         with start_call(server, "fake/mute", stream=True):
-            wait_until(lambda: host.connected)
-        fake.wait_for(lambda: len(fake.cancels) == 1)
-        wait_until(lambda: log_lines(caplog))
+            wait_until(lambda: host.paths("GET", "/v1/streams"))
+        wait_until(lambda: host.paths("POST", "/v1/predictions/p/cancel"))
 
 
 def is_look(seen):
@@ -9148,12 +9266,6 @@ WHOLE_STREAM = (
     b'"choices":[{"index":0,"delta":{"content":"word "},'
     b'"logprobs":null,"finish_reason":null}]}\n\n'
     b"\r\n"
-    b"10f\r\n"
-    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
-    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
-    b'"choices":[{"index":0,"delta":{"content":"word "},'
-    b'"logprobs":null,"finish_reason":null}]}\n\n'
-    b"\r\n"
     b"102\r\n"
     b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
     b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
@@ -9177,7 +9289,7 @@ VARYING = {
 
 
 def test_a_stream_is_these_bytes(server):
-    asked = {"model": "fake/length", "messages": HI, "max_tokens": 2, "stream": True}
+    asked = {"model": "fake/length", "messages": HI, "max_tokens": 1, "stream": True}
     body = json.dumps(asked).encode()
     said = exchange(server, request(CLOSE, length(len(body)), body=body))
     for pattern, word in VARYING.items():
@@ -9786,7 +9898,8 @@ async def read_stamped(port):
     writer.write(chat_bytes("fake/stamped", stream=True, max_tokens=5))
     tokens = 0
     async for line in reader:
-        tokens += bool(re.search(rb'"content":"(\d+) "', line))
+        if texts := re.search(rb'"content":"((?:\d+ )+)"', line):
+            tokens += len(texts[1].split())
         if line.startswith(b"data: [DONE]"):
             break
     writer.close()
@@ -10018,7 +10131,7 @@ def play_llama(call, input):
 @pytest.fixture(params=LLAMAS)
 def llama(request, fake, replicate):
     text = partial(play_llama, LLAMAS[request.param])
-    replicate.scenarios["llama"] = replace(SCENARIOS["hello"], text=text)
+    replicate.scenarios["llama"] = replace(SCENARIOS["hello"], text=text, pace=0.01)
     yield "fake/llama"
     del replicate.scenarios["llama"]
 
@@ -10152,7 +10265,7 @@ def test_openai_reads_what_was_thought(client):
 
 
 def test_openai_sends_a_large_image_once(client, fake, replicate):
-    image = data_url(PNG + b"." * proxy.INLINE)
+    image = data_url(PNG + b"." * INLINE)
     for _ in range(2):
         client.chat.completions.create(
             model="anthropic/claude-4-sonnet", messages=seeing(image)
@@ -10184,9 +10297,8 @@ def test_openai_streams(client):
         )
     )
     pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
-    assert pieces == [
-        *("", "Hello", "!", " How", " can", " I", " help", " you", "?", None)
-    ]
+    assert (pieces[0], pieces[-1]) == ("", None)
+    assert "".join(pieces[:-1]) == HELLO
     assert chunks[-1].usage.completion_tokens == 8
 
 
@@ -10376,7 +10488,7 @@ def test_instructor_streams_the_object(instructor, client, llama, fake, mode):
         client, mode=instructor.Mode[mode]
     ).create_partial(model=llama, messages=HI, response_model=Person, max_retries=0)
     grown = [partial.model_dump() for partial in partials]
-    assert {"name": "Ada", "age": None} in grown
+    assert any(partial["age"] is None for partial in grown)  # it grows
     assert grown[-1] == {"name": "Ada", "age": 36}
     assert len(fake.creates()) == 1
 
@@ -10465,7 +10577,8 @@ def test_pydantic_ai_streams_text(pydantic_ai):
             texts = run.stream_text(delta=True, debounce_by=None)
             return [text async for text in texts]
 
-    assert tuple(pydantic_ai(stream)) == cut_small(SUNNY)
+    texts = pydantic_ai(stream)
+    assert "".join(texts) == SUNNY and len(texts) > 1
 
 
 # -- Workers -------------------------------------------------------------------
@@ -11561,7 +11674,7 @@ def test_sections_use_only_names_above_them(tree):
         local = names_made(node)
         used = [name for name in names_in(node, ast.Load) if name.id not in local]
         below += [name for name in used if home.get(name.id, 0) > section(node)]
-    assert {name.id for name in below} <= {"schema_faults", "calls_in", "CALL_KEYS"}
+    assert {name.id for name in below} <= {"schema_faults"}
 
 
 def test_env_example_names_the_settings():
