@@ -145,7 +145,8 @@ class Answer(NamedTuple):
         """Of a stream; an error frame is the last of them."""
         *frames, done, after = self.body.decode().split("\n\n")
         assert (done, after) == ("data: [DONE]", "")
-        return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+        data = [frame for frame in frames if not frame.startswith(":")]
+        return [json.loads(frame.removeprefix("data: ")) for frame in data]
 
     @property
     def streamed_text(self):
@@ -339,10 +340,8 @@ def offline(settings):
 
 
 def call(method, target, body=None, headers=AUTHORIZATION):
-    path = proxy.Request(method, target, 1, {}).path
-    data = json.dumps(body).encode()
-    notes = {"predictions": [], "usages": []}
-    return proxy.Call(method, path, headers, lambda: data, proxy.Cancellation(), notes)
+    path = proxy.path_of(target)
+    return proxy.Request(method, path, headers, json.dumps(body).encode())
 
 
 def order(ref):
@@ -562,10 +561,13 @@ def test_settings_come_from_the_environment():
     )
 
 
-def test_settings_that_are_no_numbers_are_refused_together():
+def test_settings_that_are_no_numbers_are_refused_with_all_else():
+    environ = {"PORT": "http", "MAX_BODY_BYTES": "25 MB", "PROXY_API_KEY": "a b"}
     with pytest.raises(proxy.ConfigError) as caught:
-        proxy.Settings.from_environ({"PORT": "http", "MAX_BODY_BYTES": "25 MB"})
-    assert caught.value.problems == (
+        proxy.Settings.from_environ(environ).check()
+    assert caught.value.problems[1:] == (
+        "PROXY_API_KEY has a character no header can carry. "
+        "Make one with: openssl rand -hex 32 and put it into .env.",
         "PORT must be a number, not 'http'.",
         "MAX_BODY_BYTES must be a number, not '25 MB'.",
     )
@@ -832,6 +834,7 @@ def test_a_wrong_file_is_refused_by_its_json_path(tmp_path, models, path, expect
 
 
 TWO_NUMBERS = "two numbers, the lower one first"
+ONE_FAMILY = f"one of {', '.join(proxy.FAMILIES)}"
 CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
 
 
@@ -845,8 +848,8 @@ CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
         ("a range turned round", "temperature_range", [2, 1], TWO_NUMBERS),
         ("a boolean range", "temperature_range", [False, True], TWO_NUMBERS),
         ("a word", "supports_streaming", "no", "true or false"),
-        ("an unknown family", "family", "bert", f"one of {', '.join(proxy.FAMILIES)}"),
-        ("several families", "family", ["gpt"], "the name of a family"),
+        ("an unknown family", "family", "bert", ONE_FAMILY),
+        ("several families", "family", ["gpt-4"], ONE_FAMILY),
         ("a list", "input", [50], "an object"),
     ],
 )
@@ -954,6 +957,32 @@ def input_of(fake, server, body, path=CHAT_PATH):
     answer = ask(server, body, path)
     assert answer.status == 200, answer.body
     return fake.creates()[before].body["input"]
+
+
+@table(
+    "body, why",
+    [
+        ("a trailing comma", b'{\n"a": 1,}', "at line 2, column "),
+        (
+            "a key twice",
+            b'{"a": {"b": 1, "c": 2, "b": 1}}',
+            'it holds the key "b" twice.',
+        ),
+        ("no number", b'{"a": NaN}', "it holds NaN."),
+        ("a number without end", b'{"a": 1e999}', "it holds 1e999."),
+        ("Latin-1", '{"a": "ä"}'.encode("latin-1"), "its byte 7 is not UTF-8."),
+        ("half a character", b'{"a": "\\uD800"}', "half of a surrogate pair is no"),
+        ("a list", b"[]", "it is an array."),
+        ("too deep", b"[" * 100_000, "it is nested too deeply."),
+    ],
+)
+def test_it_is_said_why_a_body_is_no_json_object(server, body, why):
+    headers = {**AUTHORIZATION, "content-type": "application/json"}
+    answer = send(server, "POST", CHAT_PATH, body, headers)
+    assert answer.status == 400
+    assert f"what was sent is none: {why}" in re.sub(
+        "none: .* at", "none: at", answer.error["message"]
+    )
 
 
 @table(
@@ -1171,15 +1200,12 @@ def data_url(content=PNG, kind="image/png"):
 EARS = make_model("me/ears", "prompt* str; image uri; audio uri; pdf uri")
 
 
-@pytest.fixture
-def ears(fake):
-    """A model that takes an image, a sound and a file."""
+SLOTS = {"image_url": "image", "input_audio": "audio", "file": "pdf"}
+
+
+def send_part(fake, server, part):
+    """A message with a text and this part, to a model that takes all kinds of them."""
     fake.models["me/ears"] = EARS
-    return {"image_url": "image", "input_audio": "audio", "file": "pdf"}
-
-
-def send_part(server, part):
-    """A message with a text, and with this part second."""
     content = [{"type": "text", "text": "Hm?"}, part]
     return ask(server, {"model": "me/ears", "messages": [says("user", content)]})
 
@@ -1215,14 +1241,13 @@ def sound_part(data, format="wav"):
             "data:image/png\r\nX: y;base64,aaaa",
             "invalid_image_url",
         ),
-        ("not what it says", data_url(b"GIF89a"), "invalid_image_format"),
         ("no image", data_url(b"%PDF", "application/pdf"), "invalid_image_format"),
         ("SVG", data_url(b"<svg/>", "image/svg+xml"), "invalid_image_format"),
         ("an empty image", data_url(b""), "invalid_image_format"),
     ],
 )
-def test_what_is_no_image_is_refused(server, url, code):
-    answer = send_part(server, image_part(url))
+def test_what_is_no_image_is_refused(fake, server, url, code):
+    answer = send_part(fake, server, image_part(url))
     assert (answer.status, answer.error["code"]) == (400, code)
     assert answer.error["param"] == "messages[0].content[1].image_url.url"
 
@@ -1234,14 +1259,30 @@ def test_what_is_no_image_is_refused(server, url, code):
         ("a plain link", "HTTP://example.com/a.png"),
         ("PNG", data_url()),
         ("JPEG", data_url(b"\xff\xd8\xff\xe0", "image/jpeg")),
-        ("JPEG by its short name", data_url(b"\xff\xd8\xff\xe0", "image/jpg")),
         ("GIF", data_url(b"GIF89a", "image/gif")),
         ("WebP", data_url(b"RIFF\n\0\0\0WEBPVP8 ", "image/webp")),
     ],
 )
-def test_an_image_is_kept_as_it_is(fake, server, ears, url):
-    assert send_part(server, image_part(url)).status == 200
+def test_an_image_is_kept_as_it_is(fake, server, url):
+    assert send_part(fake, server, image_part(url)).status == 200
     assert fake.creates()[-1].body["input"]["image"] == url
+
+
+@table(
+    "url, expected",
+    [
+        (
+            "JPEG by its short name",
+            data_url(b"\xff\xd8\xff\xe0", "image/jpg"),
+            data_url(b"\xff\xd8\xff\xe0", "image/jpeg"),
+        ),
+        ("GIF as PNG", data_url(b"GIF89a"), data_url(b"GIF89a", "image/gif")),
+        ("PNG as bytes", data_url(kind="application/octet-stream"), data_url()),
+    ],
+)
+def test_an_image_is_what_its_first_bytes_say(fake, server, url, expected):
+    assert send_part(fake, server, image_part(url)).status == 200
+    assert fake.creates()[-1].body["input"]["image"] == expected
 
 
 IN_BASE64 = b64encode(PNG + b"\xff\xfe\xfb").decode()
@@ -1259,8 +1300,8 @@ IN_BASE64 = b64encode(PNG + b"\xff\xfe\xfb").decode()
         ("escaped", "data:image/png;base64," + quote(IN_BASE64)),
     ],
 )
-def test_an_image_is_read_as_browsers_read_it(fake, server, ears, url):
-    assert send_part(server, image_part(url)).status == 200
+def test_an_image_is_read_as_browsers_read_it(fake, server, url):
+    assert send_part(fake, server, image_part(url)).status == 200
     plain = f"data:image/png;base64,{IN_BASE64}"
     assert fake.creates()[-1].body["input"]["image"] == plain != url
 
@@ -1277,9 +1318,9 @@ def test_an_image_is_read_as_browsers_read_it(fake, server, ears, url):
         ),
     ],
 )
-def test_sounds_and_files_are_read(fake, server, ears, part, expected):
-    assert send_part(server, part).status == 200
-    assert fake.creates()[-1].body["input"][ears[part["type"]]] == expected
+def test_sounds_and_files_are_read(fake, server, part, expected):
+    assert send_part(fake, server, part).status == 200
+    assert fake.creates()[-1].body["input"][SLOTS[part["type"]]] == expected
 
 
 @table(
@@ -1291,8 +1332,10 @@ def test_sounds_and_files_are_read(fake, server, ears, part, expected):
         ("no file", file_part(), "missing_required_parameter", "file_data"),
     ],
 )
-def test_what_is_no_sound_or_file_is_refused_as_what_it_is(server, part, code, words):
-    error = send_part(server, part).error
+def test_what_is_no_sound_or_file_is_refused_as_what_it_is(
+    fake, server, part, code, words
+):
+    error = send_part(fake, server, part).error
     assert words in error["message"] and error["code"] == code
     assert error["param"].startswith(f"messages[0].content[1].{part['type']}.")
 
@@ -1380,7 +1423,10 @@ TOOLBOXES = [  # the tools that a model is told of, and when to call how many
     ),
     (
         "a named function",
-        {"functions": [WEATHER, TIME], "function_call": {"name": "get_time"}},
+        {
+            "functions": [WEATHER, TIME],
+            "function_call": {"name": "get_time", "type": "allowed_tools"},
+        },
         (TIME_ALONE, "You must call the tool get_time now", JUST_ONE),
     ),
 ]
@@ -1446,7 +1492,7 @@ REFUSED_OF_TOOLS = [  # param, code, words of the message
     (
         "a custom tool",
         {"tools": [{"type": "custom", "custom": {"name": "f"}}]},
-        ("tools[0].type", "unsupported_value", "'tools[0]' is a custom tool"),
+        ("tools[0].custom", "unsupported_parameter", "can't be given custom tools"),
     ),
     (
         "a tool without function",
@@ -1493,8 +1539,8 @@ REFUSED_OF_TOOLS = [  # param, code, words of the message
         {"tools": TOOLS, "tool_choice": allowed("auto")},
         (
             "tool_choice.allowed_tools.tools",
-            "missing_required_parameter",
-            "Missing",
+            "empty_array",
+            "minimum length 1",
         ),
     ),
     (
@@ -1641,7 +1687,15 @@ HISTORIES = [
                 "assistant",
                 '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>',
             ),
-            says("user", '<tool_response name="get_time">\nnoon\n</tool_response>'),
+            says("user", responds("get_time", "noon", "call_0")),
+        ],
+    ),
+    (
+        "an old result of no call, which gets one",
+        [{"role": "function", "name": "f", "content": "1", "tool_call_id": "x"}],
+        [
+            says("assistant", '<tool_call>{"name": "f", "arguments": {}}</tool_call>'),
+            says("user", responds("f", "1", "call_0")),
         ],
     ),
     (
@@ -1769,6 +1823,19 @@ UNPAIRED = [
         "a call without result at the end",
         [HI_OF_TOOLS, ASKED_OF_TOOLS],
         ("messages.[1].role", "did not have response messages: c1"),
+    ),
+    (
+        "two results of one call",
+        [ASKED_OF_TOOLS, gives("c1", "x"), gives("c1", "y")],
+        (
+            "messages.[2].tool_call_id",
+            "'tool_call_id' of 'c1', in messages[1] and messages[2].",
+        ),
+    ),
+    (
+        "two calls of one id",
+        [asks(("c1", "f", "{}"), ("c1", "g", "{}")), gives("c1", ""), gives("c1", "")],
+        ("messages.[2].tool_call_id", "Duplicate value for 'tool_call_id'"),
     ),
     (
         "a user without content",
@@ -1985,21 +2052,6 @@ def test_a_format_is_refused(server, given, code, param):
             f"{IN_FORMAT}.schema",
             "an object",
         ),
-        (
-            "an unknown keyword",
-            {"schema": {"properties": {"a": {"if": {}}}}},
-            "invalid_json_schema",
-            FORMAT,
-            "Invalid schema for response_format 'person': In "
-            "context=('properties', 'a'), 'if' is not permitted.",
-        ),
-        (
-            "a loop",
-            {"schema": {"$ref": "#"}},
-            "invalid_json_schema",
-            FORMAT,
-            "In context=(), '$ref' leads back to itself.",
-        ),
     ],
 )
 def test_a_named_format_is_refused_in_openais_words(
@@ -2008,6 +2060,54 @@ def test_a_named_format_is_refused_in_openais_words(
     error = refusal_of(server, {"response_format": named_format(**given)})
     assert (error["code"], error["param"]) == (code, param)
     assert message in error["message"]
+
+
+@table(
+    "schema",
+    [
+        ("nothing", {}),
+        ("an unknown keyword", {"properties": {"a": {"if": {}, "enumNames": [1]}}}),
+        ("patterns of names", {"patternProperties": {"^a+$": {"type": "integer"}}}),
+        ("a look-ahead", {"properties": {"a": {"pattern": "^(?!b)"}}}),
+        ("no pattern", {"properties": {"a": {"pattern": "("}}}),
+        ("what depends", {"dependentRequired": {"a": ["b"]}}),
+        ("unevaluated ones", {"unevaluatedProperties": False}),
+        ("an anchor", {"properties": {"a": {"$ref": "#A"}}}),
+        ("nowhere", {"properties": {"a": {"$ref": "#/$defs/A"}}}),
+        ("a loop", {"$ref": "#"}),
+        ("a longer loop", {"anyOf": [{"$ref": "#/anyOf/1"}, {"$ref": "#/anyOf/0"}]}),
+    ],
+)
+def test_any_schema_is_accepted_and_told(fake, server, schema):
+    text = '{"a": 1}'
+    body = {
+        "model": model_saying(fake, text),
+        "response_format": named_format(schema=schema),
+    }
+    answer = ask(server, body)
+    assert answer.message.content == text
+    input = fake.creates()[0].body["input"]
+    told = json.dumps(schema, separators=(",", ":"))
+    assert told in "".join(map(str, input.values()))
+
+
+@pytest.mark.parametrize("odd", [None, True, 5, "text", [], [[5]], {}, {"a": 5}])
+def test_a_schema_of_any_shape_is_no_error_of_ours(fake, server, odd):
+    names = [
+        "type",
+        "required",
+        "properties",
+        "items",
+        "anyOf",
+        "$ref",
+        "$defs",
+        "enum",
+    ]
+    body = {"model": model_saying(fake, '{"a": [1]}')}
+    for schema in ({name: odd} for name in names):
+        body["response_format"] = named_format(schema=schema)
+        body["tools"] = [{**TOOLS[0], "function": {"name": "f", "parameters": schema}}]
+        assert ask(server, body).status == 200
 
 
 # ==== 3. INPUTS ===============================================================
@@ -2735,11 +2835,13 @@ def test_older_calls_become_newer_ones_for_models_that_know_calls(inputs):
     ]
 
 
-@pytest.mark.parametrize("ref", ["ibm-granite/granite-4.0-h-small", "openai/gpt-4o"])
-def test_a_result_of_no_call_is_told_in_words(inputs, ref):
-    told = '<tool_response name="f">\none\n</tool_response>'
-    sent = inputs.sent(ref, {"messages": [OLDER[2]]})
-    assert sent["messages"] == [says("user", told)]
+def test_a_result_of_no_call_gets_its_call(inputs):
+    sent = inputs.sent("ibm-granite/granite-4.0-h-small", {"messages": [OLDER[2]]})
+    call, result = sent["messages"]
+    assert call["tool_calls"][0]["function"]["name"] == "f"
+    assert result["tool_call_id"] == call["tool_calls"][0]["id"]
+    sent = inputs.sent("openai/gpt-4o", {"messages": [OLDER[2]]})
+    assert '<tool_response name="f"' in sent["messages"][1]["content"]
 
 
 def test_an_image_in_a_result_of_no_call_stays_beside_it(inputs):
@@ -5524,7 +5626,7 @@ def test_a_hang_up_during_an_upload_creates_nothing(watched, stream):
     with start_call(server, model, stream=stream, messages=messages):
         fake.wait_for(lambda: uploads(fake))
     left = time.monotonic()
-    wait_until(lambda: not server.calls)
+    wait_until(lambda: not server.requests)
     assert time.monotonic() - left < 3
     assert not fake.creates()
 
@@ -5738,7 +5840,7 @@ def test_a_stream_that_is_left_cancels_its_prediction_once(lasting, count):
     fake.cancels.clear()
     leave_after(server, "endless", count)
     fake.wait_for(lambda: fake.cancels)
-    wait_until(lambda: not server.calls)
+    wait_until(lambda: not server.requests)
     [cancelled] = fake.cancels
     assert fake.predictions[cancelled].status == "canceled"
 
@@ -7981,7 +8083,7 @@ def test_what_lacks_a_second_time_is_told_as_it_is(lasting, caplog):
     assert answer.message.calls == (("get_weather", '{"city":7}'),)
     assert answer.message.finish_reason == "tool_calls"
     assert [m for m in caplog.messages if m.startswith("event=")] == [
-        f'event=repair why="{NO_CALL}"',
+        f'event=retry why="{NO_CALL}"',
         f'event=misfit why="{CITY_IS_TEXT}"',
     ]
 
@@ -8021,6 +8123,25 @@ def test_what_was_cut_off_is_not_asked_for_again(lasting, caplog):
     answer = post_json(lasting[1], CHAT_PATH, model=ref, messages=HI, **body)
     assert answer.message == Message('{"age": ', "length")
     assert len(fake.creates()) == 1
+    assert "event=misfit" in caplog.text
+
+
+@pytest.mark.parametrize("body", [MUST, AS_PERSON], ids=["call", "JSON"])
+def test_a_second_try_that_is_refused_leaves_the_first_answer(lasting, body, caplog):
+    """It is paid for: an error would make the client pay once more."""
+    fake, server = lasting
+    refused = fake_replicate.Fault(problem(429, "Request was throttled."), times=1)
+    model = answering_in_turn(fake, "Sunny.")
+    name = model.partition("/")[2]
+    scenario = fake.scenarios[name]
+
+    def refuse_from_now_on(input):
+        fake.scenarios[name] = replace(scenario, on_create=refused)
+        return ["Sunny."]
+
+    fake.scenarios[name] = replace(scenario, text=refuse_from_now_on)
+    answer = post_json(server, CHAT_PATH, model=model, messages=HI, **body)
+    assert answer.message == Message("Sunny.", "stop")
     assert "event=misfit" in caplog.text
 
 
@@ -8943,11 +9064,11 @@ def test_a_failure_after_the_status_line_went_out_is_a_frame(watched):
     assert b'"code":"prediction_failed"' in answer
 
 
-def test_a_telling_sends_no_more_than_goes_at_once_and_loses_none_of_it():
+def test_a_sign_of_life_is_no_more_than_goes_at_once_and_none_of_it_is_lost():
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        writer = proxy.EventStreamWriter(ours, lambda: b"HEAD", chunked=False)
+        writer = proxy.EventStreamWriter(ours, lambda: b"HEAD", is_chunked=False)
         ours.settimeout(0)
         fill = 0
         with suppress(BlockingIOError):
@@ -8955,10 +9076,10 @@ def test_a_telling_sends_no_more_than_goes_at_once_and_loses_none_of_it():
                 fill += ours.send(b"." * 1024)
         ours.settimeout(10)
         for _ in range(3):
-            writer.last = 0
-            writer.break_silence(proxy.Timeouts())
+            writer.last_write = 0
+            writer.keep_alive(proxy.Timeouts())
         got = b""
-        writer = threading.Thread(target=writer.end, args=(b"END",))
+        writer = threading.Thread(target=writer.write, args=(b"END",))
         writer.start()
         while not got.endswith(b"END"):
             got += theirs.recv(65536)
@@ -8981,7 +9102,7 @@ def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices(caplog):
     flood = replace(SCENARIOS["firehose"], text=("x" * 20_000,) * 500)
     with FakeReplicate() as fake:
         fake.scenarios["flood"] = flood
-        fake.scenarios["cool"] = replace(SCENARIOS["cold"], boot=0.7)
+        fake.scenarios["cool"] = replace(SCENARIOS["cold"], boot=1)
         with (
             fronting(fake, write_timeout=1) as server,
             deaf(server, "fake/flood", stream=True),
@@ -9013,13 +9134,11 @@ WHOLE_STREAM = (
     b" x-should-retry, x-replicate-prediction-id, x-replicate-model\r\n"
     b"connection: close\r\n"
     b"\r\n"
-    b"12c\r\n"
+    b"23b\r\n"
     b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
     b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
     b'"choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},'
     b'"logprobs":null,"finish_reason":null}]}\n\n'
-    b"\r\n"
-    b"10f\r\n"
     b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
     b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
     b'"choices":[{"index":0,"delta":{"content":"word "},'
@@ -9234,6 +9353,14 @@ def test_a_call_is_a_line_in_the_log(fake, server, caplog, more, line):
     assert re.sub(r"(?<=request_id=)req_\w+|(?<=prediction=)\w+", "ID", told) == line
     for secret in (KEY, TOKEN, SECRET):
         assert secret not in caplog.text
+
+
+def test_the_log_has_no_line_for_a_probe_that_is_answered(server, caplog):
+    caplog.set_level("INFO", "proxy")
+    assert send(server, "GET", "/health").status == 200
+    assert send(server, "POST", "/health").status == 405
+    wait_until(lambda: log_lines(caplog, "path=/health"))
+    assert "status=405" in caplog.text and "status=200" not in caplog.text
 
 
 def test_a_wrong_key_is_logged_without_it(fake, server, caplog):
@@ -9517,7 +9644,7 @@ FIELDS = st.sampled_from(
     junk=st.binary(max_size=6),
     keep=st.booleans(),
 )
-@trying(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@trying(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 def test_mutated_requests_get_an_openai_error_or_a_right_answer(
     lasting, path, changes, cut, junk, keep
 ):
@@ -9771,13 +9898,12 @@ NATIVE_FORMATS = [
 @pytest.mark.parametrize(
     ("why", "ref", "name", "expected"), NATIVE_FORMATS, ids=whys(NATIVE_FORMATS)
 )
-def test_json_is_asked_for_in_a_models_own_way(offline, why, ref, name, expected):
-    answerer = offline(STARTED, Text('{"a": 1}'), Done("stop", Usage(1, 1)))
+def test_json_is_asked_for_in_a_models_own_way(server, fake, why, ref, name, expected):
     body = {"model": ref, "messages": HI, "response_format": ASKED_FORMAT}
-    proxy.answer(answerer, call("POST", "/v1/chat/completions", body))
-    [(order, _)] = answerer.upstream.asked
-    assert order.input[name] == expected
-    assert "JSON" not in str(order.input.get("messages", ""))
+    post_json(server, CHAT_PATH, KEY, **body)
+    asked = fake.creates()[0].body["input"]
+    assert asked[name] == expected
+    assert "JSON" not in str(asked.get("messages", ""))
 
 
 class Person(pydantic.BaseModel):
@@ -9853,7 +9979,7 @@ def test_json_that_does_not_fit_again_is_told_as_it_came(
     assert answer.choices[0].message.content == WRONG
     assert answer.choices[0].finish_reason == "stop"
     assert len(fake.creates()) == 2
-    assert "event=repair" in caplog.text
+    assert "event=retry" in caplog.text
 
 
 QUESTION = "What is the weather in Paris?"
@@ -10022,7 +10148,7 @@ def test_openai_sends_a_large_image_once(client, fake, replicate):
         )
     [upload] = [seen for seen in fake.seen if seen.path == "/v1/files"]
     assert PNG in upload.body
-    [file] = replicate.files.values()
+    *_, file = replicate.files.values()
     assert file.content_type == "image/png"
     inputs = [seen.body["input"]["image"] for seen in fake.creates()]
     assert inputs[0] == inputs[1]
@@ -10343,9 +10469,11 @@ def started_workers(folder, fake, **environ):
 
 
 def worker_ids(parent):
+    """Of both, as soon as they are there."""
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     if not children.exists():
         pytest.skip("no way to tell the children of a process here")
+    wait_until(lambda: len(children.read_text().split()) == 2)
     return [int(pid) for pid in children.read_text().split()]
 
 
@@ -10420,7 +10548,8 @@ def test_a_signal_lets_the_calls_of_all_workers_finish(
         for sock, _ in calls:
             sock.close()
         assert parent.wait(10) == 0
-        assert "Traceback" not in parent.stderr.read()
+        log = parent.stderr.read()
+        assert "Traceback" not in log and "worker_died" not in log
     for answer in answers:
         assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert b'"error"' not in answer
@@ -10449,9 +10578,7 @@ def test_a_worker_that_dies_is_replaced(folder, fake, tmp_path):
         for pid in (before := worker_ids(parent)):
             assert "key" not in Path(f"/proc/{pid}/cmdline").read_text()
             os.kill(pid, signal.SIGKILL)
-        wait_until(
-            lambda: not {*before} & {*(now := worker_ids(parent))} and now[1:], 9
-        )
+        wait_until(lambda: not {*before} & {*worker_ids(parent)}, 9)
         wait_until(lambda: is_healthy(url), 10)
         sock, answer = begin_on(port, "fake/hello")
         sock.close()
@@ -10523,8 +10650,10 @@ def test_a_worker_that_dies_at_its_start_is_started_less_and_less_often(
         os.kill(worker_ids(parent)[0], signal.SIGKILL)
         told = iter(parent.stderr.readline, "")
         deaths = (line for line in told if "worker_died" in line)
-        pauses = [float(next(deaths).rpartition("=")[2]) for _ in range(3)]
-    assert pauses == [0.5, 1, 2]
+        pauses = []
+        while 2 not in pauses:
+            pauses.append(float(next(deaths).rpartition("=")[2]))
+    assert sorted({*pauses}) == [0.5, 1, 2]
 
 
 NO_FORK = """
@@ -10533,6 +10662,25 @@ del os.fork
 import proxy
 sys.exit(proxy.main(sys.argv[1:]))
 """
+
+
+NO_ROOM = """
+import os, sys, proxy
+def fork(real=os.fork, failures=[0, 1]):
+    if failures and failures.pop():
+        raise OSError("no room")
+    return real()
+os.fork = fork
+sys.exit(proxy.main(sys.argv[1:]))
+"""
+
+
+def test_what_keeps_a_worker_from_starting_is_tried_again(folder, fake):
+    (folder / "no_room.py").write_text(NO_ROOM)
+    environ = {**settings_for(fake), "WORKERS": "2"}
+    with started(folder, environ=environ, program="no_room.py") as (parent, _):
+        assert 'event=worker_not_started error="no room"' in parent.stderr.readline()
+        assert len(worker_ids(parent)) == 2
 
 
 def test_there_are_no_workers_on_windows(folder):
@@ -10821,24 +10969,29 @@ def test_the_demo_works_as_its_line_says_and_ends_when_told(folder):
 
 
 def test_the_line_to_try_finds_the_key_in_the_env_file(folder, replicate, tmp_path):
-    file = tmp_path / "my settings"
-    lines = [f"{name}={value}" for name, value in settings_for(replicate).items()]
-    file.write_text("\n".join(lines))
+    file, ran = tmp_path / "my settings", tmp_path / "ran"
+    values = {**settings_for(replicate), "PROXY_API_KEY": " a$b`c,other"}
+    lines = [f"{name}={value}" for name, value in values.items()]
+    file.write_text("\n".join([*lines, f"X=$(touch {ran})"]))
     with started(folder, "--env-file", str(file), environ={}) as (_, (url, line)):
-        assert KEY not in line
+        assert "a$b" not in line
         key = re.search(r'-H "Authorization: Bearer (.*?)" -H', line)[1]
-        command = ["sh", "-c", f'echo "{key}"']
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20)
-        assert said.stdout.strip() == KEY
+        command = ["sh", "-c", f'printf %s "{key}"']
+        environ = environment({})
+        said = subprocess.run(command, capture_output=True, timeout=20, env=environ)
+        assert said.stdout == b"a$b`c"
         assert is_healthy(url)
+    assert not ran.exists()
 
 
 def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "models.json").rename(copy / "other.json")
+    (copy / ".env").write_text(f"MODELS_PATH={copy / 'other.json'}")
     environ = settings_for(replicate)
     with started(copy, "--reload", environ=environ) as (program, (url, line)):
         assert "${PROXY_API_KEY%%,*}" in line and KEY not in line
-        for name in ("models.json", "proxy.py"):
+        for name in ("other.json", "proxy.py"):
             assert is_healthy(url)
             with (copy / name).open("a") as file:
                 file.write("\n")
@@ -10847,6 +11000,32 @@ def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
         program.terminate()
         assert program.wait(timeout=10) == 0
         assert not is_healthy(url)
+
+
+def test_ctrl_c_is_quiet_while_the_program_starts(folder, tmp_path):
+    shutil.copy(folder / "proxy.py", tmp_path)
+    (tmp_path / "httpx.py").write_text("print(flush=True); import time; time.sleep(20)")
+    with start(tmp_path, "--demo", environ={}) as program:
+        program.stdout.readline()
+        program.send_signal(signal.SIGINT)
+        assert program.communicate(timeout=10)[1] == ""
+
+
+def cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_server_without_a_descriptor_left_waits_for_one(folder, fake):
+    with started_alone(folder, fake) as (child, port):
+        resource.prlimit(child.pid, resource.RLIMIT_NOFILE, (40, 40))
+        with ExitStack() as stack:
+            for _ in range(60):
+                stack.enter_context(dial_port(port))
+            before = cpu_seconds(child.pid)
+            time.sleep(1)
+            assert cpu_seconds(child.pid) - before < 0.1
+        wait_until(lambda: is_healthy(f"http://127.0.0.1:{port}"))
 
 
 def test_the_program_may_open_as_many_files_as_it_is_allowed(folder, fake):
