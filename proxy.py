@@ -1781,6 +1781,7 @@ def inputs_of(names: str, *others: Field) -> dict[str, Field]:
 
 
 def levels(name: str, choices: str) -> Field:
+    """An input that takes one of these words."""
     return Field(name, choices=tuple(choices.split()))
 
 
@@ -1804,7 +1805,9 @@ KIMI = {**OPEN, **inputs_of("", LONG_LIMIT._replace(high=131072))}
 DEEPSEEK_31 = {**OPEN, **inputs_of("", levels("thinking", "None medium"))}
 GPT_4 = f"temperature top_p {PENALTIES}"
 STRUCTURED = inputs_of(
-    "verbosity max_output_tokens", levels("reasoning_effort", "minimal low medium high")
+    "verbosity",
+    Field("max_output_tokens", 1),
+    levels("reasoning_effort", "minimal low medium high"),
 )
 
 AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
@@ -1830,8 +1833,11 @@ def claude(pattern: str, least: int, most: int, slots: Mapping[str, Slot]) -> Fa
 
 
 def gemini(pattern: str, effort: Field, slots: Mapping[str, Slot]) -> Family:
-    limit, heat = Field("max_output_tokens", 1, 65535), Field("temperature", 0, 2)
-    fields = inputs_of("top_p", limit, heat, effort)
+    temperature, limit = (
+        Field("temperature", 0, 2),
+        Field("max_output_tokens", 1, 65535),
+    )
+    fields = inputs_of("top_p", temperature, limit, effort)
     return Family(pattern, fields, system="system_instruction", slots=slots)
 
 
