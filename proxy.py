@@ -6702,6 +6702,8 @@ class EventStreamWriter:
 
     def write(self, data: bytes) -> None:
         """Send a batch at once. Raise ClientDisconnected for one who does not read."""
+        if not data:  # as a chunk, it would be the last
+            return
         with self.lock:
             try:
                 self.sock.sendall(self.take(data))
@@ -6930,9 +6932,8 @@ class Handler(BaseHTTPRequestHandler):
         coding = {"transfer-encoding": "chunked"} if is_chunked else {}
         head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
         writer = EventStreamWriter(self.connection, head, is_chunked)
-        alive = self.server.watcher.kept_alive(writer)
         try:
-            with alive:
+            with self.server.watcher.kept_alive(writer):
                 stream.run(writer.write)
         except ClientDisconnected:
             raise
