@@ -1471,7 +1471,7 @@ def plain_history(messages: Messages) -> Messages:
     """Calls and their results as text, in the form that `tool_instructions` teaches."""
     plain: Messages = []
     names: dict[str, str] = {}  # of the functions, by the id of a call
-    by_kind = groupby(messages, key=lambda m: m["role"] in ("tool", "function"))
+    by_kind = groupby(messages, key=lambda message: message["role"] == "tool")
     for are_results, group in by_kind:
         if not are_results:
             for message in group:
@@ -1489,8 +1489,6 @@ def plain_history(messages: Messages) -> Messages:
 
 def render_calls(message: Json) -> Json:
     functions = [call["function"] for call in message.get("tool_calls") or []]
-    if message.get("function_call"):
-        functions.append(message["function_call"])
     content = message.get("content") or ""
     if not functions:
         return {**message, "content": content}
@@ -1507,30 +1505,10 @@ def render_call(function: Json) -> str:
 
 
 def render_result(message: Json, names: Mapping[str, str]) -> str:
-    id, name = message.get("tool_call_id"), message.get("name") or ""
-    of = f' name="{escape(names.get(id, name) if id else name)}"'
-    of += f' id="{escape(id)}"' if id else ""
-    text = text_of(message.get("content") or "")
-    text = text.replace("</tool_response", r"<\/tool_response")
-    return f"<tool_response{of}>\n{text}\n</tool_response>"
-
-
-def native_history(messages: Messages) -> Messages:
-    """Calls and their results as messages of today's form, the older ones too."""
-    newer: Messages = []
-    last = ""  # the id that stands for the last call of the older form
-    for index, message in enumerate(messages):
-        message = {**message, "content": message["content"] or ""}
-        if function := message.pop("function_call", None):
-            last = f"call_{index}"
-            call = {"id": last, "type": "function", "function": function}
-            message["tool_calls"] = [call]
-        if message["role"] == "function" and last:
-            message |= {"role": "tool", "tool_call_id": last, "name": None}
-        elif message["role"] == "function":
-            [message] = plain_history([message])
-        newer.append(message)
-    return newer
+    id = message["tool_call_id"]
+    text = text_of(message["content"]).replace("</tool_response", r"<\/tool_response")
+    of = f'name="{escape(names[id])}" id="{escape(id)}"'
+    return f"<tool_response {of}>\n{text}\n</tool_response>"
 
 
 def with_attachments(text: str, message: Json) -> list[Json]:
@@ -2265,16 +2243,16 @@ def with_wanted(body: Json, family: Family, wanted: Wanted) -> Json:
     """The body with tools, format, calls and results as the family takes them."""
     toolbox, format = wanted
     if family.native:
-        inputs, history = native_inputs(family.native, wanted), native_history
+        inputs, messages = native_inputs(family.native, wanted), body["messages"]
         texts = [native_tool_instructions(toolbox)] if toolbox else []
     else:
-        inputs, history = {}, plain_history
+        inputs, messages = {}, plain_history(body["messages"])
         texts = [tool_instructions(toolbox)] if toolbox else []
         texts += [json_instructions(format)] if format else []
     first = [{"role": "system", "content": text} for text in texts if text]
     return {
         **body,
-        "messages": [*first, *history(body["messages"])],
+        "messages": [*first, *messages],
         "replicate": {**inputs, **body["replicate"]},
     }
 
