@@ -4641,10 +4641,12 @@ def test_a_post_that_may_have_arrived_is_not_sent_again():
         assert len(host.paths("POST", "/v1/predictions")) == 2
 
 
-def test_a_get_on_a_connection_that_ends_is_sent_again():
+def test_a_get_on_a_connection_that_ends_is_sent_again(caplog):
+    caplog.set_level("INFO", "proxy")
     with raw_replicate(recorded(None, "processing"), most=2) as (host, server):
         assert chat(server, "hello").message.content == "Hi"
         assert len(host.paths("GET", "/v1/predictions")) == 2
+    assert "event=unseen" not in caplog.text
 
 
 def test_a_get_that_is_not_answered_in_time_is_not_sent_again(settings):
