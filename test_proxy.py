@@ -4414,6 +4414,10 @@ class Host(socketserver.ThreadingTCPServer):
         sock, address = super().get_request()
         return self.tls.wrap_socket(sock, True) if self.tls else sock, address
 
+    def shutdown_request(self, request):
+        super().shutdown_request(request)
+        self.open -= 1
+
     @property
     def origin(self):
         scheme = "https" if self.tls else "http"
@@ -4439,7 +4443,6 @@ class HostHandler(socketserver.StreamRequestHandler):
         self.server.open += 1
         with suppress(ConnectionError):
             self.answer_each()
-        self.server.open -= 1
 
     def answer_each(self):
         answered = 0
@@ -4805,12 +4808,11 @@ def test_streams_in_turn_share_a_connection():
 
 
 def test_a_stale_connection_is_replaced_silently():
-    with raw_replicate(stream=stream_of(SAYS_HI, SAYS_DONE), hangs_up=True) as (
-        _,
-        server,
-    ):
+    stream = stream_of(SAYS_HI, SAYS_DONE)
+    with raw_replicate(stream=stream, hangs_up=True) as (host, server):
         for _ in range(3):
             assert chat(server, "hello", stream=True).streamed_text == "Hi"
+            wait_until(lambda: not host.open)  # a create is never sent again
 
 
 def test_a_connection_idle_for_too_long_is_not_used_again():
@@ -9084,6 +9086,7 @@ def test_a_hundred_clients_that_leave_at_once_are_all_noticed(watched, caplog):
     for sock in socks:
         sock.close()
     wait_until(lambda: len(log_lines(caplog, "error=client_gone")) == 100, 20)
+    fake.wait_for(lambda: len(fake.cancels) >= 100)
     assert sorted(fake.cancels) == sorted(fake.predictions)
 
 
