@@ -104,9 +104,7 @@ from contextlib import (
 )
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from fractions import Fraction
 from functools import lru_cache, partial
-from graphlib import CycleError, TopologicalSorter
 from hashlib import sha256
 from hmac import compare_digest
 from html import escape
@@ -3886,29 +3884,34 @@ def lost(message: str) -> APIError:
 
 # -- Stop and reasoning --------------------------------------------------------
 #
-# Reasoning models write what they think between <think> and </think>, before
-# the answer; the templates of some have written the first tag themselves. It is
-# told apart from the answer, as the field reasoning_content that clients read.
+# Each filter is a generator from events to events, and closes the events that it
+# reads when it ends. Reasoning models write what they think between <think> and
+# </think>, before the answer; the chat templates of some have written the first tag
+# themselves. It becomes Reasoning events, for the field reasoning_content.
 
 
 CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
 
 
 def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
-    """End before the first stop string that is completed, however it is cut up."""
+    """End before the stop string that is complete first, however the text is cut."""
     held, reason = "", "stop"
     with closing(events):
         for event in events:
             if isinstance(event, Text):
                 held += event.text
-                end = first_stop(held, stops)
-                safe = len(held) - overhang(held, stops) if end is None else end
+                ends = [(held.find(s) + len(s), -len(s)) for s in stops if s in held]
+                if ends:
+                    end = min(ends)[0]
+                    starts = [at + size for at, size in ends if at == end]
+                    if text := held[: min(starts)]:
+                        yield Text(text)
+                    yield Done(reason)
+                    return
+                safe = len(held) - overhang(held, stops)
                 if safe:
                     yield Text(held[:safe])
                 held = held[safe:]
-                if end is not None:
-                    yield Done(reason)
-                    return
                 continue
             if held and isinstance(event, (ToolCall, Done)):
                 yield Text(held)
@@ -3917,31 +3920,10 @@ def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Event
             yield event
 
 
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop string begins that is complete before the others."""
-    found = [(text.find(stop) + len(stop), stop) for stop in stops if stop in text]
-    if not found:
-        return None
-    return min(end - len(stop) for end, stop in found if end == min(found)[0])
-
-
 def overhang(text: str, stops: Sequence[str]) -> int:
-    """How much of the end of the text may be the beginning of a stop string."""
+    """How many characters at the end may be the beginning of a stop string."""
     lengths = range(min(max(map(len, stops), default=0) - 1, len(text)), 0, -1)
     return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stops)), 0)
-
-
-def merged(events: Iterable[Event]) -> list[Event]:
-    """Join pieces of one text, or of the arguments of one call."""
-    told: list[Event] = []
-    for _, group in groupby(events, lambda e: (type(e), getattr(e, "index", 0))):
-        first, *others = group
-        if isinstance(first, (Text, Arguments)):
-            pieces = (event.text for event in others if isinstance(event, type(first)))
-            told.append(replace(first, text=first.text + "".join(pieces)))
-        else:
-            told += [first, *others]
-    return told
 
 
 def cut_after(events: Events, tokens: int) -> Events:
@@ -3949,16 +3931,17 @@ def cut_after(events: Events, tokens: int) -> Events:
     room = tokens * CHARACTERS_PER_TOKEN
     with closing(events):
         for event in events:
-            if isinstance(event, Text) and len(event.text) > room:
-                yield Text(event.text[:room])
-                yield Done("length")
-                return
-            room -= len(event.text) if isinstance(event, Text) else 0
+            if isinstance(event, Text):
+                if len(event.text) > room:
+                    yield Text(event.text[:room])
+                    yield Done("length")
+                    return
+                room -= len(event.text)
             yield event
 
 
 def echo(events: Events, prompt: str) -> Events:
-    """Say the prompt before the answer, once there is one."""
+    """Put the prompt before the answer, once there is one."""
     with closing(events):
         for event in events:
             if prompt and not isinstance(event, Started):
@@ -3970,242 +3953,161 @@ def echo(events: Events, prompt: str) -> Events:
 def with_usage(
     events: Events, prompt: str, usages: list[Usage] | None = None
 ) -> Events:
-    """Complete the usage by estimate, and add it to `usages`."""
-    said = 0
+    """Estimate the tokens that Replicate did not count, and add all to `usages`."""
+    length = 0
     with closing(events):
         for event in events:
             if isinstance(event, (Reasoning, Text, Arguments)):
-                said += len(event.text)
-            if isinstance(event, Done):
-                usage = complete(event.usage, len(prompt), said)
+                length += len(event.text)
+            elif isinstance(event, Done):
+                asked, answered, reasoned, _ = event.usage
+                usage = Usage(
+                    -(-len(prompt) // CHARACTERS_PER_TOKEN) if asked is None else asked,
+                    -(-length // CHARACTERS_PER_TOKEN)
+                    if answered is None
+                    else answered,
+                    reasoned,
+                    is_estimate=asked is None or answered is None,
+                )
                 event = Done(event.finish_reason, usage)
                 if usages is not None:
                     usages.append(usage)
             yield event
 
 
-def complete(usage: Usage, prompt: int, said: int) -> Usage:
-    """Estimate what Replicate did not count."""
-    asked, answered = usage.prompt_tokens, usage.completion_tokens
-    return Usage(
-        -(-prompt // CHARACTERS_PER_TOKEN) if asked is None else asked,
-        -(-said // CHARACTERS_PER_TOKEN) if answered is None else answered,
-        usage.reasoning_tokens,
-        is_estimate=asked is None or answered is None,
-    )
-
-
-OPENING, CLOSING = "<think>", "</think>"
-
 THINKERS = re.compile(r"(?i).*(deepseek-r1|thinking|reasoner|qwq|magistral).*")
 
+THINK, THINK_END = "<think>", "</think>"
 
-def split_reasoning(events: Events, thinks: bool) -> Events:
-    """Part thoughts from the answer; `thinks`: it may begin without the first tag."""
-    inside = ReasoningSplitter(begun=thinks)
+# gpt-oss writes in channels: OpenAI's harmony format.
+HARMONY = ("<|start|>assistant", "<|channel|>")
+
+HARMONY_MARKS = (*HARMONY, "<|end|>", "<|return|>", "<|call|>")
+
+HARMONY_MARK = re.compile("|".join(map(re.escape, HARMONY_MARKS)))
+
+HARMONY_HEADER = re.compile(
+    r"\s{0,20}(?:<\|start\|>assistant[^<]{0,100})?<\|channel\|>(?P<channel>\w{1,20})"
+    r"[^<]{0,100}(?:<\|constrain\|>\w{0,20})?<\|message\|>"
+)
+
+LONGEST_HEADER = 400  # characters
+
+LONGEST_SPACE = 200  # characters that wait for what may follow them
+
+
+def split_reasoning(events: Events, starts_inside: bool) -> Events:
+    """Tell reasoning from the answer.
+
+    `starts_inside`: an answer without the first tag begins with reasoning. Where no
+    tag ends that, it was the answer after all, and is given as text, too."""
+    state, held = "before", ""
+    thoughts: list[str] = []
     with closing(events):
         for event in events:
             if isinstance(event, Text):
-                yield from inside.hear(event.text)
-            else:
-                if isinstance(event, Done):
-                    yield from inside.end(event.finish_reason)
-                yield event
-            if inside.tell == inside.after:
-                break
+                held += event.text
+                if state == "before":
+                    begun = held.lstrip()
+                    is_far = len(held) - len(begun) > LONGEST_SPACE
+                    tags = () if is_far else (THINK, *HARMONY)
+                    if begun.startswith(tags) and not begun.startswith(THINK):
+                        yield from split_harmony(begun, events)
+                        return
+                    if begun.startswith(tags):
+                        held, state, starts_inside = (
+                            begun[len(THINK) :],
+                            "inside",
+                            False,
+                        )
+                    elif any(tag.startswith(begun) for tag in tags):
+                        continue
+                    else:
+                        state = "inside" if starts_inside else "after"
+                if state == "inside":
+                    thought, tag, rest = held.partition(THINK_END)
+                    if not tag:
+                        end = len(held) - overhang(held, [THINK_END])
+                        thought, rest = held[:end], held[end:]
+                    if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
+                        yield Reasoning(thought)
+                        thoughts.append(thought)
+                    elif not tag:
+                        continue  # space alone is no reasoning
+                    held, state = rest, "between" if tag else state
+                if state == "between":  # the lines there belong to neither
+                    held = held.lstrip()
+                    state = "after" if held else state
+                if state == "after":
+                    yield Text(held)
+                    break
+                continue
+            if isinstance(event, Done):
+                if held:
+                    yield Reasoning(held) if state == "inside" else Text(held)
+                if (
+                    state == "inside"
+                    and starts_inside
+                    and event.finish_reason != "length"
+                ):
+                    yield Text("".join(thoughts) + held)
+            yield event
         yield from events
 
 
-class ReasoningSplitter:
-    """How far one answer has come: before its thoughts, in them, or after."""
+def split_harmony(held: str, events: Events) -> Events:
+    """Tell the channels apart: reasoning is in `analysis`, the answer in the others.
 
-    def __init__(self, begun: bool) -> None:
-        self.begun = begun
-        self.held = ""
-        self.thought = ""  # as far as no tag has shown that it is one
-        self.tell: Callable[[str], Iterator[Event]] = self.before
-
-    def hear(self, text: str) -> Iterator[Event]:
-        held, self.held = self.held + text, ""
-        yield from self.tell(held)
-
-    def before(self, text: str) -> Iterator[Event]:
-        """Hold what may be the first tag, or space before it."""
-        start = text.lstrip()
-        if start.startswith(OPENING):
-            self.begun, self.tell = False, self.within
-            yield from self.within(start.removeprefix(OPENING))
-        elif OPENING.startswith(start):
-            self.held = text
+    A message to a tool is left as it is, for `extract_tool_calls`."""
+    channel = ""
+    for event in chain((Text(""),), events):
+        if isinstance(event, Text):
+            held, at = held + event.text, 0
+            while True:
+                if not channel:
+                    header = HARMONY_HEADER.match(held, at)
+                    if not header:
+                        break
+                    channel = "tool" if " to=" in header[0] else header["channel"]
+                    at = header.start() if channel == "tool" else header.end()
+                    start = header.end()
+                else:
+                    start = at
+                mark = HARMONY_MARK.search(held, start)
+                if not mark:
+                    end = max(start, len(held) - overhang(held[start:], HARMONY_MARKS))
+                else:
+                    keeps_mark = channel == "tool" and mark[0] == "<|call|>"
+                    end = mark.end() if keeps_mark else mark.start()
+                if text := held[at:end]:
+                    yield Reasoning(text) if channel == "analysis" else Text(text)
+                at = end
+                if not mark:
+                    break
+                at = mark.start() if mark[0] in HARMONY else mark.end()
+                channel = ""
+            held = held[at:]
+            if not channel and len(held) > LONGEST_HEADER:  # it is another format
+                yield Text(held)
+                yield from events
+                return
         else:
-            self.tell = self.within if self.begun else self.after
-            yield from self.tell(text)
-
-    def within(self, text: str) -> Iterator[Event]:
-        thought, tag, answer = text.partition(CLOSING)
-        if not tag:
-            keep = overhang(text, [CLOSING])
-            thought, self.held = text[: len(text) - keep], text[len(text) - keep :]
-        if self.begun and not tag:
-            self.thought += thought
-        if thought:
-            yield Reasoning(thought)
-        if tag:
-            self.tell = self.between
-            yield from self.between(answer)
-
-    def between(self, text: str) -> Iterator[Event]:
-        """The lines between thoughts and answer belong to neither."""
-        if text := text.lstrip():
-            self.tell = self.after
-            yield Text(text)
-
-    def after(self, text: str) -> Iterator[Event]:
-        if text:
-            yield Text(text)
-
-    def end(self, finish_reason: str) -> Iterator[Event]:
-        """Tell what was held. Thoughts without any tag were the answer after all."""
-        held, self.held = self.held, ""
-        within = self.tell == self.within
-        if held:
-            yield Reasoning(held) if within else Text(held)
-        if within and self.begun and finish_reason != "length":
-            yield Text(self.thought + held)
+            if isinstance(event, Done) and held.strip():
+                yield Text(held)
+            yield event
 
 
 # -- JSON Schema ---------------------------------------------------------------
 #
-# A stranger's regular expression is matched by following all its ways at once.
-# Python's re tries them one after another: on "(a+)+b" it is busy for ever, and
-# no other call gets a turn. So the pattern is cut up, and re only sees pieces
-# of one character. Lookaround and back references can't be matched like this.
-# What the keywords of a JSON Schema may be given, and what is inside of it.
-# JSON Schema by hand, as much of it as programs send. What a keyword may say
-# and what breaks it is a row of KEYWORDS; one that has no row is refused by
-# name, as it could not be kept. A schema is a stranger's program: it is held
-# to a depth and a size, and what checks a value against it to so many steps.
-# A schema that can't be held to is refused, with what is wrong in it.
+# As much of JSON Schema as says what programs want of an answer. What a keyword says
+# is checked if the keyword and the form of it are known here; all else is told to
+# the model, and not checked: nothing that OpenAI accepts is refused for its schema.
+# A schema is a stranger's program, so checking a value takes so many steps at most.
 
 
-class Intricate(Exception):
-    """A value can't be checked in as many steps as we are ready to take."""
+MOST_STEPS = 100_000  # in checking a value: at most about a second
 
-
-def spend(steps: Iterator[int]) -> bool:
-    if next(steps, None) is None:
-        raise Intricate
-    return True
-
-
-# A part of a pattern: from where it may begin to where it may end.
-Ends = Callable[[str, set[int], Iterator[int]], set[int]]
-
-PIECE = re.compile(
-    r"""(?P<opening> \( (?:\?:)? )
-      | (?P<times> [*+?] | \{ (?P<low>\d{1,3}) (?P<comma>,(?P<high>\d{1,3})?)? \} ) \??
-      | \\ (?:u[0-9a-fA-F]{4} | x[0-9a-fA-F]{2} | .)
-      | \[ \^? (?:\\.|[^]\\])+ \]
-      | [^\\[]""",
-    re.VERBOSE | re.DOTALL,
-)
-
-Piece = re.Match[str]
-
-TIMES: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-
-
-def matches(pattern: str, text: str, steps: Iterator[int]) -> bool:
-    return bool(read_pattern(pattern)(text, {*range(len(text) + 1)}, steps))
-
-
-@lru_cache(256)
-def read_pattern(pattern: str) -> Ends:
-    """Raise ValueError, IndexError or re.error for what is no pattern of ours."""
-    pieces = deque(PIECE.finditer(pattern))
-    if "".join(piece[0] for piece in pieces) != pattern:
-        raise ValueError(pattern)
-    ends = read_branches(pieces)
-    if pieces:
-        raise ValueError(pattern)
-    return ends
-
-
-def read_branches(pieces: deque[Piece]) -> Ends:
-    """Read as far as the group goes; IndexError if nothing is there to repeat."""
-    branches: list[list[Ends]] = [[]]
-    while pieces and pieces[0][0] != ")":
-        piece = pieces.popleft()
-        if piece[0] == "|":
-            branches.append([])
-        elif piece["times"]:
-            branches[-1].append(repeated(branches[-1].pop(), *times_of(piece)))
-        elif piece["opening"]:
-            branches[-1].append(read_branches(pieces))
-            pieces.popleft()
-        else:
-            branches[-1].append(atom(piece[0]))
-    return choice(branches)
-
-
-def times_of(piece: Piece) -> tuple[int, int | None]:
-    if piece["low"] is None:
-        return TIMES[piece["times"]]
-    low, high = int(piece["low"]), piece["high"]
-    return low, int(high) if high else None if piece["comma"] else low
-
-
-def atom(pattern: str) -> Ends:
-    match = re.compile(r"\Z" if pattern == "$" else pattern, re.ASCII).match
-
-    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
-        found = (match(text, start) for start in starts if spend(steps))
-        return {one.end() for one in found if one}
-
-    return ends
-
-
-def choice(branches: list[list[Ends]]) -> Ends:
-    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
-        found = set()
-        for branch in branches:
-            reached = starts
-            for part in branch:
-                reached = part(text, reached, steps)
-            found |= reached
-        return found
-
-    return ends
-
-
-def repeated(part: Ends, low: int, high: int | None) -> Ends:
-    def ends(text: str, starts: set[int], steps: Iterator[int]) -> set[int]:
-        found = set() if low else {*starts}
-        fresh = starts
-        for times in range(1, (low + len(text) if high is None else high) + 1):
-            fresh = part(text, fresh, steps) - found
-            if times >= low:
-                found |= fresh
-            if not fresh:
-                break
-        return found
-
-    return ends
-
-
-Context = tuple[str, ...]  # the keys that lead from the root to a schema in it
-
-Subschemas = dict[Context, Any]
-
-MOST_KEYS = 100  # in a context: fifty objects inside one another
-
-MOST_SUBSCHEMAS = 5000  # in one, as OpenAI's limit of properties
-
-MOST_STEPS = 300_000  # in checking a value: about a second
-
-LONGEST_PATTERN = 500
-
-LONGEST_WHY = 500
+LONGEST_MESSAGE = 500  # characters
 
 TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
@@ -4217,601 +4119,448 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "null": lambda value: value is None,
 }
 
-ARTICLES = {"integer": "an", "array": "an", "object": "an"}
-
-VALUE_TYPES = {
-    name: ("null" if name == "null" else f"{ARTICLES.get(name, 'a')} {name}", fits)
-    for name, fits in TYPES.items()
+BOUNDS: dict[str, tuple[tuple[type, ...], Callable[[Any, Any], bool], str]] = {
+    "minimum": (NUMBER, ge, "be at least {}"),
+    "maximum": (NUMBER, le, "be at most {}"),
+    "exclusiveMinimum": (NUMBER, gt, "be above {}"),
+    "exclusiveMaximum": (NUMBER, lt, "be below {}"),
+    "minLength": (STRING, ge, "have at least {} characters"),
+    "maxLength": (STRING, le, "have at most {} characters"),
+    "minItems": (ARRAY, ge, "have at least {} items"),
+    "maxItems": (ARRAY, le, "have at most {} items"),
+    "minProperties": (OBJECT, ge, "have at least {} properties"),
+    "maxProperties": (OBJECT, le, "have at most {} properties"),
 }
 
 
-class Wording(NamedTuple):
-    """What a keyword may say, and the schemas in that, with the keys to them."""
-
-    fits: Callable[[Any], bool]
-    expected: str
-    inner: Callable[[Any], Iterable[tuple[Context, Any]]] = lambda said: ()
-
-
-def is_types(said: Any) -> bool:
-    names = said if isinstance(said, list) else [said]
-    return bool(names) and all(isinstance(n, str) and n in VALUE_TYPES for n in names)
-
-
-def is_names(said: Any) -> bool:
-    return isinstance(said, list) and all(isinstance(name, str) for name in said)
-
-
-def is_reference(said: Any) -> bool:
-    return isinstance(said, str) and (said == "#" or said.startswith("#/"))
-
-
-def is_pattern(said: Any) -> bool:
-    if not isinstance(said, str) or len(said) > LONGEST_PATTERN:
-        return False
-    try:
-        read_pattern(said)
-    except (ValueError, IndexError, RecursionError, OverflowError, re.error):
-        return False
-    return True
-
-
-def one_inside(said: Any) -> Iterable[tuple[Context, Any]]:
-    return [((), said)]
-
-
-def several_inside(said: Any) -> Iterable[tuple[Context, Any]]:
-    return [((str(index),), schema) for index, schema in enumerate(said)]
-
-
-def named_inside(said: Any) -> Iterable[tuple[Context, Any]]:
-    return [((name,), schema) for name, schema in said.items()]
-
-
-ANY = Wording(lambda said: True, "anything")
-
-FLAG = Wording(lambda said: isinstance(said, bool), "a boolean")
-
-COUNT = Wording(lambda said: type(said) is int and said >= 0, "a whole number from 0")
-
-BOUND = Wording(is_number, "a number")
-
-FACTOR = Wording(lambda said: is_number(said) and said > 0, "a number above 0")
-
-NAMES = Wording(is_names, "an array of strings")
-
-VALUES = Wording(
-    lambda said: isinstance(said, list) and bool(said), "an array of values"
-)
-
-TYPE = Wording(is_types, f"one of {', '.join(VALUE_TYPES)}, or an array of them")
-
-PATTERN = Wording(
-    is_pattern, "a regular expression without lookaround or back references"
-)
-
-REFERENCE = Wording(is_reference, 'of the form "#/$defs/name", or "#"')
-
-ONE = Wording(lambda said: True, "a schema", one_inside)
-
-SEVERAL = Wording(VALUES.fits, "an array of schemas", several_inside)
-
-NAMED = Wording(
-    lambda said: isinstance(said, dict), "an object of schemas", named_inside
-)
-
-
-class Place(NamedTuple):
-    """Where in a value which schema is held against it."""
-
-    path: str
-    schema: Any
-    schemas: Subschemas  # what references refer to
-    steps: Iterator[int]  # that may still be taken
-
-    def under(self, schema: Any) -> Place:
-        return self._replace(schema=schema)
-
-    def into(self, key: str | int, schema: Any) -> Place:
-        is_plain = isinstance(key, str) and key.isidentifier()
-        step = f".{key}" if is_plain else f"[{json.dumps(key)}]"
-        return self._replace(path=self.path + step, schema=schema)
-
-
-Check = Callable[[Any, Any, Place], Iterator[str]]  # value, what the keyword says
+class TooManySteps(Exception):
+    pass
 
 
 def validate(value: Any, schema: Any, path: str = "$") -> str:
-    """Say in a sentence where the value breaks a schema without faults, else ""."""
+    """Say in a sentence where a value breaks a schema.
+
+    "" if it does not, or if that would take too long to find out."""
     try:
-        schemas = dict(schemas_in(schema))
-        why = first_fault(value, Place(path, schema, schemas, iter(range(MOST_STEPS))))
-    except (Intricate, RecursionError):
-        return f"{path} takes too long to check against its schema."
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return ""  # what can't be checked is not
-    return why if len(why) <= LONGEST_WHY else f"{why[:LONGEST_WHY]}…"
-
-
-def first_fault(value: Any, at: Place) -> str:
-    return next(faults(value, at), "")
-
-
-def faults(value: Any, at: Place) -> Iterator[str]:
-    spend(at.steps)
-    if at.schema is False:
-        yield f"{at.path} is not allowed."
-    if isinstance(at.schema, dict):
-        for keyword, said in at.schema.items():
-            if keyword in KEYWORDS:
-                yield from KEYWORDS[keyword].check(value, said, at)
-
-
-def rule(
-    kinds: tuple[type, ...], holds: Callable[[Any, Any], bool], must: str
-) -> Check:
-    """Make a check of values of these kinds, which lets those of others pass."""
-
-    def check(value: Any, said: Any, at: Place) -> Iterator[str]:
-        if type(value) in kinds and not holds(value, said):
-            yield f"{at.path} must {must.format(compact(said))}."
-
-    return check
-
-
-def sized(
-    kinds: tuple[type, ...], holds: Callable[[Any, Any], bool], many: str
-) -> Check:
-    return rule(kinds, lambda value, said: holds(len(value), said), f"have {many}")
-
-
-def frozen(value: Any, steps: Iterator[int]) -> Any:
-    """Make what is equal where JSON is: 1 is 1.0, but true is not 1."""
-    spend(steps)
-    if isinstance(value, list):
-        return list, *(frozen(item, steps) for item in value)
-    if isinstance(value, dict):
-        return dict, frozenset((key, frozen(value[key], steps)) for key in value)
-    return isinstance(value, bool), value
-
-
-def is_multiple(value: float, said: float) -> bool:
-    return Fraction(str(value)) % Fraction(str(said)) == 0
-
-
-def names_of(said: Any) -> list[str]:
-    return [said] if isinstance(said, str) else as_list(said)
-
-
-def type_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    types = [VALUE_TYPES[name] for name in names_of(said)]
-    if not any(fits(value) for _, fits in types):
-        wanted = " or ".join(words for words, _ in types)
-        yield f"{at.path} must be {wanted}, not {KINDS[type(value)]}."
-
-
-def enum_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    choices = (frozen(choice, at.steps) for choice in said)
-    if frozen(value, at.steps) not in choices:
-        yield f"{at.path} must be one of {compact(said)}."
-
-
-def const_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    if frozen(value, at.steps) != frozen(said, at.steps):
-        yield f"{at.path} must be {compact(said)}."
-
-
-def required_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for name in said if isinstance(value, dict) else ():
-        if spend(at.steps) and name not in value:
-            yield f"{at.path} lacks the property {compact(name)}."
-
-
-def property_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for name in value if isinstance(value, dict) else ():
-        if name in said:
-            yield from faults(value[name], at.into(name, said[name]))
-
-
-def addition_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for name in value if isinstance(value, dict) else ():
-        if name not in at.schema.get("properties", ()):
-            yield from faults(value[name], at.into(name, said))
-
-
-def name_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for name in value if isinstance(value, dict) else ():
-        yield from faults(name, at.into(name, said))
-
-
-def item_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    first = len(at.schema.get("prefixItems", ()))
-    for index in range(first, len(value)) if isinstance(value, list) else ():
-        yield from faults(value[index], at.into(index, said))
-
-
-def prefix_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    pairs = zip(value, said, strict=False) if isinstance(value, list) else ()
-    for index, (item, schema) in enumerate(pairs):
-        yield from faults(item, at.into(index, schema))
-
-
-def unique_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    items = [frozen(v, at.steps) for v in value] if isinstance(value, list) else []
-    if said and len(set(items)) < len(items):
-        yield f"{at.path} must not have an item twice."
-
-
-def all_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    for schema in said:
-        yield from faults(value, at.under(schema))
-
-
-def any_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    whys = []
-    for schema in said:
-        whys.append(first_fault(value, at.under(schema)))
-        if not whys[-1]:
-            return
-    yield " Or: ".join(dict.fromkeys(whys))
-
-
-def one_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    whys = [first_fault(value, at.under(schema)) for schema in said]
-    if all(whys):
-        yield " Or: ".join(dict.fromkeys(whys))
-    if whys.count("") > 1:
-        yield f"{at.path} fits several schemas of oneOf."
-
-
-def not_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    if not first_fault(value, at.under(said)):
-        yield f"{at.path} must not fit {compact(said)}."
-
-
-def reference_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    return faults(value, at.under(at.schemas[pointed_at(said)]))
-
-
-def pattern_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    if isinstance(value, str) and not matches(said, value, at.steps):
-        yield f"{at.path} must match the pattern {said}."
-
-
-def no_faults(value: Any, said: Any, at: Place) -> Iterator[str]:
-    return iter(())
-
-
-class Keyword(NamedTuple):
-    form: Wording
-    check: Check = no_faults
-
-
-KEYWORDS = {
-    "type": Keyword(TYPE, type_faults),
-    "enum": Keyword(VALUES, enum_faults),
-    "const": Keyword(ANY, const_faults),
-    "required": Keyword(NAMES, required_faults),
-    "properties": Keyword(NAMED, property_faults),
-    "additionalProperties": Keyword(ONE, addition_faults),
-    "propertyNames": Keyword(ONE, name_faults),
-    "minProperties": Keyword(COUNT, sized(OBJECT, ge, "at least {} properties")),
-    "maxProperties": Keyword(COUNT, sized(OBJECT, le, "at most {} properties")),
-    "items": Keyword(ONE, item_faults),
-    "prefixItems": Keyword(SEVERAL, prefix_faults),
-    "minItems": Keyword(COUNT, sized(ARRAY, ge, "at least {} items")),
-    "maxItems": Keyword(COUNT, sized(ARRAY, le, "at most {} items")),
-    "uniqueItems": Keyword(FLAG, unique_faults),
-    "minLength": Keyword(COUNT, sized(STRING, ge, "at least {} characters")),
-    "maxLength": Keyword(COUNT, sized(STRING, le, "at most {} characters")),
-    "pattern": Keyword(PATTERN, pattern_faults),
-    "minimum": Keyword(BOUND, rule(NUMBER, ge, "be at least {}")),
-    "maximum": Keyword(BOUND, rule(NUMBER, le, "be at most {}")),
-    "exclusiveMinimum": Keyword(BOUND, rule(NUMBER, gt, "be above {}")),
-    "exclusiveMaximum": Keyword(BOUND, rule(NUMBER, lt, "be below {}")),
-    "multipleOf": Keyword(FACTOR, rule(NUMBER, is_multiple, "be a multiple of {}")),
-    "allOf": Keyword(SEVERAL, all_faults),
-    "anyOf": Keyword(SEVERAL, any_faults),
-    "oneOf": Keyword(SEVERAL, one_faults),
-    "not": Keyword(ONE, not_faults),
-    "$ref": Keyword(REFERENCE, reference_faults),
-    "$defs": Keyword(NAMED),
-    "definitions": Keyword(NAMED),
-}
-
-SAME_VALUE = ("allOf", "anyOf", "oneOf", "not")  # their schemas look at it again
-
-# Said for people and for tools: nothing that a value could break. `format` is
-# one of them by the standard, `discriminator` is what pydantic puts by a oneOf.
-ANNOTATIONS = frozenset(
-    (
-        "title",
-        "description",
-        "default",
-        "examples",
-        "example",
-        "format",
-        "deprecated",
-        "readOnly",
-        "writeOnly",
-        "contentEncoding",
-        "contentMediaType",
-        "contentSchema",
-        "discriminator",
-        "$schema",
-        "$id",
-        "$comment",
-    )
-)
-
-
-def schemas_in(schema: Any) -> Iterator[tuple[Context, Any]]:
-    """All schemas in a schema and itself, from the outside in."""
-    waiting: deque[tuple[Context, Any]] = deque([((), schema)])
-    while waiting:
-        context, schema = waiting.popleft()
-        yield context, schema
-        for keyword in schema if isinstance(schema, dict) else ():
-            if keyword in KEYWORDS:
-                inner = KEYWORDS[keyword].form.inner(schema[keyword])
-                waiting.extend(((*context, keyword, *key), each) for key, each in inner)
-
-
-def pointed_at(reference: str) -> Context:
-    """Read a JSON pointer in a URL (RFC 6901, 6)."""
-    keys = [unquote(key) for key in reference.split("/")[1:]]
-    return tuple(key.replace("~1", "/").replace("~0", "~") for key in keys)
-
-
-def schema_faults(schema: Any) -> Iterator[tuple[Context, str]]:
-    """Say why a schema can't be kept to; only the first fault is to be relied on."""
-    schemas: Subschemas = {}
-    for context, each in schemas_in(schema):
-        schemas[context] = each
-        yield from ((context, fault) for fault in keyword_faults(each))
-        if len(context) > MOST_KEYS or len(schemas) > MOST_SUBSCHEMAS:
-            yield context, "it is too deep or too large"
-    for context, each in schemas.items():
-        target = each.get("$ref", "#") if isinstance(each, dict) else "#"
-        if pointed_at(target) not in schemas:
-            yield context, f"reference '{target}' leads to no schema"
-    yield from loop_faults(schemas)
-
-
-def keyword_faults(schema: Any) -> Iterator[str]:
-    if not isinstance(schema, (dict, bool)):
-        yield "a schema is expected to be an object or a boolean"
-    for keyword, said in schema.items() if isinstance(schema, dict) else ():
-        if keyword in KEYWORDS:
-            form = KEYWORDS[keyword].form
-            if not form.fits(said):
-                yield f"'{keyword}' is expected to be {form.expected}"
-        elif keyword not in ANNOTATIONS and not keyword.startswith("x-"):
-            yield f"'{keyword}' is not permitted"
-
-
-def loop_faults(schemas: Subschemas) -> Iterator[tuple[Context, str]]:
-    """References that lead back to themselves without going into the value."""
-    graph = {context: same_value(context, each) for context, each in schemas.items()}
-    try:
-        TopologicalSorter(graph).prepare()
-    except CycleError as error:
-        yield error.args[1][0], "'$ref' leads back to itself"
-
-
-def same_value(context: Context, schema: Any) -> list[Context]:
-    """The schemas that a schema has its own value checked against."""
-    if not isinstance(schema, dict):
-        return []
-    named = [pointed_at(schema["$ref"])] if "$ref" in schema else []
-    return named + [
-        (*context, keyword, *key)
-        for keyword in SAME_VALUE
-        if keyword in schema
-        for key, _ in KEYWORDS[keyword].form.inner(schema[keyword])
-    ]
+        message = Validation(schema).error(value, schema, path)
+    except (TooManySteps, RecursionError):
+        return ""
+    cut = message[:LONGEST_MESSAGE]
+    return message if message == cut else f"{cut}…"
+
+
+class Validation:
+    """One value against one schema, in a bounded number of steps."""
+
+    def __init__(self, root: Any) -> None:
+        self.root = root  # what references refer to
+        self.steps = 0
+
+    def spend(self, steps: int = 1) -> None:
+        self.steps += steps
+        if self.steps > MOST_STEPS:
+            raise TooManySteps
+
+    def error(self, value: Any, schema: Any, path: str) -> str:
+        """The first error, or "". Schemas that are no schemas allow anything."""
+        self.spend()
+        if schema is False:
+            return f"{path} is not allowed."
+        if not isinstance(schema, dict):
+            return ""
+        if value is None and schema.get("nullable") is True:  # as OpenAPI has it
+            return ""
+        self.spend(len(schema) // 10)
+        for keyword in schema:
+            if message := self.keyword_error(keyword, value, schema, path):
+                self.spend(len(message) // 100)
+                return message
+        return ""
+
+    def keyword_error(self, keyword: str, value: Any, schema: Json, path: str) -> str:
+        given = schema[keyword]
+        if keyword in BOUNDS:
+            kinds, holds, must = BOUNDS[keyword]
+            if type(value) in kinds and is_number(given):
+                size = value if kinds is NUMBER else len(value)
+                if not holds(size, given):
+                    return f"{path} must {must.format(given)}."
+        elif keyword == "type":
+            names = [given] if isinstance(given, str) else as_list(given)
+            self.spend(len(names) // 10)
+            are_known = all(isinstance(name, str) and name in TYPES for name in names)
+            fits = not are_known or any(TYPES[name](value) for name in names)
+            if names and not fits:
+                wanted = " or ".join(map(with_article, names))
+                return f"{path} must be {wanted}, not {KINDS[type(value)]}."
+        elif keyword == "enum" and isinstance(given, list):
+            if not any(self.are_equal(value, choice) for choice in given):
+                return f"{path} must be one of {compact(given)}."
+        elif keyword == "const":
+            if not self.are_equal(value, given):
+                return f"{path} must be {compact(given)}."
+        elif keyword == "$ref":
+            return self.error(value, self.target(given), path)
+        elif keyword == "allOf":
+            return self.first_error((value, one, path) for one in as_list(given))
+        elif keyword in ("anyOf", "oneOf") and as_list(given):
+            messages: dict[str, None] = {}
+            for one in given:
+                if not (message := self.error(value, one, path)):
+                    return ""
+                messages[message] = None
+            return " Or: ".join(messages)
+        elif isinstance(value, dict):
+            return self.object_error(keyword, value, schema, path)
+        elif isinstance(value, list):
+            first = as_list(schema.get("prefixItems"))
+            if keyword == "prefixItems":
+                pairs = list(enumerate(zip(value, first, strict=False)))
+            elif keyword == "items":
+                pairs = [
+                    (at, (value[at], given)) for at in range(len(first), len(value))
+                ]
+            else:
+                pairs = []
+            return self.first_error(
+                (item, one, inside(path, index)) for index, (item, one) in pairs
+            )
+        return ""
+
+    def object_error(self, keyword: str, value: Json, schema: Json, path: str) -> str:
+        given, known = schema[keyword], as_object(schema.get("properties"))
+        self.spend(len(value) // 10)
+        if keyword == "required":
+            for name in as_list(given):
+                self.spend()
+                if isinstance(name, str) and name not in value:
+                    return f"{path} lacks the property {compact(name)}."
+        if keyword == "properties":
+            return self.first_error(
+                (value[name], known[name], inside(path, name))
+                for name in value
+                if name in known
+            )
+        if keyword == "additionalProperties" and "patternProperties" not in schema:
+            return self.first_error(
+                (value[name], given, inside(path, name))
+                for name in value
+                if name not in known
+            )
+        return ""
+
+    def first_error(self, checks: Iterable[tuple[Any, Any, str]]) -> str:
+        return next(filter(None, (self.error(*check) for check in checks)), "")
+
+    def are_equal(self, a: Any, b: Any) -> bool:
+        """As JSON has it: 1 is 1.0, but true is not 1."""
+        self.spend()
+        if isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(map(self.are_equal, a, b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(self.are_equal(a[k], b[k]) for k in a)
+        return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+    def target(self, reference: Any) -> Any:
+        """The schema that a JSON pointer in a URL leads to (RFC 6901, 6), else {}."""
+        if not isinstance(reference, str) or not re.match("#(/|$)", reference):
+            return {}
+        self.spend(len(reference) // 10)
+        target = self.root
+        for key in unquote(reference).split("/")[1:]:
+            key = key.replace("~1", "/").replace("~0", "~")
+            if isinstance(target, list) and re.fullmatch("[0-9]{1,6}", key):
+                target = target[int(key)] if int(key) < len(target) else {}
+            else:
+                target = as_object(target).get(key, {})
+        return target
+
+
+def with_article(name: str) -> str:
+    article = "an" if name in ("integer", "array", "object") else "a"
+    return name if name == "null" else f"{article} {name}"
+
+
+def inside(path: str, key: str | int) -> str:
+    """The path one level down; a long one is not made longer."""
+    if len(path) > LONGEST_MESSAGE:
+        return path
+    is_plain = isinstance(key, str) and key.isidentifier()
+    return f"{path}.{key}" if is_plain else f"{path}[{json.dumps(key)}]"
 
 
 # -- JSON ----------------------------------------------------------------------
 #
-# What a model means as JSON becomes JSON, character by character, so that it
-# can be told while it is written. Nothing is refused: quotes, commas, colons
-# and brackets that are missing are added, words without quotes get theirs. It
-# is told without the spaces between its tokens.
-# An answer that is to be JSON is asked for in the model's own way if it has
-# one, else in the system text; then the value is taken out of what surrounds
-# it, and what does not parse or fit is asked for once more.
+# One reader of JSON as models write it, for tool calls and for answers. What is JSON
+# it copies as it stands. What can mean only one thing it mends: other quotes, Python's
+# words, comments, a comma too many, a bracket missing. Where quotes don't balance, it
+# is no JSON: after a string comes a comma, a colon, a bracket or the end.
+# An answer that is to be JSON is asked for in the model's own way if it has one, else
+# in the system text; then the value is taken out of what surrounds it.
 
 
-FIRST, NEXT, COLON, VALUE = "first", "next", "colon", "value"
-
-BEFORE = {FIRST: "", NEXT: ",", COLON: ":", VALUE: ""}  # what a token needs there
-
-ABSENT = {FIRST: "", NEXT: "", COLON: ":null", VALUE: "null"}  # if none comes
+KEY, COLON, VALUE, NEXT = "key", "colon", "value", "next"  # what is to come
 
 CLOSERS = {"{": "}", "[": "]"}
 
-LITERALS = {"True": "true", "False": "false", "None": "null"}
+BRACKETS = {"{": "object", "[": "array"}
 
-LITERAL = re.compile(r"true|false|null|-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
+DEEPEST_JSON = 200  # brackets
 
-ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})')
+LONGEST_WORD = 1000  # characters, also of a comment
 
-HALF_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{0,3})?")
+JSON_TOKEN = re.compile(
+    r"""(?P<space>[ \t\r\n]+)
+    | (?P<mark>[{}\[\],:])
+    | (?P<quote>["'`])
+    | (?P<comment>//[^\n]*(?=\n)|/\*.*?\*/)
+    | (?P<literal>(?:true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)
+        (?=[\s,:{}\[\]"'`<]|//|/\*))
+    | (?P<word>(?:(?!//|/\*)[^\s,:{}\[\]"'`<])+
+        (?:[ \t]+(?:(?!//|/\*)[^\s,:{}\[\]"'`<])+)*
+        (?=[ \t\r]*(?:[\n,:{}\[\]"'`<]|//|/\*)))
+    | (?P<end><\||<｜|</(?:tool_call|function|invoke|json))
+    | (?P<bad><[^|｜/]|</[^tfij]|[^\S \t\r\n])""",
+    re.ASCII | re.DOTALL | re.VERBOSE,
+)
+
+JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
+
+UNQUOTED = {q: re.compile(rf'[^\\\x00-\x1f"{q}]+') for q in "\"'`"}
+
+ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+
+HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 
 
-class JSONRepairer:
-    """Mends one object or array; `is_done` when its last bracket has come."""
+class JSONReader:
+    """Reads one object or array that comes in pieces.
 
-    def __init__(self) -> None:
-        self.closers: list[str] = []  # of what is open
+    `take` gives it as it was written for as long as nothing has to be mended; then
+    nothing until it `is_done`, and the rest, mended. If it `is_broken` beyond that,
+    it gives the rest as it comes."""
+
+    def __init__(self, keeps_space: bool = False) -> None:
+        self.keeps_space = keeps_space  # between tokens
+        self.closers: list[str] = []  # of what is open; "" for a bracket left out
         self.place = VALUE
+        self.is_first = True  # in its bracket
         self.quote = ""  # of the string it is in
-        self.escape = ""  # as far as it has come
-        self.word = ""  # without quotes, as far as it has come
-        self.is_key = False
-        self.is_done = False
+        self.key = ""  # "string" or "word" if a key came last
+        self.after_string = False
+        self.comma = ""  # with the space after it: it waits for what follows
+        self.held = ""  # a token that may go on
+        self.json: list[str] = []
+        self.raw: list[str] = []  # all that came
+        self.seen = 0  # characters of it that were read
+        self.sound = 0, 0  # how far `json` and `raw` are good as they were written
+        self.is_strict = True  # nothing had to be mended
+        self.is_done = self.is_broken = False
 
-    def feed(self, c: str) -> str:
-        if self.quote:
-            return self.in_escape(c) if self.escape else self.in_string(c)
-        is_comment = self.word.startswith("//")
-        if self.word and (is_comment and c != "\n" or c not in ",:{}[]\"'\n"):
-            self.word += c
-            return ""
-        return self.end_word() + self.between(c)
-
-    def in_string(self, c: str) -> str:
-        if c == self.quote:
-            self.quote = ""
-            return '"'
-        if c == "\\":
-            self.escape = c
-            return ""
-        return json.dumps(c)[1:-1] if c == '"' or c < " " else c
-
-    def in_escape(self, c: str) -> str:
-        """Of an escape that JSON does not know, the backslash is meant."""
-        begun, self.escape = self.escape, ""
-        if ESCAPE.fullmatch(begun + c):
-            return begun + c
-        if HALF_ESCAPE.fullmatch(begun + c):
-            self.escape = begun + c
-            return ""
-        return c if begun + c == "\\'" else "\\" + begun + self.in_string(c)
-
-    def between(self, c: str) -> str:
-        if c in "\"'`":
-            self.quote = c
-            return self.begin() + '"'
-        if c in CLOSERS:
-            return self.open(c)
-        if c in "}]":
-            return self.close(len(self.closers) - 1)
-        if c in ",:":
-            return self.separate(c)
-        self.word = c.strip()
-        return ""
-
-    def begin(self) -> str:
-        """Begin a string or a word: a key, or a value."""
-        before = BEFORE[self.place]
-        self.is_key = self.closers[-1:] == ["}"] and self.place in (FIRST, NEXT)
-        self.place = COLON if self.is_key else NEXT
-        return before
-
-    def open(self, c: str) -> str:
-        """Leave out a bracket in the place of a key: some write {{ for {."""
-        if self.closers[-1:] == ["}"] and self.place in (FIRST, NEXT):
-            return ""
-        before = BEFORE[self.place]
-        self.closers.append(CLOSERS[c])
-        self.place = FIRST
-        return before + c
-
-    def separate(self, c: str) -> str:
-        if c == ":" and self.place == COLON:
-            self.place = VALUE
-            return c
-        if c == "," and self.place in (COLON, VALUE):
-            return self.give_up_value()
-        return ""
-
-    def give_up_value(self) -> str:
-        absent, self.place = ABSENT[self.place], NEXT
-        return absent
-
-    def end_word(self) -> str:
-        word, self.word = self.word.strip(), ""
-        if not word or word.startswith("//"):
-            return ""
-        before = self.begin()
-        word = LITERALS.get(word, word)
-        is_literal = LITERAL.fullmatch(word) and not self.is_key
-        return before + (word if is_literal else compact(word))
-
-    def close(self, depth: int = 0) -> str:
-        """End what is open, down to so many brackets."""
-        rest = '"' if self.quote else self.end_word()
-        self.quote = self.escape = ""
-        while len(self.closers) > depth:
-            rest += self.give_up_value() + self.closers.pop()
-        self.is_done = not self.closers
-        return rest
-
-    def read(self, text: str, depth: int = 0) -> tuple[str, int | None]:
-        """Mend a text up to where so many brackets are left, and say where that is."""
-        pieces: list[str] = []
-        for at, c in enumerate(text):
-            if self.ends_at(c):
-                return "".join([*pieces, self.close(depth)]), at
-            pieces.append(self.feed(c))
-            if len(self.closers) == depth:
-                return "".join(pieces), at + 1
-        return "".join(pieces), None
-
-    def ends_at(self, c: str) -> bool:
-        """Whether what was never closed has come to an end all the same."""
-        is_value = c == "`" and self.place == VALUE
-        return c in "<`" and not (self.quote or is_value)
+    def take(self) -> str:
+        """What can be told of what was not taken yet."""
+        if self.is_broken:
+            pieces, at = self.sound
+            text = "".join([*self.json[:pieces], "".join(self.raw)[at:]])
+            self.json, self.raw, self.sound = [], [], (0, 0)
+        elif self.is_strict or self.is_done:
+            text, self.json = "".join(self.json), []
+            self.sound = 0, self.sound[1]
+        else:
+            text = ""
+        return text
 
     def is_cut(self) -> bool:
-        """Whether it ends where more than brackets is missing."""
-        return bool(self.quote or self.word or self.place != NEXT)
+        """Whether more is missing than brackets."""
+        is_token = bool(self.held) and not self.held.startswith("<")
+        return bool(self.quote) or is_token or self.place != NEXT
+
+    def feed(self, text: str, depth: int = 0) -> str | None:
+        """Read until no more than `depth` brackets are open; give what follows then."""
+        self.raw.append(text)
+        text, self.held, at = self.held + text, "", 0
+        while at < len(text) and not self.is_broken:
+            if self.is_strict:
+                self.sound = len(self.json), self.seen + at - len(self.comma)
+            if self.quote:
+                start, at = at, self.read_string(text, at)
+                if at == start:
+                    break
+                continue
+            token = JSON_TOKEN.match(text, at)
+            if not token:
+                self.is_broken = len(text) - at > LONGEST_WORD
+                break
+            kind = token.lastgroup
+            if kind == "end" or (token[0] == "`" and self.place not in (KEY, VALUE)):
+                self.finish(depth)
+                return text[at:]
+            at = token.end()
+            self.read_token(str(kind), token[0])
+            if kind == "mark" and len(self.closers) <= depth and not self.is_broken:
+                self.is_done = True
+                return text[at:]
+        self.seen += at
+        self.held = text[at:]
+        if self.is_strict and not self.is_broken:
+            self.sound = len(self.json), self.seen - len(self.comma)
+        return self.held if self.is_broken else None
+
+    def read_string(self, text: str, at: int) -> int:
+        """Read a part of a string, and say where it ends."""
+        if plain := UNQUOTED[self.quote].match(text, at) or ESCAPE.match(text, at):
+            self.json.append(plain[0])
+            return plain.end()
+        c = text[at]
+        if c == self.quote:
+            self.json.append('"')
+            self.quote, self.after_string = "", True
+        elif HALF_ESCAPE.match(text, at):
+            return at
+        elif c == "\\" and text[at + 1] in "'`":
+            self.mend(text[at + 1])
+            return at + 2
+        else:  # an unknown escape stands for its backslash
+            self.mend(json.dumps(c)[1:-1])
+        return at + 1
+
+    def mend(self, instead: str = "") -> None:
+        self.is_strict = False
+        self.json.append(instead)
+
+    def read_token(self, kind: str, token: str) -> None:
+        if kind == "space" and self.comma:
+            self.comma += token
+            if len(self.comma) > LONGEST_SPACE:
+                self.release_comma()
+        elif kind == "space":
+            self.json.append(token if self.keeps_space else "")
+        elif kind == "comment":
+            self.mend()
+        elif kind == "quote":
+            self.begin_item("string")
+            self.quote = token
+            self.json.append('"')
+            self.is_strict = self.is_strict and token == '"'
+        elif kind in ("literal", "word"):
+            self.read_word(token, is_literal=kind == "literal")
+        elif token in CLOSERS:
+            self.open(token)
+        elif token in ("}", "]"):
+            self.read_closer(token)
+        elif token == ",":
+            self.read_comma()
+        elif token == ":" and self.place == COLON:
+            self.json.append(token)
+            self.place = VALUE
+        else:
+            self.is_broken = True
+
+    def is_in_object(self) -> bool:
+        return bool(self.closers) and self.closers[-1] != "]"
+
+    def begin_item(self, kind: str) -> None:
+        """Begin a key or a value, after the comma that it needs."""
+        is_late = self.place == NEXT and not self.after_string
+        if is_late:
+            self.mend(",")
+            self.place = KEY if self.is_in_object() else VALUE
+        is_key = self.place == KEY
+        self.is_broken |= self.place not in (KEY, VALUE) or (is_key and kind == "")
+        self.release_comma()
+        self.key = kind if is_key else ""
+        self.place = COLON if is_key else NEXT
+        self.after_string = self.is_first = False
+
+    def release_comma(self) -> None:
+        self.json.append(self.comma if self.keeps_space else self.comma[:1])
+        self.comma = ""
+
+    def read_word(self, word: str, is_literal: bool) -> None:
+        is_copied = is_literal and self.place == VALUE
+        is_infinite = is_literal and word[-1].isdigit() and not isfinite(float(word))
+        self.is_broken |= self.place == NEXT or is_infinite
+        self.is_broken |= bool(NO_NUMBER.fullmatch(word))
+        mended = (
+            compact(word) if self.place == KEY else JSON_WORDS.get(word, compact(word))
+        )
+        self.begin_item("word")
+        if is_copied:
+            self.json.append(word)
+        else:
+            self.mend(mended)
+
+    def open(self, bracket: str) -> None:
+        if bracket == "{" and self.place == KEY and self.is_first:  # {{ for {
+            self.mend()
+            self.closers.append("")
+        else:
+            self.begin_item("")
+            self.json.append(bracket)
+            self.closers.append(CLOSERS[bracket])
+            self.place = KEY if bracket == "{" else VALUE
+            self.is_first = True
+        self.is_broken |= len(self.closers) > DEEPEST_JSON
+
+    def read_comma(self) -> None:
+        is_item = self.place == NEXT or (self.is_in_object() and self.place != KEY)
+        if not is_item:  # nothing stands before it
+            self.mend()
+            return
+        self.fill()
+        self.comma = ","
+        self.place = KEY if self.is_in_object() else VALUE
+
+    def read_closer(self, bracket: str) -> None:
+        """Close what is open in it as well; leave out a bracket that closes nothing."""
+        closers = ("}", "") if bracket == "}" else ("]",)
+        depth = len(self.closers) - 1
+        while depth >= 0 and self.closers[depth] not in closers:
+            depth -= 1
+        if depth < 0:
+            self.mend()
+        else:
+            self.close(depth)
+
+    def close(self, depth: int = 0) -> None:
+        """Close what is open, down to so many brackets."""
+        self.is_strict = self.is_strict and len(self.closers) == depth + 1
+        while len(self.closers) > depth:
+            self.fill()
+            self.json.append(self.closers.pop())
+            self.place, self.after_string = NEXT, False
+        self.is_first = False
+
+    def finish(self, depth: int = 0) -> None:
+        """End where nothing more comes: only brackets may be missing."""
+        self.is_broken |= self.is_cut()
+        self.close(depth)
+        self.is_done = not self.is_broken
+
+    def fill(self) -> None:
+        """Put what is missing where a key or a value ends."""
+        self.is_broken |= self.place == COLON and self.key == "word"
+        if self.place == COLON:
+            self.mend(":null")
+        elif self.place == VALUE and self.is_in_object():
+            self.mend("null")
+        elif self.comma:
+            self.mend(self.comma[1:] if self.keeps_space else "")
+            self.comma = ""
+        elif self.place != NEXT:  # a comma was told, if it does not end at once
+            self.is_broken |= not self.is_first
 
 
 def repair_json(text: str) -> str:
-    """The object that a text is meant to be; an empty one if it is none."""
-    mender = JSONRepairer()
-    pieces: list[str] = []
-    for c in text[text.find("{") :] if "{" in text else "{}":
-        pieces.append(mender.feed(c))
-        if mender.is_done:
-            break
-    return "".join([*pieces, mender.close()])
-
-
-CLOSED_BY = {"}": "{", "]": "[", ")": "("}
-
-
-class Nesting:
-    """How deep in brackets a text has come, however it is cut up."""
-
-    def __init__(self, marks: re.Pattern[str], opened: str = "") -> None:
-        self.marks = marks
-        self.open = opened
-        self.quote = ""
-        self.is_escaped = False
-
-    def end(self, text: str) -> int | None:
-        """Find where in the text the first bracket is closed, if it is there."""
-        if not text:
-            return None
-        start, self.is_escaped = int(self.is_escaped), False
-        for mark in self.marks.finditer(text, start):
-            self.follow(mark[0])
-            if not self.open:
-                return mark.end()
-        return None
-
-    def follow(self, mark: str) -> None:
-        if mark[0] == "\\":
-            self.is_escaped = mark == "\\"
-        elif mark == "\n":  # ends what one quote began, and so all
-            self.open = "" if len(self.quote) == 1 else self.open
-        elif mark[0] in "\"'":
-            is_end = self.quote and mark.startswith(self.quote)
-            self.quote = "" if is_end else self.quote or mark
-        elif not self.quote:
-            self.bracket(mark)
-
-    def bracket(self, mark: str) -> None:
-        """What is left open ends with what it is in; a close too many ends nothing."""
-        opened = CLOSED_BY.get(mark)
-        if opened is None:
-            self.open += mark
-        elif opened in self.open:
-            self.open = self.open[: self.open.rindex(opened)]
+    """The object in a text as JSON; "" if there is none that could be mended."""
+    reader = JSONReader()
+    if "{" in text:
+        reader.feed(text[text.index("{") :] + "\n")
+        if not reader.is_done:
+            reader.finish()
+    return reader.take() if reader.is_done else ""
 
 
 def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
@@ -4826,194 +4575,174 @@ def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
 
 
 # A brace in prose begins no JSON unless a key and a colon follow it, nor does a
-# bracket without an item. Until that is clear, text is held. What has nothing in
-# its brackets or has none can't be told from prose: it is looked for in the end.
-GAPS = r"\s{0,99}"
+# bracket without an item. Until that is clear, text is held. What has nothing in its
+# brackets, or keys without quotes, can't be told from prose before the end.
+GAPS = r"\s{0,20}"
 
-DEEPEST_LIST = 8  # of lists that begin in each other: they are held, and seen again
+QUOTED = r"""(?:"(?:[^"\\]|\\.){0,100}"|'(?:[^'\\]|\\.){0,100}')"""
 
-KEY = r'"(?:[^"\\]|\\.){0,200}'
-
-NUMERAL = r"-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?"
-
-SCALAR = rf"(?:{NUMERAL}|true|false|null)"
-
-OBJECT_BEGINS = rf'\{{{GAPS}{KEY}"{GAPS}:'
+SCALAR = r"(?:-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?|true|false|null)"
 
 EMPTY = rf"\{{{GAPS}\}}|\[{GAPS}\]"
 
-ITEM = rf"(?:{SCALAR}|{EMPTY}){GAPS}[,\]]"
-
 BEGINS = re.compile(
-    rf'{OBJECT_BEGINS}|(?:\[{GAPS}){{1,{DEEPEST_LIST}}}(?:{OBJECT_BEGINS}|"|{ITEM})',
-    re.DOTALL,
+    rf"""(?:\[{GAPS}){{0,8}}\{{{GAPS}{QUOTED}{GAPS}:
+    |(?:\[{GAPS}){{1,8}}(?:"|(?:{SCALAR}|{EMPTY}){GAPS}[,\]])""",
+    re.DOTALL | re.VERBOSE,
 )
 
 MAY_BEGIN = re.compile(
-    rf"""(?:\[{GAPS}){{0,{DEEPEST_LIST}}}
+    rf"""(?:\[{GAPS}){{0,8}}
     (?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
-    | \{{{GAPS}(?:{KEY}(?:\\|"{GAPS})?|\}}{GAPS})?)?""",
+    | \{{{GAPS}(?:"(?:[^"\\]|\\.){{0,100}}\\?|'(?:[^'\\]|\\.){{0,100}}\\?
+        |{QUOTED}{GAPS}|\}}{GAPS})?)?""",
     re.DOTALL | re.VERBOSE,
 )
 
 LONE_VALUE = re.compile(
-    rf'{EMPTY}|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
+    rf'[{{\[]|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
 )
 
-MOST_LONE_VALUES = 50
-
-MARK = re.compile(r'\\.?|["{}\[\]]', re.DOTALL)
-
-OPENINGS = {"object": r"\{", "array": r"\["}
+MOST_LONE_VALUES = 20
 
 LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
 
 
 def extract_json(events: Events, format: ResponseFormat) -> Events:
-    """Tell of the text nothing but the value in it, or all if there is none."""
-    value = Extract(format)
+    """Tell of the text only the value in it, or all of it if there is none."""
+    types = root_types(format.schema)
+    openings = re.compile(
+        "|".join(re.escape(c) for c, name in BRACKETS.items() if name in types)
+        or "(?!)"
+    )
+    passed: list[str] = []  # text that no value begins in
+    held = ""  # text that one may begin with
+    reader: JSONReader | None = None
+    epilogue = 0
     with closing(events):
         for event in events:
             if isinstance(event, Text):
-                yield from value.hear(event.text)
-            elif isinstance(event, Done):
-                yield from value.end(event)
-            else:
-                yield from value.give_up() if isinstance(event, ToolCall) else ()
-                yield event
-            if value.epilogue > LONGEST_EPILOGUE:
-                yield Done("stop")
-                return
+                text: str | None = event.text
+                if reader is None:
+                    held += event.text
+                    at, begins = find_value(held, openings)
+                    passed.append(held[:at])
+                    held = text = held[at:]
+                    if not begins:
+                        continue
+                    reader = JSONReader(keeps_space=True)
+                if not reader.is_done:
+                    text = reader.feed(text or "")
+                    if told := reader.take():
+                        yield Text(told)
+                epilogue += len(text or "") if reader.is_done else 0
+                if epilogue > LONGEST_EPILOGUE:
+                    yield Done("stop")
+                    return
+                continue
+            if reader is None and isinstance(event, (ToolCall, Done)):
+                text = "".join(passed) + held
+                if isinstance(event, Done):
+                    text = lone_value(text, format, types)
+                if text:
+                    yield Text(text)
+                passed, held = [], ""
+            elif reader and isinstance(event, Done):
+                if not (reader.is_done or reader.is_broken):
+                    reader.is_broken = event.finish_reason == "length"
+                    reader.finish()
+                if told := reader.take():
+                    yield Text(told)
+                if reader.is_done:  # what was cut off after it was no part of it
+                    event = Done("stop", event.usage)
+            yield event
 
 
-def openings_of(schema: Json) -> re.Pattern[str]:
-    """What a value may begin with, as far as the schema names its type."""
-    types = names_of(schema.get("type", [*OPENINGS]))
-    return re.compile("|".join(OPENINGS.get(str(name), "(?!)") for name in types))
+def root_types(schema: Json) -> set[str]:
+    """The types of a schema's values, as far as it says them; else all."""
+    try:
+        return types_of(schema, Validation(schema))
+    except (TooManySteps, RecursionError):
+        return set(TYPES)
 
 
-class Extract:
-    """How far one answer has come: before its value, in it, or after."""
+def types_of(schema: Any, within: Validation) -> set[str]:
+    within.spend()
+    types, schema = set(TYPES), as_object(schema)
+    given = schema.get("type")
+    names = {name for name in [given, *as_list(given)] if isinstance(name, str)}
+    if names & types:
+        types = names
+    elif "properties" in schema:
+        types = {"object"}
+    if "$ref" in schema:
+        types &= types_of(within.target(schema["$ref"]), within)
+    for one in as_list(schema.get("allOf")):
+        types &= types_of(one, within)
+    for keyword in ("anyOf", "oneOf"):
+        if choices := as_list(schema.get(keyword)):
+            types &= set().union(*(types_of(one, within) for one in choices))
+    for values in (
+        schema.get("enum"),
+        [schema["const"]] if "const" in schema else None,
+    ):
+        if isinstance(values, list):
+            types &= {name for name in TYPES for value in values if TYPES[name](value)}
+    return types
 
-    def __init__(self, format: ResponseFormat) -> None:
-        self.format = format
-        self.openings = openings_of(format.schema)
-        self.passed: list[str] = []  # text that no value begins in
-        self.held = ""  # text that one may begin with
-        self.nesting = Nesting(MARK)
-        self.epilogue = 0  # characters since the value ended
-        self.tell: Callable[[str], Iterator[Event]] = self.before
 
-    def hear(self, text: str) -> Iterator[Event]:
-        if text:
-            held, self.held = self.held + text, ""
-            yield from self.tell(held)
+def find_value(text: str, openings: re.Pattern[str]) -> tuple[int, bool]:
+    """Where a value begins, or may begin if that is yet to be seen."""
+    for opening in openings.finditer(text):
+        at = opening.start()
+        if begins := BEGINS.match(text, at) or MAY_BEGIN.fullmatch(text, at):
+            return at, begins.re is BEGINS
+    return len(text), False
 
-    def before(self, text: str) -> Iterator[Event]:
-        at, begins = self.beginning(text)
-        if begins:
-            self.tell = self.within
-            yield from self.within(text[at:])
-        else:
-            self.passed.append(text[:at])
-            self.held = text[at:]
 
-    def beginning(self, text: str) -> tuple[int, bool]:
-        """Find where a value begins, or may begin if that is yet to be seen."""
-        for opening in self.openings.finditer(text):
-            at = opening.start()
-            if begins := BEGINS.match(text, at) or MAY_BEGIN.fullmatch(text, at):
-                return at, begins.re is BEGINS
-        return len(text), False
-
-    def within(self, text: str) -> Iterator[Event]:
-        end = self.nesting.end(text)
-        yield Text(text[:end])
-        if end is not None:
-            self.tell = self.after
-            yield from self.after(text[end:])
-
-    def after(self, text: str) -> Iterator[Event]:
-        self.epilogue += len(text)
-        yield from ()
-
-    def give_up(self) -> Iterator[Event]:
-        """Tell what was held: it was said before a call, and is to be no JSON."""
-        text, self.passed, self.held = "".join(self.passed) + self.held, [], ""
-        if text:
-            yield Text(text)
-
-    def end(self, done: Done) -> Iterator[Event]:
-        """What was cut off after a whole value was no part of the answer."""
-        if self.tell == self.before and (rest := self.rest()):
-            yield Text(rest)
-        yield Done("stop", done.usage) if self.tell == self.after else done
-
-    def rest(self) -> str:
-        """Find a small value that was asked for, or give the text as it was."""
-        text = "".join(self.passed) + self.held
-        if not self.format.schema.keys() & {"type", "enum", "const"}:
-            return text
-        small = [
-            found[0] for found in islice(LONE_VALUE.finditer(text), MOST_LONE_VALUES)
-        ]
-        return next((s for s in small if not parsed_or_why(s, self.format)[1]), text)
+def lone_value(text: str, format: ResponseFormat, types: set[str]) -> str:
+    """A value that does not look like one, if it fits the schema, else the text."""
+    for found in islice(LONE_VALUE.finditer(text), MOST_LONE_VALUES):
+        value = found[0]
+        if value in BRACKETS:
+            reader = JSONReader(keeps_space=True)
+            reader.feed(text[found.start() :])
+            value = reader.take() if reader.is_done else ""
+        elif types == set(TYPES):
+            continue
+        if value and not parsed_or_why(value, format)[1]:
+            return value
+    return text
 
 
 # -- Tool calls ----------------------------------------------------------------
 #
-# A call as a JSON object, whatever its keys. Where no sign has said that it is
-# a call, how it begins must say so. To add a shape of it: a row in OBJECTS.
-# Calls as models write them, told apart from their text: whatever was taught,
-# each writes what it was trained on. A call is a sign or several, then an object
-# that names a tool, or what the last sign holds, and what closes the signs. To
-# add a dialect: a row in TOOL_CALL_FORMATS.
-# A call written as Python has it, of literals only. What else there is in it is
-# never given to Python's parser, which recurses without an end of its own.
-# One answer, heard as it comes: what is a call is told as one, at once, and what
-# is none as text. The law: cut into single characters it is heard the same.
-
-
-OUTLINE = ("type", "required", "properties", "items")
-
-DEEPEST_OUTLINE = 30
+# Calls as models write them in their text: whatever they were told, each writes what
+# it was trained on. A call is one opening or several, then an object that names a
+# tool, or arguments if an opening holds the name, and what closes the openings. To
+# add a format: a row in TOOL_CALL_FORMATS. A call is held until its end and parsed
+# once; only arguments that are JSON as it stands are told while they are written.
+# Cut into single characters, a text gives the same.
 
 
 def tool_call_error(name: str, arguments: str, toolbox: Toolbox) -> str:
-    """Why a call fits no tool, as far as types and required names go; "" if it does."""
+    """Why a call fits no tool; "" if it does."""
     tool = toolbox.find(name)
     if not tool:
         return f"there is no tool {name}."
-    schema = {"type": "object", **outline(tool.parameters)}
+    schema = {"type": "object", **tool.parameters}
     return validate(parsed(arguments), schema, "arguments")
 
 
-def outline(schema: Json, depth: int = 0) -> Json:
-    """Types and required names in a schema that nobody has looked at for faults."""
-    said = {
-        keyword: schema[keyword]
-        for keyword in OUTLINE
-        if keyword in schema and KEYWORDS[keyword].form.fits(schema[keyword])
-    }
-    if depth > DEEPEST_OUTLINE:
-        return {}
-    if "properties" in said:
-        inside = said["properties"].items()
-        said["properties"] = {n: outline(as_object(s), depth + 1) for n, s in inside}
-    if "items" in said:
-        said["items"] = outline(as_object(said["items"]), depth + 1)
-    return said
-
-
-OBJECTS = (  # how one begins, with * for the name, or for an id and then the name
-    '{"name":"*"',
-    '{"function":"*"',
-    '{"tool":"*"',
-    '{"tool_name":"*"',
-    '{"type":"function","name":"*"',
-    '{"function":{"name":"*"',
-    '{"type":"function","function":{"name":"*"',
-    '{"id":"*","type":"function","function":{"name":"*"',
+OBJECTS = (  # how a call begins as an object; * is its name, or an id and then the name
+    '{ "name" : "*"',
+    '{ "function" : "*"',
+    '{ "tool" : "*"',
+    '{ "tool_name" : "*"',
+    '{ "type" : "function" , "name" : "*"',
+    '{ "function" : { "name" : "*"',
+    '{ "type" : "function" , "function" : { "name" : "*"',
+    '{ "id" : "*" , "type" : "function" , "function" : { "name" : "*"',
 )
 
 NAME_KEYS = ("name", "function", "tool", "tool_name")
@@ -5022,64 +4751,70 @@ ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
 
-TAILS = tuple(f',"{key}":' for key in ARGUMENT_KEYS)  # what follows the name
-
-OTHER_TAILS = ("}", ',"id":')
-
-RECITED = ("type", "properties", "$schema")  # with these begins no call but a schema
-
-FIRST_ARGUMENTS = tuple(f'{{"{key}":' for key in ARGUMENT_KEYS)
-
-LIST_BEGINS = '{"tool_calls":['  # of such objects
+SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
 
 NAME_CHARACTERS = ALPHABET + "_-"
 
-LONGEST_BEGINNING = 200  # characters: of OBJECTS with the longest name and id
+LONGEST_HEAD = 400  # characters, of OBJECTS with arguments that begin
 
 
 def matched(form: str, text: str, at: int = 0) -> tuple[str, int] | None:
-    """The last name in a form, and where the form ends: -1 if the text ends before."""
-    part, star, rest = form.partition("*")
-    if not text.startswith(part, at):
-        return ("", -1) if part.startswith(text[at : at + len(part)]) else None
-    at += len(part)
-    if not star:
-        return "", at
-    name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 64]))
-    at += len(name)
-    found = matched(rest, text, at) if at < len(text) else ("", -1)
-    return found and (found[0] if "*" in rest else name, found[1])
+    """The last name in a form, and where the form ends; -1 if the text ends before.
+
+    A space in a form is any space, or none."""
+    start = form.partition("*")[0].partition(" ")[0]
+    if not text.startswith(start, at):
+        is_begun = start.startswith(text[at : at + len(start)])
+        return ("", -1) if is_begun else None
+    at, form, name = at + len(start), form[len(start) :], ""
+    for index, c in enumerate(form):
+        if c == " ":
+            while text[at : at + 1].isspace():
+                at += 1
+        if at == len(text):
+            return name, -1
+        if c == "*":
+            name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 64]))
+            at += len(name)
+            name = "" if "*" in form[index + 1 :] else name
+            if at == len(text):
+                return name, -1
+        elif c != " ":
+            if text[at] != c:
+                return None
+            at += 1
+    return name, at
 
 
-def head_of(begun: str, toolbox: Toolbox) -> tuple[str, str] | None:
-    """The tool that an object calls, "" until it is named, and what follows."""
+def object_head(head: str, toolbox: Toolbox, is_sure: bool) -> tuple[str, int] | None:
+    """Which tool an object calls, "" while it may name one, and where arguments begin.
+
+    None if no call begins so, or if it is a tool that is described, not called."""
+    head = head.replace("'", '"')
+    found = None
     for form in OBJECTS:
-        name, end = matched(form, begun) or ("", 0)
-        if end and toolbox.knows(name, end > 0):
-            return (name, begun[end:]) if end > 0 else ("", "")
-    return None
-
-
-def may_call(begun: str, toolbox: Toolbox) -> bool:
-    """Whether an object that begins so may be a call though no sign says so."""
-    head = head_of(begun, toolbox)
-    if head is None:
-        return LIST_BEGINS.startswith(begun)
-    name, rest = head
-    known = properties_of(toolbox.find(name))
-    if any(rest.endswith(f':{{"{key}":') for key in RECITED if key not in known):
-        return False
-    tails = (*TAILS, *OTHER_TAILS)
-    return any(tail.startswith(rest) or rest.startswith(tail) for tail in tails)
-
-
-def arguments_begun(begun: str, toolbox: Toolbox, is_sure: bool) -> tuple[str, str]:
-    """Whose arguments have begun and what there is of them, "" until that is clear."""
-    name, rest = head_of(begun, toolbox) or ("", "")
-    found = [rest[len(tail) :] for tail in TAILS if rest.startswith(tail + "{")]
-    recited = [f'{{"{key}":' for key in RECITED]
-    may_be_recited = any(key.startswith(text) for key in recited for text in found)
-    return (name, found[0]) if found and (is_sure or not may_be_recited) else ("", "")
+        name, end = matched(form, head) or ("-", 0)
+        if not end or not toolbox.knows(name, end > 0):
+            continue
+        if end < 0:
+            found = found or ("", 0)
+            continue
+        known = properties_of(toolbox.find(name))
+        recited = [f'{{ "{key}" :' for key in SCHEMA_KEYS if key not in known]
+        for key in ARGUMENT_KEYS:
+            _, at = matched(f' , "{key}" : ', head, end) or ("", 0)
+            if not at:
+                continue
+            found = name, 0
+            if at > 0 and head[at] == "{":
+                ends = [m[1] for form in recited if (m := matched(form, head, at))]
+                if is_sure or not ends:
+                    return name, at
+                if max(ends) > 0:
+                    return None
+        if matched(" }", head, end) or matched(' , "id" :', head, end):
+            found = name, 0
+    return found
 
 
 def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str]]:
@@ -5109,7 +4844,7 @@ def named(value: Json) -> tuple[str, Any]:
 
 
 def loosely_named(value: Json, toolbox: Toolbox) -> tuple[str, Any]:
-    """The same after a sure sign, where arguments may stand beside their name."""
+    """The same after a sure opening, where arguments may stand beside their name."""
     rest = {key: value[key] for key in value if key not in CALL_KEYS}
     name, given = named({key: value[key] for key in value if key not in rest})
     if not name and len(value) == len(rest) == 1:
@@ -5125,44 +4860,21 @@ def loosely_named(value: Json, toolbox: Toolbox) -> tuple[str, Any]:
 def arguments_text(given: Any, tool: Tool | None) -> str:
     """Arguments as JSON: a text may hold them, or be the only one a tool needs."""
     if isinstance(given, str) and given.lstrip().startswith("{"):
-        return repair_json(given)
+        return repair_json(given) or given
     if isinstance(given, str) and given:
         needed = as_list(tool and tool.parameters.get("required"))
-        known = properties_of(tool)
-        is_it = len(needed) == 1 and json_type(as_object(known.get(needed[0])))
-        given = {needed[0]: given} if is_it == "string" else given
+        if len(needed) == 1 and is_string(tool, needed[0]):
+            given = {needed[0]: given}
     return compact({} if given in (None, "") else given)
 
 
-class Candidate(JSONRepairer):
-    """An object as it comes, that may be a call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dense: list[str] = []
-        self.begun = ""  # how it begins, in dense JSON
-        self.depth = 0  # of the arguments in it
-
-    def take(self, c: str) -> bool:
-        """Take one character, and say whether that adds to it."""
-        piece = self.feed(c)
-        self.dense.append(piece)
-        if len(self.begun) <= LONGEST_BEGINNING:
-            self.begun += piece
-        return bool(piece)
-
-    def whole(self) -> str:
-        return "".join([*self.dense, self.close()])
-
-    def is_half_call(self, toolbox: Toolbox, is_sure: bool) -> bool:
-        """Whether it was cut off in a call: it names a tool, or a sign says so."""
-        name, rest = head_of(self.begun, toolbox) or ("", "")
-        is_cut = self.is_cut() or (bool(name) and not rest)
-        may_be = may_call(self.begun, toolbox) or self.begun.startswith(FIRST_ARGUMENTS)
-        return is_cut and may_be and (is_sure or bool(name))
+def is_string(tool: Tool | None, parameter: Any) -> bool:
+    known = properties_of(tool)
+    is_known = isinstance(parameter, str) and parameter in known
+    return is_known and json_type(as_object(known[parameter])) == "string"
 
 
-ANYWHERE, LINE, INSIDE = "anywhere", "at the beginning of a line", "after a sign"
+ANYWHERE, LINE, INSIDE = "anywhere", "at the beginning of a line", "after an opening"
 
 
 class ToolCallFormat(NamedTuple):
@@ -5170,30 +4882,31 @@ class ToolCallFormat(NamedTuple):
     closing: str = ""
     is_sure: bool = False  # it means a call, even of a tool that is not there
     where: str = ANYWHERE
-    holds: str = "opening"  # the step that reads what it holds: signs or an object, …
-    name: str = ""  # of the tool, once it is known
+    holds: str = "object"  # … or other openings; else the method that reads it
 
 
 TOOL_CALL_FORMATS = (
-    ToolCallFormat(
-        "<tool_call>", "</tool_call>", is_sure=True
-    ),  # Qwen, Hermes, granite
-    ToolCallFormat("<tool_calls>", "</tool_calls>", is_sure=True),
-    ToolCallFormat("<|tool_call|>", "<|/tool_call|>", is_sure=True),  # granite 3, phi-4
-    ToolCallFormat("<function_call>", "</function_call>", is_sure=True),
-    ToolCallFormat("<functioncall>", "</functioncall>", is_sure=True),  # glaive
-    ToolCallFormat("<|python_tag|>", "<|eom_id|>", is_sure=True),  # Llama 3
-    ToolCallFormat("[TOOL_CALLS]", is_sure=True),  # Mistral …
-    ToolCallFormat("*[ARGS]", where=INSIDE, holds="named"),  # … since its tokenizer 11
+    ToolCallFormat("<tool_call>", "</tool_call>", True),  # Qwen, Hermes, granite
+    ToolCallFormat("<tool_calls>", "</tool_calls>", True),
+    ToolCallFormat("<|tool_call|>", "<|/tool_call|>", True),  # granite 3, phi-4
+    ToolCallFormat("<function_call>", "</function_call>", True),
+    ToolCallFormat("<functioncall>", "</functioncall>", True),  # glaive
+    ToolCallFormat("<|python_tag|>", "<|eom_id|>", True),  # Llama 3
+    ToolCallFormat('{ "tool_calls" : [', "", True, LINE),  # OpenAI's own objects
+    ToolCallFormat("[TOOL_CALLS]", "", True),  # Mistral …
+    ToolCallFormat("*[ARGS]", "", False, INSIDE, "named"),  # … since its tokenizer 11
     ToolCallFormat(
         "<function=*>", "</function>", holds="named"
     ),  # Llama 3, Qwen3 Coder
-    ToolCallFormat("*\n<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),  # GLM
-    ToolCallFormat("*<arg_key>", "</tool_call>", where=INSIDE, holds="tagged"),
-    ToolCallFormat("*\n", where=INSIDE, holds="named"),
-    ToolCallFormat(
-        "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", is_sure=True
-    ),  # DeepSeek
+    ToolCallFormat("*\n<arg_key>", "</tool_call>", False, INSIDE, "tagged"),  # GLM
+    ToolCallFormat("*<arg_key>", "</tool_call>", False, INSIDE, "tagged"),
+    ToolCallFormat("*\n", "", False, INSIDE, "named"),
+    ToolCallFormat("<function_calls>", "</function_calls>", True),  # Claude
+    ToolCallFormat('<invoke name="*">', "</invoke>", holds="named"),
+    ToolCallFormat("<minimax:tool_call>", "</minimax:tool_call>", True),
+    ToolCallFormat("<｜DSML｜function_calls>", "</｜DSML｜function_calls>", True),
+    ToolCallFormat('<｜DSML｜invoke name="*">', "</｜DSML｜invoke>", holds="named"),
+    ToolCallFormat("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", True),  # DeepSeek
     ToolCallFormat(
         "<｜tool▁call▁begin｜>function<｜tool▁sep｜>*",
         "<｜tool▁call▁end｜>",
@@ -5202,146 +4915,95 @@ TOOL_CALL_FORMATS = (
     ToolCallFormat(
         "<｜tool▁call▁begin｜>*<｜tool▁sep｜>", "<｜tool▁call▁end｜>", holds="named"
     ),
-    ToolCallFormat(
-        "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", is_sure=True
-    ),  # Kimi K2
+    ToolCallFormat(  # Kimi K2
+        "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", True
+    ),
     ToolCallFormat(
         "<|tool_call_begin|>functions.*:", "<|tool_call_end|>", holds="named"
     ),
+    ToolCallFormat("<|tool_call_begin|>*:", "<|tool_call_end|>", holds="named"),
+    ToolCallFormat("<|start|>assistant"),  # gpt-oss: the tool is named in its role …
+    ToolCallFormat("to=functions.*", "<|call|>", False, INSIDE, "named"),
     ToolCallFormat("<|channel|>commentary to=functions.*", "<|call|>", holds="named"),
+    ToolCallFormat("<|channel|>analysis to=functions.*", "<|call|>", holds="named"),
     ToolCallFormat("```json", "```"),
     ToolCallFormat("```xml", "```"),
     ToolCallFormat("```tool_call", "```"),
-    ToolCallFormat("```tool_code", "```"),  # Gemma
+    ToolCallFormat("```tool_code", "```"),  # Gemma, Gemini
     ToolCallFormat("```", "```"),
-    ToolCallFormat("[", "]", where=LINE),
+    ToolCallFormat("[", "]", False, LINE),
+    ToolCallFormat("print(", ")", False, INSIDE),
+    ToolCallFormat("default_api.", "", False, INSIDE),
     ToolCallFormat(
-        "*(", where=INSIDE, holds="python"
-    ),  # Llama 4: [get_weather(city="Paris")]
+        "*(", "", False, INSIDE, "python"
+    ),  # Llama 4: [get_time(zone="UTC")]
     ToolCallFormat("<tool_response", holds="result"),  # made up, after a call
 )
 
-LIST_SIGNS = (  # what LIST_BEGINS opens
-    ToolCallFormat('{"tool_calls":', "}", is_sure=True),
-    ToolCallFormat("[", "]"),
-)
-
 BY_BEGINNING = {
-    begun: tuple(sign for sign in TOOL_CALL_FORMATS if sign.opening[0] == begun)
-    for begun in sorted({sign.opening[0] for sign in TOOL_CALL_FORMATS})
+    c: [format for format in TOOL_CALL_FORMATS if format.opening[0] == c]
+    for c in {format.opening[0] for format in TOOL_CALL_FORMATS}
 }
 
 START = re.compile(r"[<\[{`]")  # what any call begins with
 
-LONGEST_SPACE = 200  # characters, before a call and between its parts
-
-SPACE = re.compile(rf"\s{{0,{LONGEST_SPACE + 1}}}")
+LEADING_SPACE = re.compile(rf"\s{{0,{LONGEST_SPACE + 1}}}")
 
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
 
-DEEPEST = 6  # signs of one call
+MOST_OPENINGS = 6  # of one call
 
-LONGEST_TAGGED = 200_000  # characters, as none of them is told before the last
+LONGEST_CALL = 200_000  # characters that are held
 
 LONGEST_PIECE = 1000  # characters that are looked at together
 
-LONGEST_LEAD = 60  # characters, of which LEAD is made
+LONGEST_LEAD = 80  # characters
 
 LEAD = re.compile(  # what may stand between a name and its arguments
-    r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*(commentary\s*)?|```)?(json)?\s*){0,3}"
+    r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*((commentary|analysis)\s*)?|```)?(json|code)?\s*){0,4}"
 )
 
-TAGGED = re.compile(  # Qwen3 Coder has the first form, GLM the other
-    r"<parameter=(?P<name>[^<>]{1,64})>"
+TAG_BEGINS = r"<(?:｜DSML｜|antml:)?parameter"
+
+TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
+    rf"<parameter=(?P<name>[^<>]{{1,64}})>"
+    rf'|{TAG_BEGINS} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
 
-TAGGED_END = re.compile(r"</parameter>|</arg_value>")
-
-
-def signs_at(
-    text: str, at: int, toolbox: Toolbox
-) -> Iterator[tuple[ToolCallFormat, int]]:
-    """The signs that stand there, with where they end: -1 if they may still come."""
-    named = BY_BEGINNING["*"] if text[at] in NAME_CHARACTERS else ()
-    for sign in (*BY_BEGINNING.get(text[at], ()), *named):
-        name, end = matched(sign.opening, text, at) or ("", 0)
-        if end and "*" in sign.opening:
-            end = end if toolbox.knows(name, end > 0) else 0
-            sign = sign._replace(name=name)
-        if end:
-            yield sign, end
-
-
-def start_of(text: str) -> int:
-    """Where a call may begin in a text, with the space before it."""
-    start = START.search(text)
-    end = start.start() if start else len(text)
-    return max(len(text[:end].rstrip()), end - LONGEST_SPACE)
+TAGGED_END = re.compile(r"</(?:｜DSML｜|antml:)?parameter>|</arg_value>")
 
 
 def tagged_arguments(text: str, tool: Tool | None) -> Json:
     """Arguments between tags: strings where the tool says so, else as they parse."""
-    known = properties_of(tool)
     arguments: Json = {}
     for piece in TAGGED_END.split(text)[:-1]:
         if tag := TAGGED.search(piece):
-            name, value = (tag["name"] or tag["key"]).strip(), piece[tag.end() :]
-            value = value.removeprefix("\n").removesuffix("\n")
-            is_text = json_type(as_object(known.get(name))) == "string"
-            arguments[name] = value if is_text else parsed_or_text(value)
+            name = (tag["name"] or tag["quoted"] or tag["key"]).strip()
+            text = piece[tag.end() :].removeprefix("\n").removesuffix("\n")
+            value = None if is_string(tool, name) else parsed(text)
+            is_null = value is None and text.strip() == "null"
+            is_text = is_string(tool, name) or (value is None and not is_null)
+            arguments[name] = text if is_text else value
     return arguments
 
 
-def parsed_or_text(text: str) -> Any:
-    value = parsed(text)
-    return text if value is None and text.strip() != "null" else value
-
-
-Step = Callable[[], bool]
-
-
-class Heard:
-    """What one answer has been heard to be."""
-
-    def __init__(self, parallel: bool) -> None:
-        self.parallel = parallel  # more calls than one are told
-        self.events: list[Event] = []  # that nobody has taken yet
-        self.calls = 0
-        self.is_fresh = True  # nothing was said yet, or nothing since a call
-
-    def so_far(self) -> list[Event]:
-        events, self.events = self.events, []
-        return merged(events)
-
-    def text(self, text: str) -> None:
-        if text:
-            self.is_fresh = False
-            self.events.append(Text(text))
-
-    def call(self, name: str, arguments: str) -> None:
-        """Tell a call, with its arguments or how they begin."""
-        if not self.calls or self.parallel:
-            self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
-        self.calls += 1
-        self.arguments(arguments)
-
-    def arguments(self, text: str) -> None:
-        if text and (self.calls == 1 or self.parallel):
-            self.events.append(Arguments(self.calls - 1, text))
-
-
-PYTHON_MARK = re.compile(r"""\\.?|\"""|\'\'\'|["'\n(){}\[\]]""", re.DOTALL)
-
-LONGEST_PYTHON = 8_000  # characters
+LONGEST_PYTHON = 4000  # characters
 
 DEEPEST_PYTHON = 20  # brackets
 
 PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
 
+PYTHON_STRING = r"""(?P<text>\"""(?:[^\\]|\\.)*?\"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'
+    |"(?!"")(?:[^"\\\n]|\\.)*"|'(?!'')(?:[^'\\\n]|\\.)*')"""
+
+PYTHON_PART = re.compile(
+    rf"""{PYTHON_STRING}|(?P<open>[(\[{{])|(?P<close>[)\]}}])|[^"'()\[\]{{}}]+""",
+    re.DOTALL | re.VERBOSE,
+)
+
 PYTHON_TOKEN = re.compile(
-    r"""(?P<text>\"""(?:[^\\]|\\.)*?\"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'
-    |"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
+    rf"""{PYTHON_STRING}
     |(?P<name>[A-Za-z_]\w*)(?=\s*=)
     |(?P<word>\b(?:True|False|None|true|false|null)\b)
     |-?\b\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?\b""",
@@ -5370,15 +5032,17 @@ def python_arguments(text: str, tool: Tool | None) -> Json | None:
 
 
 def as_literals(text: str) -> str:
-    """The text as Python may have it; ValueError if there is more in it."""
+    """The text as Python may have it; ValueError if there is more in it than literals.
+
+    Python's parser is given nothing else, as it recurses without an end of its own."""
     bare = PYTHON_TOKEN.sub(lambda token: "" if token["name"] else "0", text)
     depth = 0
     for c in bare:
         depth += (c in "([{") - (c in ")]}")
         if depth > DEEPEST_PYTHON:
-            raise ValueError("too deep")
+            reject_constant("too deep")
     if PYTHON_NOISE.search(bare):
-        raise ValueError("more than literals")
+        reject_constant("more than literals")
     return PYTHON_TOKEN.sub(as_literal, text)
 
 
@@ -5391,297 +5055,375 @@ def as_literal(token: re.Match[str]) -> str:
 def extract_tool_calls(
     events: Events, toolbox: Toolbox, strict: bool = False
 ) -> Events:
-    """Tell calls apart from text, and end with `tool_calls` if there were any."""
-    listener = ToolCallParser(toolbox, strict)
+    """Tell calls from text, and end with `tool_calls` if there were any.
+
+    `strict`: a call of a tool that is not there is text."""
+    parser = ToolCallParser(toolbox, strict)
     with closing(events):
         for event in events:
             if isinstance(event, Text):
-                yield from listener.hear(event.text)
+                yield from parser.feed(event.text)
             elif isinstance(event, Done):
-                yield from listener.end(event.finish_reason)
-                yield Done(listener.finish_reason(event.finish_reason), event.usage)
+                yield from parser.finish(event.finish_reason)
+                yield Done(parser.finish_reason(event.finish_reason), event.usage)
             else:
                 yield event
-            if listener.is_over:
-                yield Done(listener.finish_reason("stop"))
+            if parser.is_over:
+                yield Done(parser.finish_reason("stop"))
                 return
 
 
 class ToolCallParser:
-    """How far one answer has come: `step` gets on, or waits for more."""
+    """How far one answer has been read: `step` gets on, or waits for more."""
 
-    def __init__(self, toolbox: Toolbox, strict: bool = False) -> None:
+    def __init__(self, toolbox: Toolbox, strict: bool) -> None:
         self.toolbox = toolbox
-        self.strict = strict  # a call of another tool is text
-        self.heard = Heard(toolbox.parallel)
-        self.was_cut = False
+        self.strict = strict
+        self.texts: list[str] = []  # that nobody has taken yet …
+        self.events: list[Event] = []  # … and what came before them
+        self.calls = 0
+        self.is_fresh = True  # nothing was said yet, or nothing since a call
         self.is_over = False  # what comes now is no answer
+        self.was_cut = False
+        self.openings: list[ToolCallFormat] = []  # that are not closed
+        self.sought = self.openings  # the same, with what may begin a call
         self.held = ""
-        self.seen = 0  # how much of it has been taken for a part of a call
-        self.begun = 0  # where in it begins what the last sign holds
-        self.signs: list[ToolCallFormat] = []  # that are open
-        self.taken = 0  # how many of them are in what is held
-        self.object = Candidate()
-        self.nesting = Nesting(PYTHON_MARK)
-        self.step: Step = self.seek
+        self.before = ""  # openings that were taken from what is held
+        self.body: list[str] = []  # what was taken after them
+        self.length = 0  # of both
+        self.head = ""  # how the body begins
+        self.tail = ""  # how it ends: of tags
+        self.at = 0  # how much of what is held was read: of Python
+        self.name = ""  # of the tool, if an opening has it
+        self.reader = JSONReader()
+        self.depth = 0  # of the arguments in what it reads
+        self.step: Callable[[], bool] = self.seek
 
-    def hear(self, text: str) -> list[Event]:
-        """Hear a long text in pieces, as what is held is copied again and again."""
+    def feed(self, text: str) -> list[Event]:
+        """Read a long text in pieces, as what is held is copied again and again."""
         for start in range(0, len(text), LONGEST_PIECE):
             self.held += text[start : start + LONGEST_PIECE]
             while self.held and self.step():
                 pass
-        return self.heard.so_far()
+        return self.take()
 
-    def end(self, finish_reason: str) -> list[Event]:
+    def finish(self, finish_reason: str) -> list[Event]:
         """Decide on what is held: nothing more will come."""
         self.was_cut = finish_reason == "length"
-        while self.held:
-            if not self.step():
+        while self.step != self.arguments and (self.held or self.before or self.body):
+            if not (self.held and self.step()):
                 self.decide()
         if self.step == self.arguments:
-            self.was_cut = self.was_cut or self.object.is_cut()
-            rest = "" if self.was_cut else self.object.close(self.object.depth)
-            self.heard.arguments(rest)
-        return self.heard.so_far()
+            self.was_cut = self.was_cut or self.reader.is_cut()
+            if not self.was_cut:
+                self.reader.finish(self.depth)
+                self.tell_arguments(self.reader.take())
+        return self.take()
 
     def decide(self) -> None:
-        if self.step == self.after:
+        if self.step == self.broken_arguments:
+            self.tell_arguments(self.held)
             self.held = ""
-        elif self.is_half():
-            self.held, self.was_cut = "", True
-        elif self.step == self.candidate:
-            self.judge()
+        elif self.step == self.after or self.is_half():
+            self.was_cut = self.was_cut or self.step != self.after
+            self.held, self.before, self.body = "", "", []
+        elif self.step == self.object:
+            self.reader.finish()
+            self.judge("")
         elif self.step == self.tagged:
-            self.tell_tagged(len(self.held))
+            self.tell_tagged("".join(self.body), self.length)
         else:
             self.refuse()
 
     def is_half(self) -> bool:
         """Whether it was cut off in what would have been a call."""
-        if self.was_cut and self.is_sure():
+        is_sure = self.is_sure()
+        if self.was_cut and (is_sure or any(o.is_sure for o in self.sought)):
             return True
-        if self.step == self.candidate:
-            return self.object.is_half_call(self.toolbox, self.is_sure())
+        if self.step == self.object:
+            name, at = object_head(self.head, self.toolbox, is_sure) or ("", 0)
+            is_cut = self.was_cut or self.reader.is_cut() or (bool(name) and not at)
+            return is_cut and (is_sure or bool(name))
         if self.step == self.tagged:
-            return bool(TAGGED.search(TAGGED_END.split(self.held)[-1]))
-        if self.step == self.named:
-            return bool(LEAD.fullmatch(self.held, self.seen))
-        return self.step == self.python
+            last = TAGGED_END.split("".join(self.body))[-1]
+            return self.was_cut or bool(TAGGED.search(last))
+        is_lead = self.step == self.named and LEAD.fullmatch(self.held)
+        return bool(is_lead) or self.step == self.python
 
-    def finish_reason(self, told: str) -> str:
+    def finish_reason(self, given: str) -> str:
         if self.was_cut:
             return "length"
-        return self.toolbox.called if self.heard.calls and told == "stop" else told
+        return self.toolbox.called if self.calls and given == "stop" else given
 
-    # Steps: each takes from what is held, and says whether there is a next one.
+    def take(self) -> list[Event]:
+        self.end_text()
+        events, self.events = self.events, []
+        return events
+
+    def end_text(self) -> None:
+        if self.texts:
+            self.events.append(Text("".join(self.texts)))
+            self.texts = []
+
+    def tell_text(self, length: int) -> None:
+        if length:
+            self.is_fresh = False
+            self.texts.append(self.held[:length])
+            self.held = self.held[length:]
+
+    def tell_call(self, name: str, arguments: str = "") -> None:
+        if not self.calls or self.toolbox.parallel:
+            self.end_text()
+            self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
+        self.calls += 1
+        self.tell_arguments(arguments)
+
+    def tell_arguments(self, text: str) -> None:
+        if text and (self.calls == 1 or self.toolbox.parallel):
+            self.events.append(Arguments(self.calls - 1, text))
+
+    def is_sure(self) -> bool:
+        return any(opening.is_sure for opening in self.openings)
 
     def seek(self) -> bool:
-        """Tell text, up to where a call may begin."""
-        if not self.signs:
-            self.tell_text(start_of(self.held))
-        self.seen = self.taken = 0
-        self.step = self.opening
+        """Tell text up to where a call may begin, and read its openings."""
+        if not self.openings:
+            start = START.search(self.held)
+            end = start.start() if start else len(self.held)
+            self.tell_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
+        self.sought = openings = [*self.openings]
+        at = 0
+        most = len(openings) + MOST_OPENINGS
+        while len(openings) <= most:
+            space = (GAP if openings else LEADING_SPACE).match(self.held, at)
+            start_at = space.end() if space else at
+            if start_at == len(self.held):
+                return False
+            is_line = self.is_fresh or "\n" in self.held[at:start_at]
+            places = {ANYWHERE, LINE, INSIDE} if openings else {ANYWHERE, LINE}
+            found = self.formats_at(
+                start_at, places if is_line or openings else {ANYWHERE}
+            )
+            if any(end < 0 for _, _, end in found):
+                return False
+            at = start_at
+            if not found:
+                break
+            format, name, at = max(found, key=itemgetter(2))
+            if format in openings[len(self.openings) :]:
+                return self.refuse(at)
+            openings.append(format)
+            if format.holds != "object":
+                return self.begin(openings, at, name, getattr(self, format.holds))
+        else:
+            return self.refuse(at)
+        if self.held[at] == "{" and (is_line or openings):
+            return self.begin(openings, at, "", self.object)
+        return self.refuse(at)
+
+    def formats_at(
+        self, at: int, places: set[str]
+    ) -> list[tuple[ToolCallFormat, str, int]]:
+        """The formats that open there, the name in the opening, and where that ends."""
+        found = []
+        c = self.held[at]
+        starred = BY_BEGINNING["*"] if c in NAME_CHARACTERS and INSIDE in places else []
+        for format in [*BY_BEGINNING.get(c, ()), *starred]:
+            if format.where in places:
+                name, end = matched(format.opening, self.held, at) or ("", 0)
+                if "*" in format.opening and not self.toolbox.knows(name, end > 0):
+                    continue
+                found += [(format, name, end)] if end else []
+        return found
+
+    def begin(
+        self,
+        openings: list[ToolCallFormat],
+        at: int,
+        name: str,
+        step: Callable[[], bool],
+    ) -> bool:
+        self.openings, self.name, self.step = openings, name, step
+        self.before, self.held = self.held[:at], self.held[at:]
+        self.body, self.length = [], at
+        self.head, self.tail, self.at, self.depth = "", "", 0, 1
+        self.reader = JSONReader()
         return True
 
-    def opening(self) -> bool:
-        """Take one sign, or come to what it holds."""
-        space = (GAP if self.signs else SPACE).match(self.held, self.seen)
-        start = space.end() if space else self.seen
-        if start - self.seen > LONGEST_SPACE:
-            self.step = self.seek
-            return not self.signs or self.refuse()
-        if start == len(self.held):
-            return False
-        is_line = self.heard.is_fresh or "\n" in self.held[self.seen : start]
-        found = self.signs_at(start, is_line)
-        if any(end < 0 for _, end in found):
-            return False
-        if found:
-            sign, end = max(found, key=itemgetter(1))
-            return self.take([sign], end, getattr(self, sign.holds))
-        if self.held[start] == "{" and (is_line or self.signs):
-            return self.begin_object(start)
-        return self.refuse()
+    def refuse(self, length: int = 0) -> bool:
+        """It was no call: its first character is text, and the rest may be one yet.
 
-    def signs_at(self, start: int, is_line: bool) -> list[tuple[ToolCallFormat, int]]:
-        found = signs_at(self.held, start, self.toolbox)
-        if self.signs:
-            return list(found)
-        places = (ANYWHERE, LINE) if is_line else (ANYWHERE,)
-        return [(sign, end) for sign, end in found if sign.where in places]
-
-    def take(self, signs: Sequence[ToolCallFormat], end: int, step: Step) -> bool:
-        self.signs += signs
-        self.taken += len(signs)
-        self.seen = self.begun = end
-        self.nesting = Nesting(PYTHON_MARK, "(")
-        self.step = step
-        return self.taken <= DEEPEST or self.refuse()
-
-    def begin_object(self, start: int) -> bool:
-        self.object = Candidate()
-        self.seen = start
-        self.step = self.candidate
+        After a long look, `length` characters are text: none is read often."""
+        self.held = "".join([self.before, *self.body, self.held])
+        self.before, self.body, self.openings = "", [], []
+        self.step = self.seek
+        space = LEADING_SPACE.match(self.held)
+        first = (space.end() if space else 0) + 1
+        self.tell_text(length if length > LONGEST_HEAD else first)
         return True
 
-    def candidate(self) -> bool:
-        """Read an object for as long as it may be a call without saying whose."""
-        for c in self.held[self.seen :]:
-            if self.object.ends_at(c):
-                return self.judge()
-            self.seen += 1
-            if self.object.take(c):
-                if self.object.is_done:
-                    return self.judge()
-                if self.is_decided():
-                    return True
-        return False
+    def close(self, rest: str) -> bool:
+        """A call has ended."""
+        self.held, self.before, self.body = rest, "", []
+        self.is_fresh = True
+        self.step = self.after
+        return True
 
-    def is_decided(self) -> bool:
-        """Go on to a list of calls, to arguments or to text, once it says which."""
-        begun, is_sure = self.object.begun, self.is_sure()
-        if len(begun) > LONGEST_BEGINNING:
-            return False
-        if begun == LIST_BEGINS:
-            return self.take(LIST_SIGNS, self.seen, self.opening)
-        if not is_sure and not may_call(begun, self.toolbox):
-            return self.refuse()
-        name, arguments = arguments_begun(begun, self.toolbox, is_sure)
-        if not name:
-            return False
-        self.object.depth = begun.removesuffix(arguments).count("{")
-        return self.begin_arguments(name, self.seen, arguments)
+    def object(self) -> bool:
+        """Read an object; its arguments at once if they begin as a call's."""
+        was_short = len(self.head) < LONGEST_HEAD
+        self.head += self.held[: LONGEST_HEAD - len(self.head)]
+        self.body.append(self.held)
+        if was_short:
+            head = object_head(self.head, self.toolbox, self.is_sure())
+            if head is None and not self.is_sure():
+                self.held = ""
+                return self.refuse()
+            if head and head[1] and self.begin_arguments(*head):
+                return True
+        rest = self.reader.feed(self.held)
+        self.length += len(self.held) - len(rest or "")
+        self.held = ""
+        if self.length > LONGEST_CALL or self.reader.is_broken:
+            return self.refuse(min(self.length, LONGEST_CALL))
+        return rest is not None and self.judge(rest)
 
-    def judge(self) -> bool:
-        """Tell the calls of an object that has ended, or take it for text."""
+    def begin_arguments(self, name: str, at: int) -> bool:
+        reader = JSONReader()
+        reader.feed(self.head[:at])
+        if not reader.is_strict:
+            return False
+        self.depth = len(reader.closers)
+        reader.take()
+        self.tell_call(name)
+        self.held, self.before, self.body = "".join(self.body)[at:], "", []
+        self.reader, self.step = reader, self.arguments
+        return True
+
+    def judge(self, rest: str) -> bool:
+        """Tell the calls in an object that has ended, or take it for text."""
         is_sure = self.is_sure()
-        calls = calls_in(parsed(self.object.whole()), self.toolbox, is_sure)
+        calls = calls_in(parsed(self.reader.take()), self.toolbox, is_sure)
         known = all(self.toolbox.find(name) for name, _ in calls)
         if not calls or not (known or is_sure and not self.strict):
-            return self.refuse()
+            return self.refuse(self.length)
         for name, arguments in calls:
-            self.heard.call(name, arguments)
-        return self.close(self.seen)
+            self.tell_call(name, arguments)
+        return self.close(rest)
 
     def named(self) -> bool:
-        """Begin the arguments that a sign with a name holds."""
-        rest = self.held[self.seen :]
-        lead = rest.partition("{")[0]
-        if lead.lstrip().startswith("<parameter="):
+        """Begin the arguments after an opening that holds the name."""
+        lead, brace, _ = self.held.partition("{")
+        closing = self.openings[-1].closing
+        begun = lead.lstrip()
+        if re.match(TAG_BEGINS, begun) or (closing and begun.startswith(closing)):
             self.step = self.tagged
             return True
-        if lead == rest and len(lead) < LONGEST_LEAD:
+        if not brace and len(lead) < LONGEST_LEAD:
             return False
-        if lead == rest or not LEAD.fullmatch(lead):
+        if not brace or not LEAD.fullmatch(lead):
             return self.refuse()
-        name, start = self.signs[-1].name, self.seen + len(lead)
         if "```" in lead:
-            self.signs.append(ToolCallFormat("```", "```"))
-        self.begin_object(start)
-        return self.begin_arguments(name, start, "")
-
-    def begin_arguments(self, name: str, start: int, begun: str) -> bool:
-        self.held = self.held[start:]
-        self.heard.call(name, begun)
-        is_whole = begun == "{}"
-        self.step = self.remainder if is_whole else self.arguments
+            self.openings.append(ToolCallFormat("```", "```"))
+        self.tell_call(self.name)
+        self.held, self.before, self.depth = self.held[len(lead) :], "", 0
+        self.step = self.arguments
         return True
 
     def arguments(self) -> bool:
         """Tell arguments as they are written."""
-        told, end = self.object.read(self.held, self.object.depth)
-        self.heard.arguments(told)
-        self.held = "" if end is None else self.held[end:]
-        self.step = self.arguments if end is None else self.remainder
-        return end is not None
+        rest = self.reader.feed(self.held, self.depth)
+        told = self.reader.take()
+        self.held = ""
+        if self.reader.is_broken:
+            self.held, self.step = told, self.broken_arguments
+            return True
+        self.tell_arguments(told)
+        if rest is None:
+            return False
+        self.held = rest
+        self.step = self.remainder
+        return bool(self.depth) or self.close(rest)
+
+    def broken_arguments(self) -> bool:
+        """Tell the rest as it is, up to what closes the call."""
+        closings = [o.closing for o in self.openings if o.closing]
+        ends = [self.held.find(c) for c in closings if c in self.held]
+        end = min(ends) if ends else len(self.held) - overhang(self.held, closings)
+        self.tell_arguments(self.held[:end])
+        self.held = self.held[end:]
+        return bool(ends) and self.close(self.held)
 
     def remainder(self) -> bool:
         """Pass over what an object holds after its arguments."""
-        end = 0 if self.object.is_done else self.object.read(self.held)[1]
-        if end is None:
-            self.held = ""
-        return end is not None and self.close(end)
+        rest = self.reader.feed(self.held)
+        self.held = ""
+        return rest is not None and self.close(rest)
 
     def tagged(self) -> bool:
         """Read tags up to what closes them."""
-        closing = self.signs[-1].closing
-        end = self.held.find(closing, self.seen, LONGEST_TAGGED)
+        closing = self.openings[-1].closing
+        text = self.tail + self.held
+        end = text.find(closing)
+        length = self.length - len(self.tail) + (len(text) if end < 0 else end)
+        self.body.append(self.held)
+        self.held = ""
+        if length > LONGEST_CALL:
+            return self.refuse(LONGEST_CALL)
         if end >= 0:
-            return self.tell_tagged(end)
-        self.seen = min(max(self.seen, len(self.held) - len(closing)), LONGEST_TAGGED)
-        return len(self.held) >= LONGEST_TAGGED and self.refuse()
+            return self.tell_tagged("".join(self.body), length - len(self.before))
+        self.length, self.tail = length, text[1 - len(closing) :]
+        return False
 
-    def tell_tagged(self, end: int) -> bool:
-        name = self.signs[-1].name
-        arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
-        self.heard.call(name, compact(arguments))
-        return self.close(end)
+    def tell_tagged(self, text: str, end: int) -> bool:
+        tool = self.toolbox.find(self.name)
+        arguments = tagged_arguments(self.before + text[:end], tool)
+        self.tell_call(self.name, compact(arguments))
+        return self.close(text[end:])
 
     def python(self) -> bool:
-        """Read a Python call to its last bracket; quotes in a row are seen at once."""
-        limit = self.begun + LONGEST_PYTHON
-        text = self.held[self.seen : limit].rstrip("\"'")
-        end = self.nesting.end(text)
-        self.seen += len(text) if end is None else end
-        if end is None:
-            return len(self.held) > limit and self.refuse()
-        name = self.signs[-1].name
-        text = self.held[self.begun - 1 : self.seen]
-        arguments = python_arguments(text, self.toolbox.find(name))
+        """Read a call in Python to its last bracket."""
+        text = self.held[:LONGEST_PYTHON]
+        while self.depth and (part := PYTHON_PART.match(text, self.at)):
+            if part["text"] and part.end() == len(text):
+                break  # two quotes may become three
+            self.at = part.end()
+            self.depth += bool(part["open"]) - bool(part["close"])
+        if self.depth:
+            is_open = text[self.at : self.at + 3] in ('"""', "'''")
+            if len(text) < LONGEST_PYTHON and (is_open or "\n" not in text[self.at :]):
+                return False
+            return self.refuse(len(self.before) + len(text))
+        tool = self.toolbox.find(self.name)
+        arguments = python_arguments(f"({text[: self.at]}", tool)
         if arguments is None:
-            return self.refuse()
-        self.heard.call(name, compact(arguments))
-        self.signs.pop()
-        return self.close(self.seen)
+            return self.refuse(len(self.before) + self.at)
+        self.tell_call(self.name, compact(arguments))
+        self.openings.pop()
+        return self.close(self.held[self.at :])
 
     def result(self) -> bool:
         """What a tool gives is not the model's to say: after a call, all is said."""
-        self.is_over = self.heard.calls > 0
+        self.is_over = self.calls > 0
         self.held = "" if self.is_over else self.held
         return not self.is_over and self.refuse()
 
-    def close(self, end: int) -> bool:
-        self.held = self.held[end:]
-        self.heard.is_fresh = True
-        self.step = self.after
-        return True
-
     def after(self) -> bool:
-        """Drop what closes the signs of a call, and a bracket too many."""
+        """Drop what closes the openings of a call, and a bracket too many."""
         space = GAP.match(self.held)
         rest = self.held[space.end() :] if space else ""
-        for depth, sign in reversed(list(enumerate(self.signs))):
-            if sign.closing and rest.startswith(sign.closing):
-                self.held = rest.removeprefix(sign.closing)
-                del self.signs[depth:]
+        for depth, opening in reversed(list(enumerate(self.openings))):
+            if opening.closing and rest.startswith(opening.closing):
+                self.held = rest.removeprefix(opening.closing)
+                del self.openings[depth:]
                 return True
         if rest[:1] in ("}", "]") and self.is_sure():
             self.held = rest[1:]
             return True
-        if any(sign.closing.startswith(rest) for sign in self.signs) or not rest:
+        if not rest or any(o.closing.startswith(rest) for o in self.openings):
             return False
         self.step = self.seek
         return True
-
-    def refuse(self) -> bool:
-        """It was no call, so its first character is text, and the rest may be one yet.
-
-        After a long look the rest is text too: none is looked at again and again."""
-        space = SPACE.match(self.held)
-        first = (space.end() if space else 0) + 1
-        was_long = self.seen > LONGEST_BEGINNING or self.taken > DEEPEST
-        self.signs = []
-        self.step = self.seek
-        self.tell_text(self.seen if was_long else first)
-        return True
-
-    def tell_text(self, length: int) -> None:
-        self.heard.text(self.held[:length])
-        self.held = self.held[length:]
-
-    def is_sure(self) -> bool:
-        return any(sign.is_sure for sign in self.signs)
 
 
 # ==== 6. OBJECTS ==============================================================

@@ -6306,6 +6306,34 @@ THOUGHT = [  # what is said, whether it may have begun already, thought, answer
     ("begun all the same", "<think>Hm.</think>Hello.", True, "Hm.", "Hello."),
     ("begun and never ended", "Hello.", True, "Hello.", "Hello."),
     ("signs of a tag", "<think>a < b </ c</think>d", False, "a < b </ c", "d"),
+    ("a thought of space", "<think>\n\n</think>\n\nHello.", False, "", "Hello."),
+    ("much space", "\n" * 300 + "<think>", False, "", "\n" * 300 + "<think>"),
+    (
+        "channels",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final"
+        "<|message|>Hello<|x|>.<|return|>",
+        False,
+        "Hm.",
+        "Hello<|x|>.",
+    ),
+    (
+        "a preamble",
+        "<|start|>assistant<|channel|>commentary<|message|>I look.<|end|>\n"
+        "<|start|>assistant<|channel|>analysis<|message|>Hm",
+        False,
+        "Hm",
+        "I look.",
+    ),
+    (
+        "a message to a tool",
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary"
+        " to=functions.f <|constrain|>json<|message|>{}<|call|>",
+        False,
+        "Hm.",
+        "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json"
+        "<|message|>{}<|call|>",
+    ),
+    ("a mark in prose", "<|channel|> is a mark.", False, "", "<|channel|> is a mark."),
 ]
 
 
@@ -6326,6 +6354,21 @@ def test_a_thought_that_was_cut_for_its_length_is_no_answer():
     assert told == [STARTED, Reasoning("Hm"), Done("length")]
 
 
+def test_no_event_tells_an_empty_thought():
+    script = [STARTED, Text("<think>\n"), Text("</think>"), Text("a"), Done("stop")]
+    told = list(proxy.split_reasoning((event for event in script), False))
+    assert told == [STARTED, Text("a"), Done("stop")]
+
+
+def test_space_is_not_held_for_long():
+    pieces = [" "] * (proxy.LONGEST_SPACE + 1)
+
+    def part(events):
+        return proxy.split_reasoning(events, False)
+
+    assert text_of(told_before_the_end(part, *pieces)) == "".join(pieces)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("name", "thinks"),
@@ -6338,80 +6381,6 @@ def test_models_that_think_are_known_by_name(server, fake, name, thinks, stream)
     message = chat(server, name, stream=stream).message
     expected = ("Hm.", "Hi.") if thinks else ("", "Hm.</think>Hi.")
     assert (message.reasoning, message.content) == expected
-
-
-# -- Patterns ------------------------------------------------------------------
-
-
-def matches(pattern, text, steps=10**6):
-    return proxy.matches(pattern, text, iter(range(steps)))
-
-
-@table(
-    "pattern, text, expected",
-    [
-        ("a date", r"^\d{4}-\d{2}-\d{2}$", "2026-11-22", True),
-        ("no date", r"^\d{4}-\d{2}-\d{2}$", "2026-1-22", False),
-        ("a slug", "^[a-z]+(-[a-z]+)*$", "what-a-slug", True),
-        ("no slug", "^[a-z]+(-[a-z]+)*$", "what--a-slug", False),
-        ("one of words", "^(?:red|green|)$", "green", True),
-        ("none of words", "^(?:red|green)$", "greed", False),
-        ("found anywhere", "b+", "abbc", True),
-        ("a lazy repetition", "^a+?b??$", "aa", True),
-        ("at least", "^a{2,}$", "a", False),
-        ("at most", "^a{,2}$", "a{,2}", True),
-        ("between", "^(ab){1,2}$", "ababab", False),
-        ("a class with a bracket in it", r"^[\]a[]+$", "[a]", True),
-        ("a class of others", r"^[^\s,]+$", "a b", False),
-        ("an escaped mark", r"^\(\.\*\)\/$", "(.*)/", True),
-        ("a code point", r"^\u00e9\x41$", "éA", True),
-        ("a word boundary", r"\bcat\b", "a cat!", True),
-        ("no boundary", r"\bcat\b", "cats", False),
-        ("the end is not before a line break", "^a$", "a\n", False),
-        ("digits are those of ASCII", r"^\d$", "\u0663", False),
-        ("an empty pattern", "", "", True),
-    ],
-)
-def test_a_pattern_is_matched(pattern, text, expected):
-    assert matches(pattern, text) is expected
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    ["*a", "(a", "a)", "[a", "[]", "\\", "(?=a)b", "(?<!a)b", r"(a)\1", "(?P<x>a)"],
-)
-def test_a_pattern_that_can_not_be_matched_is_none(pattern):
-    assert not proxy.is_pattern(pattern)
-
-
-SMALL_PATTERNS = st.recursive(
-    st.sampled_from(["a", "b", ".", "[ab]", "^", "$"]),
-    lambda inner: (
-        st.builds("(?:{}|{})".format, inner, inner)
-        | st.builds("{}{}".format, inner, inner)
-        | st.builds(
-            "(?:{}){}".format, inner, st.sampled_from(["*", "+", "?", "{2}", "{1,}"])
-        )
-    ),
-    max_leaves=6,
-)
-
-
-@thoroughly
-@given(SMALL_PATTERNS, st.text("abc", max_size=7))
-def test_a_pattern_matches_what_python_would_match(pattern, text):
-    assert matches(pattern, text) == bool(re.search(pattern, text))
-
-
-@pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "(a|a)*b", "(a*)*b", "a*a*a*a*a*a*b", "((a?){9}){9}b"]
-)
-def test_a_pattern_that_python_would_try_for_ever_takes_a_moment(pattern):
-    began = time.thread_time()
-    schema = {"type": "string", "pattern": pattern}
-    expected = f"$ must match the pattern {pattern}."
-    assert proxy.validate("a" * 500, schema) == expected
-    assert time.thread_time() - began < 5
 
 
 # -- JSON Schema ---------------------------------------------------------------
@@ -6532,12 +6501,7 @@ def nested(depth, key="children"):
             {"additionalProperties": {"type": "integer"}},
             "$.b must be an integer, not a string.",
         ),
-        (
-            "a name",
-            {"blue": 1},
-            {"propertyNames": {"enum": ["red"]}},
-            '$.blue must be one of ["red"].',
-        ),
+        ("names are not checked", {"blue": 1}, {"propertyNames": {"enum": []}}, ""),
         (
             "few properties",
             {},
@@ -6558,25 +6522,11 @@ def nested(depth, key="children"):
         ("a wrong tuple", [1], NAMES_OF_JSON, "$[0] must be a string, not an integer."),
         ("few items", [], {"minItems": 1}, "$ must have at least 1 items."),
         ("many items", [1, 2], {"maxItems": 1}, "$ must have at most 1 items."),
-        ("no item twice", [1, True, "1", [1], {"a": 1}], {"uniqueItems": True}, ""),
-        (
-            "one twice",
-            [{"a": 1}, {"a": 1.0}],
-            {"uniqueItems": True},
-            "$ must not have an item twice.",
-        ),
-        ("twice is allowed", [1, 1], {"uniqueItems": False}, ""),
+        ("twice is not checked", [{"a": 1}, {"a": 1.0}], {"uniqueItems": True}, ""),
         ("a short string", "", {"minLength": 1}, "$ must have at least 1 characters."),
         ("a long string", "ab", {"maxLength": 1}, "$ must have at most 1 characters."),
         ("characters, not bytes", "é😀", {"maxLength": 2}, ""),
-        ("a pattern", "a-b", {"pattern": "^[a-z]+(-[a-z]+)*$"}, ""),
-        (
-            "another",
-            "A_OF_JSON",
-            {"pattern": "^[a-z]$"},
-            "$ must match the pattern ^[a-z]$.",
-        ),
-        ("patterns are for strings", 5, {"pattern": "a"}, ""),
+        ("patterns are not checked", "A", {"pattern": "^(?=a)[a-z]$"}, ""),
         ("at the minimum", 1, {"minimum": 1}, ""),
         ("below it", 0.5, {"minimum": 1}, "$ must be at least 1."),
         ("above the maximum", 2, {"maximum": 1.5}, "$ must be at most 1.5."),
@@ -6584,9 +6534,7 @@ def nested(depth, key="children"):
         ("at another", 1, {"exclusiveMaximum": 1}, "$ must be below 1."),
         ("bounds are for numbers", "0", {"minimum": 1}, ""),
         ("true has no bounds", True, {"minimum": 5}, ""),
-        ("a multiple", 0.3, {"multipleOf": 0.1}, ""),
-        ("no multiple", 7, {"multipleOf": 2}, "$ must be a multiple of 2."),
-        ("a great multiple", 1e300, {"multipleOf": 1e-300}, ""),
+        ("nor are multiples", 7, {"multipleOf": 2}, ""),
         ("all", 5, {"allOf": [{"type": "integer"}, {"minimum": 5}]}, ""),
         (
             "not all",
@@ -6609,9 +6557,8 @@ def nested(depth, key="children"):
             CARD,
             '$.kind must be "cat". Or: $.kind must be "dog".',
         ),
-        ("two", 5, {"oneOf": [{}, True]}, "$ fits several schemas of oneOf."),
-        ("not", 5, {"not": {"type": "string"}}, ""),
-        ("but", "a", {"not": {"type": "string"}}, '$ must not fit {"type":"string"}.'),
+        ("two, as what parts them may not be checked", 5, {"oneOf": [{}, True]}, ""),
+        ("not is not checked", "a", {"not": {"type": "string"}}, ""),
         ("a tree", nested(3), TREE_OF_JSON, ""),
         (
             "a wrong leaf",
@@ -6639,21 +6586,40 @@ def nested(depth, key="children"):
             "$ must be at least 6.",
         ),
         ("annotations", 5, {"title": "T", "format": "date", "x-order": 1}, ""),
+        ("a value as deep as a cave", nested(5000), TREE_OF_JSON, ""),
+        ("null where it may be", None, {"type": "string", "nullable": True}, ""),
         (
-            "a value as deep as a cave",
-            nested(5000),
-            TREE_OF_JSON,
-            "$ takes too long to check against its schema.",
+            "null where it may not",
+            None,
+            {"type": "string", "nullable": False},
+            "$ must be a string, not null.",
+        ),
+        (
+            "one into an array",
+            5,
+            {"$ref": "#/anyOf/1", "anyOf": [{}, {"type": "null"}]},
+            "$ must be null, not an integer.",
+        ),
+        (
+            "properties by pattern",
+            {"x": 1},
+            {"patternProperties": {"x": {}}, "additionalProperties": False},
+            "",
+        ),
+        (
+            "required names that are none",
+            {},
+            {"required": [["a"], 5, "b"]},
+            '$ lacks the property "b".',
         ),
     ],
 )
 def test_a_value_fits_or_the_sentence_says_where_not(value, schema, expected):
-    assert [*proxy.schema_faults(schema)] == []
     assert proxy.validate(value, schema) == expected
 
 
 def doubled(times):
-    """A_OF_JSON schema that asks twice for what asks twice for what …"""
+    """A schema that asks twice for what asks twice for what …"""
     links = {
         str(n): {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 2} for n in range(times)
     }
@@ -6672,27 +6638,15 @@ def doubled(times):
         ),
     ],
 )
-def test_a_schema_that_is_long_to_check_is_given_up(value, schema):
-    assert [*proxy.schema_faults(schema)] == []
+def test_what_is_long_to_check_counts_as_valid(value, schema):
     began = time.thread_time()
-    assert proxy.validate(value, schema).startswith("$ takes too long")
-    assert time.thread_time() - began < 5
+    assert proxy.validate(value, schema) == ""
+    assert time.thread_time() - began < 3
 
 
 def test_a_sentence_is_never_long():
     many = {"anyOf": [{"const": "x" * n} for n in range(1, 100)]}
-    assert len(proxy.validate(5, many)) == proxy.LONGEST_WHY + 1
-
-
-NO_SCHEMA = "a schema is expected to be an object or a boolean"
-NO_TYPE = (
-    "'type' is expected to be one of string, integer, number, boolean, array, object, "
-    "null, or an array of them"
-)
-NO_PATTERN = (
-    "'pattern' is expected to be a regular expression without lookaround or back "
-    "references"
-)
+    assert len(proxy.validate(5, many)) == proxy.LONGEST_MESSAGE + 1
 
 
 def deep(depth):
@@ -6702,109 +6656,78 @@ def deep(depth):
     return schema
 
 
-@table(
-    "schema, context, fault",
-    [
-        ("a keyword", {"if": {}}, (), "'if' is not permitted"),
-        (
-            "one inside",
-            {"properties": {"a": {"patternProperties": {}}}},
-            ("properties", "a"),
-            "'patternProperties' is not permitted",
-        ),
-        ("a type", {"type": "text"}, (), NO_TYPE),
-        ("types", {"type": []}, (), NO_TYPE),
-        ("no schema", {"items": 5}, ("items",), NO_SCHEMA),
-        ("old tuples", {"items": [{}]}, ("items",), NO_SCHEMA),
-        (
-            "no properties",
-            {"properties": []},
-            (),
-            "'properties' is expected to be an object of schemas",
-        ),
-        (
-            "no choices",
-            {"anyOf": []},
-            (),
-            "'anyOf' is expected to be an array of schemas",
-        ),
-        ("no values", {"enum": "a"}, (), "'enum' is expected to be an array of values"),
-        (
-            "the requirement of old",
-            {"required": True},
-            (),
-            "'required' is expected to be an array of strings",
-        ),
-        (
-            "a bound of old",
-            {"exclusiveMinimum": True},
-            (),
-            "'exclusiveMinimum' is expected to be a number",
-        ),
-        (
-            "a length",
-            {"minLength": -1},
-            (),
-            "'minLength' is expected to be a whole number from 0",
-        ),
-        (
-            "a factor",
-            {"multipleOf": 0},
-            (),
-            "'multipleOf' is expected to be a number above 0",
-        ),
-        ("a flag", {"uniqueItems": 1}, (), "'uniqueItems' is expected to be a boolean"),
-        ("lookaround", {"pattern": "(?=a)"}, (), NO_PATTERN),
-        ("a long pattern", {"pattern": "a" * 501}, (), NO_PATTERN),
-        (
-            "elsewhere",
-            {"$ref": "https://example.com/a"},
-            (),
-            '\'$ref\' is expected to be of the form "#/$defs/name", or "#"',
-        ),
-        (
-            "nowhere",
-            {"items": {"$ref": "#/$defs/a"}},
-            ("items",),
-            "reference '#/$defs/a' leads to no schema",
-        ),
-        (
-            "no schema there",
-            {"$ref": "#/title", "title": "a"},
-            (),
-            "reference '#/title' leads to no schema",
-        ),
-        ("a loop of one", {"$ref": "#"}, (), "'$ref' leads back to itself"),
-        (
-            "a loop of two",
-            {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
-            ("$defs", "a"),
-            "'$ref' leads back to itself",
-        ),
-        (
-            "a loop through any",
-            {"anyOf": [{"type": "null"}, {"$ref": "#"}]},
-            (),
-            "'$ref' leads back to itself",
-        ),
-        ("too deep", deep(101), ("items",) * 101, "it is too deep or too large"),
-        (
-            "too large",
-            {"anyOf": [True] * 5000},
-            ("anyOf", "4999"),
-            "it is too deep or too large",
-        ),
-    ],
+UNCHECKED = [
+    ("a keyword", {"if": {}}),
+    ("one inside", {"properties": {"a": {"patternProperties": {}}}}),
+    ("a type", {"type": "text"}),
+    ("types", {"type": []}),
+    ("types that are none", {"type": [["string"], 5]}),
+    ("no schema", {"items": 5}),
+    ("old tuples", {"items": [{}]}),
+    ("no properties", {"properties": []}),
+    ("no choices", {"anyOf": []}),
+    ("no values", {"enum": "a"}),
+    ("the requirement of old", {"required": True}),
+    ("required names that are lists", {"required": [["a"]]}),
+    ("a bound of old", {"exclusiveMinimum": True}),
+    ("a length", {"minLength": -1}),
+    ("a length in words", {"minLength": "1", "minItems": None, "maximum": {}}),
+    ("a factor", {"multipleOf": 0}),
+    ("a flag", {"uniqueItems": 1}),
+    ("lookaround", {"pattern": "(?=a)"}),
+    ("a long pattern", {"pattern": "a" * 501}),
+    ("a pattern that Python would try for ever", {"pattern": "(a+)+b"}),
+    ("elsewhere", {"$ref": "https://example.com/a"}),
+    ("by anchor", {"$ref": "#Foo"}),
+    ("a reference that is none", {"$ref": ["#"]}),
+    ("nowhere", {"items": {"$ref": "#/$defs/a"}}),
+    ("no schema there", {"$ref": "#/title", "title": "a"}),
+    ("a loop of one", {"$ref": "#"}),
+    (
+        "a loop of two",
+        {
+            "$ref": "#/$defs/a",
+            "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}},
+        },
+    ),
+    ("a loop through any", {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}),
+    ("very deep", deep(101)),
+    ("very large", {"anyOf": [True] * 5000}),
+    ("words of others", {"propertyOrdering": ["a"], "unevaluatedProperties": False}),
+]
+
+
+@table("schema", [(why, [schema]) for why, schema in UNCHECKED])
+def test_what_can_not_be_checked_counts_as_valid(server, fake, schema):
+    [schema] = schema
+    for value in (5, "a" * 30, {"a": 1}, [[1]], None, True, 1.5):
+        assert proxy.validate(value, schema) == ""
+    answer, creates = ask_for_json(
+        server, fake, A_OF_JSON, response_format=as_schema(schema)
+    )
+    assert (answer.message.content, len(creates)) == (A_OF_JSON, 1)
+    assert json.dumps(proxy.compact(schema))[1:-1] in creates[0]
+
+
+KEYWORDS = ["type", "enum", "const", "required", "properties", "additionalProperties"]
+KEYWORDS += ["items", "prefixItems", "allOf", "anyOf", "oneOf", "$ref", "nullable"]
+ANY_SCHEMA = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["string", "#", "#/a"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from([*KEYWORDS, *proxy.BOUNDS, "a"]),
+            inner,
+            max_size=4,
+        )
+    ),
 )
-def test_a_schema_that_can_not_be_kept_to_has_a_fault(schema, context, fault):
-    found, said = next(proxy.schema_faults(schema))
-    assert said == fault
-    assert found == context or "itself" in fault
 
 
-def test_every_keyword_has_a_row_or_is_an_annotation():
-    assert not proxy.KEYWORDS.keys() & proxy.ANNOTATIONS
-    assert set(proxy.SAME_VALUE) < proxy.KEYWORDS.keys()
+@thoroughly
+@given(ANY_SCHEMA, ANY_SCHEMA)
+def test_no_schema_is_a_failure(value, schema):
+    assert isinstance(proxy.validate(value, schema), str)
 
 
 # -- JSON answers --------------------------------------------------------------
@@ -6816,12 +6739,17 @@ def ask_for_json(server, fake, said, **body):
     return answer, [json.dumps(seen.body["input"]) for seen in fake.creates()]
 
 
-ADA = '{"name": "Ada", "age": 36}'
+ADA_AS_JSON = '{"name": "Ada", "age": 36}'
 NAMED = {"name": "person", "schema": PERSON}
 ARRAY = proxy.ResponseFormat({"type": "array"}, "list")
 STRING_OF_JSON = proxy.ResponseFormat({"type": "string"}, "word")
 NUMBER = proxy.ResponseFormat({"type": "integer"}, "count")
 EITHER = proxy.ResponseFormat({"type": ["object", "null"]}, "either")
+REFERRING = proxy.ResponseFormat(
+    {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object"}}}, "a"
+)
+CHOOSING = proxy.ResponseFormat({"anyOf": [{"properties": {}}, {"type": "null"}]}, "b")
+COUNTING = proxy.ResponseFormat({"oneOf": [{"enum": [4, 5]}, {"const": None}]}, "c")
 ANYTHING = proxy.ResponseFormat(
     {"anyOf": [{"type": "array"}, {"type": "object"}]}, "any"
 )
@@ -6923,17 +6851,30 @@ LOST = "Sorry, I can't do that."
             ANYTHING,
             "I can't say 5 things.",
         ),
-        ("keys without quotes", "```\n{a: 1}\n```", OBJECT, "```\n{a: 1}\n```"),
-        ("keys in single quotes", "{'a': 1}", OBJECT, "{'a': 1}"),
+        ("keys without quotes", "```\n{a: 1}\n```", OBJECT, '{"a": 1}'),
+        ("keys in single quotes", "As [1] says: {'a': 1}", OBJECT, '{"a": 1}'),
         ("an open key", 'Here: {"a', OBJECT, 'Here: {"a'),
         ("an open brace", "Here: {", OBJECT, "Here: {"),
         ("an open value", f"Here: {A_OF_JSON[:-1]}", OBJECT, A_OF_JSON[:-1]),
         ("an open string", 'Here: {"a": "b} ```', OBJECT, '{"a": "b} ```'),
-        ("a comma too many", 'Here: {"a": 1,} OK', OBJECT, '{"a": 1,}'),
-        ("a bracket left open", '{"a": [1, 2} ```', OBJECT, '{"a": [1, 2}'),
-        ("a bracket too many", '{"a": 1]} ```', OBJECT, '{"a": 1]}'),
-        ("comments", '{"a": 1 // one\n} OK', OBJECT, '{"a": 1 // one\n}'),
-        ("single quotes inside", "{\"a\": 'b'} OK", OBJECT, "{\"a\": 'b'}"),
+        ("a comma too many", 'Here: {"a": 1,} OK', OBJECT, '{"a": 1}'),
+        ("a bracket left open", '{"a": [1, 2} ```', OBJECT, '{"a": [1, 2]}'),
+        ("a bracket too many", '{"a": 1]} ```', OBJECT, '{"a": 1}'),
+        ("comments", '{"a": 1 // one\n} OK', OBJECT, '{"a": 1 \n}'),
+        ("single quotes inside", "{\"a\": 'b'} OK", OBJECT, '{"a": "b"}'),
+        ("Python's words", '{"a": [True, None]} OK', OBJECT, '{"a": [true, null]}'),
+        ("a comma and space", '{"a": [1, 2 , ]} OK', OBJECT, '{"a": [1, 2  ]}'),
+        (
+            "quotes in quotes",
+            'So: {"a": "the "Big" Apple", "b": 1}',
+            OBJECT,
+            '{"a": "the "Big" Apple", "b": 1}',
+        ),
+        ("no number", '{"a": NaN, "b": 1} OK', OBJECT, '{"a": NaN, "b": 1} OK'),
+        ("a fence that ends it", '{"a": [1 ```', OBJECT, '{"a": [1 ]}'),
+        ("a reference", f"As of [1] it is {A_OF_JSON}", REFERRING, A_OF_JSON),
+        ("a choice", f"As of [1] it is {A_OF_JSON}", CHOOSING, A_OF_JSON),
+        ("a choice of a number", "It is 5 then.", COUNTING, "5"),
     ],
 )
 def test_only_the_json_is_told_however_it_is_cut_up(text, format, expected):
@@ -6957,7 +6898,6 @@ PIECES = st.sampled_from(
 def test_text_cut_anywhere_gives_the_same_json(text, format, places):
     whole = [*proxy.extract_json(play(text), format)]
     told = heard(whole)
-    assert told[0] in text
     assert heard(proxy.extract_json(play(*cut(text, places)), format)) == told
     assert heard(proxy.extract_json(play(*text), format)) == told
 
@@ -7000,7 +6940,7 @@ def test_the_value_is_told_as_it_comes():
         play("Here", ": {", '"a"', ":", " 1", "}\n", "OK"), OBJECT
     )
     texts = [event.text for event in events if isinstance(event, Text)]
-    assert texts == ['{"a":', " 1", "}"]
+    assert texts == ['{"a":', " ", "1}"]
 
 
 def test_what_was_said_before_a_call_is_told_though_it_is_no_json():
@@ -7094,7 +7034,17 @@ BROKEN = [
     ("an escaped single quote", r"{'a': 'it\'s'}", '{"a":"it\'s"}'),
     ("a comma too much", '{"a": [1, 2,],}', '{"a":[1,2]}'),
     ("a comma missing", '{"a": 1 "b": 2}', None),
-    ("commas missing between strings", '{"a": "x" "b": "y"}', '{"a":"x","b":"y"}'),
+    ("a comma missing after a string", '{"a": "x" "b": "y"}', ""),
+    ("quotes in quotes", '{"city": "the "Big" Apple"}', ""),
+    ("a quote in quotes", '{"city": "O"Hare"}', ""),
+    ("a comma after a quote in quotes", '{"a": "x", y", "b": 1}', ""),
+    ("no number", '{"a": NaN}', ""),
+    ("a number without bounds", '{"a": 1e999}', ""),
+    ("words without a colon", "{x} {y}", ""),
+    ("a set", '{{"a": {b, c}}}', ""),
+    ("two objects in one", '{"x": {{"a": 1}}, "b": 2}', '{"x":{"a":1},"b":2}'),
+    ("comments", '{/* a: */"a": 1 // 2}\n}', '{"a":1}'),
+    ("a brace that a tag ends", '{"a": {"b": 1</tool_call>', '{"a":{"b":1}}'),
     ("Python's words", "{'a': True, 'b': None}", '{"a":true,"b":null}'),
     ("words", "{city: New York, n: 007}", '{"city":"New York","n":"007"}'),
     ("a line break in a string", '{"a": "x\ny"}', '{"a":"x\\ny"}'),
@@ -7102,25 +7052,39 @@ BROKEN = [
     ("half an escape", r'{"a": "\u12"}', r'{"a":"\\u12"}'),
     ("an escape", r'{"a": "\u00e9\n\\"}', r'{"a":"\u00e9\n\\"}'),
     ("no value", '{"a":, "b"}', '{"a":null,"b":null}'),
-    ("no end", '{"a": {"b": [1, "x', '{"a":{"b":[1,"x"]}}'),
+    ("no end", '{"a": {"b": [1, "x"', '{"a":{"b":[1,"x"]}}'),
+    ("no end of a string", '{"a": {"b": [1, "x', ""),
     ("another bracket", '{"a": [1}', '{"a":[1]}'),
     ("double brackets", '{{"a": 1}}', '{"a":1}'),
-    ("no object", "Paris", "{}"),
+    ("no object", "Paris", ""),
     ("fences around it", '```{"a": 1}```', '{"a":1}'),
 ]
 
 
 @table(("text", "expected"), BROKEN)
 def test_broken_json_is_mended(text, expected):
-    repair_json = proxy.repair_json(text)
-    json.loads(repair_json)
-    assert expected in (repair_json, None)
+    mended = proxy.repair_json(text)
+    assert mended == expected or (expected is None and json.loads(mended))
 
 
 @thoroughly
 @given(st.text("{}[]:,\"'\\u1a e-.\n"))
 def test_whatever_is_mended_is_json(text):
-    assert isinstance(json.loads(proxy.repair_json("{" + text)), dict)
+    mended = proxy.repair_json("{" + text)
+    assert mended == "" or isinstance(json.loads(mended), dict)
+
+
+@thoroughly
+@given(st.lists(PIECES, max_size=25).map("".join))
+def test_what_is_read_strictly_is_as_it_was_written(text):
+    reader = proxy.JSONReader(keeps_space=True)
+    rest = reader.feed("{" + text)
+    if reader.is_strict:
+        told = reader.take()
+        assert ("{" + text).startswith(told)
+        if reader.is_done:
+            assert told + rest == "{" + text
+            json.loads(told)
 
 
 VALUES_OF_TOOLS = st.recursive(
@@ -7529,7 +7493,70 @@ TOOL_CALL_FORMATS += [
         [PARIS],
     ),
 ]
+TOOL_CALL_FORMATS += [
+    (
+        "Claude",
+        'I will look.\n\n<function_calls>\n<invoke name="get_weather">\n'
+        '<parameter name="city">Paris</parameter>\n</invoke>\n<invoke name="get_time">'
+        "\n</invoke>\n</function_calls>",
+        "I will look.",
+        [PARIS, NOW],
+    ),
+    (
+        "MiniMax",
+        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris'
+        "</parameter>\n</invoke>\n</minimax:tool_call>",
+        "",
+        [PARIS],
+    ),
+    (
+        "DeepSeek V3.2",
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+        '<｜DSML｜parameter name="city" string="true">Paris</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        "",
+        [PARIS],
+    ),
+    (
+        "Kimi K2 without its prefix",
+        "<|tool_calls_section_begin|><|tool_call_begin|>get_weather:0"
+        '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
+        "<|tool_calls_section_end|>",
+        "",
+        [PARIS],
+    ),
+    (
+        "gpt-oss, the tool in its role",
+        "<|start|>assistant to=functions.get_weather<|channel|>commentary json"
+        '<|message|>{"city": "Paris"}<|call|>',
+        "",
+        [PARIS],
+    ),
+    (
+        "gpt-oss, in another channel",
+        "<|start|>assistant<|channel|>analysis to=functions.get_time code<|message|>{}"
+        "<|call|>",
+        "",
+        [NOW],
+    ),
+    (
+        "Gemini",
+        '```tool_code\nprint(default_api.get_weather(city="Paris"))\n```',
+        "",
+        [PARIS],
+    ),
+    (
+        "quotes in quotes",
+        '<function=get_weather>{"city": "the "Big" Apple"}</function>.',
+        ".",
+        [("get_weather", '{"city":"the "Big" Apple"}')],
+    ),
+]
 NEAR_MISSES = [
+    (
+        "quotes in quotes",
+        '<tool_call>{"arguments":{"city":"O"Hare"},"name":"get_weather"}</tool_call>',
+    ),
     (
         "a name, and then no arguments",
         "<function=get_weather> is how it is called, and I write on and on about it.",
@@ -7631,7 +7658,7 @@ CALLING = [dialect for dialect in proxy.TOOL_CALL_FORMATS if dialect.holds != "r
 @pytest.mark.parametrize("dialect", CALLING, ids=lambda d: d.opening)
 def test_a_call_is_heard_in_every_dialect(dialect):
     holds = {
-        "opening": '{"name":"get_weather","arguments":{"city":"Paris"}}',
+        "object": '{"name":"get_weather","arguments":{"city":"Paris"}}',
         "named": '{"city":"Paris"}',
         "python": 'city="Paris")',
         "tagged": "city</arg_key><arg_value>Paris</arg_value>",
@@ -7682,11 +7709,50 @@ def test_no_text_is_lost_when_there_is_no_call(said):
 
 @thoroughly
 @given(SAYINGS)
-def test_arguments_are_json_unless_they_are_cut_off(said):
+def test_arguments_are_json_or_as_they_were_written(said):
     heard = hear([said])
     was_cut = heard[-1].finish_reason == "length"
     for _, arguments in calls_of(heard)[: -1 if was_cut else None]:
-        json.loads(arguments)
+        try:
+            json.loads(arguments)
+        except ValueError:
+            assert "".join(arguments.split()) in "".join(said.split())
+
+
+THROUGH_THE_DOOR = [  # what a model says, the text, the reasoning, the calls
+    (
+        "gpt-oss",
+        "<|channel|>analysis<|message|>Need tool.<|end|><|start|>assistant<|channel|>"
+        "commentary to=functions.get_weather <|constrain|>json<|message|>"
+        '{"city":"Paris"}<|call|>',
+        "",
+        "Need tool.",
+        (PARIS,),
+    ),
+    (
+        "gpt-oss, the tool in its role",
+        "<|start|>assistant to=functions.get_weather<|channel|>commentary json"
+        '<|message|>{"city":"Paris"}<|call|>',
+        "",
+        "",
+        (PARIS,),
+    ),
+    (
+        "quotes in quotes",
+        '<tool_call>{"arguments":{"city":"O"Hare"},"name":"get_weather"}</tool_call>',
+        '<tool_call>{"arguments":{"city":"O"Hare"},"name":"get_weather"}</tool_call>',
+        "",
+        (),
+    ),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@table(("said", "content", "reasoning", "calls"), THROUGH_THE_DOOR)
+def test_a_client_gets_calls(server, fake, said, content, reasoning, calls, stream):
+    answer, _ = ask_for_json(server, fake, said, tools=TOOLS, stream=stream)
+    reason = "tool_calls" if calls else "stop"
+    assert answer.message == Message(content, reason, reasoning, calls)
 
 
 def test_arguments_are_told_as_they_are_written():
@@ -7819,11 +7885,13 @@ def test_hearing_that_is_closed_closes_what_it_hears():
 TEDIOUS = [
     ("words", "word "),
     ("space", " "),
+    ("lines", "\n"),
     ("spaces and a word", "a" + " " * 300),
     ("brackets", "["),
     ("braces", "{"),
     ("fences", "`"),
     ("less", "<"),
+    ("quotes", '"'),
     ("tags", "<tool_call>"),
     ("tags and braces", "<tool_call>{"),
     ("sure objects in objects", '<tool_call>{"a":'),
@@ -7838,41 +7906,49 @@ TEDIOUS = [
     ("Python without an end", '[get_weather("""'),
     ("tags without an end", "<function=get_weather><parameter=a>"),
     ("calls", '<tool_call>{"name":"get_time","arguments":{}}</tool_call>\n'),
+    ("harmony", "<|channel|>commentary to=functions.get_time<|message|>{"),
+    ("reasoning", "<think>"),
+    ("a value", '{"a": '),
+    ("values", '{"a": 1}, ['),
+    ("commas", '["a",\n'),
+]
+TEDIOUS_AFTER = [  # how it begins, and what it repeats
+    ("arguments", '<function=get_weather>{"city": "', "a \\n"),
+    ("space in arguments", '<function=get_weather>{"days": [1,', " "),
+    ("arguments to mend", "<function=get_weather>{'city': '", "a "),
+    ("an object to hold", '<tool_call>{"arguments": {"city": "', "a "),
+    ("a tag", "<function=get_weather><parameter=city>", "<p "),
+    ("a list", '[{"name": "get_time", "arguments": [', "[1, 2], "),
+    ("a JSON answer", '{"a": [', '{"b": "c"}, '),
+    ("one to mend", "{'a': [", "{'b': 'c'}, "),
+    ("a thought", "<think>", "a\n"),
+    ("no thought", "", "\n"),
 ]
 
 
-def steps_of_hearing(said, cut):
-    """How many lines of proxy.py it takes."""
-    lines = 0
+def work_of_filters(text, cut):
+    """CPU seconds that all filters of a call take for a text: the least of three."""
+    times = []
+    for _ in range(3):
+        began = time.thread_time()
+        events = proxy.split_reasoning(script(cut(text)), starts_inside=False)
+        events = proxy.extract_tool_calls(events, BOX)
+        events = proxy.extract_json(events, OBJECT)
+        list(proxy.stop_at(events, ["</tool_call>", "<<<"]))
+        times.append(time.thread_time() - began)
+    return min(times)
 
-    def count(_, event, __):
-        nonlocal lines
-        lines += event == "line"
-        return count
 
-    def enter(frame, *_):
-        return count if frame.f_code.co_filename == proxy.__file__ else None
-
-    traced = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        hear(cut(said))
-    finally:
-        sys.settrace(traced)
-    return lines
+SHORT, LONGER = 1_500, 6_000
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@table(("piece",), TEDIOUS)
-def test_twice_the_text_is_no_more_than_twice_the_work(piece, cut):
-    once, twice = ((piece * n)[:n] for n in (600, 1200))
-    work = steps_of_hearing(once, cut)
-    assert steps_of_hearing(twice, cut) < 2.5 * work + 1000
-
-
-def test_what_was_read_in_vain_for_long_is_not_read_again():
-    said = "[get_weather(" * (2 * proxy.LONGEST_PYTHON // 13)
-    assert steps_of_hearing(said, list) < 60 * len(said)
+@table(
+    ("begin", "piece"), [*((why, "", piece) for why, piece in TEDIOUS), *TEDIOUS_AFTER]
+)
+def test_the_work_is_linear_in_the_length_of_a_text(begin, piece, cut):
+    once, more = (begin + (piece * n)[:n] for n in (SHORT, LONGER))
+    assert work_of_filters(more, cut) < max(6 * work_of_filters(once, cut), 0.1)
 
 
 # ==== 6. OBJECTS ==============================================================
@@ -11679,7 +11755,7 @@ def test_sections_use_only_names_above_them(tree):
         local = names_made(node)
         used = [name for name in names_in(node, ast.Load) if name.id not in local]
         below += [name for name in used if home.get(name.id, 0) > section(node)]
-    assert {name.id for name in below} <= {"schema_faults"}
+    assert not [f"line {name.lineno}: {name.id}" for name in below]
 
 
 def test_env_example_names_the_settings():
