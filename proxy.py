@@ -30,10 +30,8 @@ Each section uses only names from those above it.
         Tools               which tools a model may call
         Output formats      which JSON an answer has to be
     3. Inputs
-        Tool prompts        tools and formats described in words
         Chat templates      how a conversation becomes what a model reads
         Families            how each kind of model is asked: one row per family
-        Native              what some models know of tools and JSON by themselves
         Input schemas       a family read from what a model says of itself
         Prediction inputs   a request in the terms of its model
     4. Predictions
@@ -49,7 +47,9 @@ Each section uses only names from those above it.
         JSON                broken JSON repaired, and JSON taken out of prose
         Tool calls          how models write calls: one row per format
     6. Objects
-        Objects             events as OpenAI's objects, whole or in chunks
+        Chat                events as a chat completion, whole or in chunks
+        Completions         events as a text completion
+        Model objects       rows of models.json as OpenAI's models
     7. Serving
         Generation          n choices, retries, and the response made of them
         Endpoints           one row per path, one function per OpenAI operation
@@ -72,7 +72,6 @@ import logging
 import os
 import re
 import secrets
-import select
 import selectors
 import shlex
 import signal
@@ -102,21 +101,22 @@ from contextlib import (
     contextmanager,
     suppress,
 )
-from dataclasses import asdict, dataclass, field, fields, replace
-from email.utils import formatdate
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from hmac import compare_digest
 from html import escape
-from http.server import ThreadingHTTPServer
-from itertools import accumulate, chain, groupby, islice, takewhile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import accumulate, chain, groupby, islice, pairwise, takewhile
 from math import ceil, floor, isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
-from socketserver import BaseRequestHandler, StreamRequestHandler, TCPServer
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeGuard, cast
 from urllib.parse import SplitResult, quote, unquote, urlsplit
+
+if __name__ == "__main__":  # so that Ctrl-C is quiet while it starts
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
     import httpx
@@ -146,8 +146,8 @@ Json = dict[str, Any]
 
 # -- Errors --------------------------------------------------------------------
 #
-# Whoever finds something wrong raises an APIError, with the remedy in its
-# message. Codes and words are those that api.openai.com was seen to answer.
+# Any code that finds something wrong raises an APIError, with the remedy in its
+# message. Codes and wordings are those that api.openai.com was seen to send.
 
 
 RETRY = {"x-should-retry": "true"}
@@ -200,7 +200,7 @@ def require(
 
 
 def as_api_error(error: Exception) -> APIError:
-    """Make any exception tellable; one of ours is logged and described no further."""
+    """Give what a client is told of any exception: of an internal one, no details."""
     if isinstance(error, APIError):
         return error
     log.error("internal error", exc_info=error)
@@ -216,18 +216,20 @@ ONE_WORD = re.compile(r"[!#-<>-~]+")
 
 
 def quoted(value: Any) -> str:
-    """A value of a key=value line, in quotes where it would not stay one word."""
+    """Format a value for a key=value log line, in quotes if it is not one word."""
     text = str(value)[:200]
     return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
 # -- Settings ------------------------------------------------------------------
 #
-# Nothing else reads the environment, but for its HTTPS_PROXY. To add one: a
-# field here, with its range if it is a number, and its line in .env.example.
+# Nothing else reads the environment, except for HTTPS_PROXY. To add a setting: a
+# field here, with its range if it is a number, and a line in .env.example.
 
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+TOKENS_URL = "https://replicate.com/account/api-tokens"
 
 PLACEHOLDER = re.compile(r"(r8_)?(your|changeme|change-me|xxx)|<.*>", re.IGNORECASE)
 
@@ -243,7 +245,7 @@ ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
 
 
 class ConfigError(ValueError):
-    """Why the program can't start: one clear sentence per problem."""
+    """The program can't start: one clear sentence per problem."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -269,17 +271,12 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """Raise ConfigError for numbers that are none; `check` finds the rest."""
+        """Read what is set; what should be a number and is not, stays for `check`."""
         given: Json = {}
-        problems = []
         for row in fields(cls):
-            text = environ.get(row.name.upper(), "").strip()
-            if text and row.metadata and not re.fullmatch(r"\d{1,12}", text):
-                problems.append(f"{row.name.upper()} must be a number, not {text!r}.")
-            elif text:
-                given[row.name] = int(text) if row.metadata else text
-        if problems:
-            raise ConfigError(*problems)
+            if text := environ.get(row.name.upper(), "").strip():
+                is_number = row.metadata and re.fullmatch(r"\d{1,12}", text)
+                given[row.name] = int(text) if is_number else text
         return cls(**given)
 
     @property
@@ -287,8 +284,22 @@ class Settings:
         return [key.strip() for key in self.proxy_api_key.split(",") if key.strip()]
 
     def check(self) -> None:
-        """Raise ConfigError if a server can't be made of these."""
-        problems = [*self.secret_problems(), *self.range_problems()]
+        """Raise ConfigError, with all problems at once, if there are any."""
+        problems = []
+        token, keys = self.replicate_api_token.strip(), self.api_keys or [""]
+        for name, values, remedy in (
+            ("REPLICATE_API_TOKEN", [token], f"Get one at {TOKENS_URL}"),
+            ("PROXY_API_KEY", keys, "Make one with: openssl rand -hex 32"),
+        ):
+            if fault := next(filter(None, map(secret_fault, values)), ""):
+                problems.append(f"{name} {fault}. {remedy} and put it into .env.")
+        for row in (row for row in fields(self) if row.metadata):
+            name, value = row.name.upper(), getattr(self, row.name)
+            low, high = row.metadata["range"]
+            if isinstance(value, str):
+                problems.append(f"{name} must be a number, not {value!r}.")
+            elif not low <= value <= high:
+                problems.append(f"{name} must be a number from {low} to {high}.")
         if self.log_level.upper() not in LOG_LEVELS:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
@@ -296,33 +307,14 @@ class Settings:
         if problems:
             raise ConfigError(*problems)
 
-    def secret_problems(self) -> Iterator[str]:
-        remedies = {
-            "REPLICATE_API_TOKEN": "Get one at https://replicate.com/account/api-tokens",
-            "PROXY_API_KEY": "Make one with: openssl rand -hex 32",
-        }
-        values = {
-            "REPLICATE_API_TOKEN": [self.replicate_api_token.strip()],
-            "PROXY_API_KEY": self.api_keys or [""],
-        }
-        for name, remedy in remedies.items():
-            if fault := next(filter(None, map(secret_fault, values[name])), None):
-                yield f"{name} {fault}. {remedy} and put it into .env."
-
-    def range_problems(self) -> Iterator[str]:
-        for row in fields(self):
-            low, high = row.metadata.get("range", (0, 0))
-            if row.metadata and not low <= getattr(self, row.name) <= high:
-                yield f"{row.name.upper()} must be a number from {low} to {high}."
-
 
 class Timeouts(NamedTuple):
-    """How long we wait for what, in seconds: for those who embed or test a server."""
+    """Limits in seconds, for programs that embed or test a server."""
 
     connect: float = 5
     schema: float = 5  # for Replicate to tell what inputs a model has
     create: float = 30  # for Replicate to answer a create …
-    look: float = 5  # … and a GET or a cancel, which can be asked again
+    look: float = 5  # … and a GET or a cancel, which can be repeated
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
     stream: float = 60  # without a byte on an event stream
     poll: float = 1  # between looks at a prediction that does not stream …
@@ -338,7 +330,7 @@ class Timeouts(NamedTuple):
     tick: float = 0.2  # between looks at which streams are silent
     farewell: float = 8  # for calls that are broken off to say so, after a create
     drain: float = 1  # for calls that are under way on idle connections when we stop
-    linger: float = 2  # for a client to hear our last word before we close
+    linger: float = 2  # for a client to read our last bytes before we close
 
 
 def secret_fault(value: str) -> str:
@@ -346,13 +338,12 @@ def secret_fault(value: str) -> str:
         return "is missing"
     if PLACEHOLDER.match(value):
         return "is still the placeholder"
-    return (
-        "" if re.fullmatch(r"[!-~]+", value) else "has a character no header can carry"
-    )
+    is_sendable = re.fullmatch(r"[!-~]+", value)
+    return "" if is_sendable else "has a character no header can carry"
 
 
 def parse_env_file(text: str) -> dict[str, str]:
-    """Read KEY=value lines as shells and Docker do: export, quotes and comments."""
+    """Parse KEY=value lines as shells and Docker do: export, quotes and comments."""
     values = {}
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -371,7 +362,8 @@ def parse_env_file(text: str) -> dict[str, str]:
 # -- Models --------------------------------------------------------------------
 #
 # models.json says which model a name stands for. It is read again when it has
-# changed. To add a model: a row in models.json. To add a key: a row in CONFIG.
+# changed. To add a model: a row in models.json. To add a key: a field of
+# ModelConfig, and a row in `models_rules`.
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -398,7 +390,7 @@ class Model:
 
     @property
     def owner_and_name(self) -> str:
-        """Of a deployment, whose owner may run anybody's model, it is neither."""
+        """The ref without its version. A deployment's says nothing of its model."""
         return without_version(self.ref)
 
 
@@ -422,6 +414,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def is_ref(value: Any) -> bool:
     return isinstance(value, str) and bool(REF.fullmatch(value))
 
@@ -435,72 +431,79 @@ def is_range(value: Any) -> bool:
     )
 
 
-CONFIG: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-    "temperature_range": (is_range, "two numbers, the lower one first"),
-    "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
-    "family": (lambda v: isinstance(v, str), "the name of a family"),
-    "input": (lambda v: isinstance(v, dict), "an object"),
-}
+class Rule(NamedTuple):
+    """What a value in models.json has to be."""
+
+    is_valid: Callable[[Any], bool]
+    expected: str
+    keys: Mapping[str, Rule] = {}  # the only keys that an object may have
+    each: Rule | None = None  # what every value of an object is, whatever its key
+
+
+def models_rules(families: Iterable[str]) -> Rule:
+    names = ["", *families]
+    ref = Rule(is_ref, "owner/name")
+    config = {
+        "max_tokens": Rule(
+            lambda v: type(v) is int and v >= 1, "a whole number from 1"
+        ),
+        "temperature_range": Rule(is_range, "two numbers, the lower one first"),
+        "supports_streaming": Rule(lambda v: isinstance(v, bool), "true or false"),
+        "family": Rule(lambda v: v in names, f"one of {', '.join(names[1:])}"),
+        "input": Rule(is_object, "an object"),
+    }
+    row = Rule(is_object, "an object", keys=config)
+    root = {
+        "default_model": Rule(lambda v: v is None or is_ref(v), "owner/name"),
+        "mappings": Rule(is_object, "an object", each=ref),
+        "model_configs": Rule(is_object, "an object", each=row),
+    }
+    return Rule(is_object, "an object", keys=root)
+
+
+def check_rule(value: Any, rule: Rule, path: str = "$") -> None:
+    """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    if not rule.is_valid(value):
+        raise ConfigError(f"{path}: expected {rule.expected}.")
+    if rule.each:
+        for name, item in value.items():
+            check_rule(item, rule.each, f'{path}["{name}"]')
+    if rule.keys:
+        for key, item in without_comments(value).items():
+            if key not in rule.keys:
+                names = ", ".join(rule.keys)
+                raise ConfigError(f"{path}.{key}: expected one of {names}.")
+            check_rule(item, rule.keys[key], f"{path}.{key}")
+
+
+def without_comments(row: Json) -> Json:
+    return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
 def parse_models(text: str, families: Iterable[str], created: int = 0) -> Models:
-    """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    """Raise ConfigError if it is not JSON, or breaks a rule of `models_rules`."""
     try:
         root = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not JSON: {error}") from None
-    expect(isinstance(root, dict), "$", "an object")
-    known = {"mappings", "default_model", "model_configs"}
-    for key in root.keys() - known:
-        expect(key.startswith("_"), f"$.{key}", f"one of {', '.join(sorted(known))}")
-    default = root.get("default_model")
-    mappings = read_object(root, "mappings")
-    for name, ref in mappings.items():
-        expect(is_ref(ref), f'$.mappings["{name}"]', "owner/name")
-    expect(default is None or is_ref(default), "$.default_model", "owner/name")
-    configs = read_object(root, "model_configs")
-    names = list(families)
-    read = {ref: read_config(ref, row, names) for ref, row in configs.items()}
-    return Models(mappings, default, read, created)
-
-
-def read_object(root: Json, key: str) -> Json:
-    value = root.get(key, {})
-    expect(isinstance(value, dict), f"$.{key}", "an object")
-    return dict(value)
-
-
-def read_config(ref: str, row: Any, families: Sequence[str]) -> ModelConfig:
-    where = f'$.model_configs["{ref}"]'
-    expect(isinstance(row, dict), where, "an object")
-    row = {key: value for key, value in row.items() if not key.startswith("_")}
-    for key, value in row.items():
-        expect(key in CONFIG, f"{where}.{key}", f"one of {', '.join(CONFIG)}")
-        is_legal, expected = CONFIG[key]
-        expect(is_legal(value), f"{where}.{key}", expected)
-    family = row.get("family")
-    if family:
-        expect(family in families, f"{where}.family", f"one of {', '.join(families)}")
-    return ModelConfig(**row)
-
-
-def expect(condition: object, path: str, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{path}: expected {expected}.")
+    check_rule(root, models_rules(families))
+    rows = root.get("model_configs", {}).items()
+    configs = {ref: ModelConfig(**without_comments(row)) for ref, row in rows}
+    return Models(root.get("mappings", {}), root.get("default_model"), configs, created)
 
 
 class ModelsFile:
-    """models.json as it stands: an edit takes effect at once, unless it is wrong."""
+    """models.json, read again after an edit; a wrong edit changes nothing."""
 
     def __init__(self, path: str, families: Iterable[str]) -> None:
         self.path = Path(path)
         self.families = list(families)
         self.lock = threading.Lock()
-        self.stamp = self.look()
-        self.catalogue = self.read()
+        self.stamp = self.read_stamp()
+        self.models = self.read()
 
-    def look(self) -> tuple[int, ...]:
+    def read_stamp(self) -> tuple[int, ...]:
+        """What changes with an edit; () if the file is not there."""
         try:
             stat = self.path.stat()
         except OSError:
@@ -515,41 +518,37 @@ class ModelsFile:
             raise ConfigError(f"{self.path} can't be used: {error}") from None
 
     def current(self) -> Models:
-        stamp = self.look()
+        stamp = self.read_stamp()
         with self.lock:
             if stamp != self.stamp:
                 self.stamp = stamp
                 try:
-                    self.catalogue = self.read()
-                    log.info(
-                        "models_path=%s models=%d",
-                        self.path,
-                        len(self.catalogue.mappings),
-                    )
+                    self.models = self.read()
+                    count = len(self.models.mappings)
+                    log.info("models_path=%s models=%d", self.path, count)
                 except ConfigError as error:
                     log.error("%s The models read before it stay.", error)
-            return self.catalogue
+            return self.models
 
 
-def find_model(catalogue: Models, id: str) -> Model:
-    """Find by mapping, else by the form of a ref, else the default; else raise 404."""
-    if id in catalogue.mappings:
-        return catalogue.model(id, catalogue.mappings[id])
+def find_model(models: Models, id: str) -> Model:
+    """Find by mapping, else by the form of a ref, else the default; raise 404."""
+    if id in models.mappings:
+        return models.model(id, models.mappings[id])
     if REF.fullmatch(id):
-        return catalogue.model(id, id)
-    if catalogue.default_model:
-        return catalogue.model(id, catalogue.default_model, is_default=True)
+        return models.model(id, id)
+    if models.default_model:
+        return models.model(id, models.default_model, is_default=True)
     raise unknown_model(id)
 
 
 def unknown_model(id: str, why: str = "") -> APIError:
+    message = f"The model `{id}` does not exist or you do not have access to it."
     remedy = (
         "Use a name that GET /v1/models lists, or a model of Replicate as owner/name."
     )
-    message = f"The model `{id}` does not exist or you do not have access to it."
-    return APIError(
-        404, " ".join(filter(None, [message, why, remedy])), code="model_not_found"
-    )
+    text = " ".join(filter(None, [message, why, remedy]))
+    return APIError(404, text, code="model_not_found")
 
 
 # ==== 2. REQUESTS =============================================================
@@ -557,62 +556,79 @@ def unknown_model(id: str, why: str = "") -> APIError:
 
 # -- Validation ----------------------------------------------------------------
 #
-# A body is a JSON object that every reader would read alike: what JSON has no
-# word for, or two of, is refused.
-# Every parameter that OpenAI documents is in exactly one place: a row here
-# (honoured, or refused with the reason), or IGNORED (harmless to drop). What
-# OpenAI does not document goes to the model if its family names it. null is
-# the same as absent. To add one: a row here, and its name in the families.
-
-
-def parse_json_body(data: bytes, kind: str) -> Json:
-    """What JSON has no word for is refused, though Python would read it."""
-    try:
-        text = data.decode("utf-8-sig")
-        body = json.loads(
-            text,
-            parse_constant=refuse,
-            parse_float=finite_float,
-            object_pairs_hook=reject_duplicate_keys,
-        )
-        if "\\ud" in text.lower():  # "\ud800" alone is half a character
-            json.dumps(body, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        if "json" not in kind:
-            raise unsupported_content_type(kind) from None
-        raise APIError(400, NOT_JSON) from None
-    require(isinstance(body, dict), NOT_JSON)
-    return dict(body)
+# A body is a JSON object that every reader reads alike: NaN, or a key that is
+# there twice, is refused. Every parameter that OpenAI documents is in exactly one
+# place: a row here (honoured, or refused with the reason), or IGNORED (harmless to
+# drop). What OpenAI does not document goes to the model if its family names it.
+# null is the same as absent. To add a parameter: a row here, and its name in the
+# families.
 
 
 NOT_JSON = (
     "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
-    "object, but what was sent was not valid JSON or no object."
+    "object, but what was sent is none: "
 )
 
 
-def unsupported_content_type(kind: str) -> APIError:
+def parse_json_body(data: bytes, content_type: str) -> Json:
+    """Parse a JSON object; raise 400 with the reason if it is none, or is ambiguous."""
+    try:
+        text = data.decode("utf-8-sig")
+        body = json.loads(
+            text,
+            parse_constant=reject_constant,
+            parse_float=finite_float,
+            object_pairs_hook=reject_duplicate_keys,
+        )
+        if "\\ud" in text.lower():
+            json.dumps(body, ensure_ascii=False).encode()
+        if isinstance(body, dict):
+            return body
+        why = f"it is {KINDS[type(body)]}"
+    except json.JSONDecodeError as error:
+        why = f"{error.msg} at line {error.lineno}, column {error.colno}"
+    except UnicodeDecodeError as error:
+        why = f"its byte {error.start} is not UTF-8"
+    except UnicodeEncodeError:
+        why = "half of a surrogate pair is no character"
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError as error:
+        why = f"it holds {error}"
+    if "json" not in content_type:
+        raise unsupported_content_type(content_type)
+    raise APIError(400, f"{NOT_JSON}{why}.")
+
+
+def unsupported_content_type(content_type: str) -> APIError:
     return APIError(
         400,
-        f"Unsupported content type: '{kind}'. This API method only accepts "
+        f"Unsupported content type: '{content_type}'. This API method only accepts "
         "'application/json' requests. Please send one with the header "
         "'Content-Type: application/json'.",
         code="unsupported_content_type",
     )
 
 
-def refuse(constant: str) -> NoReturn:
-    raise ValueError(constant)
+def reject_constant(name: str) -> NoReturn:
+    raise ValueError(name)
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
-    """Of two keys of a name, another reader might take the other."""
-    return dict(pairs) if len(dict(pairs)) == len(pairs) else refuse("a key")
+    """Raise ValueError, as two readers might take different ones of the values."""
+    object: Json = dict(pairs)
+    if len(object) < len(pairs):
+        names = sorted(name for name, _ in pairs)
+        twice = next(name for name, after in pairwise(names) if name == after)
+        raise ValueError(f"the key {json.dumps(twice)} twice")
+    return object
 
 
 def finite_float(text: str) -> float:
     number = float(text)
-    return number if isfinite(number) else refuse(text)
+    if not isfinite(number):
+        raise ValueError(text)
+    return number
 
 
 class Param(NamedTuple):
@@ -620,10 +636,12 @@ class Param(NamedTuple):
     low: float | None = None  # of a number; of a string or an array, its length
     high: float | None = None
     default: Any = None
-    choices: tuple[Any, ...] = ()
+    choices: tuple[Any, ...] = ()  # of a string
+    pattern: str = ""  # of a string
     items: tuple[type, ...] = ()  # what an array is of
-    each: Mapping[str, Param] | None = None  # what the objects in it hold
+    each: Mapping[str, Param] | None = None  # what an object holds, or those in it
     required: bool = False
+    by_type: bool = False  # required if the `type` beside it has its name
     refused: str = ""  # why any value but null and the choices is refused
 
 
@@ -687,18 +705,20 @@ SAMPLING = {
     "replicate": Param(OBJECT, default={}),  # into the input, over all else
 }
 
-# A part's type names the field that it must have.
 PART = {
     "type": Param(
         STRING,
         required=True,
         choices=("text", "refusal", "image_url", "input_audio", "file"),
     ),
-    "text": Param(STRING),
-    "refusal": Param(STRING),
-    "image_url": Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
+    "text": Param(STRING, by_type=True),
+    "refusal": Param(STRING, by_type=True),
+    "image_url": Param(
+        OBJECT, by_type=True, each={"url": Param(STRING, 1, required=True)}
+    ),
     "input_audio": Param(
         OBJECT,
+        by_type=True,
         each={
             "data": Param(STRING, 1, required=True),
             "format": Param(STRING, required=True, choices=("wav", "mp3")),
@@ -706,6 +726,7 @@ PART = {
     ),
     "file": Param(
         OBJECT,
+        by_type=True,
         each={
             "file_id": Param(refused="No files are kept here. Send it as file_data."),
             "file_data": Param(STRING, 1, required=True),
@@ -713,22 +734,44 @@ PART = {
     ),
 }
 
+TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
+
 FUNCTION = {
-    "name": Param(STRING, 1, required=True),
-    "description": Param(STRING),
-    "parameters": Param(OBJECT),
+    "name": Param(STRING, 1, required=True, pattern=TOOL_NAME.pattern),
+    "description": Param(STRING, default=""),
+    "parameters": Param(OBJECT, default={}),
     "strict": Param(BOOLEAN),
 }
 
 TOOL = {
     "type": Param(STRING, required=True, choices=("function", "custom")),
-    "function": Param(OBJECT, each=FUNCTION),
+    "function": Param(OBJECT, by_type=True, each=FUNCTION),
+    "custom": Param(
+        by_type=True,
+        refused="Replicate's models can't be given custom tools. Use one of type "
+        "'function'.",
+    ),
 }
 
-FUNCTION_CALL = {
-    "name": Param(STRING, 1, required=True),
-    "arguments": Param(STRING, required=True),
+NAME_ONLY = {"name": Param(STRING, 1, required=True)}
+
+NAMED_TOOL = {
+    "type": Param(STRING, default="function", choices=("function",)),
+    "function": Param(OBJECT, required=True, each=NAME_ONLY),
 }
+
+ALLOWED_TOOLS = {
+    "mode": Param(STRING, required=True, choices=("auto", "required")),
+    "tools": Param(ARRAY, 1, required=True, items=OBJECT, each=NAMED_TOOL),
+}
+
+TOOL_CHOICE = {
+    "type": Param(STRING, required=True, choices=("function", "allowed_tools")),
+    "function": Param(OBJECT, by_type=True, each=NAME_ONLY),
+    "allowed_tools": Param(OBJECT, by_type=True, each=ALLOWED_TOOLS),
+}
+
+FUNCTION_CALL = {**NAME_ONLY, "arguments": Param(STRING, required=True)}
 
 MESSAGE_CALL = {
     "id": Param(STRING, 1, required=True),
@@ -738,7 +781,7 @@ MESSAGE_CALL = {
 
 ROLES = ("developer", "system", "user", "assistant", "tool", "function")
 
-MESSAGE = {  # check_history sees to what depends on the role
+MESSAGE = {  # parse_messages checks what depends on the role
     "role": Param(STRING, required=True, choices=ROLES),
     "content": Param((str, list), items=OBJECT, each=PART),
     "refusal": Param(STRING),
@@ -749,7 +792,7 @@ MESSAGE = {  # check_history sees to what depends on the role
 }
 
 JSON_SCHEMA = {
-    "name": Param(STRING, 1, 64, required=True),
+    "name": Param(STRING, 1, 64, required=True, pattern="[a-zA-Z0-9_-]+"),
     "description": Param(STRING, default=""),
     "schema": Param(OBJECT, required=True),
     "strict": Param(BOOLEAN, default=False),
@@ -759,17 +802,19 @@ RESPONSE_FORMAT = {
     "type": Param(
         STRING, required=True, choices=("text", "json_object", "json_schema")
     ),
-    "json_schema": Param(OBJECT, each=JSON_SCHEMA),
+    "json_schema": Param(OBJECT, by_type=True, each=JSON_SCHEMA),
 }
 
 CHAT = {
     **SAMPLING,
     "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
     "tools": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=TOOL),
-    "tool_choice": Param((str, dict)),
+    "tool_choice": Param(
+        (str, dict), choices=("none", "auto", "required"), each=TOOL_CHOICE
+    ),
     "parallel_tool_calls": Param(BOOLEAN, default=True),
     "functions": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=FUNCTION),
-    "function_call": Param((str, dict)),
+    "function_call": Param((str, dict), choices=("none", "auto"), each=NAME_ONLY),
     "logprobs": Param(refused=NO_LOGPROBS, choices=(False,)),
     "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
     "response_format": Param(OBJECT, each=RESPONSE_FORMAT),
@@ -809,33 +854,40 @@ IGNORED = frozenset(
 
 
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
-    """Fill in every parameter of the table; raise 400 for the first wrong one."""
+    """Return the body with every parameter of the table; raise 400 if one is wrong."""
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
-    checked = {
-        name: check_param(path + name, given.get(name), param)
-        if param.required or name in given
-        else param.default
-        for name, param in params.items()
-    }
+    checked = {}
+    for name, param in params.items():
+        is_named = param.by_type and given.get("type") == name
+        if param.required or is_named or name in given:
+            checked[name] = check_param(path + name, given.get(name), param)
+        else:
+            checked[name] = param.default
     return {**given, **checked}
+
+
+def missing_parameter(path: str) -> APIError:
+    message = f"Missing required parameter: '{path}'."
+    return APIError(400, message, code="missing_required_parameter", param=path)
 
 
 def check_param(path: str, value: Any, param: Param) -> Any:
     if value is None:
-        missing = f"Missing required parameter: '{path}'."
-        raise APIError(400, missing, code="missing_required_parameter", param=path)
+        raise missing_parameter(path)
     if param.refused:
         check_refused(path, value, param)
         return param.default
     check_kind(path, value, param.kinds)
     if isinstance(value, str) and param.items == STRING:
         value = [value]  # one string stands for an array of one
-    if param.choices:
-        check_choice(path, value, param.choices)
     if isinstance(value, NUMBER):
         check_number(path, value, param)
     if isinstance(value, (str, list)):
         check_length(path, value, param)
+    if param.choices and not isinstance(value, dict):
+        check_choice(path, value, param.choices)
+    if isinstance(value, str) and param.pattern:
+        check_pattern(path, value, param.pattern)
     return check_inside(path, value, param)
 
 
@@ -875,6 +927,13 @@ def check_choice(path: str, value: str, choices: Sequence[str]) -> None:
     raise APIError(400, message, code="invalid_value", param=path)
 
 
+def check_pattern(path: str, value: str, pattern: str) -> None:
+    expected = f"Expected a string that matches the pattern '^{pattern}$'."
+    message = f"Invalid '{path}': string does not match pattern. {expected}"
+    matches = re.fullmatch(pattern, value)
+    require(matches, message, code="invalid_value", param=path)
+
+
 def check_number(path: str, value: float, param: Param) -> None:
     noun = "integer" if param.kinds == INTEGER else "decimal"
     for side, short, sign, bound, beyond in (
@@ -888,7 +947,7 @@ def check_number(path: str, value: float, param: Param) -> None:
 
 
 def check_length(path: str, value: str | list[Any], param: Param) -> None:
-    """Hold a string or an array to the row's bounds, as far as it has any."""
+    """Raise 400 for a string or an array that is shorter or longer than allowed."""
     noun = "array" if isinstance(value, list) else "string"
     a, size = KINDS[type(value)], len(value)
     if param.low and size < param.low:
@@ -916,7 +975,7 @@ def without(object: Json, names: Collection[str]) -> Json:
 
 
 def wrap(value: Any, low: float | None, high: float | None) -> Any:
-    """Seeds that differ still do, within bounds."""
+    """Bring a seed into bounds, so that different seeds stay different."""
     if low is None or high is None:
         return clamp(value, low, high)
     return low + (value - low) % (high - low + 1)
@@ -927,25 +986,16 @@ def clamp(value: Any, low: float | None, high: float | None) -> Any:
     return raised if high is None else min(raised, high)
 
 
-# One encoder for all: json.dumps would make another for each value.
+# One encoder for all: json.dumps makes a new one for each value.
 compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 # -- Messages ------------------------------------------------------------------
 #
-# Images and other files that come inside a message, as links or in base64. They
-# are checked before anything is done with them. To add a type of part: a row in
-# ATTACHABLE, and one in PART.
-
-
-def given_back(message: Json) -> Json:
-    """A message as `openai` dumps it may be a refusal, and may have an empty name."""
-    refusal, content = message.pop("refusal"), message["content"]
-    return {
-        **message,
-        "content": refusal if content is None else content,
-        "name": message["name"] or None,
-    }
+# Checks of messages that tables can't express, and the form that all code below
+# reads: content is never null, an attachment is a link or a plain data: URL, calls
+# are tool_calls, and results have the role `tool`. To add a type of part: a row in
+# PART, and one in ATTACHABLE.
 
 
 Messages = list[Json]
@@ -954,11 +1004,10 @@ WORDS = ("text", "refusal")  # the parts of a message that are text
 
 
 def text_of(content: str | list[Json]) -> str:
-    """The text of a message; its parts follow one another without a gap."""
+    """The text of a message, its parts joined without a gap."""
     if isinstance(content, str):
         return content
-    said = (part for part in content if part["type"] in WORDS)
-    return "".join(part.get(part["type"]) or "" for part in said)
+    return "".join(part[part["type"]] for part in content if part["type"] in WORDS)
 
 
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
@@ -972,6 +1021,8 @@ SIGNATURES = {
     "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
 }
 
+BASE64 = re.compile(r"[A-Za-z0-9+/]*")
+
 WRONG_IMAGE = (
     "You uploaded an unsupported image. Please make sure your image is valid and has "
     "one of the following formats: ['png', 'jpeg', 'gif', 'webp']."
@@ -982,109 +1033,79 @@ class Attachment(NamedTuple):
     """What a data: URL holds."""
 
     kind: str  # its media type
-    content: bytes
+    base64: str  # padded, on one line, not in the alphabet that is for URLs
+
+    @property
+    def content(self) -> bytes:
+        return b64decode(self.base64)
 
     @property
     def url(self) -> str:
-        return f"data:{self.kind};base64,{b64encode(self.content).decode()}"
+        return f"data:{self.kind};base64,{self.base64}"
 
 
-class Attachable(NamedTuple):
-    """A type of part that is no text."""
-
-    key: str  # what holds its URL, or the end of one …
-    begin: str  # … that begins like this
-    wanted: str  # what a client has to send
-    code: str = "invalid_value"  # if it sends something else
-    is_image: bool = False
-
-
-ATTACHABLE = {
-    "image_url": Attachable(
-        "url",
-        "",
-        "https://… or data:image/png;base64,…",
-        code="invalid_image_url",
-        is_image=True,
+ATTACHABLE = {  # the field with its URL or data, what to send, the code of an error
+    "image_url": ("url", "https://… or data:image/png;base64,…", "invalid_image_url"),
+    "input_audio": ("data", "base64", "invalid_value"),
+    "file": (
+        "file_data",
+        "https://… or data:application/pdf;base64,…",
+        "invalid_value",
     ),
-    "input_audio": Attachable("data", "data:audio/{format};base64,", "base64"),
-    "file": Attachable("file_data", "", "https://… or data:application/pdf;base64,…"),
 }
 
 
 def url_of(part: Json) -> str:
-    """The URL that a part has, or what it holds as one."""
-    row, held = ATTACHABLE[part["type"]], part[part["type"]]
-    return row.begin.format_map(held) + str(held[row.key])
+    """The URL of an attachment; data without one becomes a data: URL."""
+    held, (key, *_) = part[part["type"]], ATTACHABLE[part["type"]]
+    begin = f"data:audio/{held['format']};base64," if key == "data" else ""
+    return f"{begin}{held[key]}"
 
 
-def check_parts(messages: list[Json]) -> list[Json]:
-    """Messages whose parts hold what they say, written as any model can read it."""
-    return [
-        {**message, "content": check_content_parts(message["content"], index)}
-        for index, message in enumerate(messages)
-    ]
-
-
-def check_content_parts(content: Any, index: int) -> Any:
-    if not isinstance(content, list):
-        return content
-    path = f"messages[{index}].content"
-    return [check_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
-
-
-def check_part(part: Json, path: str) -> Json:
+def parse_part(part: Json, path: str) -> Json:
+    """Bring the URL of an attachment to a form that any model reads; or raise 400."""
     kind = part["type"]
-    path = f"{path}.{kind}"
-    held = check_param(path, part[kind], PART[kind]._replace(required=True))
     if kind in WORDS:
         return part
-    row = ATTACHABLE[kind]
-    url = check_url(url_of(part), row, f"{path}.{row.key}")
-    return {**part, kind: {**held, row.key: url[len(row.begin.format_map(held)) :]}}
-
-
-def check_url(url: str, row: Attachable, path: str) -> str:
-    if LINK.fullmatch(url.strip()):
-        return url.strip()
-    attached = read_data_url(url)
-    message = f"Invalid '{path}': it has to be {row.wanted}, with the right data."
-    if attached is None:
-        raise APIError(400, message, code=row.code, param=path)
-    if row.is_image:
-        is_one = is_image(attached)
-        require(is_one, WRONG_IMAGE, code="invalid_image_format", param=path)
-    return attached.url
+    key, expected, code = ATTACHABLE[kind]
+    path, url = f"{path}.{kind}.{key}", url_of(part).strip()
+    if not LINK.fullmatch(url):
+        attached = read_data_url(url)
+        if attached is None:
+            message = f"Invalid '{path}': it has to be {expected}, with the right data."
+            raise APIError(400, message, code=code, param=path)
+        if kind == "image_url":
+            media_type = image_type(attached)
+            require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
+            attached = attached._replace(kind=media_type)
+        url = attached.base64 if key == "data" else attached.url
+    return {**part, kind: {**part[kind], key: url}}
 
 
 def read_data_url(url: str) -> Attachment | None:
-    """Read what browsers read: in any case, with parameters, broken into lines."""
+    """Parse as browsers do: upper case, parameters and line breaks are allowed."""
     head, comma, data = url.partition(",")
     scheme, _, rest = head.partition(":")
     kind, *parameters = [word.strip().lower() for word in rest.split(";")]
     in_base64 = scheme.lower() == "data" and parameters[-1:] == ["base64"]
-    if comma and in_base64 and MEDIA_TYPE.fullmatch(kind):
-        with suppress(ValueError):
-            return Attachment(kind, b64decode(plain_base64(data), validate=True))
-    return None
-
-
-def plain_base64(data: str) -> str:
-    """On one line, in the alphabet that is not for URLs, and padded."""
+    if not (comma and in_base64 and MEDIA_TYPE.fullmatch(kind)):
+        return None
     line = "".join(unquote(data).split()).replace("-", "+").replace("_", "/")
     line = line.rstrip("=")
-    return line + "=" * (-len(line) % 4)
+    if len(line) % 4 == 1 or not BASE64.fullmatch(line):
+        return None
+    return Attachment(kind, line + "=" * (-len(line) % 4))
 
 
-def is_image(attached: Attachment) -> bool:
-    """Whether it is the image that it says."""
-    kind = attached.kind.removeprefix("image/").replace("jpg", "jpeg")
-    signature = SIGNATURES.get(kind)
-    return bool(signature and signature.match(attached.content))
+def image_type(attached: Attachment) -> str:
+    """Tell an image by its first bytes, as many programs send a fixed type; or ""."""
+    start = b64decode(attached.base64[:64])
+    names = (name for name, form in SIGNATURES.items() if form.match(start))
+    return next((f"image/{name}" for name in names), "")
 
 
 def attachments(messages: Messages) -> list[tuple[str, str]]:
-    """What messages hold besides text, in order: the type of a part, and its URL."""
+    """The types and URLs of all parts that are not text, in order."""
     return [
         (part["type"], url_of(part))
         for message in messages
@@ -1094,70 +1115,113 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
     ]
 
 
+def parse_messages(messages: list[Json]) -> Messages:
+    """Bring messages, which have passed the tables, to the form described above.
+
+    Raise 400 for missing content, unreadable attachments, and tool calls and results
+    that don't pair."""
+    parsed = []
+    for index, message in enumerate(messages):
+        path = f"messages[{index}].content"
+        content = message["content"]
+        if content is None:  # openai-python dumps a refusal like this
+            content = message["refusal"]
+        if content is None:
+            has_call = message["tool_calls"] or message["function_call"]
+            may_lack = {"function": True, "assistant": has_call}
+            if not may_lack.get(message["role"]):
+                raise missing_parameter(path)
+        if isinstance(content, list):
+            content = [
+                parse_part(part, f"{path}[{n}]") for n, part in enumerate(content)
+            ]
+        named = {"content": content or "", "name": message["name"] or None}
+        parsed.append({**without(message, ["refusal"]), **named})
+    check_pairing(parsed)
+    return functions_as_tools(parsed)
+
+
 NO_CALL_BEFORE = (
     "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
     "message with 'tool_calls'."
 )
 
-NO_ANSWERS = (
-    "An assistant message with 'tool_calls' must be followed by tool messages "
-    "responding to each 'tool_call_id'. The following tool_call_ids did not have "
-    "response messages: "
-)
 
-
-def check_history(messages: Messages) -> None:
-    """Raise 400 for missing content, and for calls and results that don't pair."""
-    calls: dict[str, bool] = {}  # of the last assistant: whether it has its result
+def check_pairing(messages: Messages) -> None:
+    """Raise 400 unless each call has one result, right after the message it is in."""
+    results: dict[str, int] = {}  # by the ids of the last calls; -1: none yet
     for index, message in enumerate(messages):
-        check_content(message, index)
-        if message["role"] == "tool":
-            check_result(message.get("tool_call_id"), calls, index)
-            calls[message["tool_call_id"]] = True
-        else:
-            check_answered(calls, index)
-            calls = {call["id"]: False for call in message.get("tool_calls") or []}
-    check_answered(calls, len(messages) - 1)
+        where = f"messages.[{index}]"
+        if message["role"] != "tool":
+            check_answered(results, index)
+            results = {call["id"]: -1 for call in message["tool_calls"] or []}
+            continue
+        id = message["tool_call_id"]
+        if not id:
+            raise missing_parameter(f"messages[{index}].tool_call_id")
+        require(results, NO_CALL_BEFORE, param=f"{where}.role")
+        unknown = (
+            f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
+            "previous message."
+        )
+        require(id in results, unknown, param=f"{where}.tool_call_id")
+        duplicate = (
+            f"Invalid parameter: Duplicate value for 'tool_call_id' of '{id}', in "
+            f"messages[{results[id]}] and messages[{index}]."
+        )
+        require(results[id] < 0, duplicate, param=f"{where}.tool_call_id")
+        results[id] = index
+    check_answered(results, len(messages) - 1)
 
 
-def check_content(message: Json, index: int) -> None:
-    is_call = message.get("tool_calls") or message.get("function_call")
-    may_lack = message["role"] == "function" or message["role"] == "assistant"
-    there = message.get("content") is not None
-    path = f"messages[{index}].content"
-    missing = f"Missing required parameter: '{path}'."
-    there = there or (may_lack and (is_call or message["role"] == "function"))
-    require(there, missing, code="missing_required_parameter", param=path)
-
-
-def check_result(id: str | None, calls: Mapping[str, bool], index: int) -> None:
-    path = f"messages[{index}].tool_call_id"
-    missing = f"Missing required parameter: '{path}'."
-    require(id, missing, code="missing_required_parameter", param=path)
-    require(calls, NO_CALL_BEFORE, param=f"messages.[{index}].role")
-    unknown = (
-        f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
-        "previous message."
+def check_answered(results: Mapping[str, int], index: int) -> None:
+    unanswered = ", ".join(id for id, result in results.items() if result < 0)
+    message = (
+        "An assistant message with 'tool_calls' must be followed by tool messages "
+        "responding to each 'tool_call_id'. The following tool_call_ids did not have "
+        f"response messages: {unanswered}"
     )
-    require(id in calls, unknown, param=f"messages.[{index}].tool_call_id")
+    require(not unanswered, message, param=f"messages.[{index}].role")
 
 
-def check_answered(calls: Mapping[str, bool], index: int) -> None:
-    open_ones = [id for id, is_answered in calls.items() if not is_answered]
-    message = NO_ANSWERS + ", ".join(open_ones)
-    require(not open_ones, message, param=f"messages.[{index}].role")
+def functions_as_tools(messages: Messages) -> Messages:
+    """Translate the older function_call and role `function` into tool_calls and `tool`.
+
+    A result without a call before it gets one, as models need the pair."""
+    translated: Messages = []
+    open_call = ""  # the id of a call that has no result yet
+    for index, message in enumerate(messages):
+        function = message["function_call"]
+        message = without(message, ["function_call"])
+        if message["role"] == "function":
+            if not open_call:
+                function = {"name": message["name"] or "", "arguments": "{}"}
+                open_call = f"call_{index}"
+                translated.append(
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [tool_call(open_call, function)],
+                    }
+                )
+            message |= {"role": "tool", "tool_call_id": open_call, "name": None}
+            open_call = ""
+        elif function:
+            open_call = f"call_{index}"
+            calls = [*(message["tool_calls"] or []), tool_call(open_call, function)]
+            message["tool_calls"] = calls
+        translated.append(message)
+    return translated
+
+
+def tool_call(id: str, function: Json) -> Json:
+    return {"id": id, "type": "function", "function": function}
 
 
 # -- Tools ---------------------------------------------------------------------
 #
-# What a model may call, for models that know nothing of tools: they are told
-# in the system's text, and what was called and came back stands in the history
-# in the form they were taught. `Dialects` hears what they make of it.
-
-
-TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-CHOICES = ("none", "auto", "required")
+# Which tools a model may call. How it is told of them is in Tool prompts, and how
+# its calls are read in Tool calls.
 
 
 class Tool(NamedTuple):
@@ -1167,7 +1231,7 @@ class Tool(NamedTuple):
 
 
 class Toolbox(NamedTuple):
-    """What a model may call now; with a tool named by the client, that one only."""
+    """What a model may call now; only the named tool if the client names one."""
 
     tools: tuple[Tool, ...]
     must_call: bool = False
@@ -1189,24 +1253,10 @@ class Toolbox(NamedTuple):
 
 
 def parse_toolbox(body: Json) -> Toolbox | None:
-    """Give what may be called, if anything; `body` has passed the tables."""
-    both = "Only one of 'tools' and 'functions' can be given."
-    require(not (body["tools"] and body["functions"]), both, param="functions")
-    legacy = bool(body["functions"])
-    param = "function_call" if legacy else "tool_choice"
-    tools = read_tools(body)
-    check_no_choice(body)
-    names, must_call = read_choice(body[param], param)
-    check_names(names, tools, param)
-    if not tools or names == []:
-        return None
-    chosen = tuple(tool for tool in tools if names is None or tool.name in names)
-    parallel = body["parallel_tool_calls"] and not legacy
-    return Toolbox(chosen, must_call, parallel, legacy)
+    """Return what may be called, None for nothing; `body` has passed the tables.
 
-
-def check_no_choice(body: Json) -> None:
-    """Without tools, a choice that asks for none of them does no harm."""
+    The older `functions` and `function_call` are translated: code below sees only
+    the flag `legacy`, by which an answer is told in the older form."""
     for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
         message = (
             f"Invalid value for '{param}': "
@@ -1214,96 +1264,40 @@ def check_no_choice(body: Json) -> None:
         )
         harmless = body[among] or body[param] in (None, "none", "auto")
         require(harmless, message, param=param)
-
-
-def read_tools(body: Json) -> list[Tool]:
-    tools = []
-    for index, given in enumerate(body["functions"]):
-        tools.append(read_tool(given, f"functions[{index}]"))
-    for index, given in enumerate(body["tools"]):
-        path = f"tools[{index}]"
-        require_function(given, path)
-        tools.append(read_tool(given["function"], f"{path}.function"))
-    names = [tool.name for tool in tools]
-    for name in names:
-        message = f"Invalid 'tools': '{name}' is there twice; each needs its own name."
-        param = "functions" if body["functions"] else "tools"
-        require(names.count(name) == 1, message, code="invalid_value", param=param)
-    return tools
-
-
-def require_function(given: Json, path: str) -> None:
-    custom = (
-        f"Unsupported value: '{path}' is a custom tool, which Replicate's models "
-        "can't be given. Use one of type 'function'."
+    legacy = bool(body["functions"])
+    both = "Only one of 'tools' and 'functions' can be given."
+    require(not (legacy and body["tools"]), both, param="functions")
+    among, param = (
+        ("functions", "function_call") if legacy else ("tools", "tool_choice")
     )
-    param = f"{path}.type"
-    require(given["type"] == "function", custom, code="unsupported_value", param=param)
-    missing = f"Missing required parameter: '{path}.function'."
-    code, param = "missing_required_parameter", f"{path}.function"
-    require(given["function"] is not None, missing, code=code, param=param)
-
-
-def read_tool(given: Json, path: str) -> Tool:
-    name = given["name"]
-    message = (
-        f"Invalid '{path}.name': string does not match pattern. Expected a string "
-        f"that matches the pattern '^{TOOL_NAME.pattern}$'."
-    )
-    fits = TOOL_NAME.fullmatch(name)
-    require(fits, message, code="invalid_value", param=f"{path}.name")
-    return Tool(name, given["description"] or "", given["parameters"] or {})
-
-
-def read_choice(choice: Any, param: str) -> tuple[list[str] | None, bool]:
-    """Give the names of what may be called, None for all, and whether one must be."""
+    functions = body["functions"] or [tool["function"] for tool in body["tools"]]
+    choice = body[param]
+    if legacy and isinstance(choice, dict):
+        choice = {"type": "function", "function": choice}
+    known = [function["name"] for function in functions]
+    for name in known:
+        message = (
+            f"Invalid '{among}': '{name}' is there twice; each needs its own name."
+        )
+        require(known.count(name) == 1, message, code="invalid_value", param=among)
+    allowed, must_call = known, choice == "required"
     if isinstance(choice, dict):
-        return read_named(choice, param)
-    if choice is not None:
-        choices = CHOICES if param == "tool_choice" else CHOICES[:2]
-        check_choice(param, choice, choices)
-    return ([] if choice == "none" else None), choice == "required"
-
-
-def read_named(choice: Json, param: str) -> tuple[list[str] | None, bool]:
-    if param == "function_call":
-        return [read_name(choice, param)], True
-    kind = choice.get("type")
-    if kind == "allowed_tools":
-        return read_allowed(choice.get("allowed_tools"))
-    check_choice(f"{param}.type", str(kind), ("function", "allowed_tools"))
-    return [read_name(choice.get("function"), f"{param}.function")], True
-
-
-def read_allowed(allowed: Any) -> tuple[list[str] | None, bool]:
-    path = "tool_choice.allowed_tools"
-    has_tools = isinstance(allowed, dict) and isinstance(allowed.get("tools"), list)
-    missing = f"Missing required parameter: '{path}.tools'."
-    code = "missing_required_parameter"
-    require(has_tools and allowed["tools"], missing, code=code, param=f"{path}.tools")
-    mode = allowed.get("mode")
-    check_choice(f"{path}.mode", str(mode), ("auto", "required"))
-    names = [
-        read_name(tool.get("function") if isinstance(tool, dict) else None, path)
-        for tool in allowed["tools"]
-    ]
-    return names, mode == "required"
-
-
-def read_name(function: Any, path: str) -> str:
-    name = function.get("name") if isinstance(function, dict) else None
-    missing = f"Missing required parameter: '{path}.name'."
-    code, param = "missing_required_parameter", f"{path}.name"
-    require(isinstance(name, str), missing, code=code, param=param)
-    return str(name)
-
-
-def check_names(names: list[str] | None, tools: list[Tool], param: str) -> None:
-    among = "tools" if param == "tool_choice" else "functions"
-    for name in names or []:
-        there = any(tool.name == name for tool in tools)
+        rows, must_call = [choice], True
+        if choice["type"] == "allowed_tools":
+            rows = choice["allowed_tools"]["tools"]
+            must_call = choice["allowed_tools"]["mode"] == "required"
+        allowed = [row["function"]["name"] for row in rows]
+    for name in allowed:
         message = f"Tool choice '{name}' not found in '{among}' parameter."
-        require(there, message, code="invalid_value", param=param)
+        require(name in known, message, code="invalid_value", param=param)
+    if not functions or choice == "none":
+        return None
+    tools = tuple(
+        Tool(function["name"], function["description"], function["parameters"])
+        for function in functions
+        if function["name"] in allowed
+    )
+    return Toolbox(tools, must_call, body["parallel_tool_calls"] and not legacy, legacy)
 
 
 def properties_of(tool: Tool | None) -> Json:
@@ -1312,6 +1306,8 @@ def properties_of(tool: Tool | None) -> Json:
 
 # -- Output formats ------------------------------------------------------------
 #
+# Which JSON a client wants. Any schema is accepted: the model is told all of it, and
+# an answer is checked as far as the schema can be.
 
 
 class ResponseFormat(NamedTuple):
@@ -1325,31 +1321,15 @@ class ResponseFormat(NamedTuple):
 
 ANY_OBJECT = ResponseFormat({"type": "object"})
 
-IS_NAME = re.compile("[A-Za-z0-9_-]+")
-
 
 def parse_response_format(body: Json) -> ResponseFormat | None:
-    """Read what Parameters have checked; None where text is wanted."""
+    """Return the format, None for text; `body` has passed the tables."""
     asked = body["response_format"]
     if asked is None or asked["type"] == "text":
         return None
-    return ANY_OBJECT if asked["type"] == "json_object" else read_schema(asked)
-
-
-def read_schema(asked: Json) -> ResponseFormat:
-    where = "response_format.json_schema"
-    named = check_param(
-        where, asked["json_schema"], Param(OBJECT, required=True, each=JSON_SCHEMA)
-    )
-    check_name(f"{where}.name", named["name"])
-    rest = {key: named[key] for key in ("name", "description", "strict")}
-    return ResponseFormat(named["schema"], **rest)
-
-
-def check_name(path: str, name: str) -> None:
-    expected = "Expected a string that matches the pattern '^[a-zA-Z0-9_-]+$'."
-    message = f"Invalid '{path}': string does not match pattern. {expected}"
-    require(IS_NAME.fullmatch(name), message, code="invalid_value", param=path)
+    if asked["type"] == "json_object":
+        return ANY_OBJECT
+    return ResponseFormat(**{key: asked["json_schema"][key] for key in JSON_SCHEMA})
 
 
 class Wanted(NamedTuple):
@@ -1362,11 +1342,18 @@ class Wanted(NamedTuple):
 # ==== 3. INPUTS ===============================================================
 
 
-# -- Tool prompts --------------------------------------------------------------
+# -- Chat templates ------------------------------------------------------------
 #
+# What a model reads: messages, what it is told of tools and formats, and the
+# calls and results of its conversation. To add a template: a function from
+# messages, the input (or role) for system text and the input for the prompt.
+#
+# Text reaches the model as it was written. Only what would end a turn of the
+# very template that is written here is escaped: a control token of Llama's gets
+# a backslash, and a line of a transcript that begins with a label gets a space.
 
 
-INSTRUCTIONS = """\
+TOOL_INSTRUCTIONS = """\
 You can call tools. Each line in <tools> describes one, with its parameters as a \
 JSON Schema:
 <tools>
@@ -1378,25 +1365,23 @@ To call a tool, write its name and its arguments as JSON between these tags:
 <tool_response>. Never make up a result."""
 
 ONE_CALL = "Make one call, not more."
-
 MANY_CALLS = "To make several calls, write these tags once for each."
 
 
 def tool_instructions(toolbox: Toolbox) -> str:
-    """The text above the system's own."""
-    lines = [compact(taught_tool(tool)) for tool in toolbox.tools]
-    how_many = MANY_CALLS if toolbox.parallel else ONE_CALL
-    when = told_when(toolbox)
-    return INSTRUCTIONS.format(tools="\n".join(lines), when=when, how_many=how_many)
+    # with a description, even if empty: a tool that is recited looks unlike a call
+    lines = [
+        compact({"name": tool.name, "description": "", **function_object(tool)})
+        for tool in toolbox.tools
+    ]
+    return TOOL_INSTRUCTIONS.format(
+        tools="\n".join(lines),
+        when=when_to_call(toolbox),
+        how_many=MANY_CALLS if toolbox.parallel else ONE_CALL,
+    )
 
 
-def taught_tool(tool: Tool) -> Json:
-    """With a description, if empty: a tool that is recited looks unlike a call."""
-    told = {"name": tool.name, "description": tool.description}
-    return {**told, **without_empty({"parameters": tool.parameters})}
-
-
-def told_when(toolbox: Toolbox) -> str:
+def when_to_call(toolbox: Toolbox) -> str:
     if not toolbox.must_call:
         return (
             "Call a tool only if you need it; if not, answer in plain words, "
@@ -1407,30 +1392,17 @@ def told_when(toolbox: Toolbox) -> str:
     return f"You must call {which} now: write the call and nothing else."
 
 
-def tool_demands(toolbox: Toolbox) -> str:
-    """What is still to be said to a model that was given the tools themselves."""
-    demands = [told_when(toolbox)] if toolbox.must_call else []
-    return " ".join([*demands, *([] if toolbox.parallel else [ONE_CALL])])
+def native_tool_instructions(toolbox: Toolbox) -> str:
+    """What is left to say to a model that takes the tools as an input."""
+    texts = [when_to_call(toolbox)] if toolbox.must_call else []
+    return " ".join([*texts, *([] if toolbox.parallel else [ONE_CALL])])
 
 
-def repair_instructions(toolbox: Toolbox, why: str) -> str:
-    """What the user's side says after an answer that was not what it had to be."""
+def retry_call_instructions(toolbox: Toolbox, why: str) -> str:
     return (
-        f"That was not a call that works: {why} {told_when(toolbox)} Write "
+        f"That was not a call that works: {why} {when_to_call(toolbox)} Write "
         '<tool_call>{"name": <tool-name>, "arguments": <arguments-object>}</tool_call>.'
     )
-
-
-def without_empty(fields: Json) -> Json:
-    return {name: value for name, value in fields.items() if value not in ("", {})}
-
-
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None if it is not one."""
-    try:
-        return json.loads(text, parse_constant=refuse, parse_float=finite_float)
-    except (ValueError, RecursionError):
-        return None
 
 
 def json_instructions(format: ResponseFormat) -> str:
@@ -1445,88 +1417,151 @@ def json_instructions(format: ResponseFormat) -> str:
     return f"Answer with one JSON {noun} {only}{about}{schema if format.name else ''}"
 
 
-def json_repair(format: ResponseFormat, why: str) -> str:
+def retry_json_instructions(format: ResponseFormat, why: str) -> str:
     return (
         f"This answer is wrong: {why}\n\n"
         f"Give the answer again, corrected and whole. {json_instructions(format)}"
     )
 
 
-# -- Chat templates ------------------------------------------------------------
-#
-# How a conversation becomes what a kind of model reads. To add a layout: a
-# function from messages and the input (or role) for system text to inputs.
-#
-# No text closes its turn or opens another, whoever wrote it: what would be a
-# sign gets a zero-width space after its first character. TOKENS, the control
-# tokens of the templates we know, are signs everywhere, in names and calls too.
-# LABEL_SIGNS are signs in what shares a prompt with others: in a transcript, and
-# in a system text on top of a prompt and what is below it. A lone question that
-# fills its prompt, and a system text in a field of its own, keep their labels.
-# Not covered are look-alikes: a label within a line, in letters that only look
-# like it, without a colon or by another name ("Me:", "### Response"). Nothing
-# is done to the prompt of a completion, unless it has to go as a message.
-# Calls and their results in a conversation, checked for belonging together, and
-# told in the form that a model was taught to call in. What is attached to them
-# stays beside their text. Results stand in the turn of the user, so what looks
-# like one in any text gets a zero-width space.
+def function_object(tool: Tool) -> Json:
+    fields = tool._asdict()
+    return {name: value for name, value in fields.items() if value not in ("", {})}
+
+
+def native_inputs(api: str, wanted: Wanted) -> Json:
+    """Tools and format as `chat` completions have them, or the API of `responses`."""
+    inputs: Json = {}
+    toolbox, format = wanted
+    if toolbox:
+        functions = map(function_object, toolbox.tools)
+        inputs["tools"] = [
+            {"type": "function", **({"function": f} if api == "chat" else f)}
+            for f in functions
+        ]
+    if not format:
+        return inputs
+    schema: Json = {}
+    if format.name:
+        about = {"description": format.description} if format.description else {}
+        schema = {"name": format.name, **about}
+        schema |= {"schema": format.schema, "strict": format.strict}
+    type = {"type": "json_schema" if schema else "json_object"}
+    if api == "responses":  # openai/gpt-5-structured has its own name for it
+        return {**inputs, "json_schema": {"format": {**type, **schema}}}
+    named = {"json_schema": schema} if schema else {}
+    return {**inputs, "response_format": {**type, **named}}
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None if it is not one."""
+    try:
+        return json.loads(
+            text, parse_constant=reject_constant, parse_float=finite_float
+        )
+    except (ValueError, RecursionError):
+        return None
+
+
+def plain_history(messages: Messages) -> Messages:
+    """Calls and their results as text, in the form that `tool_instructions` teaches."""
+    plain: Messages = []
+    names: dict[str, str] = {}  # of the functions, by the id of a call
+    by_kind = groupby(messages, key=lambda m: m["role"] in ("tool", "function"))
+    for are_results, group in by_kind:
+        if not are_results:
+            for message in group:
+                calls = message.get("tool_calls") or []
+                names |= {call["id"]: call["function"]["name"] for call in calls}
+                plain.append(render_calls(message))
+            continue
+        parts: list[Json] = []
+        for message in group:
+            text = render_result(message, names)
+            parts += with_attachments("\n" + text if parts else text, message)
+        plain.append({"role": "user", "content": plain_content(parts)})
+    return plain
+
+
+def render_calls(message: Json) -> Json:
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    if message.get("function_call"):
+        functions.append(message["function_call"])
+    content = message.get("content") or ""
+    if not functions:
+        return {**message, "content": content}
+    lines = [text_of(content)] if text_of(content) else []
+    parts = with_attachments("\n".join([*lines, *map(render_call, functions)]), message)
+    return {"role": message["role"], "content": plain_content(parts)}
+
+
+def render_call(function: Json) -> str:
+    name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
+    arguments = text if parsed(text) is not None else json.dumps(text)
+    arguments = arguments.replace("</tool_call", r"<\/tool_call")  # the same in JSON
+    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
+
+
+def render_result(message: Json, names: Mapping[str, str]) -> str:
+    id, name = message.get("tool_call_id"), message.get("name") or ""
+    of = f' name="{escape(names.get(id, name) if id else name)}"'
+    of += f' id="{escape(id)}"' if id else ""
+    text = text_of(message.get("content") or "")
+    text = text.replace("</tool_response", r"<\/tool_response")
+    return f"<tool_response{of}>\n{text}\n</tool_response>"
+
+
+def native_history(messages: Messages) -> Messages:
+    """Calls and their results as messages of today's form, the older ones too."""
+    newer: Messages = []
+    last = ""  # the id that stands for the last call of the older form
+    for index, message in enumerate(messages):
+        message = {**message, "content": message["content"] or ""}
+        if function := message.pop("function_call", None):
+            last = f"call_{index}"
+            call = {"id": last, "type": "function", "function": function}
+            message["tool_calls"] = [call]
+        if message["role"] == "function" and last:
+            message |= {"role": "tool", "tool_call_id": last, "name": None}
+        elif message["role"] == "function":
+            [message] = plain_history([message])
+        newer.append(message)
+    return newer
+
+
+def with_attachments(text: str, message: Json) -> list[Json]:
+    """A text in place of the message's own, and what is attached to the message."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    attached = [part for part in parts if part["type"] not in WORDS]
+    return [{"type": "text", "text": text}, *attached]
+
+
+def plain_content(content: str | list[Json]) -> str | list[Json]:
+    """A string where nothing is attached, as every model knows one."""
+    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
+        return text_of(content)
+    return [without_nulls(part) for part in content]
+
+
+def without_nulls(message: Json) -> Json:
+    return {name: value for name, value in message.items() if value is not None}
 
 
 Turns = list[tuple[str, str]]  # each a role and a text
 
 LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
-
-BREAKS = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"  # what may end a line: see splitlines
-
-LABEL_SIGNS = re.compile(  # spaces and Markdown may be around it, but no JSON
-    rf"(?i)(?:\A|(?<=[{BREAKS}]))[^\w{BREAKS}{{]*_*"
-    rf"(?=(?:user|human|assistant|system)_*[^\w{BREAKS}\"']*[:：])."
+LABEL_LINE = re.compile(rf"\n(?=(?:{'|'.join(LABELS.values())}):)")
+LLAMA_2_TOKENS = re.compile(r"<(?=/?s>|</?SYS>>)|\[(?=/?INST\])")
+LLAMA_TOKENS = re.compile(  # of Llama 3 and of Llama 4
+    r"<(?=\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id"
+    r"|header_start|header_end|eot|eom|python_tag|python_start|python_end)\|>)"
 )
-
-TOKENS = re.compile(
-    r"<(?=[|｜][^|｜\s<>]*[|｜]>"  # ChatML, Llama 3 and 4, DeepSeek, Kimi, gpt-oss …
-    r"|/?s>|</?SYS>>"  # Llama 2, Mistral
-    r"|(?:start|end)_of_turn>|[be]os>)"  # Gemma
-    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
-    r"|(?:BOS|EOS|EOT|PAD)\])"  # Kimi
-)
-
-PLACEHOLDERS = re.compile(r"\{(?=(?:system_)?prompt\})")
-
-AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
-
-
-def escape_control_tokens(text: str, *signs: re.Pattern[str]) -> str:
-    """Each sign matches up to its first character, and looks ahead at the rest."""
-    for sign in signs:
-        text = sign.sub("\\g<0>\u200b", text)
-    return text
-
-
-def escape_content(
-    content: str | list[Json], *signs: re.Pattern[str]
-) -> str | list[Json]:
-    """The text of a message escape_control_tokens, and nothing else of its parts."""
-    if isinstance(content, str):
-        return escape_control_tokens(content, *signs)
-    parts = [
-        {
-            name: escape_control_tokens(said, *signs)
-            if name in WORDS and said
-            else said
-            for name, said in part.items()
-        }
-        for part in content
-    ]
-    if escape_control_tokens(text_of(parts), *signs) == text_of(parts):
-        return parts
-    gap = {"type": "text", "text": "\u200b"}  # they make a sign together
-    return [each for part in parts for each in (part, gap)]
 
 
 def split_system(messages: Messages) -> tuple[str, Turns]:
     """Part the system's first words from the turns; later ones are turns too."""
-    turns = joined(
+    turns = merge_turns(
         (
             "system" if message["role"] == "developer" else message["role"],
             text_of(message["content"]),
@@ -1535,247 +1570,166 @@ def split_system(messages: Messages) -> tuple[str, Turns]:
     )
     if turns[0][0] != "system":
         return "", turns
-    (_, told), *said = turns
-    return (told, said) if said else ("", [("user", told)])  # then it is the question
+    (_, instructions), *rest = turns
+    return (instructions, rest) if rest else ("", [("user", instructions)])
 
 
-def joined(turns: Iterable[tuple[str, str]]) -> Turns:
-    """Let those who speak twice in a row speak once."""
-    spoken = groupby(turns, key=itemgetter(0))
-    return [(role, "\n\n".join(text for _, text in said)) for role, said in spoken]
+def merge_turns(turns: Iterable[tuple[str, str]]) -> Turns:
+    """Make one turn of those in a row that have the same role."""
+    roles = groupby(turns, key=itemgetter(0))
+    return [(role, "\n\n".join(text for _, text in group)) for role, group in roles]
 
 
-def is_lone(turns: Turns) -> bool:
+def is_question(turns: Turns) -> bool:
+    """Whether the user says all there is: that needs no template."""
     return len(turns) == 1 and turns[0][0] == "user"
 
 
-def with_system(told: str, prompt: str, system: str) -> Json:
-    if told and system:
-        return {system: told, "prompt": prompt}
-    return {"prompt": f"{told}\n\n{prompt}" if told else prompt}
+def with_system(instructions: str, text: str, system: str, prompt: str) -> Json:
+    """Inputs with the system text in its own, or on top of the prompt."""
+    if instructions and system:
+        return {system: instructions, prompt: text}
+    return {prompt: f"{instructions}\n\n{text}" if instructions else text}
 
 
-def render_transcript(messages: Messages, system: str) -> Json:
-    """A conversation as a play is written; one lone question stays as it is."""
-    told, turns = split_system(messages)
-    shared = (LABEL_SIGNS, TOKENS)
-    told = escape_control_tokens(told, *((TOKENS,) if system else shared))
-    if is_lone(turns):
-        signs = shared if told and not system else (TOKENS,)
-        return with_system(told, escape_control_tokens(turns[0][1], *signs), system)
-    lines = [
-        f"{LABELS[role]}: {escape_control_tokens(text, *shared)}"
-        for role, text in turns
-    ]
+def render_transcript(messages: Messages, system: str, prompt: str) -> Json:
+    """Turns with labels before them; a lone question stays as it is."""
+    instructions, turns = split_system(messages)
+    if is_question(turns):
+        return with_system(instructions, turns[0][1], system, prompt)
+    if not system:
+        instructions = LABEL_LINE.sub("\n ", f"\n{instructions}")[1:]
+    lines = [f"{LABELS[role]}: " + LABEL_LINE.sub("\n ", text) for role, text in turns]
     if turns[-1][0] != "assistant":
         lines.append("Assistant:")
-    return with_system(told, "\n\n".join(lines), system)
+    return with_system(instructions, "\n\n".join(lines), system, prompt)
 
 
-def render_llama_2(messages: Messages, system: str) -> Json:
+def render_llama_2(messages: Messages, system: str, prompt: str) -> Json:
     """Turns as Replicate's page for llama-2-70b-chat gives them: it wraps the rest."""
-    told, turns = split_system(messages)
-    told = escape_control_tokens(told, TOKENS)
-    turns = joined(
-        ("user" if role == "system" else role, escape_control_tokens(text, TOKENS))
+    instructions, turns = split_system(messages)
+    instructions = LLAMA_2_TOKENS.sub(r"\g<0>\\", instructions)
+    turns = merge_turns(
+        ("user" if role == "system" else role, LLAMA_2_TOKENS.sub(r"\g<0>\\", text))
         for role, text in turns
     )
-    if is_lone(turns):
-        return with_system(told, turns[0][1], system)
-    said = [
+    lines = [
         f"[INST] {text} [/INST]" if role == "user" else text for role, text in turns
     ]
-    return with_system(told, "\n".join(said), system)
+    text = turns[0][1] if is_question(turns) else "\n".join(lines)
+    return with_system(instructions, text, system, prompt)
 
 
-def render_header_template(
-    start: str, end: str, stop: str, messages: Messages, _: str
+def render_headers(
+    start: str, end: str, stop: str, messages: Messages, _: str, prompt: str
 ) -> Json:
     """Meta's template, written out, with the answer begun at its end."""
-    told, turns = split_system(messages)
-    if told:
-        turns.insert(0, ("system", told))
+    instructions, turns = split_system(messages)
+    if instructions:
+        turns.insert(0, ("system", instructions))
     parts = [
-        f"{start}{role}{end}\n\n"
-        f"{escape_control_tokens(text, TOKENS, PLACEHOLDERS)}{stop}"
+        f"{start}{role}{end}\n\n" + LLAMA_TOKENS.sub(r"\g<0>\\", text) + stop
         for role, text in turns
     ]
     if turns[-1][0] == "assistant":
         parts[-1] = parts[-1].removesuffix(stop)
     else:
         parts.append(f"{start}assistant{end}\n\n")
-    return {"prompt": "<|begin_of_text|>" + "".join(parts), **AS_IT_IS}
+    return {prompt: "<|begin_of_text|>" + "".join(parts)}
 
 
 render_llama_3 = partial(
-    render_header_template, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+    render_headers, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 )
 
 render_llama_4 = partial(
-    render_header_template, "<|header_start|>", "<|header_end|>", "<|eot|>"
+    render_headers, "<|header_start|>", "<|header_end|>", "<|eot|>"
 )
 
 
-def render_messages(messages: Messages, system: str) -> Json:
+def render_messages(messages: Messages, system: str, _: str) -> Json:
     """The model takes messages: they are only brought to the roles that all know."""
-    names = {"developer": system, "system": system}
-    told = [
-        {
-            **escape_all({**message, "content": None}),
-            "role": names.get(message["role"], message["role"]),
-            "content": content_of(message),
-        }
+    given = [
+        {**without_nulls(message), "content": plain_content(message["content"])}
         for message in messages
     ]
-    return {"messages": [without_nulls(message) for message in told]}
+    roles = {"developer": system, "system": system}
+    return {"messages": [{**m, "role": roles.get(m["role"], m["role"])} for m in given]}
 
 
-def content_of(message: Json) -> str | list[Json]:
-    """Parts only where there is more than text: every model knows a string."""
-    content = message["content"]
-    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
-        return escape_control_tokens(text_of(content), TOKENS)
-    return escape_content([without_nulls(part) for part in content], TOKENS)
-
-
-def escape_all(value: Any) -> Any:
-    """All the text in a value escape_control_tokens: names, ids and arguments."""
-    if isinstance(value, dict):
-        return {name: escape_all(inside) for name, inside in value.items()}
-    if isinstance(value, list):
-        return [escape_all(inside) for inside in value]
-    return escape_control_tokens(value, TOKENS) if isinstance(value, str) else value
-
-
-def render_text_messages(messages: Messages, system: str) -> Json:
-    """Messages whose content is text alone."""
-    plain = [
-        {**message, "content": text_of(message["content"])} for message in messages
-    ]
-    return render_messages(plain, system)
-
-
-def without_nulls(message: Json) -> Json:
-    return {name: value for name, value in message.items() if value is not None}
-
-
-def render_response_items(messages: Messages, system: str) -> Json:
+def render_response_items(messages: Messages, system: str, _: str) -> Json:
     """Items of OpenAI's Responses API: calls and their results are some too."""
     first = list(takewhile(lambda m: m["role"] in ("system", "developer"), messages))
-    told = escape_control_tokens(
-        "\n\n".join(text_of(m["content"]) for m in first), TOKENS
-    )
-    said = [item for message in messages[len(first) :] for item in items_of(message)]
-    said = escape_all(said)
-    if not said:
-        return {"input_item_list": [{"role": "user", "content": told}]}
-    return {"input_item_list": said, **({system: told} if told else {})}
-
-
-def items_of(message: Json) -> list[Json]:
-    text = text_of(message["content"])
-    if message["role"] == "tool":
-        id = message["tool_call_id"]
-        return [{"type": "function_call_output", "call_id": id, "output": text}]
-    calls = [
-        {"type": "function_call", "call_id": call["id"], **call["function"]}
-        for call in message.get("tool_calls") or []
-    ]
-    said = {"role": message["role"], "content": text}
-    return [said, *calls] if text or not calls else calls
-
-
-RESULTS = re.compile(r"(?i)<(?=[\s/]*tool_response)")
-
-
-def plain_history(messages: Messages) -> Messages:
-    """Calls and their results as texts, in the form that a model was taught."""
-    plain: Messages = []
-    names: dict[str, str] = {}
-    results: list[Json] = []
-    for message in messages:
-        if message["role"] in ("tool", "function"):
-            text = told_result(message, names)
-            results += beside("\n" + text if results else text, message)
+    instructions = "\n\n".join(text_of(message["content"]) for message in first)
+    items: list[Json] = []
+    for message in messages[len(first) :]:
+        text = text_of(message["content"])
+        if message["role"] == "tool":
+            result = {"type": "function_call_output", "output": text}
+            items.append({**result, "call_id": message["tool_call_id"]})
             continue
-        if results:
-            plain.append({"role": "user", "content": simplest(results)})
-            results = []
         calls = message.get("tool_calls") or []
-        names.update((call["id"], call["function"]["name"]) for call in calls)
-        plain.append(told_message(message))
-    if results:
-        plain.append({"role": "user", "content": simplest(results)})
-    return plain
-
-
-def tools_history(messages: Messages) -> Messages:
-    """Calls and their results as they are; the older ones in the newer form."""
-    told: Messages = []
-    last = ""  # the id that stands for the last call of the older form
-    for index, message in enumerate(messages):
-        newer = {**message, "content": message["content"] or "", "function_call": None}
-        if function := message.get("function_call"):
-            last = f"call_{index}"
-            call = {"id": last, "type": "function", "function": function}
-            newer["tool_calls"] = [call]
-        if message["role"] == "function" and last:
-            newer |= {"role": "tool", "tool_call_id": last, "name": None}
-        elif message["role"] == "function":
-            parts = beside(told_result(message, {}), message)
-            newer = {"role": "user", "content": simplest(parts)}
-        told.append(newer)
-    return told
-
-
-def told_message(message: Json) -> Json:
-    functions = [call["function"] for call in message.get("tool_calls") or []]
-    if message.get("function_call"):
-        functions.append(message["function_call"])
-    content = message.get("content") or ""
-    if not functions:
-        return {**message, "content": escape_content(content, RESULTS)}
-    lines = filter(None, [text_of(content), *map(told_call, functions)])
-    parts = beside(escape_control_tokens("\n".join(lines), RESULTS), message)
-    return {"role": message["role"], "content": simplest(parts)}
-
-
-def beside(text: str, message: Json) -> list[Json]:
-    """A text in place of that of a message, and what is attached to the message."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    attached = [part for part in parts if part["type"] not in WORDS]
-    return [{"type": "text", "text": text}, *attached]
-
-
-def simplest(parts: list[Json]) -> str | list[Json]:
-    """A string where nothing is attached."""
-    is_text = all(part["type"] in WORDS for part in parts)
-    return text_of(parts) if is_text else parts
-
-
-def told_call(function: Json) -> str:
-    name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
-    arguments = text if parsed(text) is not None else json.dumps(text)
-    arguments = arguments.replace("</tool_call", r"<\/tool_call")  # the same in JSON
-    return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
-
-
-def told_result(message: Json, names: Mapping[str, str]) -> str:
-    id = message.get("tool_call_id")
-    name = names[id] if id else message.get("name") or ""
-    of = f' name="{escape(name)}"' + (f' id="{escape(id)}"' if id else "")
-    text = escape_control_tokens(text_of(message.get("content") or ""), RESULTS)
-    return f"<tool_response{of}>\n{text}\n</tool_response>"
+        if text or not calls:
+            items.append({"role": message["role"], "content": text})
+        items += [
+            {"type": "function_call", "call_id": call["id"], **call["function"]}
+            for call in calls
+        ]
+    if not items:
+        return {"input_item_list": [{"role": "user", "content": instructions}]}
+    return {"input_item_list": items} | ({system: instructions} if instructions else {})
 
 
 # -- Families ------------------------------------------------------------------
 #
-# A family is how a kind of model is asked: its layout, and what it calls each
-# parameter, by its page on Replicate. The map is an allow-list: what it leaves
+# A family is how a kind of model is asked: its chat template, and its inputs for
+# OpenAI's parameters, by its page on Replicate. It is an allow-list: what it leaves
 # out is not sent. To add a family: a row; the first row whose pattern matches
 # owner/name counts. A pattern names language models that are known to be so and
-# no others of their makers, whose own schemas know better.
+# no others of their makers, whose own schemas know better. To add a parameter, or
+# a name that models have for one: a row of PARAMETERS, or a word in it.
+
+
+class Parameter(NamedTuple):
+    """What OpenAI has one name for, and models have several."""
+
+    type: str  # the JSON type of its values
+    names: str  # what models call it, the best first
+    scale: tuple[str, ...] = ()  # its levels, the least first
+
+
+PARAMETERS = {
+    "max_tokens": Parameter(
+        "integer",
+        "max_completion_tokens max_output_tokens max_tokens max_new_tokens "
+        "max_tokens_to_generate num_predict max_length",
+    ),
+    "min_tokens": Parameter("integer", "min_tokens min_new_tokens min_length"),
+    "temperature": Parameter("number", "temperature temp"),
+    "top_p": Parameter("number", "top_p"),
+    "top_k": Parameter("integer", "top_k"),
+    "presence_penalty": Parameter("number", "presence_penalty"),
+    "frequency_penalty": Parameter("number", "frequency_penalty"),
+    "repetition_penalty": Parameter("number", "repetition_penalty repeat_penalty"),
+    "stop": Parameter("array", "stop stop_sequences stop_strings stop_words"),
+    "seed": Parameter("integer", "seed random_seed"),
+    "reasoning_effort": Parameter(
+        "string",
+        "reasoning_effort thinking_level effort reasoning thinking thinking_budget",
+        EFFORTS,
+    ),
+    "verbosity": Parameter("string", "verbosity", VERBOSITIES),
+}
+
+PARAMETER_OF = {n: key for key, row in PARAMETERS.items() for n in row.names.split()}
+
+# An effort as tokens to think with, as Google counts them behind an API like OpenAI's.
+BUDGETS = {
+    **dict.fromkeys(("none", "minimal"), 0),
+    "low": 1024,
+    "medium": 8192,
+    **dict.fromkeys(("high", "xhigh", "max"), 24576),
+}
 
 
 class Field(NamedTuple):
@@ -1786,9 +1740,7 @@ class Field(NamedTuple):
     high: float | None = None
     default: Any = None  # sent when nobody named a value
     choices: tuple[Any, ...] = ()
-    joined: str = ""  # a list goes as one string, with this between
-    kind: str = ""  # its JSON type; "": that of the parameter
-    words: Mapping[str, Any] = {}  # what a word of OpenAI's stands for
+    type: str = ""  # its JSON type; "": that of the parameter
 
 
 class Slot(NamedTuple):
@@ -1800,13 +1752,14 @@ class Slot(NamedTuple):
 
 
 class Family(NamedTuple):
-    pattern: str
-    render: Callable[[Messages, str], Json]  # messages, system field -> input
-    system: str  # the input, or role, for system text; "": on top of the prompt
-    fields: Mapping[str, Field]
-    raw: Json = {}  # what makes the model take a prompt as it is
-    slots: Mapping[str, Slot] = {}  # by the type of part
+    pattern: str = ""
+    fields: Mapping[str, Field] = {}  # by OpenAI's parameter
+    render: Callable[[Messages, str, str], Json] = render_transcript
+    system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
+    slots: Mapping[str, Slot] = {}  # by the type of part
+    always: Json = {}  # inputs that go with every prompt
+    native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
     others: Mapping[str, Field] = {}  # inputs that OpenAI has no name for
     required: tuple[str, ...] = ()  # inputs without which it does not run
     is_language: bool = True
@@ -1817,214 +1770,133 @@ class Family(NamedTuple):
 LONG = 4096
 
 
-def same(*names: str) -> dict[str, Field]:
-    """Parameters that a family calls what OpenAI calls them."""
-    return {name: Field(name) for name in names}
+def inputs_of(names: str, *others: Field) -> dict[str, Field]:
+    """Inputs by the parameters they are for; others have bounds or defaults too."""
+    rows = [*map(Field, names.split()), *others]
+    return {PARAMETER_OF[row.name]: row for row in rows}
 
 
-def limit(
-    name: str, low: int = 1, high: int | None = None, default: Any = LONG
-) -> dict[str, Field]:
-    return {"max_tokens": Field(name, low, high, default)}
+def levels(name: str, choices: str) -> Field:
+    return Field(name, choices=tuple(choices.split()))
 
 
-COMMA_STOP = {"stop": Field("stop_sequences", joined=",", kind="string")}
+PENALTIES = "presence_penalty frequency_penalty"
+COMMA_STOP = Field("stop_sequences", type="string")
+LONG_LIMIT = Field("max_tokens", 1, default=LONG)
+OPEN = inputs_of(f"temperature top_p {PENALTIES}", LONG_LIMIT)
+LLAMA = {**OPEN, **inputs_of("top_k min_tokens", COMMA_STOP)}
+MISTRAL = inputs_of(
+    "top_p top_k seed",
+    Field("temperature", 0.01, 5),
+    Field("min_new_tokens", -1),
+    LONG_LIMIT._replace(name="max_new_tokens"),
+    COMMA_STOP,
+)
+LLAMA_2 = {**MISTRAL, **inputs_of("", Field("top_k", 0))}
+LLAMA_2_7B = {**MISTRAL, **inputs_of("repetition_penalty", Field("top_k", -1))}
+GRANITE_LIMIT = LONG_LIMIT._replace(name="max_completion_tokens")
+GRANITE = {**OPEN, **inputs_of("top_k min_tokens seed stop", GRANITE_LIMIT)}
+KIMI = {**OPEN, **inputs_of("", LONG_LIMIT._replace(high=131072))}
+DEEPSEEK_31 = {**OPEN, **inputs_of("", levels("thinking", "None medium"))}
+GPT_4 = f"temperature top_p {PENALTIES}"
+STRUCTURED = inputs_of(
+    "verbosity max_output_tokens", levels("reasoning_effort", "minimal low medium high")
+)
 
-PENALTIES = same("presence_penalty", "frequency_penalty")
-
-LLAMA = {
-    **same("temperature", "top_p", "top_k", "min_tokens"),
-    **PENALTIES,
-    **limit("max_tokens"),
-    **COMMA_STOP,
-}
-
-MISTRAL = {
-    "temperature": Field("temperature", 0.01, 5),
-    **same("top_p", "top_k", "seed"),
-    "min_tokens": Field("min_new_tokens", -1),
-    **limit("max_new_tokens"),
-    **COMMA_STOP,
-}
-
-LLAMA_2 = {**MISTRAL, "top_k": Field("top_k", 0)}
-
-LLAMA_2_7B = {**MISTRAL, "top_k": Field("top_k", -1), **same("repetition_penalty")}
-
-GRANITE = {
-    **same("temperature", "top_p", "top_k", "min_tokens", "seed", "stop"),
-    **PENALTIES,
-    **limit("max_completion_tokens"),
-}
-
-OPEN = {**same("temperature", "top_p"), **PENALTIES, **limit("max_tokens")}
-
-GPT_LIMIT = limit("max_completion_tokens", default=None)
-
-GPT_4 = {**same("temperature", "top_p"), **PENALTIES, **GPT_LIMIT}
-
-
-def effort(*choices: str, name: str = "reasoning_effort") -> dict[str, Field]:
-    return {"reasoning_effort": Field(name, choices=choices)}
-
-
-# Tokens to think with, as Google counts them behind an API like OpenAI's.
-BUDGETS = {
-    **dict.fromkeys(("none", "minimal"), 0),
-    "low": 1024,
-    "medium": 8192,
-    **dict.fromkeys(("high", "xhigh", "max"), 24576),
-}
-
-BUDGET = Field("thinking_budget", 0, 24576, kind="integer", words=BUDGETS)
-
-O_SERIES = {**GPT_LIMIT, **effort("low", "medium", "high")}
-
-GPT_5 = {**GPT_LIMIT, **same("verbosity"), **effort("minimal", "low", "medium", "high")}
-
-GPT_51 = {**GPT_5, **effort("none", "low", "medium", "high")}
-
-GPT_52 = {**GPT_5, **effort("none", "low", "medium", "high", "xhigh")}
-
-GPT_5_PRO = {**GPT_LIMIT, **same("verbosity")}
-
-GEMINI = {
-    "temperature": Field("temperature", 0, 2),
-    **same("top_p"),
-    **limit("max_output_tokens", 1, 65535, default=None),
-}
-
-GEMINI_25 = {**GEMINI, "reasoning_effort": BUDGET}
-
-GEMINI_3 = {**GEMINI, **effort("low", "high", name="thinking_level")}
-
-GEMINI_31 = {**GEMINI, **effort("low", "medium", "high", name="thinking_level")}
-
-STRUCTURED = {**GPT_5, **limit("max_output_tokens", default=None)}
+AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
 
 IN_PLACE = {"image_url": Slot("", 100)}
-
 ONE_IMAGE = {"image_url": Slot("image")}
-
+IMAGE_INPUT = {"image_url": Slot("image_input", 100, as_list=True)}
 IMAGES = {"image_url": Slot("images", 10, as_list=True)}
-
 IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
+
+
+def gpt(pattern: str, names: str = "", efforts: str = "") -> Family:
+    """A model of OpenAI's that takes messages, and images in them."""
+    fields = inputs_of(names, Field("max_completion_tokens", 1))
+    if efforts:
+        fields |= inputs_of("", levels("reasoning_effort", efforts))
+    return Family(pattern, fields, render_messages, "system", slots=IN_PLACE)
+
+
+def claude(pattern: str, least: int, most: int, slots: Mapping[str, Slot]) -> Family:
+    fields = inputs_of("", Field("max_tokens", least, most))
+    return Family(pattern, fields, system="system_prompt", slots=slots)
+
+
+def gemini(pattern: str, effort: Field, slots: Mapping[str, Slot]) -> Family:
+    limit, heat = Field("max_output_tokens", 1, 65535), Field("temperature", 0, 2)
+    fields = inputs_of("top_p", limit, heat, effort)
+    return Family(pattern, fields, system="system_instruction", slots=slots)
+
 
 FAMILIES = {
     "llama-2-7b": Family(
-        r"meta/llama-2-7b-chat", render_llama_2, "system_prompt", LLAMA_2_7B
+        r"meta/llama-2-7b-chat", LLAMA_2_7B, render_llama_2, "system_prompt"
     ),
     "llama-2": Family(
-        r"meta/llama-2-.*-chat", render_llama_2, "system_prompt", LLAMA_2
+        r"meta/llama-2-.*-chat", LLAMA_2, render_llama_2, "system_prompt"
     ),
     "llama-3": Family(
-        r"meta/meta-llama-3.*-instruct", render_llama_3, "", LLAMA, AS_IT_IS
+        r"meta/meta-llama-3.*-instruct", LLAMA, render_llama_3, always=AS_IT_IS
     ),
-    "llama-4": Family(r"meta/llama-4-.*-instruct", render_llama_4, "", LLAMA, AS_IT_IS),
+    "llama-4": Family(
+        r"meta/llama-4-.*-instruct", LLAMA, render_llama_4, always=AS_IT_IS
+    ),
     "gpt-5-structured": Family(
         r"openai/gpt-5-structured",
+        STRUCTURED,
         render_response_items,
         "instructions",
-        STRUCTURED,
-        slots={"image_url": Slot("image_input", 100, as_list=True)},
+        slots=IMAGE_INPUT,
+        native="responses",
     ),
-    "o1-mini": Family(r"openai/o1-mini", render_messages, "user", GPT_LIMIT),
-    "o-series": Family(
-        r"openai/o(1|3|3-mini|4-mini)",
-        render_messages,
-        "system",
-        O_SERIES,
-        slots=IN_PLACE,
-    ),
-    "gpt-5-pro": Family(
-        r"openai/gpt-5-pro", render_messages, "system", GPT_5_PRO, slots=IN_PLACE
-    ),
-    "gpt-5.1": Family(
-        r"openai/gpt-5\.1", render_messages, "system", GPT_51, slots=IN_PLACE
-    ),
-    "gpt-5.2": Family(
-        r"openai/gpt-5\.\d", render_messages, "system", GPT_52, slots=IN_PLACE
-    ),
-    "gpt-5": Family(
-        r"openai/gpt-5(-mini|-nano)?", render_messages, "system", GPT_5, slots=IN_PLACE
-    ),
-    "kimi-k2.5": Family(
-        r"moonshotai/kimi-k2\.5",
-        render_transcript,
-        "",
-        {**OPEN, **limit("max_tokens", 1, 131072)},
-        slots=ONE_IMAGE,
-    ),
-    "deepseek-v3.1": Family(
-        r"deepseek-ai/deepseek-v3\.1",
-        render_transcript,
-        "",
-        {**OPEN, **effort("None", "medium", name="thinking")},
-    ),
+    "o1-mini": gpt(r"openai/o1-mini")._replace(system="user", slots={}),
+    "o-series": gpt(r"openai/o(1|3|3-mini|4-mini)", "", "low medium high"),
+    "gpt-5-pro": gpt(r"openai/gpt-5-pro", "verbosity"),
+    "gpt-5.1": gpt(r"openai/gpt-5\.1", "verbosity", "none low medium high"),
+    "gpt-5.2": gpt(r"openai/gpt-5\.\d", "verbosity", "none low medium high xhigh"),
+    "gpt-5": gpt(r"openai/gpt-5(-mini|-nano)?", "verbosity", "minimal low medium high"),
+    "kimi-k2.5": Family(r"moonshotai/kimi-k2\.5", KIMI, slots=ONE_IMAGE),
+    "deepseek-v3.1": Family(r"deepseek-ai/deepseek-v3\.1", DEEPSEEK_31),
     "open": Family(
         r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
         r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
-        render_transcript,
-        "",
         OPEN,
     ),
-    "gpt-4": Family(
-        r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)",
-        render_messages,
-        "system",
-        GPT_4,
-        slots=IN_PLACE,
-    ),
-    "claude-3.5": Family(
-        r"anthropic/claude-(3\.5-|4\.5-haiku).*",
-        render_transcript,
-        "system_prompt",
-        limit("max_tokens", 1, 8192, default=None),
-    ),
-    "claude": Family(
-        r"anthropic/claude-.*",
-        render_transcript,
-        "system_prompt",
-        limit("max_tokens", 1024, 64000, default=None),
-        slots=ONE_IMAGE,
-    ),
-    "gemini-3.1": Family(
+    "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", GPT_4),
+    "claude-3.5": claude(r"anthropic/claude-(3\.5-|4\.5-haiku).*", 1, 8192, {}),
+    "claude": claude(r"anthropic/claude-.*", 1024, 64000, ONE_IMAGE),
+    "gemini-3.1": gemini(
         r"google/gemini-3\.1-(pro|flash)",
-        render_transcript,
-        "system_instruction",
-        GEMINI_31,
-        slots=IMAGES_AND_SOUND,
+        levels("thinking_level", "low medium high"),
+        IMAGES_AND_SOUND,
     ),
-    "gemini-3": Family(
+    "gemini-3": gemini(
         r"google/gemini-3-(pro|flash)",
-        render_transcript,
-        "system_instruction",
-        GEMINI_3,
-        slots=IMAGES_AND_SOUND,
+        levels("thinking_level", "low high"),
+        IMAGES_AND_SOUND,
     ),
-    "gemini": Family(
+    "gemini": gemini(
         r"google/gemini-2\.5-flash",
-        render_transcript,
-        "system_instruction",
-        GEMINI_25,
-        slots=IMAGES,
+        Field("thinking_budget", 0, 24576, type="integer"),
+        IMAGES,
     ),
     "granite": Family(
-        r"ibm-granite/granite-3\.[012]-.*-instruct",
-        render_transcript,
-        "system_prompt",
-        LLAMA,
+        r"ibm-granite/granite-3\.[012]-.*-instruct", LLAMA, system="system_prompt"
     ),
     "granite-messages": Family(
         r"ibm-granite/granite-(3\.3-8b-instruct|4\.0-h-small)",
-        render_text_messages,
-        "system",
         GRANITE,
+        render_messages,
+        "system",
+        native="chat",
     ),
-    "mistral": Family(r"mistralai/mistral-7b-v0\.1", render_transcript, "", MISTRAL),
+    "mistral": Family(r"mistralai/mistral-7b-v0\.1", MISTRAL),
 }
 
-PLAIN = Family("", render_transcript, "", {})
+PLAIN = Family()
 
 
 def find_family(model: Model) -> Family:
@@ -2033,7 +1905,7 @@ def find_family(model: Model) -> Family:
     return row_of(model.owner_and_name)
 
 
-@lru_cache(1000)  # a call looks for one
+@lru_cache(1000)  # every request looks for one
 def row_of(name: str) -> Family:
     matching = (
         family
@@ -2043,206 +1915,77 @@ def row_of(name: str) -> Family:
     return next(matching, PLAIN)
 
 
-# -- Native --------------------------------------------------------------------
-#
-# Some models take tools, calls in the history and formats as inputs: they are
-# given them so. All else is the same, as what they answer is text that has to
-# be heard: in which form Replicate tells a call of theirs is not documented.
-# To add a kind of model: a row in NATIVE, by its layout.
-
-
-class Native(NamedTuple):
-    """The inputs in which a model takes what others are told in words."""
-
-    tool: Callable[[Tool], Json]  # one of the input `tools`
-    format_name: str
-    format: Callable[[ResponseFormat], Json]
-
-
-def chat_tool(tool: Tool) -> Json:
-    """OpenAI's own object, of chat completions …"""
-    return {"type": "function", "function": without_empty(tool._asdict())}
-
-
-def response_tool(tool: Tool) -> Json:
-    """… and of responses."""
-    return {"type": "function", **without_empty(tool._asdict())}
-
-
-def granite_format(format: ResponseFormat) -> Json:
-    """OpenAI's own object: ibm-granite/granite-3.3 and later take it so."""
-    if not format.name:
-        return {"type": "json_object"}
-    return {"type": "json_schema", "json_schema": named_schema(format)}
-
-
-def structured_schema(format: ResponseFormat) -> Json:
-    """What openai/gpt-5-structured calls json_schema: as the Responses API has it."""
-    if not format.name:
-        return {"format": {"type": "json_object"}}
-    return {"format": {"type": "json_schema", **named_schema(format)}}
-
-
-def named_schema(format: ResponseFormat) -> Json:
-    described = {"description": format.description} if format.description else {}
-    return {
-        "name": format.name,
-        **described,
-        "schema": format.schema,
-        "strict": format.strict,
-    }
-
-
-NATIVE: dict[Any, Native] = {
-    render_text_messages: Native(chat_tool, "response_format", granite_format),
-    render_response_items: Native(response_tool, "json_schema", structured_schema),
-}
-
-
-def asked_for(body: Json, family: Family, wanted: Wanted) -> Json:
-    """A call as this family has to be told of what is wanted."""
-    native = NATIVE.get(family.render)
-    history = tools_history if native else plain_history
-    inputs = native_inputs(native, wanted) if native else {}
-    return {
-        **body,
-        "messages": [*taught(wanted, bool(native)), *history(body["messages"])],
-        "replicate": {**inputs, **body["replicate"]},
-    }
-
-
-def native_inputs(native: Native, wanted: Wanted) -> Json:
-    inputs: Json = {}
-    if wanted.toolbox:
-        inputs["tools"] = [native.tool(tool) for tool in wanted.toolbox.tools]
-    if wanted.format:
-        inputs[native.format_name] = native.format(wanted.format)
-    return inputs
-
-
-def taught(wanted: Wanted, is_native: bool) -> Messages:
-    """What a model has to be told in words."""
-    toolbox, format = wanted
-    told = []
-    if toolbox:
-        told += [tool_demands(toolbox) if is_native else tool_instructions(toolbox)]
-    if format and not is_native:
-        told += [json_instructions(format)]
-    return [{"role": "system", "content": text} for text in told if text]
-
-
 # -- Input schemas -------------------------------------------------------------
 #
 # A family read from the model's own input schema, for the models that have no
 # row and for what a row does not name. Nothing in a schema is sure to be there
-# or to be of its type. To add a name that models use for a parameter: a word in
-# SYNONYMS.
-# Which family a call gets: its model's row, or what the model says of itself,
-# which is looked up no oftener than it must be, once for all who ask together.
+# or to be of its type.
 
 
-class Synonyms(NamedTuple):
-    kinds: frozenset[str]  # what it may be, by kind_of; "" is always accepted
-    names: str  # what models call it, the best first
+# What carries the conversation, by the names that models have for it …
+PROMPTS = (
+    "prompt user_prompt input_prompt text input_text text_input input inputs query "
+    "question instruction message user_message"
+)
+SYSTEMS = (
+    "system_prompt system_instruction system_instructions system_message instructions "
+    "system pre_prompt"
+)
+SYSTEM_NAMES = SYSTEMS.split()
 
-
-def kinds(words: str) -> frozenset[str]:
-    return frozenset(["", *words.split()])
-
-
-TEXT, WORD = kinds("string"), kinds("string word")
-
-WHOLE, REAL = kinds("integer number"), kinds("number")
-
-FILES = kinds("file files string strings array")
-
-# What carries the conversation …
-CONVERSATION = {
-    "messages": Synonyms(kinds("objects array"), "messages"),
-    "prompt": Synonyms(
-        TEXT,
-        "prompt user_prompt input_prompt text input_text text_input input inputs "
-        "query question instruction message user_message",
-    ),
-    "system": Synonyms(
-        TEXT,
-        "system_prompt system_instruction system_instructions system_message "
-        "instructions system pre_prompt",
-    ),
-}
-
-SYSTEM_NAMES = CONVERSATION["system"].names.split()
-
-# … what is attached to it, by the type of part …
+# … and what is attached to it, by the type of part.
 ATTACHED = {
-    "image_url": Synonyms(
-        FILES,
-        "images image_input input_images image_urls image input_image image_url media",
+    "image_url": (
+        "images image_input input_images image_urls image input_image image_url media"
     ),
-    "input_audio": Synonyms(
-        FILES, "audio audio_file audio_input input_audio audio_url"
-    ),
-    "file": Synonyms(FILES, "file files pdf document documents input_file"),
+    "input_audio": "audio audio_file audio_input input_audio audio_url",
+    "file": "file files pdf document documents input_file",
 }
 
-# … and what OpenAI has a parameter for.
-SYNONYMS = {
-    "max_tokens": Synonyms(
-        WHOLE,
-        "max_completion_tokens max_output_tokens max_tokens max_new_tokens "
-        "max_tokens_to_generate num_predict max_length",
-    ),
-    "min_tokens": Synonyms(WHOLE, "min_tokens min_new_tokens min_length"),
-    "temperature": Synonyms(REAL, "temperature temp"),
-    "top_p": Synonyms(REAL, "top_p"),
-    "top_k": Synonyms(WHOLE, "top_k"),
-    "presence_penalty": Synonyms(REAL, "presence_penalty"),
-    "frequency_penalty": Synonyms(REAL, "frequency_penalty"),
-    "repetition_penalty": Synonyms(REAL, "repetition_penalty repeat_penalty"),
-    "stop": Synonyms(
-        kinds("string strings array"), "stop stop_sequences stop_strings stop_words"
-    ),
-    "seed": Synonyms(WHOLE, "seed random_seed"),
-    "reasoning_effort": Synonyms(
-        WORD, "reasoning_effort thinking_level effort reasoning thinking"
-    ),
-    "verbosity": Synonyms(WORD, "verbosity"),
+# The types of inputs, as `input_type` gives them, that take a value of a type, or
+# the messages, the text, or a file. An input that says no type takes any.
+ACCEPTED = {
+    "messages": ("objects", "array"),
+    "text": ("string",),
+    "file": ("file", "files", "string", "strings", "array"),
+    "integer": ("integer", "number"),
+    "number": ("number",),
+    "string": ("string", "enum"),
+    "array": ("string", "strings", "array"),
 }
-
-GRADED = {"reasoning_effort": EFFORTS, "verbosity": VERBOSITIES}
 
 NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
-
 DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
 
-MANY = 100  # attachments, where the schema sets no bound
-
-MAX_HOPS = 8  # from a schema to what it refers to
-
+JSON_TYPES = {
+    "string": STRING,
+    "integer": INTEGER,
+    "number": NUMBER,
+    "boolean": BOOLEAN,
+    "array": ARRAY,
+    "object": OBJECT,
+}
+ANYTHING = tuple(KINDS)
 ALTERNATIVES = ("anyOf", "oneOf")
-
-JSON_TYPES = ("string", "integer", "number", "boolean", "array", "object")
-
 TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
+MAX_HOPS = 8  # from a schema to what it refers to
+MANY = 100  # attachments, where the schema sets no bound
 
 
 def resolve(schema: Any, schemas: Json) -> Json:
-    """Fold what a schema refers to into it; its own words count before those."""
+    """Fold what a schema refers to into it; its own keywords count before those."""
     flat: Json = {}
     for _ in range(MAX_HOPS):
-        flat = {**as_object(schema), **flat}
-        schema = referred(as_object(schema), schemas)
+        schema = as_object(schema)
+        flat = {**schema, **flat}
+        if isinstance(ref := schema.get("$ref"), str):
+            schema = schemas.get(ref.rpartition("/")[2])
+        elif parts := as_list(schema.get("allOf")):
+            schema = parts[0]
+        else:  # of several alternatives it may be any
+            parts = alternatives(schema)
+            schema = parts[0] if len(parts) == 1 else None
     return flat
-
-
-def referred(schema: Json, schemas: Json) -> Any:
-    """What stands behind a $ref, or the only alternative that is not null."""
-    if isinstance(ref := schema.get("$ref"), str):
-        return schemas.get(ref.rpartition("/")[2])
-    if whole := as_list(schema.get("allOf")):
-        return whole[0]
-    parts = alternatives(schema)
-    return parts[0] if len(parts) == 1 else None  # of several, it may be any
 
 
 def alternatives(schema: Json) -> list[Json]:
@@ -2253,23 +1996,37 @@ def alternatives(schema: Json) -> list[Json]:
 
 def json_type(schema: Json) -> str:
     """The type that is not null; "" if the schema names none."""
-    told = schema.get("type")
-    named = [told, *as_list(told)]
-    return next((kind for kind in JSON_TYPES if kind in named), "")
+    named = [schema.get("type"), *as_list(schema.get("type"))]
+    return next((type for type in JSON_TYPES if type in named), "")
 
 
-def kind_of(schema: Json, schemas: Json) -> str:
-    """A JSON type, or closer: file or word, and files, strings or objects."""
-    kind = json_type(schema)
-    if kind == "string" and schema.get("format") == "uri":
+def input_type(schema: Json, schemas: Json) -> str:
+    """A JSON type, or closer: file or enum, and files, strings or objects."""
+    type = json_type(schema)
+    if type == "string" and schema.get("format") == "uri":
         return "file"
-    if kind == "string" and as_list(schema.get("enum")):
-        return "word"
-    if kind == "array":
+    if type == "string" and as_list(schema.get("enum")):
+        return "enum"
+    if type == "array":
         item = resolve(schema.get("items"), schemas)
         listed = "file" if item.get("format") == "uri" else json_type(item)
-        return f"{listed}s" if listed in ("file", "string", "object") else kind
-    return kind
+        return f"{listed}s" if listed in ("file", "string", "object") else type
+    return type
+
+
+def is_text(output: Json, schemas: Json) -> bool:
+    """Whether what a model makes can be text, for all that its schema says."""
+    if len(parts := alternatives(output)) > 1:
+        folded = (resolve(part, schemas) for part in parts)
+        return any(is_text(without(f, ALTERNATIVES), schemas) for f in folded)
+    if isinstance(output.get("x-cog-array-display"), str):
+        return bool(output["x-cog-array-display"] == "concatenate")
+    if inside := as_object(output.get("properties")):
+        return not TEXT_IN_OBJECT.isdisjoint(inside)
+    type = input_type(output, schemas)
+    if type == "array":  # of what has no type, or of numbers and the like
+        return not resolve(output.get("items"), schemas)
+    return type in ("", "string", "enum", "strings", "object")
 
 
 def read_family(document: Any) -> Family | None:
@@ -2277,164 +2034,92 @@ def read_family(document: Any) -> Family | None:
     schemas = as_object(as_object(as_object(document).get("components")).get("schemas"))
     if not is_text(resolve(schemas.get("Output"), schemas), schemas):
         return PLAIN._replace(is_language=False)
-    return read_inputs(resolve(schemas.get("Input"), schemas), schemas)
-
-
-def read_inputs(inputs: Json, schemas: Json) -> Family | None:
+    inputs = resolve(schemas.get("Input"), schemas)
     rows = as_object(inputs.get("properties")).items()
     known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
-    offered = {name: kind_of(row, schemas) for name, row in known.items()}
-    needed = tuple(name for name in known if is_needed(name, known[name], inputs))
-    talk = find_inputs(CONVERSATION, offered, needed)
-    if not talk.keys() & {"messages", "prompt"}:
+    types = {name: input_type(row, schemas) for name, row in known.items()}
+    listed = as_list(inputs.get("required"))
+    needed = tuple(n for n in known if n in listed and "default" not in known[n])
+
+    def find(names: str, type: str) -> str:
+        """The best input of these names, one that the model needs before others."""
+        accepted = ("", *ACCEPTED[type])
+        fitting = [name for name in names.split() if types.get(name, "-") in accepted]
+        return min(fitting, key=lambda name: name not in needed, default="")
+
+    messages, prompt = find("messages", "messages"), find(PROMPTS, "text")
+    if not (messages or prompt):
         return None
-    family = family_of_schema(talk, needed)
-    parameters = {
-        parameter: own
-        for parameter, own in find_inputs(SYNONYMS, offered, needed).items()
-        if is_graded(parameter, known[own])
+    family = Family(system=find(SYSTEMS, "text"), prompt=prompt)
+    if messages and prompt not in needed:
+        family = family._replace(render=render_messages, system="system")
+    fields = {
+        parameter: read_field(name, known[name], parameter)
+        for parameter, row in PARAMETERS.items()
+        if (name := find(row.names, row.type)) and has_levels(known[name], row.scale)
     }
-    spoken = {*parameters.values(), talk.get("messages"), talk.get("prompt")}
-    return family._replace(
-        fields={p: read_field(p, own, known[own]) for p, own in parameters.items()},
-        slots=read_slots(family, find_inputs(ATTACHED, offered, needed), known),
-        others=read_others(known, spoken),
-        required=needed,
-    )
+    slots = {
+        part: read_slot(name, known[name])
+        for part, names in ATTACHED.items()
+        if (name := find(names, "file"))
+    }
+    if "image_url" in slots and family.render is render_messages:
+        slots |= IN_PLACE
+    named = {*DOCUMENTED, *(field.name for field in fields.values()), messages, prompt}
+    others = {n: read_field(n, row) for n, row in known.items() if n not in named}
+    return family._replace(fields=fields, slots=slots, others=others, required=needed)
 
 
-def is_text(output: Json, schemas: Json) -> bool:
-    """Whether what the model makes can be told as text, for all that is known."""
-    if len(parts := alternatives(output)) > 1:
-        folded = (resolve(part, schemas) for part in parts)
-        return any(is_text(without(part, ALTERNATIVES), schemas) for part in folded)
-    if isinstance(output.get("x-cog-array-display"), str):
-        return bool(output["x-cog-array-display"] == "concatenate")
-    inside = as_object(output.get("properties"))
-    if inside:
-        return any(name in inside for name in TEXT_IN_OBJECT)
-    kind = kind_of(output, schemas)
-    if kind == "array":  # of what has no type, or of numbers and the like
-        return not resolve(output.get("items"), schemas)
-    return kind in ("", "string", "word", "strings", "object")
-
-
-def find_inputs(
-    table: Mapping[str, Synonyms], offered: Mapping[str, str], needed: Sequence[str]
-) -> dict[str, str]:
-    """The model's name for each row of which it has an input; needed ones first."""
-    found = {}
-    for name, (legal, names) in table.items():
-        fitting = [own for own in names.split() if offered.get(own, "-") in legal]
-        if fitting:
-            found[name] = min(fitting, key=lambda own: own not in needed)
-    return found
-
-
-def is_graded(parameter: str, schema: Json) -> bool:
-    """Whether the model's words for it, if it says which, are grades of OpenAI's."""
-    words, scale = as_list(schema.get("enum")), GRADED.get(parameter, ())
+def has_levels(schema: Json, scale: Sequence[str]) -> bool:
+    """Whether an input's words, if it lists any, are levels of OpenAI's scale."""
+    words = as_list(schema.get("enum"))
     return not (words and scale) or any(str(word).lower() in scale for word in words)
 
 
-def is_needed(name: str, schema: Json, inputs: Json) -> bool:
-    return name in as_list(inputs.get("required")) and "default" not in schema
-
-
-def family_of_schema(talk: Mapping[str, str], needed: Sequence[str]) -> Family:
-    """Messages as they are, where they alone will do; else a transcript."""
-    prompt = talk.get("prompt", "")
-    if "messages" in talk and prompt not in needed:
-        return Family("", render_messages, "system", {}, prompt=prompt)
-    render = (
-        partial(render_transcript_as, prompt) if prompt != "prompt" else PLAIN.render
-    )
-    return Family("", render, talk.get("system", ""), {}, prompt=prompt)
-
-
-def render_transcript_as(prompt: str, messages: Messages, system: str) -> Json:
-    """A transcript for a model with its own name for the prompt."""
-    rendered = render_transcript(messages, system)
-    return {prompt if name == "prompt" else name: v for name, v in rendered.items()}
-
-
-def read_field(parameter: str, name: str, schema: Json) -> Field:
-    kind = json_type(schema)
-    low, high = read_bounds(kind, schema)
+def read_field(name: str, schema: Json, parameter: str = "") -> Field:
+    type = json_type(schema)
     choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
-    is_short = is_bound(schema.get("default")) and 0 < schema["default"] < LONG
+    default = schema.get("default")
+    is_short = is_bound(default) and 0 < default < LONG
     return Field(
         name,
-        low,
-        high,
+        *read_bounds(schema, is_whole=type == "integer"),
         default=LONG if parameter == "max_tokens" and is_short else None,
         choices=tuple(choices),
-        joined="," if parameter == "stop" and kind == "string" else "",
-        kind=kind,
+        type=type,
     )
 
 
-def is_bound(value: Any) -> bool:
+def is_bound(value: Any) -> TypeGuard[float]:
     return is_number(value) and abs(value) < 2**64
 
 
-def read_bounds(kind: str, schema: Json) -> tuple[float | None, float | None]:
+def read_bounds(schema: Json, is_whole: bool) -> tuple[float | None, float | None]:
     """The least and the most that a field takes: of an integer, whole ones."""
-    if kind == "array":
-        return read_bound(schema.get("minItems")), read_bound(schema.get("maxItems"))
-    step = 1 if kind == "integer" else 0.01  # inwards from a bound that is left out
-    lows = (schema.get("minimum"), stepped(schema.get("exclusiveMinimum"), step))
-    highs = (schema.get("maximum"), stepped(schema.get("exclusiveMaximum"), -step))
-    low = max(filter(is_bound, lows), default=None)
-    high = min(filter(is_bound, highs), default=None)
-    if kind == "integer":
-        return low and ceil(low), high and floor(high)
-    return low, high
+    step = 1 if is_whole else 0.01  # inwards from a bound that is left out
 
+    def bounds(keyword: str, step: float = 0) -> list[float]:
+        bound = schema.get(keyword)
+        return [bound + step] if is_bound(bound) else []
 
-def stepped(bound: Any, step: float) -> Any:
-    return bound + step if is_bound(bound) else None
-
-
-def read_bound(value: Any) -> float | None:
-    return value if is_bound(value) else None
-
-
-def read_slots(
-    family: Family, found: Mapping[str, str], known: Mapping[str, Json]
-) -> dict[str, Slot]:
-    """Where attachments go: for images among messages, in their place there."""
-    slots = {kind: read_slot(name, known[name]) for kind, name in found.items()}
-    in_place = family.render is render_messages and "image_url" in slots
-    return {**slots, **IN_PLACE} if in_place else slots
+    lows = bounds("minimum") + bounds("exclusiveMinimum", step)
+    highs = bounds("maximum") + bounds("exclusiveMaximum", -step)
+    low, high = max(lows, default=None), min(highs, default=None)
+    return (low and ceil(low), high and floor(high)) if is_whole else (low, high)
 
 
 def read_slot(name: str, schema: Json) -> Slot:
     if json_type(schema) != "array":
         return Slot(name)
-    most = read_bound(schema.get("maxItems")) or 0
-    return Slot(name, int(most) if most >= 1 else MANY, as_list=True)
-
-
-def read_others(
-    known: Mapping[str, Json], spoken: Collection[str | None]
-) -> dict[str, Field]:
-    """Each other input under its own name, but where OpenAI has a meaning for that."""
-    return {
-        name: read_field("", name, schema)
-        for name, schema in known.items()
-        if name not in DOCUMENTED and name not in spoken
-    }
+    most = schema.get("maxItems")
+    return Slot(name, int(most) if is_bound(most) and most >= 1 else MANY, as_list=True)
 
 
 SCHEMA_LASTS = 3600  # seconds, for one that was read …
-
 RETRY_AFTER = 60  # … and for one that could not be
-
 MOST_SCHEMAS = 1000
 
 OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
-
 DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
@@ -2444,7 +2129,7 @@ def merge(row: Family, read: Family | None) -> Family:
         return row
     taken = {field.name for field in row.fields.values()}
     others = {name: f for name, f in read.others.items() if name not in taken}
-    in_place = row.render is render_messages
+    in_place = row.render is render_messages and not row.native
     slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
     return row._replace(
         fields={**read.fields, **row.fields},
@@ -2453,63 +2138,66 @@ def merge(row: Family, read: Family | None) -> Family:
     )
 
 
-class Inquiry:
-    """One look at a schema, for all the calls that wait for it."""
+@dataclass
+class SchemaEntry:
+    """One look-up of a schema, for all the requests that wait for it."""
 
-    def __init__(self, last: Family | None, expires: float) -> None:
-        self.family = last
-        self.expires = expires
-        self.done = threading.Event()
+    family: Family | None
+    expires: float
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class SchemaCache:
-    """Families by ref, each read once and kept for an hour."""
+    """Families by ref, each read once an hour; an old one serves until then."""
 
     def __init__(
         self,
         look_up: Callable[[str, str, str], Json],  # owner, name, version or ""
         release_of: Callable[[str, str], str],  # a deployment's owner, name -> ref
         clock: Callable[[], float] = time.monotonic,
-        limit: float = 5,  # seconds that a call waits for one
+        limit: float = 5,  # seconds that a request waits for one
     ) -> None:
         self.look_up = look_up
         self.release_of = release_of
         self.clock = clock
         self.limit = limit
         self.lock = threading.Lock()
-        self.inquiries: dict[str, Inquiry] = {}
+        self.entries: dict[str, SchemaEntry] = {}
 
     def find(self, ref: str) -> Family | None:
         """The last family that was read, or None: no schema, or not in time."""
         if not (OWNED.fullmatch(ref) or DEPLOYED.fullmatch(ref)):
             return None  # Replicate tells nothing of a version without its model
-        inquiry = self.inquire(ref)
-        if inquiry.family is None:  # an old one serves while it is read again
-            inquiry.done.wait(self.limit)
-        return inquiry.family
-
-    def inquire(self, ref: str) -> Inquiry:
         with self.lock:
-            last = self.inquiries.get(ref)
-            if last and self.clock() < last.expires:
-                return last
-            fresh = Inquiry(last.family if last else None, self.clock() + RETRY_AFTER)
-            self.inquiries.pop(ref, None)
-            self.inquiries[ref] = fresh
-            for oldest in list(self.inquiries)[:-MOST_SCHEMAS]:
-                del self.inquiries[oldest]
-        threading.Thread(target=self.answer, args=(ref, fresh), daemon=True).start()
-        return fresh
+            entry = self.entries.get(ref)
+            if entry is None or self.clock() >= entry.expires:
+                entry = self.refresh(ref, entry)
+        if entry.family is None:
+            entry.done.wait(self.limit)
+        return entry.family
 
-    def answer(self, ref: str, inquiry: Inquiry) -> None:
+    def refresh(self, ref: str, last: SchemaEntry | None) -> SchemaEntry:
+        """Look it up in a thread, as the last family may serve in the meantime."""
+        entry = SchemaEntry(last.family if last else None, self.clock() + RETRY_AFTER)
         try:
-            inquiry.family = self.read(ref)
-            inquiry.expires = self.clock() + SCHEMA_LASTS
+            threading.Thread(target=self.fill, args=(ref, entry), daemon=True).start()
+        except RuntimeError:  # no thread to be had: the next request tries again
+            entry.done.set()
+            return entry
+        self.entries.pop(ref, None)
+        self.entries[ref] = entry
+        if len(self.entries) > MOST_SCHEMAS:
+            del self.entries[next(iter(self.entries))]
+        return entry
+
+    def fill(self, ref: str, entry: SchemaEntry) -> None:
+        try:
+            entry.family = self.read(ref)
+            entry.expires = self.clock() + SCHEMA_LASTS
         except Exception as error:
-            told = as_api_error(error)
-            log.warning("the schema of %s can't be read: %s", ref, told)
+            log.warning("the schema of %s can't be read: %s", ref, as_api_error(error))
         finally:
-            inquiry.done.set()
+            entry.done.set()
 
     def read(self, ref: str) -> Family | None:
         """Of a deployment: the row of the model that it runs, or that one's schema."""
@@ -2525,11 +2213,14 @@ class SchemaCache:
 def family_for(
     model: Model, body: Json, attached: set[str], schemas: SchemaCache
 ) -> Family:
-    """Its row if that says all the call needs, so that a known model costs no GET."""
+    """Its row if that says all that is needed, so that a known model costs no GET."""
     row = find_family(model)
+    known = {*DOCUMENTED, *row.fields, *(field.name for field in row.fields.values())}
+    known |= {*SYSTEM_NAMES} if "messages" in body else set()
+    sent = {name for name, value in body.items() if value is not None}
     if row is PLAIN:
         family = schemas.find(model.ref) or PLAIN
-    elif says_all(row, body, attached):
+    elif sent <= known and attached <= row.slots.keys():
         family = row
     else:
         family = merge(row, schemas.find(model.ref))
@@ -2539,18 +2230,10 @@ def family_for(
     return family
 
 
-def says_all(row: Family, body: Json, attached: set[str]) -> bool:
-    sent = {name for name, value in body.items() if value is not None}
-    own = {field.name for field in row.fields.values()}
-    own |= {*SYSTEM_NAMES} if "messages" in body else set()
-    unknown = sent - DOCUMENTED - row.fields.keys() - own
-    return not unknown and attached <= row.slots.keys()
-
-
 # -- Prediction inputs ---------------------------------------------------------
 #
-# A call in the terms of its model: what Replicate is given, and what must be
-# known of it to tell its answer.
+# A request in the terms of its model: what Replicate is given, and what must be
+# known of it to write the answer. It is built once, for all its n choices.
 
 
 LONGEST = 6 * 2**20  # users report that Replicate interrupts what is larger
@@ -2565,252 +2248,227 @@ class PredictionInput(NamedTuple):
     prompt: str  # the text in it, to estimate tokens by
     limit: int | None  # of tokens, as it was sent
     cut: int | None  # of tokens, where the client's limit is below the model's least
-    echo: bool = False  # say the prompt before the answer
-    again: Callable[[str, str], PredictionInput] | None = (
-        None  # by what was said, and what to do
-    )
+    seed: Field | None = None  # the input that choices differ in: the client named it
+
+
+def with_wanted(body: Json, family: Family, wanted: Wanted) -> Json:
+    """The body with tools, format, calls and results as the family takes them."""
+    toolbox, format = wanted
+    if family.native:
+        inputs, history = native_inputs(family.native, wanted), native_history
+        texts = [native_tool_instructions(toolbox)] if toolbox else []
+    else:
+        inputs, history = {}, plain_history
+        texts = [tool_instructions(toolbox)] if toolbox else []
+        texts += [json_instructions(format)] if format else []
+    first = [{"role": "system", "content": text} for text in texts if text]
+    return {
+        **body,
+        "messages": [*first, *history(body["messages"])],
+        "replicate": {**inputs, **body["replicate"]},
+    }
 
 
 def build_chat_input(body: Json, model: Model, family: Family) -> PredictionInput:
     body, model = with_system_texts(body, model)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
-    rendered = {
-        **family.render(unplaced(body["messages"], family.slots), family.system),
-        **place(attachments(body["messages"]), family.slots),
-    }
-    asked = order(body, model, family, rendered, prompt)
-    return asked._replace(again=partial(chat_again, body, model, family))
+    messages, placed = place_attachments(body["messages"], model, family)
+    rendered = family.render(messages, family.system, family.prompt)
+    return build_input(body, model, family, {**rendered, **placed}, prompt)
 
 
-def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
-    """System text beside the messages as one of them: an input would hide theirs."""
-    sources = (model.config.input, body)
-    if all(source.keys().isdisjoint(SYSTEM_NAMES) for source in sources):
-        return body, model
-    named = [(src, name) for src in sources for name in SYSTEM_NAMES if src.get(name)]
-    for source, name in named:
-        if not isinstance(source[name], str):
-            raise misfit(name, source[name], "string")
-    told = [{"role": "system", "content": source[name]} for source, name in named]
-    given, body = (without(source, SYSTEM_NAMES) for source in sources)
-    config = model.config._replace(input=given)
-    messages = [*told, *body["messages"]]
-    return {**body, "messages": messages}, replace(model, config=config)
-
-
-def chat_again(
-    body: Json, model: Model, family: Family, said: str, what: str
+def build_retry_input(
+    body: Json, model: Model, family: Family, answer: str, instruction: str
 ) -> PredictionInput:
-    """The same order, with a first answer to it and what is to be done about that."""
-    answer = {"role": "assistant", "content": said}
-    messages = [*body["messages"], answer, {"role": "user", "content": what}]
+    """The same request, with a first answer to it and what is to be done about that."""
+    messages = [
+        *body["messages"],
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": instruction},
+    ]
     return build_chat_input({**body, "messages": messages}, model, family)
 
 
 def build_completion_input(
     body: Json, model: Model, family: Family, prompt: str
 ) -> PredictionInput:
-    rendered = render_prompt(family, prompt)
-    asked = order(body, model, family, rendered, prompt)
-    return asked._replace(echo=body["echo"])
+    """With the bare prompt as it is, or as a message if the model takes no other."""
+    rendered = {family.prompt: prompt}
+    if not family.prompt:
+        message = {"role": "user", "content": prompt}
+        rendered = family.render([message], family.system, "")
+    return build_input(body, model, family, rendered, prompt)
 
 
-def order(
-    body: Json, model: Model, family: Family, rendered: Json, prompt: str
-) -> PredictionInput:
-    too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
-    short_enough = len(prompt.encode()) <= LONGEST
-    param = "messages" if "messages" in body else "prompt"
-    require(short_enough, too_long, code="context_length_exceeded", param=param)
-    fields = {**family.others, **family.fields}
-    asked = apply_model_config(asked_of(body, fields), model.config)
-    input = {  # what comes later counts
-        **bounded(asked, fields),
-        **rendered,
-        **model.config.input,
-        **body["replicate"],
-    }
-    require_inputs(model, family, input)
-    names = {field.name: name for name, field in fields.items()}
-    limit = input.get(fields["max_tokens"].name) if "max_tokens" in fields else None
-    limit = limit if type(limit) is int else None  # `replicate` may hold anything
-    short = asked["max_tokens"] and limit and asked["max_tokens"] < limit
-    return PredictionInput(
-        model, input, names, prompt, limit, asked["max_tokens"] if short else None
-    )
+def with_seed(built: PredictionInput, offset: int) -> PredictionInput:
+    """The input of choice number `offset`: with one seed all would be the same."""
+    if not (built.seed and offset):
+        return built
+    name, low, high, *_ = built.seed
+    low, high = INT64[0] if low is None else low, INT64[1] if high is None else high
+    seed = wrap(built.input[name] + offset, low, high)
+    return built._replace(input={**built.input, name: seed})
 
 
-def check_places(attached: list[tuple[str, str]], model: Model, family: Family) -> None:
-    """Raise 400 for what the model does not take, or not so much of."""
-    slots = family.slots
-    for kind in {kind for kind, _ in attached}:
-        count = sum(each == kind for each, _ in attached)
-        most = slots[kind].most if kind in slots else 0
-        require(
-            count <= most,
-            f"The model `{model.id}` ({model.ref}) takes {most or 'no'} parts of type "
-            f"'{kind}', but got {count}. {ABLE.get(kind, 'No model known here does.')}",
-            code="invalid_value",
-            param="messages",
-        )
+def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
+    """System text beside the messages as one of them: an input would hide theirs."""
+    sources = (model.config.input, body)
+    texts = [
+        check({name: source[name]}, {name: Param(STRING)})[name]
+        for source in sources
+        for name in SYSTEM_NAMES
+        if source.get(name)
+    ]
+    first = [{"role": "system", "content": text} for text in texts]
+    given, body = (without(source, SYSTEM_NAMES) for source in sources)
+    model = replace(model, config=model.config._replace(input=given))
+    return {**body, "messages": [*first, *body["messages"]]}, model
 
 
-def place(attached: list[tuple[str, str]], slots: Mapping[str, Slot]) -> Json:
-    placed: Json = {}
-    for kind, slot in slots.items():
-        urls = [url for each, url in attached if each == kind]
-        if urls and slot.name:
-            placed[slot.name] = urls if slot.as_list else urls[0]
-    return placed
-
-
-def unplaced(messages: Messages, slots: Mapping[str, Slot]) -> Messages:
-    """Messages without what has an input of its own: it would be sent twice."""
-    placed = {kind for kind, slot in slots.items() if slot.name}
-
-    def rest(content: str | list[Json]) -> str | list[Json]:
-        if isinstance(content, str):
-            return content
-        return [part for part in content if part["type"] not in placed]
-
-    return [{**message, "content": rest(message["content"])} for message in messages]
-
-
-ABLE = {
+TAKERS = {
     "image_url": "openai/gpt-4o and google/gemini-2.5-flash take several images, "
     "anthropic/claude-4.5-sonnet takes one.",
     "input_audio": "google/gemini-3-flash takes one.",
 }
 
 
-def asked_of(body: Json, wanted: Mapping[str, Field]) -> Json:
-    """What the client asks for; the model's own name counts before OpenAI's."""
+def place_attachments(
+    messages: Messages, model: Model, family: Family
+) -> tuple[Messages, Json]:
+    """Move what has an input of its own out of the messages.
+
+    Raise 400 for what the model does not take, or not so much of.
+    """
+    urls: dict[str, list[str]] = {}
+    for kind, url in attachments(messages):
+        urls.setdefault(kind, []).append(url)
+    placed: Json = {}
+    for kind, found in urls.items():
+        slot = family.slots.get(kind, Slot("", 0))
+        require(
+            len(found) <= slot.most,
+            f"The model `{model.id}` ({model.ref}) takes {slot.most or 'no'} parts of "
+            f"type '{kind}', but got {len(found)}. "
+            f"{TAKERS.get(kind, 'No model known here does.')}",
+            code="invalid_value",
+            param="messages",
+        )
+        if slot.name:
+            placed[slot.name] = found if slot.as_list else found[0]
+    if not placed:
+        return messages, placed
+    moved = {kind for kind, slot in family.slots.items() if slot.name}
+    rest = [
+        {**message, "content": [p for p in content if p["type"] not in moved]}
+        if isinstance(content := message["content"], list)
+        else message
+        for message in messages
+    ]
+    return rest, placed
+
+
+def build_input(
+    body: Json, model: Model, family: Family, rendered: Json, prompt: str
+) -> PredictionInput:
+    """Raise 400 for values that the model's inputs can't take, and for missing ones."""
+    too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
+    short_enough = len(prompt.encode()) <= LONGEST
+    param = "messages" if "messages" in body else "prompt"
+    require(short_enough, too_long, code="context_length_exceeded", param=param)
+    fields = {**family.others, **family.fields}
+    asked = read_asked(body, fields, model.config)
+    inputs: Json = {}
+    for parameter, row in fields.items():
+        value = asked.get(parameter, row.default)
+        if is_number(value):
+            bring = wrap if parameter == "seed" else clamp
+            value = bring(value, row.low, row.high)
+        if value is not None:
+            inputs[row.name] = value
+    input = {  # what comes later counts
+        **inputs,
+        **rendered,
+        **family.always,
+        **model.config.input,
+        **body["replicate"],
+    }
+    require_inputs(model, family, input)
+    sent = input.get(fields["max_tokens"].name) if "max_tokens" in fields else None
+    limit = sent if type(sent) is int else None  # `replicate` may hold anything
+    wanted = asked.get("max_tokens")
+    seed = fields["seed"] if "seed" in asked else None
+    is_ours = seed and input[seed.name] == inputs[seed.name]
+    return PredictionInput(
+        model,
+        input,
+        names={row.name: parameter for parameter, row in fields.items()},
+        prompt=prompt,
+        limit=limit,
+        cut=wanted if wanted and limit and wanted < limit else None,
+        seed=seed if is_ours else None,
+    )
+
+
+def read_asked(body: Json, fields: Mapping[str, Field], config: ModelConfig) -> Json:
+    """What the client asks for, by parameter, after the operator's word on it.
+
+    The model's own name counts before OpenAI's, and the newer of those first."""
     body = {**body, "stop": list(filter(None, body["stop"])) or None}
-    asked = {}
-    for parameter, row in wanted.items():
-        own = [row.name] if row.name not in DOCUMENTED else []
+    asked: Json = {}
+    for parameter, row in fields.items():
+        own = [row.name] if row.name != parameter else []
         names = [*own, NEWER.get(parameter, parameter), parameter]
-        given = [name for name in names if body.get(name) is not None]
+        given = next((name for name in names if body.get(name) is not None), None)
         if given:
-            asked[parameter] = fit(given[0], body[given[0]], parameter, row)
+            value = fit(given, body[given], parameter, row)
+            if value is not None:
+                asked[parameter] = value
+    if config.max_tokens and "max_tokens" in fields:
+        limits = (asked.get("max_tokens"), config.max_tokens)
+        asked["max_tokens"] = min(filter(None, limits))
+    if config.temperature_range and "temperature" in asked:
+        asked["temperature"] = clamp(asked["temperature"], *config.temperature_range)
     return asked
 
 
-def apply_model_config(asked: Json, config: ModelConfig) -> Json:
-    """The parameters after the operator's word on them in models.json."""
-    limits = (asked.get("max_tokens"), config.max_tokens)
-    temperature = asked.get("temperature")
-    if config.temperature_range and temperature is not None:
-        temperature = clamp(temperature, *config.temperature_range)
-    limit = min(filter(None, limits), default=None)
-    return {**asked, "max_tokens": limit, "temperature": temperature}
-
-
-def bounded(asked: Json, wanted: Mapping[str, Field]) -> Json:
-    """Inputs within the model's bounds; where nothing was asked for, the default."""
-    inputs = {}
-    for parameter, row in wanted.items():
-        value = row.default if asked.get(parameter) is None else asked[parameter]
-        if value is not None:
-            bring = wrap if parameter == "seed" else clamp
-            is_real = is_number(value)
-            inputs[row.name] = bring(value, row.low, row.high) if is_real else value
-    return inputs
-
-
 def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
-    """Bring a value to what the model takes: its type, and its words."""
-    if isinstance(value, str):
-        value = field.words.get(value, value)
-    if field.joined and isinstance(value, list):
-        return join(value, field.joined)
-    kind = field.kind or KIND_OF.get(parameter, "")
-    fitted = CASTS[kind](value) if kind else value
-    if fitted is None:
-        raise misfit(name, value, kind)
-    scale = GRADED.get(parameter, ())
-    return choose(name, fitted, field.choices, scale) if field.choices else fitted
+    """Bring a value to the type, and the words, of an input.
 
-
-def join(items: list[Any], between: str) -> str | None:
-    """An item that holds the separator can't be sent."""
-    return between.join(str(item) for item in items if between not in str(item)) or None
-
-
-def whole(value: Any) -> int | None:
-    """2.0 is whole in JSON; 2.5 is refused, as either side of it would be a guess."""
-    return int(value) if is_number(value) and value % 1 == 0 else None
-
-
-def listed(value: Any) -> list[Any] | None:
-    """One string stands for an array of one, as it does in OpenAI's API."""
-    return [value] if isinstance(value, str) else value if type(value) is list else None
-
-
-# By JSON type: the value as that, or None. A list for a string has no separator that
-# could be known, but where `joined` tells it.
-CASTS: dict[str, Callable[[Any], Any]] = {
-    "string": lambda value: value if isinstance(value, str) else None,
-    "integer": whole,
-    "number": lambda value: value if is_number(value) else None,
-    "boolean": lambda value: value if isinstance(value, bool) else None,
-    "array": listed,
-    "object": lambda value: value if isinstance(value, dict) else None,
-}
-
-# … and the type of what a checked parameter holds: stop strings are a list by then.
-JSON_KINDS = {STRING: "string", INTEGER: "integer", NUMBER: "number"}
-
-KIND_OF = {
-    **{name: JSON_KINDS.get(param.kinds, "") for name, param in SAMPLING.items()},
-    "stop": "array",
-}
-
-ARTICLES = {"integer": "an", "array": "an", "object": "an"}
-
-
-def misfit(name: str, value: Any, kind: str) -> APIError:
-    wanted = f"{ARTICLES.get(kind, 'a')} {kind}"
-    message = (
-        f"Invalid type for '{name}': this model takes {wanted}, "
-        f"but got {KINDS[type(value)]} instead."
-    )
-    return APIError(400, message, code="invalid_type", param=name)
-
-
-def choose(name: str, value: Any, choices: Sequence[Any], scale: Sequence[str]) -> Any:
-    """A grade that the model does not know becomes its nearest."""
-    graded = [word for word in choices if str(word).lower() in scale]
-    if value in choices or value not in scale or not graded:
-        check_choice(name, value, choices)
-        return value
-    rank = scale.index(value)
-    return min(graded, key=lambda word: abs(scale.index(word.lower()) - rank))
-
-
-def render_prompt(family: Family, prompt: str) -> Json:
-    """A bare prompt as it is, or as the one message of a model that takes no other."""
-    if family.prompt:
-        return {family.prompt: prompt, **family.raw}
-    return family.render([{"role": "user", "content": prompt}], family.system)
+    None if nothing of it is left to send; raise 400 if it can't be brought."""
+    row = PARAMETERS.get(parameter, Parameter("", ""))
+    type = field.type or row.type
+    if parameter == "stop" and type == "string" and isinstance(value, list):
+        # a separator that is known; a stop string that holds it can't be sent
+        return ",".join(s for s in map(str, value) if "," not in s) or None
+    if parameter == "reasoning_effort" and type == "integer" and value in [*BUDGETS]:
+        value = BUDGETS[value]
+    if type == "integer" and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 2.0 is whole in JSON; either side of 2.5 is a guess
+    if type == "array" and isinstance(value, str):
+        value = [value]  # as in OpenAI's API
+    levels = [c for c in field.choices if str(c).lower() in row.scale]
+    if levels and value in row.scale and value not in field.choices:
+        rank = row.scale.index(value)
+        value = min(levels, key=lambda c: abs(row.scale.index(c.lower()) - rank))
+    param = Param(JSON_TYPES.get(type, ANYTHING), choices=field.choices, items=ANYTHING)
+    return check({name: value}, {name: param})[name]
 
 
 def require_inputs(model: Model, family: Family, input: Json) -> None:
     """Raise 400 for what the schema says the model can't run without."""
     missing = [name for name in family.required if name not in input]
-    named = " and ".join(f"'{name}'" for name in missing)
-    first = next(iter(missing), "")
-    parts = {
-        slot.name: f"a part of type '{kind}'" for kind, slot in family.slots.items()
-    }
+    if not missing:
+        return
+    parts = {slot.name: f"a part of type '{p}'" for p, slot in family.slots.items()}
     remedies = {**parts, family.system: "a system message"}
-    elsewise = f'"replicate": {{"{first}": …}} in the body'
-    require(
-        not missing,
+    elsewise = f'"replicate": {{"{missing[0]}": …}} in the body'
+    named = " and ".join(f"'{name}'" for name in missing)
+    raise APIError(
+        400,
         f"The model `{model.id}` needs the input {named}, which nothing in this call "
-        f"gives. Send {remedies.get(first, elsewise)}.",
+        f"gives. Send {remedies.get(missing[0], elsewise)}.",
         code="missing_required_parameter",
-        param=first,
+        param=missing[0],
     )
 
 
@@ -2877,6 +2535,19 @@ class Done:
 Event = Started | Reasoning | Text | ToolCall | Arguments | Done
 
 Events = Generator[Event, None, None]
+
+
+@dataclass
+class RequestLog:
+    """What the log line of a request tells; the steps that serve it fill it in."""
+
+    model: str = ""  # as the client calls it
+    ref: str = ""  # as Replicate calls it
+    predictions: list[str] = field(default_factory=list)
+    usages: list[Usage] = field(default_factory=list)
+    first_text_at: float | None = None  # time.monotonic
+    error: str | int = ""  # a code, or a status
+
 
 ALPHABET = string.ascii_letters + string.digits
 
@@ -3837,7 +3508,7 @@ def calls_beside(output: Json) -> list[str]:
     items = [output] if is_one else as_list(output.get("tool_calls"))
     plain = [{k: v for k, v in as_object(i).items() if k in CALL_KEYS} for i in items]
     return [
-        told_call({"name": n, "arguments": a})
+        render_call({"name": n, "arguments": a})
         for n, a in calls_in(plain, Toolbox(()), True)
     ]
 
@@ -4056,33 +3727,36 @@ class Upstream:
         self.changed = threading.Condition()
         self.running = 0  # orders, from before their uploads until after a cancel
 
-    def run(
-        self, order: PredictionInput, cancellation: Cancellation, *, wait: bool
-    ) -> Events:
-        """Create a prediction and tell what it does; `wait` if all of it is wanted."""
-        with self.counted():
-            cancellation.check()
-            order = with_links(order, self.upload_cache, cancellation)
-            seen = self.api.create(order, wait)
-            prediction = Prediction(self, order, cancellation, seen, waited=wait)
-            try:
-                cancellation.check()
-                yield Started(prediction.id, order.model.ref)
-                yield from prediction.texts()
-                yield prediction.end()
-            finally:
-                prediction.cancel()
+    def upload_large_files(
+        self, prediction_input: PredictionInput, cancellation: Cancellation
+    ) -> PredictionInput:
+        return with_links(prediction_input, self.upload_cache, cancellation)
 
-    @contextmanager
-    def counted(self) -> Iterator[None]:
+    def create(
+        self,
+        order: PredictionInput,
+        cancellation: Cancellation,
+        log: RequestLog,
+        *,
+        wait: bool,
+    ) -> Prediction:
+        cancellation.check()
         with self.changed:
             self.running += 1
         try:
-            yield
-        finally:
-            with self.changed:
-                self.running -= 1
-                self.changed.notify_all()
+            seen = self.api.create(order, wait)
+        except BaseException:
+            self.ended()
+            raise
+        prediction = Prediction(self, order, cancellation, seen, waited=wait)
+        prediction.log = log
+        log.predictions.append(prediction.id)
+        return prediction
+
+    def ended(self) -> None:
+        with self.changed:
+            self.running -= 1
+            self.changed.notify_all()
 
     def await_runs(self, seconds: float) -> None:
         """Wait for those too that nobody listens to any more, but have to cancel."""
@@ -4102,6 +3776,7 @@ class Prediction:
         *,
         waited: bool,
     ) -> None:
+        self.upstream = upstream
         self.api = upstream.api
         self.timeouts = upstream.timeouts
         self.order = order
@@ -4133,6 +3808,13 @@ class Prediction:
         is_text = "/v1/files/" not in url  # which is a file's bytes
         streams = self.order.model.config.supports_streaming
         return url if streams and is_text and self.api.may_stream_from(url) else ""
+
+    def events(self) -> Events:
+        self.cancellation.check()
+        for text in self.texts():
+            self.log.first_text_at = self.log.first_text_at or time.monotonic()
+            yield Text(text.text)
+        yield self.end()
 
     def texts(self) -> Iterator[Text]:
         """Tell its output as it comes, by its stream or by looks, until it is over."""
@@ -4265,7 +3947,15 @@ class Prediction:
         usage = read_usage(self.seen)
         return Done(finish_reason(usage, self.order.limit), usage)
 
+    log: RequestLog
+
     def cancel(self) -> None:
+        try:
+            self.cancel_now()
+        finally:
+            self.upstream.ended()
+
+    def cancel_now(self) -> None:
         """Stop the bill, if it is not over. A cancel that failed is tried once more."""
         if self.is_over or self.said_done:
             return
@@ -4351,8 +4041,10 @@ def echo(events: Events, prompt: str) -> Events:
             yield event
 
 
-def with_usage(events: Events, prompt: str) -> Events:
-    """Estimate the tokens that Replicate did not count."""
+def with_usage(
+    events: Events, prompt: str, usages: list[Usage] | None = None
+) -> Events:
+    """Estimate the tokens that Replicate did not count; add the usage to `usages`."""
     length = 0
     with closing(events):
         for event in events:
@@ -4369,27 +4061,23 @@ def with_usage(events: Events, prompt: str) -> Events:
                     is_estimate=asked is None or answered is None,
                 )
                 event = Done(event.finish_reason, usage)
+                if usages is not None:
+                    usages.append(usage)
             yield event
 
 
 THINKERS = re.compile(r"(?i).*(deepseek-r1|thinking|reasoner|qwq|magistral).*")
-
 THINK, THINK_END = "<think>", "</think>"
 
 # gpt-oss writes in channels: OpenAI's harmony format.
 HARMONY = ("<|start|>assistant", "<|channel|>")
-
 HARMONY_MARKS = (*HARMONY, "<|end|>", "<|return|>", "<|call|>")
-
 HARMONY_MARK = re.compile("|".join(map(re.escape, HARMONY_MARKS)))
-
 HARMONY_HEADER = re.compile(
     r"\s{0,20}(?:<\|start\|>assistant[^<]{0,100})?<\|channel\|>(?P<channel>\w{1,20})"
     r"[^<]{0,100}(?:<\|constrain\|>\w{0,20})?<\|message\|>"
 )
-
 LONGEST_HEADER = 400  # characters
-
 LONGEST_SPACE = 200  # characters that wait for what may follow them
 
 
@@ -4503,9 +4191,7 @@ def split_harmony(held: str, events: Events) -> Events:
 
 
 MOST_STEPS = 100_000  # in checking a value: at most about a second
-
 LONGEST_MESSAGE = 500  # characters
-
 TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: is_number(value) and value == value // 1,
@@ -4515,7 +4201,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,
 }
-
+ARTICLES = {"integer": "an", "array": "an", "object": "an"}
 BOUNDS: dict[str, tuple[tuple[type, ...], Callable[[Any, Any], bool], str]] = {
     "minimum": (NUMBER, ge, "be at least {}"),
     "maximum": (NUMBER, le, "be at most {}"),
@@ -4696,15 +4382,10 @@ def inside(path: str, key: str | int) -> str:
 
 
 KEY, COLON, VALUE, NEXT = "key", "colon", "value", "next"  # what is to come
-
 CLOSERS = {"{": "}", "[": "]"}
-
 BRACKETS = {"{": "object", "[": "array"}
-
 DEEPEST_JSON = 200  # brackets
-
 LONGEST_WORD = 1000  # characters, also of a comment
-
 JSON_TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
     | (?P<mark>[{}\[\],:])
@@ -4719,15 +4400,10 @@ JSON_TOKEN = re.compile(
     | (?P<bad><[^|｜/]|</[^tfij]|[^\S \t\r\n])""",
     re.ASCII | re.DOTALL | re.VERBOSE,
 )
-
 JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
-
 NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
-
 UNQUOTED = {q: re.compile(rf'[^\\\x00-\x1f"{q}]+') for q in "\"'`"}
-
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
-
 HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 
 
@@ -4962,7 +4638,9 @@ def repair_json(text: str) -> str:
 def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
     """Give the value, and in a sentence why it won't do; "" if it will."""
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=finite_float)
+        value = json.loads(
+            text, parse_constant=reject_constant, parse_float=finite_float
+        )
     except (ValueError, RecursionError) as error:
         return None, f"It is not JSON: {error}."
     return value, validate(value, format.schema)
@@ -4972,19 +4650,14 @@ def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
 # bracket without an item. Until that is clear, text is held. What has nothing in its
 # brackets, or keys without quotes, can't be told from prose before the end.
 GAPS = r"\s{0,20}"
-
 QUOTED = r"""(?:"(?:[^"\\]|\\.){0,100}"|'(?:[^'\\]|\\.){0,100}')"""
-
 SCALAR = r"(?:-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?|true|false|null)"
-
 EMPTY = rf"\{{{GAPS}\}}|\[{GAPS}\]"
-
 BEGINS = re.compile(
     rf"""(?:\[{GAPS}){{0,8}}\{{{GAPS}{QUOTED}{GAPS}:
     |(?:\[{GAPS}){{1,8}}(?:"|(?:{SCALAR}|{EMPTY}){GAPS}[,\]])""",
     re.DOTALL | re.VERBOSE,
 )
-
 MAY_BEGIN = re.compile(
     rf"""(?:\[{GAPS}){{0,8}}
     (?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
@@ -4992,13 +4665,10 @@ MAY_BEGIN = re.compile(
         |{QUOTED}{GAPS}|\}}{GAPS})?)?""",
     re.DOTALL | re.VERBOSE,
 )
-
 LONE_VALUE = re.compile(
     rf'[{{\[]|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
 )
-
 MOST_LONE_VALUES = 20
-
 LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
 
 
@@ -5138,17 +4808,11 @@ OBJECTS = (  # how a call begins as an object; * is its name, or an id and then 
     '{ "type" : "function" , "function" : { "name" : "*"',
     '{ "id" : "*" , "type" : "function" , "function" : { "name" : "*"',
 )
-
 NAME_KEYS = ("name", "function", "tool", "tool_name")
-
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
-
 SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
-
 NAME_CHARACTERS = ALPHABET + "_-"
-
 LONGEST_HEAD = 400  # characters, of OBJECTS with arguments that begin
 
 
@@ -5333,38 +4997,26 @@ TOOL_CALL_FORMATS = (
     ),  # Llama 4: [get_time(zone="UTC")]
     ToolCallFormat("<tool_response", holds="result"),  # made up, after a call
 )
-
 BY_BEGINNING = {
     c: [format for format in TOOL_CALL_FORMATS if format.opening[0] == c]
     for c in {format.opening[0] for format in TOOL_CALL_FORMATS}
 }
-
 START = re.compile(r"[<\[{`]")  # what any call begins with
-
 LEADING_SPACE = re.compile(rf"\s{{0,{LONGEST_SPACE + 1}}}")
-
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
-
 MOST_OPENINGS = 6  # of one call
-
 LONGEST_CALL = 200_000  # characters that are held
-
 LONGEST_PIECE = 1000  # characters that are looked at together
-
 LONGEST_LEAD = 80  # characters
-
 LEAD = re.compile(  # what may stand between a name and its arguments
     r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*((commentary|analysis)\s*)?|```)?(json|code)?\s*){0,4}"
 )
-
 TAG_BEGINS = r"<(?:｜DSML｜|antml:)?parameter"
-
 TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
     rf"<parameter=(?P<name>[^<>]{{1,64}})>"
     rf'|{TAG_BEGINS} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
-
 TAGGED_END = re.compile(r"</(?:｜DSML｜|antml:)?parameter>|</arg_value>")
 
 
@@ -5383,19 +5035,14 @@ def tagged_arguments(text: str, tool: Tool | None) -> Json:
 
 
 LONGEST_PYTHON = 4000  # characters
-
 DEEPEST_PYTHON = 20  # brackets
-
 PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
-
 PYTHON_STRING = r"""(?P<text>\"""(?:[^\\]|\\.)*?\"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'
     |"(?!"")(?:[^"\\\n]|\\.)*"|'(?!'')(?:[^'\\\n]|\\.)*')"""
-
 PYTHON_PART = re.compile(
     rf"""{PYTHON_STRING}|(?P<open>[(\[{{])|(?P<close>[)\]}}])|[^"'()\[\]{{}}]+""",
     re.DOTALL | re.VERBOSE,
 )
-
 PYTHON_TOKEN = re.compile(
     rf"""{PYTHON_STRING}
     |(?P<name>[A-Za-z_]\w*)(?=\s*=)
@@ -5403,9 +5050,7 @@ PYTHON_TOKEN = re.compile(
     |-?\b\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?\b""",
     re.DOTALL | re.VERBOSE,
 )
-
 PYTHON_NOISE = re.compile(r"[^0=\s,:()\[\]{}]|[0)\]}]\s*[0(\[{=]")
-
 PYTHON_ESCAPE = re.compile(r"\\(?=[^\n\\'\"abfnrtvxuU0])(.)|\\.", re.DOTALL)
 
 
@@ -5434,9 +5079,9 @@ def as_literals(text: str) -> str:
     for c in bare:
         depth += (c in "([{") - (c in ")]}")
         if depth > DEEPEST_PYTHON:
-            refuse("too deep")
+            raise ValueError("too deep")
     if PYTHON_NOISE.search(bare):
-        refuse("more than literals")
+        raise ValueError("more than literals")
     return PYTHON_TOKEN.sub(as_literal, text)
 
 
@@ -5823,50 +5468,93 @@ class ToolCallParser:
 # ==== 6. OBJECTS ==============================================================
 
 
-# -- Objects -------------------------------------------------------------------
+# -- Chat ----------------------------------------------------------------------
 #
-# An OpenAI object is told by two pure functions: an event's chunks, and the
-# whole. They say the same. Keys stand in the order of the real API's answers
-# as they were recorded, with its nulls.
+# Events as OpenAI's objects: whole, or as the chunks of a stream; both say the
+# same. Keys stand in the order of recorded answers of api.openai.com, with their
+# nulls. A kind of object has a function for the whole and one for its stream.
+
+DONE_FRAME = b"data: [DONE]\n\n"
+IndexedEvents = Iterable[tuple[int, Event]]  # each with the index of its choice
 
 
-Told = Generator[tuple[int, Event], None, None]  # with the index of its choice
+# What is constant around the text of a chunk is encoded once: a token costs the
+# encoding of its own text (0.95 us instead of 4.5).
 
-Frames = Generator[bytes, None, None]  # server-sent events
+
+def sse_frame(data: Json) -> bytes:
+    return b"data: " + encode_json(data) + b"\n\n"
 
 
-class Head(NamedTuple):
-    """What all chunks of a reply share."""
+def around_text(frame: Callable[[str], bytes]) -> tuple[bytes, bytes]:
+    """The bytes before and after a text in the frame that has it."""
+    mark = random_id("", 20)
+    before, _, after = frame(mark).partition(encode_json(mark))
+    return before, after
+
+
+def encode_json(value: Any) -> bytes:
+    """Half a surrogate pair, which a model may write, becomes `?`."""
+    return compact(value).encode("utf-8", "replace")
+
+
+class CompletionInfo(NamedTuple):
+    """What the whole object and every chunk of an answer share."""
 
     id: str
-    created: int
-    model: str
-    with_usage: bool  # every chunk then has a place for it
-    legacy: bool = False  # calls of functions, as they were before tools
+    created: int  # Unix seconds
+    model: str  # as the client named it
+    include_usage: bool = False  # then every chunk has a place for it
+    legacy: bool = False  # a call is a `function_call`, as before there were tools
 
 
 class Choice(NamedTuple):
     text: str
     finish_reason: str
-    thought: str = ""
-    calls: tuple[Json, ...] = ()
+    reasoning: str = ""
+    calls: tuple[Json, ...] = ()  # as `tool_calls` of a message hold them
 
 
-class Form(NamedTuple):
-    """How an operation tells events."""
+def fold(events: Iterable[Event]) -> tuple[Choice, Usage]:
+    """Fold the events of one choice into the whole, with what it took."""
+    texts: dict[type, list[str]] = {Text: [], Reasoning: []}
+    calls: dict[int, Json] = {}
+    end = Done("stop")
+    for event in events:
+        match event:
+            case Text(text) | Reasoning(text):
+                texts[type(event)].append(text)
+            case ToolCall(index, id, name):
+                function = {"name": name, "arguments": ""}
+                calls[index] = {"id": id, "type": "function", "function": function}
+            case Arguments(index, text):
+                calls[index]["function"]["arguments"] += text
+            case Done():
+                end = event
+    text, reasoning = ("".join(pieces) for pieces in texts.values())
+    choice = Choice(text, end.finish_reason, reasoning, tuple(calls.values()))
+    return choice, end.usage
 
-    prefix: str
-    chunks: Callable[[Event, int, Head], list[Json]]
-    usage_chunk: Callable[[Usage, Head], Json]
-    whole: Callable[[Sequence[Choice], Usage, Head], Json]
+
+def fold_choices(events: IndexedEvents) -> tuple[list[Choice], Usage]:
+    by_choice: dict[int, list[Event]] = defaultdict(list)
+    for index, event in events:
+        by_choice[index].append(event)
+    choices, usages = zip(*(fold(by_choice[i]) for i in sorted(by_choice)), strict=True)
+    return list(choices), sum_usage(usages)
+
+
+def sum_usage(usages: Iterable[Usage]) -> Usage:
+    prompt, completion, reasoning, estimates = map(sum, zip(*usages, strict=True))
+    return Usage(prompt, completion, reasoning, is_estimate=bool(estimates))
 
 
 def usage_object(usage: Usage) -> Json:
-    asked, answered = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    prompt, completion = usage.prompt_tokens or 0, usage.completion_tokens or 0
     return {
-        "prompt_tokens": asked,
-        "completion_tokens": answered,
-        "total_tokens": asked + answered,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": usage.reasoning_tokens,
@@ -5877,113 +5565,37 @@ def usage_object(usage: Usage) -> Json:
     }
 
 
-def add(usages: Iterable[Usage]) -> Usage:
-    asked, answered, reasoning, estimates = map(sum, zip(*usages, strict=True))
-    return Usage(asked, answered, reasoning, bool(estimates))
+def chat_finish_reason(finish_reason: str, info: CompletionInfo) -> str:
+    is_legacy_call = info.legacy and finish_reason == "tool_calls"
+    return "function_call" if is_legacy_call else finish_reason
 
 
-def chat_chunk(head: Head, choices: list[Json], usage: Json | None = None) -> Json:
-    chunk = {
-        "id": head.id,
-        "object": "chat.completion.chunk",
-        "created": head.created,
-        "model": head.model,
-        "service_tier": "default",
-        "system_fingerprint": None,
-        "choices": choices,
-    }
-    return {**chunk, "usage": usage} if head.with_usage else chunk
+def chat_message(choice: Choice, info: CompletionInfo) -> Json:
+    message: Json = {"role": "assistant", "content": choice.text}
+    if choice.calls:
+        message["content"] = choice.text or None
+        if info.legacy:
+            message["function_call"] = choice.calls[0]["function"]
+        else:
+            message["tool_calls"] = list(choice.calls)
+    message |= {"refusal": None, "annotations": []}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    return message
 
 
-def chat_choice(index: int, delta: Json, finish_reason: str | None = None) -> Json:
+def chat_completion(choices: list[Choice], usage: Usage, info: CompletionInfo) -> Json:
     return {
-        "index": index,
-        "delta": delta,
-        "logprobs": None,
-        "finish_reason": finish_reason,
-    }
-
-
-def chat_chunks(event: Event, index: int, head: Head) -> list[Json]:
-    match event:
-        case Started():
-            first = {"role": "assistant", "content": "", "refusal": None}
-            return [chat_chunk(head, [chat_choice(index, first)])]
-        case Reasoning(text):
-            return [chat_chunk(head, [chat_choice(index, {"reasoning_content": text})])]
-        case Text(text):
-            return [chat_chunk(head, [chat_choice(index, {"content": text})])]
-        case ToolCall() | Arguments():
-            delta = call_delta(event, head.legacy)
-            return [chat_chunk(head, [chat_choice(index, delta)])]
-        case Done(finish_reason):
-            return [chat_chunk(head, [chat_choice(index, {}, finish_reason)])]
-
-
-def chat_usage_chunk(usage: Usage, head: Head) -> Json:
-    return chat_chunk(head, [], usage_object(usage))
-
-
-def call_delta(event: ToolCall | Arguments, legacy: bool = False) -> Json:
-    """What a call is told by; nothing of it is said twice."""
-    match event:
-        case ToolCall(index, id, name):
-            function = {"name": name, "arguments": ""}
-            told = {"index": index, "id": id, "type": "function", "function": function}
-        case Arguments(index, text):
-            function = {"arguments": text}
-            told = {"index": index, "function": function}
-    return {"function_call": function} if legacy else {"tool_calls": [told]}
-
-
-def calls_of(events: Iterable[Event]) -> list[Json]:
-    """The calls of an answer as the whole message holds them."""
-    calls: dict[int, Json] = {}
-    for event in events:
-        if isinstance(event, ToolCall):
-            function = {"name": event.name, "arguments": ""}
-            call = {"id": event.id, "type": "function", "function": function}
-            calls[event.index] = call
-        elif isinstance(event, Arguments):
-            calls[event.index]["function"]["arguments"] += event.text
-    return list(calls.values())
-
-
-def with_calls(message: Json, calls: Sequence[Json], legacy: bool = False) -> Json:
-    """Put calls behind the content of a message, which is null if it has no text."""
-    if not calls:
-        return message
-    told: Json = {"tool_calls": list(calls)}
-    if legacy:
-        told = {"function_call": calls[0]["function"]}
-    first = {"role": message["role"], "content": message["content"] or None}
-    return {**first, **told, **{k: v for k, v in message.items() if k not in first}}
-
-
-def chat_message(choice: Choice, legacy: bool) -> Json:
-    message: Json = {
-        "role": "assistant",
-        "content": choice.text,
-        "refusal": None,
-        "annotations": [],
-    }
-    if choice.thought:
-        message["reasoning_content"] = choice.thought
-    return with_calls(message, choice.calls, legacy)
-
-
-def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json:
-    return {
-        "id": head.id,
+        "id": info.id,
         "object": "chat.completion",
-        "created": head.created,
-        "model": head.model,
+        "created": info.created,
+        "model": info.model,
         "choices": [
             {
                 "index": index,
-                "message": chat_message(choice, head.legacy),
+                "message": chat_message(choice, info),
                 "logprobs": None,
-                "finish_reason": choice.finish_reason,
+                "finish_reason": chat_finish_reason(choice.finish_reason, info),
             }
             for index, choice in enumerate(choices)
         ],
@@ -5993,15 +5605,80 @@ def chat_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json
     }
 
 
-def text_chunk(head: Head, choices: list[Json], usage: Json | None = None) -> Json:
+def chat_chunk(
+    info: CompletionInfo, choices: list[Json], usage: Json | None = None
+) -> Json:
     chunk = {
-        "id": head.id,
-        "object": "text_completion",
-        "created": head.created,
+        "id": info.id,
+        "object": "chat.completion.chunk",
+        "created": info.created,
+        "model": info.model,
+        "service_tier": "default",
+        "system_fingerprint": None,
         "choices": choices,
-        "model": head.model,
     }
-    return {**chunk, "usage": usage} if head.with_usage else chunk
+    return {**chunk, "usage": usage} if info.include_usage else chunk
+
+
+def chat_delta(event: Event, legacy: bool) -> Json:
+    match event:
+        case Text(text):
+            return {"content": text}
+        case Reasoning(text):
+            return {"reasoning_content": text}
+        case ToolCall(index, id, name):
+            function = {"name": name, "arguments": ""}
+            call = {"index": index, "id": id, "type": "function", "function": function}
+        case Arguments(index, text):
+            function = {"arguments": text}
+            call = {"index": index, "function": function}
+        case _:
+            return {}
+    return {"function_call": function} if legacy else {"tool_calls": [call]}
+
+
+def chat_stream(
+    events: IndexedEvents, info: CompletionInfo, choices: int
+) -> Iterator[bytes]:
+    """Yield the frames of a chat's chunks, with [DONE] as the last.
+
+    The first chunks, of the role, wait for an event: what fails before it can still
+    have an HTTP status of its own.
+    """
+
+    def frame(index: int, delta: Json, finish_reason: str | None = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": None}
+        return sse_frame(chat_chunk(info, [{**choice, "finish_reason": finish_reason}]))
+
+    def text_frame(index: int, text: str) -> bytes:
+        return frame(index, {"content": text})
+
+    first = {"role": "assistant", "content": "", "refusal": None}
+    start = b"".join(frame(index, first) for index in range(choices))
+    around = [around_text(partial(text_frame, index)) for index in range(choices)]
+    usages = []
+    for index, event in events:
+        if isinstance(event, Text):
+            before, after = around[index]
+            data = before + encode_json(event.text) + after
+        elif isinstance(event, Done):
+            usages.append(event.usage)
+            data = frame(index, {}, chat_finish_reason(event.finish_reason, info))
+        else:
+            data = frame(index, chat_delta(event, info.legacy))
+        yield start + data
+        start = b""
+    if info.include_usage:
+        yield sse_frame(chat_chunk(info, [], usage_object(sum_usage(usages))))
+    yield DONE_FRAME
+
+
+def completion_error(error: APIError) -> bytes:
+    """How a stream of chunks ends that fails in the middle."""
+    return sse_frame(error.body) + DONE_FRAME
+
+
+# -- Completions ---------------------------------------------------------------
 
 
 def text_choice(index: int, text: str, finish_reason: str | None = None) -> Json:
@@ -6013,26 +5690,12 @@ def text_choice(index: int, text: str, finish_reason: str | None = None) -> Json
     }
 
 
-def text_chunks(event: Event, index: int, head: Head) -> list[Json]:
-    match event:
-        case Started() | Reasoning() | ToolCall() | Arguments():
-            return []
-        case Text(text):
-            return [text_chunk(head, [text_choice(index, text)])]
-        case Done(finish_reason):
-            return [text_chunk(head, [text_choice(index, "", finish_reason)])]
-
-
-def text_usage_chunk(usage: Usage, head: Head) -> Json:
-    return text_chunk(head, [], usage_object(usage))
-
-
-def text_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json:
+def text_completion(choices: list[Choice], usage: Usage, info: CompletionInfo) -> Json:
     return {
-        "id": head.id,
+        "id": info.id,
         "object": "text_completion",
-        "created": head.created,
-        "model": head.model,
+        "created": info.created,
+        "model": info.model,
         "choices": [
             text_choice(index, choice.text, choice.finish_reason)
             for index, choice in enumerate(choices)
@@ -6041,80 +5704,39 @@ def text_completion(choices: Sequence[Choice], usage: Usage, head: Head) -> Json
     }
 
 
-CHAT_FORM = Form("chatcmpl-", chat_chunks, chat_usage_chunk, chat_completion)
+def text_stream(
+    events: IndexedEvents, info: CompletionInfo, choices: int
+) -> Iterator[bytes]:
+    """Yield the frames of a completion's chunks, with [DONE] as the last."""
 
-TEXT_FORM = Form("cmpl-", text_chunks, text_usage_chunk, text_completion)
+    def frame(choices: list[Json], usage: Json | None = None) -> bytes:
+        chunk = {
+            "id": info.id,
+            "object": "text_completion",
+            "created": info.created,
+            "choices": choices,
+            "model": info.model,
+        }
+        return sse_frame({**chunk, "usage": usage} if info.include_usage else chunk)
 
-spaced = json.JSONEncoder(ensure_ascii=False).encode
+    def text_frame(index: int, text: str) -> bytes:
+        return frame([text_choice(index, text)])
 
-
-def encode(value: Any) -> bytes:
-    return compact(value).encode("utf-8", "replace")
-
-
-def encode_for_people(value: Json) -> bytes:
-    """A line for each key, and each item of a list: the encoder in C can't indent."""
-    lines = [f'"{name}": {in_lines(each)}' for name, each in value.items()]
-    text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
-    return text.encode("utf-8", "replace")
-
-
-def in_lines(value: Any) -> str:
-    if not isinstance(value, list) or not value:
-        return spaced(value)
-    return "[\n    " + ",\n    ".join(map(spaced, value)) + "\n  ]"
-
-
-def frame(chunk: Json) -> bytes:
-    return b"data: " + encode(chunk) + b"\n\n"
-
-
-def tell_in_frames(told: Told, form: Form, head: Head) -> Frames:
-    """Tell events as they come; what the frames of texts share is made once."""
-    around: dict[int, tuple[bytes, bytes]] = {}
+    around = [around_text(partial(text_frame, index)) for index in range(choices)]
     usages = []
-    due = b""
-    for index, event in told:
+    for index, event in events:
         if isinstance(event, Text):
-            if index not in around:
-                around[index] = around_text(form, index, head)
             before, after = around[index]
-            due += before + encode(event.text) + after
-            if event.more:
-                continue
-        else:
-            if isinstance(event, Done):
-                usages.append(event.usage)
-            due += b"".join(map(frame, form.chunks(event, index, head)))
-        yield due
-        due = b""
-    if head.with_usage:
-        yield frame(form.usage_chunk(add(usages), head))
+            yield before + encode_json(event.text) + after
+        elif isinstance(event, Done):
+            usages.append(event.usage)
+            yield frame([text_choice(index, "", event.finish_reason)])
+    if info.include_usage:
+        yield frame([], usage_object(sum_usage(usages)))
+    yield DONE_FRAME
 
 
-def around_text(form: Form, index: int, head: Head) -> tuple[bytes, bytes]:
-    mark = random_id("", 20)
-    [chunk] = form.chunks(Text(mark), index, head)
-    before, _, after = frame(chunk).partition(encode(mark))
-    return before, after
-
-
-def tell_at_once(told: Told, form: Form, head: Head) -> Json:
-    """Tell events when the last has come."""
-    by_choice: dict[int, list[Event]] = defaultdict(list)
-    for index, event in told:
-        by_choice[index].append(event)
-    choices = [fold(by_choice[index]) for index in sorted(by_choice)]
-    ends = (event for events in by_choice.values() for event in events)
-    usage = add(event.usage for event in ends if isinstance(event, Done))
-    return form.whole(choices, usage, head)
-
-
-def fold(events: Sequence[Event]) -> Choice:
-    text = "".join(event.text for event in events if isinstance(event, Text))
-    thought = "".join(event.text for event in events if isinstance(event, Reasoning))
-    ends = [event.finish_reason for event in events if isinstance(event, Done)]
-    return Choice(text, ends[-1], thought, tuple(calls_of(events)))
+# -- Model objects -------------------------------------------------------------
 
 
 def model_object(id: str, ref: str, created: int) -> Json:
@@ -6127,189 +5749,12 @@ def model_object(id: str, ref: str, created: int) -> Json:
 
 # -- Generation ----------------------------------------------------------------
 #
-# An answer is held to what the client asked for. What it lacks is asked for once
-# more, by a second prediction that is told what was wrong, as long as nothing of
-# the first was told; then what comes is taken, and the log says what it lacks.
-# The predictions of one call, side by side: those of n choices, or of several
-# prompts. Each runs in a thread of its own, on a cancellation that stops with the
-# call's, or when one of them fails. Nobody waits for a thread that has to stop:
-# it cancels its prediction as soon as it knows of one, within the time limits of
-# a create and a cancel. The end of the server waits for it: see Upstream.
-# An order run, its answer made what the client asked for, and told.
+# The predictions of one request, and the response made of their events. Choices
+# run side by side, each in a thread of its own. An answer that is not what the
+# client asked for (a call, JSON) is asked for once more, as long as nothing of it
+# was sent.
 
-
-Again = Callable[[str, str], Events]  # what was said, and what to do now
-
-
-class Demand(NamedTuple):
-    """What an answer has to be, and from which event on it is told as it comes."""
-
-    complaint: Callable[[Choice], str]  # a sentence, or "" if there is none
-    remedy: Callable[[str], str]  # what to do now, by what was wrong
-    lets_go: Callable[[Event], bool]
-    is_partly_good: Callable[[Choice], bool]  # and better than one without calls
-
-
-def demand_of(wanted: Wanted, stream: bool) -> Demand | None:
-    """Hold calls to their tools, and text to its format; if streamed, for the log."""
-    toolbox, format = wanted
-    if toolbox:
-        must_call = toolbox.must_call
-        return Demand(
-            lambda answer: misuses(answer.calls, toolbox) or misfits(answer, format),
-            lambda why: repair_instructions(toolbox, why),
-            lambda event: stream and (not must_call or isinstance(event, ToolCall)),
-            lambda answer: any(not misuses([call], toolbox) for call in answer.calls),
-        )
-    if format:
-        return Demand(
-            lambda answer: misfits(answer, format),
-            lambda why: json_repair(format, why),
-            lambda _: stream,
-            lambda _: False,
-        )
-    return None
-
-
-def misuses(calls: Sequence[Json], toolbox: Toolbox) -> str:
-    if not calls:
-        return "no tool was called." if toolbox.must_call else ""
-    functions = [call["function"] for call in calls]
-    faults = (tool_call_error(f["name"], f["arguments"], toolbox) for f in functions)
-    return next(filter(None, faults), "")
-
-
-def misfits(answer: Choice, format: ResponseFormat | None) -> str:
-    if format is None or answer.calls:
-        return ""
-    return parsed_or_why(answer.text, format)[1]
-
-
-def held_to(demand: Demand, events: Events, again: Again | None = None) -> Events:
-    """Tell an answer if it is what it has to be, else the one that is asked for."""
-    seen: list[Event] = []
-    told, goes = 0, False
-    with closing(events):
-        for event in events:
-            seen.append(event)
-            goes = goes or demand.lets_go(event)
-            if goes or isinstance(event, Started):
-                yield from seen[told:]
-                told = len(seen)
-    answer = fold(seen)
-    why = demand.complaint(answer)
-    repairs = why and again and not goes and answer.finish_reason != "length"
-    if why:
-        log.warning("event=%s why=%s", "repair" if repairs else "misfit", quoted(why))
-    if repairs and again:
-        said = told_message(chat_message(answer, legacy=False))["content"]
-        better = held_to(demand, again(said, demand.remedy(why)))
-        better = after_all(better, usage_of(seen))
-        yield from instead(better, seen) if demand.is_partly_good(answer) else better
-    else:
-        yield from seen[told:]
-
-
-def usage_of(events: Sequence[Event]) -> Usage:
-    return add(event.usage for event in events if isinstance(event, Done))
-
-
-def after_all(events: Events, spent: Usage) -> Events:
-    """The answer of a second prediction, with what the first one took."""
-    with closing(events):
-        for event in events:
-            if isinstance(event, Done):
-                yield Done(event.finish_reason, add([spent, event.usage]))
-            elif not isinstance(event, Started):
-                yield event
-
-
-def instead(events: Events, first: Sequence[Event]) -> Events:
-    """The answer of a second prediction if it calls, else the first one's."""
-    with closing(events):
-        second = list(events)
-    if any(isinstance(event, ToolCall) for event in second):
-        yield from second
-        return
-    yield from (e for e in first if not isinstance(e, (Started, Done)))
-    yield Done(fold(first).finish_reason, usage_of(second))
-
-
-AT_ONCE = 8  # predictions of one call
-
-Run = Callable[[Cancellation], Events]
-
-
-def side_by_side(runs: Sequence[Run], cancellation: Cancellation) -> Told:
-    """Tell each event with the index of its run; choice 0 begins."""
-    if len(runs) == 1:
-        with closing(runs[0](cancellation)) as events:
-            yield from ((0, event) for event in events)
-        return
-    branch = Cancellation()
-    with cancellation.on_cancel(
-        lambda: branch.cancel(cancellation.cause or ClientDisconnected())
-    ):
-        yield from led_by_the_first(gathered(runs, branch))
-
-
-def gathered(runs: Sequence[Run], branch: Cancellation) -> Told:
-    """Gather events as they come; the first error, or a stop, ends all at once."""
-    heard: SimpleQueue[tuple[int, Event] | Exception | None] = SimpleQueue()
-    jobs = iter(enumerate(runs))
-    work = partial(drive, jobs, branch, heard.put, threading.Lock())
-    threads = [threading.Thread(target=work) for _ in runs[:AT_ONCE]]
-    try:
-        with branch.on_cancel(lambda: heard.put(branch.cause or ClientDisconnected())):
-            for thread in threads:
-                thread.start()
-            at_work = len(threads)
-            while at_work:
-                item = heard.get()
-                if isinstance(item, Exception):
-                    raise item
-                at_work -= item is None
-                if item is not None:
-                    yield item
-    finally:
-        branch.cancel(ClientDisconnected())
-
-
-def alone(event: Event) -> Event:
-    """A text that waits for no other, as another choice may fail in between."""
-    return Text(event.text) if isinstance(event, Text) else event
-
-
-def drive(
-    jobs: Iterator[tuple[int, Run]],
-    branch: Cancellation,
-    tell: Callable[[tuple[int, Event] | Exception | None], None],
-    lock: threading.Lock,
-) -> None:
-    """Run one after another, until there are none left."""
-    try:
-        while True:
-            with lock:
-                index, run = next(jobs, (-1, None))
-            if run is None:
-                return tell(None)
-            with closing(run(branch)) as events:
-                for event in events:
-                    tell((index, alone(event)))
-    except Exception as error:
-        tell(error)
-
-
-def led_by_the_first(told: Told) -> Told:
-    """Hold what comes before choice 0 has begun: some clients count on its lead."""
-    early: list[tuple[int, Event]] = []
-    with closing(told):
-        for index, event in told:
-            early.append((index, event))
-            if index == 0:
-                break
-        yield from sorted(early, key=lambda item: item[0] != 0)
-        yield from told
+MAX_PARALLEL_PREDICTIONS = 8  # of one request
 
 
 class Proxy(NamedTuple):
@@ -6320,171 +5765,333 @@ class Proxy(NamedTuple):
     upstream: Upstream
 
 
-class Call(NamedTuple):
-    """What lasts as long as one call. All but the notes stays as it is."""
+@dataclass(eq=False)
+class Request:
+    """What a client asks for, and what is known of it while it is served."""
 
     method: str
-    path: str
+    path: str  # without the query
     headers: Mapping[str, str]  # names in lower case
-    read: Callable[[], bytes]  # the body, when somebody with a key wants it
-    cancellation: Cancellation
-    notes: Json  # what the log will say of this call
+    body: bytes = b""
+    cancellation: Cancellation = field(default_factory=Cancellation)
+    log: RequestLog = field(default_factory=RequestLog)
 
 
-class Reply(NamedTuple):
-    body: Json | Frames | None
+class EventStream(NamedTuple):
+    """A body that is written while it comes into being."""
+
+    run: Callable[[Callable[[bytes], None]], None]  # with the writer's `write`
+    error: Callable[[APIError], bytes]  # the last frames of one that fails
+
+
+class Response(NamedTuple):
+    body: Json | bytes | EventStream | None
     status: int = 200
     headers: Mapping[str, str] = {}
 
 
-def tell(
-    proxy: Proxy,
-    call: Call,
-    body: Json,
-    orders: list[PredictionInput],
-    form: Form,
-    wanted: Wanted | None = None,
-) -> Reply:
-    """Tell events as they come if the client asked to stream, else all at once."""
-    head = Head(
-        id=random_id(form.prefix, 29),
-        created=int(time.time()),
-        model=body["model"],
-        with_usage=bool(body["stream_options"].get("include_usage")),
-        legacy=bool(body.get("functions")),
-    )
-    model = orders[0].model
-    call.notes["ref"] = f"{model.ref}; default" if model.is_default else model.ref
-    shaped = partial(shape, proxy, call.notes, body, wanted or Wanted())
-    runs = [partial(shaped, order) for order in orders]
-    told = noted(side_by_side(runs, call.cancellation), call.notes)
-    if body["stream"]:
-        return Reply(tell_in_frames(told, form, head))
-    with closing(told):
-        return Reply(tell_at_once(told, form, head))
+class Generation(NamedTuple):
+    """The choices of a request for text: `n` of each input."""
 
+    proxy: Proxy
+    request: Request
+    body: Json  # checked
+    inputs: list[PredictionInput]
+    toolbox: Toolbox | None = None
+    format: ResponseFormat | None = None
+    # From an answer and what to do about it to the input of another try.
+    build_retry: Callable[[str, str], PredictionInput] | None = None
 
-def shape(
-    proxy: Proxy,
-    notes: Json,
-    body: Json,
-    wanted: Wanted,
-    order: PredictionInput,
-    cancellation: Cancellation,
-) -> Events:
-    """Run an order, and do to its answer what the model can't."""
+    def respond(
+        self,
+        id_prefix: str,
+        build_object: Callable[[list[Choice], Usage, CompletionInfo], Json],
+        build_stream: Callable[[IndexedEvents, CompletionInfo, int], Iterator[bytes]],
+    ) -> Response:
+        info = CompletionInfo(
+            id=random_id(id_prefix, 29),
+            created=int(time.time()),
+            model=self.body["model"],
+            include_usage=bool(self.body["stream_options"].get("include_usage")),
+            legacy=bool(self.toolbox and self.toolbox.legacy),
+        )
+        model = self.inputs[0].model
+        self.request.log.ref = (
+            f"{model.ref}; default" if model.is_default else model.ref
+        )
 
-    def run(order: PredictionInput) -> Events:
-        wait = not body["stream"]
-        events = started(proxy.upstream.run(order, cancellation, wait=wait), notes)
-        return heard(events, body, wanted, order)
+        def run(write: Callable[[bytes], None]) -> None:
+            with self.start() as events:
+                for frames in build_stream(events, info, self.choices):
+                    write(frames)
 
-    def ask(said: str, what: str) -> Events:
-        return run(order.again(said, what) if order.again else order)
+        if self.body["stream"]:
+            return Response(EventStream(run, completion_error))
+        with self.start() as events:
+            return Response(build_object(*fold_choices(events), info))
 
-    events = run(order)
-    if demand := demand_of(wanted, body["stream"]):
-        return held_to(demand, events, ask)
-    return echo(events, order.prompt) if order.echo else events
+    @property
+    def choices(self) -> int:
+        return len(self.inputs) * int(self.body["n"])
 
+    @contextmanager
+    def start(self) -> Iterator[IndexedEvents]:
+        """Create the predictions; inside, their events come; after, none runs on.
 
-def heard(events: Events, body: Json, wanted: Wanted, order: PredictionInput) -> Events:
-    """The answer to an order, in steps that each read what the one before tells.
+        The first choice leads: it has been created when this begins."""
+        cancellation = self.request.cancellation
+        uploaded = [
+            self.proxy.upstream.upload_large_files(each, cancellation)
+            for each in self.inputs
+        ]
+        jobs = [(each, i) for each in uploaded for i in range(self.body["n"])]
+        if len(jobs) == 1:
+            with self.start_choice(*jobs[0], cancellation) as events:
+                yield ((0, event) for event in events)
+        else:
+            with self.start_side_by_side(jobs) as indexed:
+                yield indexed
 
-    Thoughts come before all else; a model's own limit is a length of its text; stop
-    strings are looked for in what the client reads, not in tags, fences or calls; and
-    what was told in the end is counted."""
-    if "messages" in body:
-        thinks = THINKERS.fullmatch(order.model.owner_and_name)
-        events = split_reasoning(events, bool(thinks))
-    if order.cut:
-        events = cut_after(events, order.cut)
-    if wanted.toolbox:
-        events = extract_tool_calls(events, wanted.toolbox, strict=body["stream"])
-    if wanted.format:
-        events = extract_json(events, wanted.format)
-    if stops := list(filter(None, body["stop"])):
-        called = wanted.toolbox.called if wanted.toolbox else "stop"
-        events = stop_at(events, stops, called)
-    return with_usage(events, order.prompt)
+    @contextmanager
+    def start_side_by_side(
+        self, jobs: list[tuple[PredictionInput, int]]
+    ) -> Iterator[IndexedEvents]:
+        """The first error, or a cancellation, ends all choices at once.
 
+        Nobody waits for their threads: each cancels its prediction as soon as it
+        knows of one, and the end of the server waits for that.
+        """
+        waiting = deque(enumerate(jobs))
+        arrivals: SimpleQueue[tuple[int, Event | None] | Exception | None] = (
+            SimpleQueue()
+        )
+        branch = Cancellation()
 
-def started(events: Events, notes: Json) -> Events:
-    """Note down each prediction, as one that repairs another is paid for as well."""
-    with closing(events):
-        first = next(events)
-        assert isinstance(first, Started)
-        notes["predictions"].append(first.prediction)
-        yield first
-        yield from events
+        def next_job() -> tuple[int, tuple[PredictionInput, int]] | None:
+            with suppress(IndexError):
+                return waiting.popleft()
+            return None
 
+        def run_jobs() -> None:
+            try:
+                while job := next_job():
+                    index, (prediction_input, offset) = job
+                    with self.start_choice(prediction_input, offset, branch) as events:
+                        arrivals.put((index, None))  # it is created
+                        for event in events:
+                            arrivals.put((index, event))
+                arrivals.put(None)
+            except Exception as error:
+                arrivals.put(error)
 
-def noted(told: Told, notes: Json) -> Told:
-    """Note down for the log what passes by."""
-    with closing(told):
-        for item in told:
-            _, event = item
-            if isinstance(event, Done):
-                notes["usages"].append(event.usage)
-            elif "first_text_at" not in notes and not isinstance(event, Started):
-                notes["first_text_at"] = time.monotonic()
-            yield item
+        def arrived(threads: int) -> Iterator[tuple[int, Event | None]]:
+            while threads:
+                item = arrivals.get()
+                if isinstance(item, Exception):
+                    raise item
+                threads -= item is None
+                if item is not None:
+                    yield item
+
+        def stop() -> None:
+            cause = self.request.cancellation.cause or ClientDisconnected()
+            branch.cancel(cause)
+            arrivals.put(cause)
+
+        threads = min(len(jobs), MAX_PARALLEL_PREDICTIONS)
+        try:
+            with self.request.cancellation.on_cancel(stop):
+                for _ in range(threads):
+                    threading.Thread(target=run_jobs).start()
+                items = arrived(threads)
+                early = []
+                for item in items:
+                    early.append(item)
+                    if item == (0, None):
+                        break
+                yield ((index, event) for index, event in chain(early, items) if event)
+        finally:
+            branch.cancel(ClientDisconnected())
+
+    @contextmanager
+    def start_choice(
+        self,
+        prediction_input: PredictionInput,
+        offset: int,  # among the choices of the same input
+        cancellation: Cancellation,
+    ) -> Iterator[Events]:
+        seeded = with_seed(prediction_input, offset)
+        with self.start_prediction(seeded, cancellation) as events:
+            if self.toolbox or self.format:
+                events = self.with_retry(events, offset, cancellation)
+            if self.body.get("echo"):
+                events = echo(events, prediction_input.prompt)
+            yield events
+
+    @contextmanager
+    def start_prediction(
+        self, prediction_input: PredictionInput, cancellation: Cancellation
+    ) -> Iterator[Events]:
+        """Create a prediction; after, it is over or cancelled."""
+        prediction = self.proxy.upstream.create(
+            prediction_input,
+            cancellation,
+            self.request.log,
+            wait=not self.body["stream"],
+        )
+        try:
+            yield self.shape(prediction.events(), prediction_input)
+        finally:
+            prediction.cancel()
+
+    def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
+        """What the client asked for and the model can't do, step by step.
+
+        Reasoning comes before all else; a model's own limit is a length of its text;
+        stop strings are looked for in what the client reads, not in tags, fences or
+        calls; and what was sent in the end is counted."""
+        if "messages" in self.body:
+            model = prediction_input.model.owner_and_name
+            events = split_reasoning(events, bool(THINKERS.fullmatch(model)))
+        if prediction_input.cut:
+            events = cut_after(events, prediction_input.cut)
+        if self.toolbox:
+            events = extract_tool_calls(events, self.toolbox, self.body["stream"])
+        if self.format:
+            events = extract_json(events, self.format)
+        if stops := list(filter(None, self.body["stop"])):
+            events = stop_at(events, stops)
+        return with_usage(events, prediction_input.prompt, self.request.log.usages)
+
+    def with_retry(
+        self, events: Events, offset: int, cancellation: Cancellation
+    ) -> Events:
+        """Hold an answer for as long as another may have to take its place.
+
+        Not held is what is streamed: text where no call has to be made, and what
+        follows the first call. A second try that fails leaves the first answer,
+        which is paid for.
+        """
+        must_call = bool(self.toolbox and self.toolbox.must_call)
+        is_sent = self.body["stream"] and not must_call
+        seen: list[Event] = []
+        sent = 0
+        for event in events:
+            seen.append(event)
+            is_sent = is_sent or (self.body["stream"] and isinstance(event, ToolCall))
+            if is_sent:
+                yield from seen[sent:]
+                sent = len(seen)
+        answer, usage = fold(seen)
+        why = self.complaint(answer)
+        if why and not sent and self.build_retry and answer.finish_reason != "length":
+            log.warning("event=retry why=%s", quoted(why))
+            try:
+                again = self.build_retry(self.render(answer), self.instruction(why))
+                again = with_seed(again, offset)
+                with self.start_prediction(again, cancellation) as others:
+                    second = list(others)
+            except APIError as error:
+                cancellation.check()
+                log.warning("event=retry_failed why=%s", quoted(error))
+            else:
+                better, more = fold(second)
+                if better.calls or not self.has_good_call(answer):
+                    seen, answer, why = second, better, self.complaint(better)
+                seen[-1] = Done(answer.finish_reason, sum_usage([usage, more]))
+        if why:
+            log.warning("event=misfit why=%s", quoted(why))
+        yield from seen[sent:]
+
+    def render(self, answer: Choice) -> str:
+        """An answer as the model could have written it."""
+        message = {"role": "assistant", "content": answer.text}
+        rendered = render_calls({**message, "tool_calls": [*answer.calls]})
+        return text_of(rendered["content"])
+
+    def instruction(self, why: str) -> str:
+        if self.toolbox:
+            return retry_call_instructions(self.toolbox, why)
+        assert self.format
+        return retry_json_instructions(self.format, why)
+
+    def complaint(self, answer: Choice) -> str:
+        """What is wrong with an answer, in a sentence; "" if it is as asked for."""
+        if self.toolbox:
+            if self.toolbox.must_call and not answer.calls:
+                return "no tool was called."
+            for call in answer.calls:
+                if why := self.call_error(call):
+                    return why
+        if self.format and not answer.calls:
+            return parsed_or_why(answer.text, self.format)[1]
+        return ""
+
+    def call_error(self, call: Json) -> str:
+        assert self.toolbox
+        function = call["function"]
+        return tool_call_error(function["name"], function["arguments"], self.toolbox)
+
+    def has_good_call(self, answer: Choice) -> bool:
+        return any(not self.call_error(call) for call in answer.calls)
 
 
 # -- Endpoints -----------------------------------------------------------------
 #
 # One function per OpenAI operation, under OpenAI's name for it, and one row per
-# path. To add one: a row in ENDPOINTS, and its function. `answer` has no socket
-# in it.
+# path. To add one: a row in ENDPOINTS, and its function. No socket is in it.
 
 
-def check_health(proxy: Proxy, call: Call) -> Reply:
-    return Reply({"status": "ok", "version": __version__})
+def check_health(proxy: Proxy, request: Request) -> Response:
+    return Response({"status": "ok", "version": __version__})
 
 
-def list_models(proxy: Proxy, call: Call) -> Reply:
-    catalogue = proxy.models.current()
-    rows = [model_object(*row, catalogue.created) for row in catalogue.mappings.items()]
-    return Reply({"object": "list", "data": rows})
+def list_models(proxy: Proxy, request: Request) -> Response:
+    models = proxy.models.current()
+    rows = [model_object(*row, models.created) for row in models.mappings.items()]
+    return Response({"object": "list", "data": rows})
 
 
-def retrieve_model(proxy: Proxy, call: Call, id: str) -> Reply:
-    catalogue = proxy.models.current()
+def retrieve_model(proxy: Proxy, request: Request, id: str) -> Response:
+    models = proxy.models.current()
     try:
-        model = find_model(replace(catalogue, default_model=None), id)
+        model = find_model(replace(models, default_model=None), id)
     except APIError as error:
         error.param = "model"
         raise
-    return Reply(model_object(id, model.ref, catalogue.created))
+    return Response(model_object(id, model.ref, models.created))
 
 
-def create_chat_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
-    body = check_body(call, CHAT, model_id)
-    messages = [given_back(message) for message in body["messages"]]
-    body["messages"] = check_parts(messages)
-    check_history(body["messages"])
-    model = find_model(proxy.models.current(), body["model"])
-    attached = attachments(body["messages"])
-    kinds_sent = {kind for kind, _ in attached}
-    family = family_for(model, body, kinds_sent, proxy.upstream.schemas)
-    check_places(attached, model, family)
+def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
+    body = parse_body(request, CHAT, model)
+    body["messages"] = parse_messages(body["messages"])
+    chosen = find_model(proxy.models.current(), body["model"])
+    kinds = {kind for kind, _ in attachments(body["messages"])}
+    family = family_for(chosen, body, kinds, proxy.upstream.schemas)
     wanted = Wanted(parse_toolbox(body), parse_response_format(body))
-    body = asked_for(body, family, wanted)
-    orders = [build_chat_input(variant, model, family) for variant in variants(body)]
-    return tell(proxy, call, body, orders, CHAT_FORM, wanted)
+    body = with_wanted(body, family, wanted)
+    generation = Generation(
+        proxy,
+        request,
+        body,
+        [build_chat_input(body, chosen, family)],
+        *wanted,
+        partial(build_retry_input, body, chosen, family),
+    )
+    return generation.respond("chatcmpl-", chat_completion, chat_stream)
 
 
-def create_completion(proxy: Proxy, call: Call, model_id: str = "") -> Reply:
-    body = check_body(call, COMPLETION, model_id)
+def create_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
+    body = parse_body(request, COMPLETION, model)
     check_count(len(body["prompt"]) * body["n"])
-    model = find_model(proxy.models.current(), body["model"])
-    family = family_for(model, body, set(), proxy.upstream.schemas)
-    orders = [
-        build_completion_input(variant, model, family, prompt)
+    chosen = find_model(proxy.models.current(), body["model"])
+    family = family_for(chosen, body, set(), proxy.upstream.schemas)
+    inputs = [
+        build_completion_input(body, chosen, family, prompt)
         for prompt in body["prompt"]
-        for variant in variants(body)
     ]
-    return tell(proxy, call, body, orders, TEXT_FORM)
+    generation = Generation(proxy, request, body, inputs)
+    return generation.respond("cmpl-", text_completion, text_stream)
 
 
 def check_count(predictions: int) -> None:
@@ -6497,21 +6104,13 @@ def check_count(predictions: int) -> None:
     require(few, message, code="array_above_max_length", param="prompt")
 
 
-def variants(body: Json) -> list[Json]:
-    """The body of each of n choices, which must not all have the same seed."""
-    if body["seed"] is None:
-        return [body] * body["n"]
-    seeds = (wrap(body["seed"] + i, *INT64) for i in range(body["n"]))
-    return [{**body, "seed": seed} for seed in seeds]
-
-
-def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
-    kind = call.headers.get("content-type", "application/json")
-    body = parse_json_body(call.read(), kind)
-    if model_id:
-        body["model"] = model_id
+def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
+    content_type = request.headers.get("content-type", "application/json")
+    body = parse_json_body(request.body, content_type)
+    if model:
+        body["model"] = model
     require(body.get("model"), "you must provide a model parameter")
-    call.notes["model"] = str(body["model"])
+    request.log.model = str(body["model"])
     checked = check(body, params)
     only_streamed = (
         "The 'stream_options' parameter is only allowed when 'stream' is enabled."
@@ -6524,17 +6123,19 @@ def check_body(call: Call, params: Mapping[str, Param], model_id: str) -> Json:
 class Endpoint(NamedTuple):
     method: str
     path: str  # without the /v1 that all of them may have; * is an id
-    operation: Callable[..., Reply]
-    is_open: Callable[[Call], bool] = lambda call: False
+    operation: Callable[..., Response]
+    is_open: Callable[[Mapping[str, str]], bool] = lambda headers: (
+        False
+    )  # without a key
 
 
-def always(call: Call) -> bool:
+def always(headers: Mapping[str, str]) -> bool:
     return True
 
 
-def without_key(call: Call) -> bool:
+def without_key(headers: Mapping[str, str]) -> bool:
     """Without any key, but not with a wrong one: programs check theirs like this."""
-    return given_key(call) is None
+    return given_key(headers) is None
 
 
 ENDPOINTS = [
@@ -6548,14 +6149,22 @@ ENDPOINTS = [
 ]
 
 
-def answer(proxy: Proxy, call: Call) -> Reply:
-    """Raise APIError where the client is at fault, or Replicate, or time."""
-    if call.method == "OPTIONS":
-        return Reply(None, 204, preflight(call))
-    endpoint, ids = find_endpoint(call.method, call.path)
-    if not endpoint.is_open(call):
-        authorize(call, proxy.settings.api_keys)
-    return endpoint.operation(proxy, call, *ids)
+def find_operation(
+    proxy: Proxy, method: str, path: str, headers: Mapping[str, str]
+) -> Callable[[Proxy, Request], Response]:
+    """Find who answers a request. Raise APIError: 404, 405, or 401 for its key."""
+    if method == "OPTIONS":
+        return answer_preflight
+    endpoint, ids = find_endpoint(method, path)
+    if not endpoint.is_open(headers):
+        authorize(headers, proxy.settings.api_keys)
+    return lambda proxy, request: endpoint.operation(proxy, request, *ids)
+
+
+def dispatch(proxy: Proxy, request: Request) -> Response:
+    """Answer a request that came by other ways than a socket."""
+    operation = find_operation(proxy, request.method, request.path, request.headers)
+    return operation(proxy, request)
 
 
 @lru_cache(16)  # programs use few, and anyone may send long ones
@@ -6584,33 +6193,35 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     )
 
 
-def authorize(call: Call, keys: Iterable[str]) -> None:
-    given = given_key(call)
-    if given is None:
-        raise APIError(401, NO_KEY)
-    right = [compare_digest(given.encode(), key.encode()) for key in keys]
-    if not any(right):
-        message = (
-            "Incorrect API key provided. It has to be one of the proxy's own keys, "
-        )
-        raise APIError(401, message + WHOSE_KEY, code="invalid_api_key")
-
-
 WHOSE_KEY = (
     "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
 )
 
-NO_KEY = (
-    "You didn't provide an API key. You need to provide it in an Authorization header "
-    f"using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are {WHOSE_KEY}"
-)
+
+def authorize(headers: Mapping[str, str], keys: Iterable[str]) -> None:
+    given = given_key(headers)
+    if given is None:
+        raise APIError(
+            401,
+            "You didn't provide an API key. You need to provide it in an Authorization "
+            "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
+            f"{WHOSE_KEY}",
+        )
+    matches = [compare_digest(given.encode(), key.encode()) for key in keys]
+    if not any(matches):
+        raise APIError(
+            401,
+            "Incorrect API key provided. It has to be one of the proxy's own keys, "
+            f"{WHOSE_KEY}",
+            code="invalid_api_key",
+        )
 
 
-def given_key(call: Call) -> str | None:
-    scheme, _, key = call.headers.get("authorization", "").strip().partition(" ")
+def given_key(headers: Mapping[str, str]) -> str | None:
+    scheme, _, key = headers.get("authorization", "").strip().partition(" ")
     if scheme:
         return key.strip() if scheme.lower() == "bearer" else ""
-    return call.headers.get("api-key")
+    return headers.get("api-key")
 
 
 CORS = {
@@ -6620,25 +6231,36 @@ CORS = {
 }
 
 
-def preflight(call: Call) -> dict[str, str]:
-    asked = call.headers.get("access-control-request-headers", "")
-    return {
+def answer_preflight(proxy: Proxy, request: Request) -> Response:
+    """Let pages of any origin in: a key is needed all the same."""
+    asked = request.headers.get("access-control-request-headers", "")
+    allow = {
         "access-control-allow-methods": "GET, POST, DELETE, OPTIONS",
         "access-control-allow-headers": asked or "authorization, content-type",
         "access-control-max-age": "86400",
         "vary": "access-control-request-headers",
     }
+    return Response(None, 204, allow)
 
 
 # -- HTTP ----------------------------------------------------------------------
 #
-# Requests as they come over a socket: no bare line feeds, no folded lines and no
-# two lengths, which http.server takes, and behind which one could hide another.
+# Requests as they come over a socket. http.server takes bare line feeds, folded
+# lines and two lengths, behind which one request could hide another: here, what
+# can be read in two ways is refused.
 
 
-SMALL = 65536  # a body that is rather read and forgotten than the connection closed
+SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the connection
 
-REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) HTTP/1\.([01])")
+REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
+
+ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
+
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(;[ -~]*)?\r\n")
+
+
+def bad_request(message: str, status: int = 400) -> APIError:
+    return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
 
 
 class DeadlineReader(io.RawIOBase):
@@ -6647,7 +6269,6 @@ class DeadlineReader(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.deadline = 0.0
-        self.is_idle = True  # between two calls
 
     def within(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
@@ -6666,34 +6287,21 @@ class DeadlineReader(io.RawIOBase):
         except OSError as error:
             raise ClientDisconnected from error
 
-
-ORIGIN = re.compile(r"\A\w+://[^/?]*")
-
-
-class Request(NamedTuple):
-    method: str
-    target: str
-    minor: int  # of HTTP/1.x
-    headers: dict[str, str]
-    length: int | None = None  # of the body
-
-    @property
-    def keeps_alive(self) -> bool:
-        asked = self.headers.get("connection", "").lower()
-        return self.minor == 1 and "close" not in asked
-
-    @property
-    def path(self) -> str:
-        """Of a target in any of its forms, without the query."""
-        return ORIGIN.sub("", self.target, 1).partition("?")[0]
+    def linger(self, seconds: float) -> None:
+        """Read what the client still sends; closing now would lose our response."""
+        with suppress(OSError, APIError, ClientDisconnected):
+            self.sock.shutdown(socket.SHUT_WR)
+            self.within(seconds)
+            while self.readinto(bytearray(SMALL_BODY)):
+                pass
 
 
-def bad_request(message: str, status: int = 400) -> APIError:
-    return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
+def path_of(target: str) -> str:
+    return ORIGIN.sub("", target, count=1).partition("?")[0]
 
 
-def read_head(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
-    """Read the lines up to the empty one."""
+def read_head_lines(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
+    """Read the lines up to the empty one; empty lines before the first are skipped."""
     lines: list[bytes] = []
     left = MAX_HEAD
     while line := stream.readline(left + 1):
@@ -6709,47 +6317,51 @@ def read_head(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
     raise bad_request("its head has no end")
 
 
-def parse_head(lines: Sequence[bytes]) -> Request:
-    first = REQUEST_LINE.fullmatch(lines[0])
-    if not first:
-        raise bad_request("the request line is not METHOD target HTTP/1.1")
-    method, target = first[1].decode("ascii"), first[2].decode("latin-1")
-    try:
-        headers = read_headers(lines[1:])
-        return Request(method, target, int(first[3]), headers, read_length(headers))
-    except BadHead as error:
-        raise bad_request(str(error)) from None
-
-
-class Body:
-    """The body of a request, which is read when somebody wants it."""
+class RequestBody:
+    """The body of a request. Raise APIError if its length is said in two ways."""
 
     def __init__(
-        self, request: Request, stream: io.BufferedReader[DeadlineReader], limit: int
+        self,
+        stream: io.BufferedReader[DeadlineReader],
+        headers: Mapping[str, str],
+        version: str,
     ) -> None:
         self.stream = stream
-        self.limit = limit
-        self.is_chunked = is_chunked(request)
-        self.length = request.length
+        self.length = read_length(headers)
+        coding = headers.get("transfer-encoding")
+        if coding and (self.length is not None or version == "HTTP/1.0"):
+            raise bad_request(
+                "its length is told in two ways, or in one it may not use"
+            )
+        if coding and coding.lower() != "chunked":
+            raise bad_request("its Transfer-Encoding is not just chunked", 501)
+        self.is_chunked = coding is not None
         self.is_read = not self.is_chunked and not self.length
-        self.is_begun = False
-        self.is_awaited = request.headers.get("expect", "").lower() == "100-continue"
+        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
+        is_small = self.length is not None and self.length <= SMALL_BODY
+        self.is_skippable = is_small and not self.awaits_continue
 
-    def check(self) -> None:
+    def check(self, limit: int) -> None:
         """Refuse it by the length it is said to have, before it is asked for."""
         if self.length is None and not self.is_chunked:
             raise bad_request("a body needs a Content-Length", 411)
-        if self.length and self.length > self.limit:
-            raise self.too_large(self.length)
+        check_body_size(self.length or 0, limit)
 
-    def read(self) -> bytes:
-        self.is_begun = True
+    def read(self, limit: int) -> bytes:
+        self.is_skippable = False
         if self.is_chunked:
-            body = b"".join(self.read_chunks())
+            body = b"".join(self.read_chunks(limit))
         else:
             body = self.read_exactly(self.length or 0)
         self.is_read = True
         return body
+
+    def skip(self) -> bool:
+        """Read a small body that nobody wanted; True if another request can follow."""
+        if self.is_skippable and not self.is_read:
+            with suppress(APIError, ClientDisconnected):
+                self.read(SMALL_BODY)
+        return self.is_read
 
     def read_exactly(self, length: int) -> bytes:
         data = self.stream.read(length)
@@ -6757,74 +6369,35 @@ class Body:
             raise bad_request("its body stops early")
         return data
 
-    def read_chunks(self) -> Iterator[bytes]:
+    def read_chunks(self, limit: int) -> Iterator[bytes]:
         total = 0
-        while size := self.read_size():
+        while size := self.read_chunk_size():
             total += size
-            if total > self.limit:
-                raise self.too_large(total)
+            check_body_size(total, limit)
             yield self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise bad_request("a chunk is longer than it says")
-        read_trailers(self.stream)
+        left = MAX_HEAD
+        while (line := self.stream.readline(left)) != b"\r\n":
+            left -= len(line)
+            if not line.endswith(b"\r\n") or left <= 0:
+                raise bad_request("its trailers have no end")
 
-    def read_size(self) -> int:
-        match = re.fullmatch(
-            rb"([0-9A-Fa-f]{1,8})(;[ -~]*)?\r\n", self.stream.readline(1024)
-        )
+    def read_chunk_size(self) -> int:
+        match = CHUNK_SIZE.fullmatch(self.stream.readline(1024))
         if not match:
             raise bad_request("a chunk has no size")
         return int(match[1], 16)
 
-    def too_large(self, size: int) -> APIError:
-        message = f"Maximum content size limit ({self.limit}) exceeded ({size} bytes)."
-        return APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
-    @property
-    def is_passable(self) -> bool:
-        """Whether another call can follow: nothing is unread, or little."""
-        is_little = self.length is not None and self.length <= SMALL
-        return self.is_read or (is_little and not self.is_awaited and not self.is_begun)
-
-    def forget(self) -> bool:
-        """Read what nobody wanted if it is little; else the connection must close."""
-        if self.is_passable and not self.is_read:
-            with suppress(APIError, ClientDisconnected):
-                self.read()
-        return self.is_read
+def check_body_size(size: int, limit: int) -> None:
+    if size > limit:
+        message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
+        raise APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
-def linger(reading: DeadlineReader, seconds: float) -> None:
-    """Take in for a moment what is still being sent: a reset would undo our reply."""
-    with suppress(OSError, APIError, ClientDisconnected):
-        reading.sock.shutdown(socket.SHUT_WR)
-        reading.within(seconds)
-        while reading.readinto(bytearray(SMALL)):
-            pass
-
-
-def read_trailers(stream: io.BufferedReader[DeadlineReader]) -> None:
-    left = MAX_HEAD
-    while (line := stream.readline(left)) != b"\r\n":
-        left -= len(line)
-        if not line.endswith(b"\r\n") or left <= 0:
-            raise bad_request("its trailers have no end")
-
-
-def is_chunked(request: Request) -> bool:
-    """Of two ways to tell a body's length, which could differ, neither is taken."""
-    coding = request.headers.get("transfer-encoding")
-    if coding is None:
-        return False
-    if request.length is not None or request.minor == 0:
-        raise bad_request("its length is told in two ways, or in one it may not use")
-    if coding.lower() != "chunked":
-        raise bad_request("its Transfer-Encoding is not just chunked", 501)
-    return True
-
-
-def reply_head(status: int, headers: Mapping[str, str]) -> bytes:
-    """A header can't carry all that a client may call a model: the rest becomes ?."""
+def response_head(status: int, headers: Mapping[str, str]) -> bytes:
+    """Headers without a value are left out, and what no header can carry becomes ?."""
     first = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
     lines = [f"{name}: {value}" for name, value in headers.items() if value]
     text = "".join(lines)
@@ -6833,9 +6406,30 @@ def reply_head(status: int, headers: Mapping[str, str]) -> bytes:
     return "\r\n".join([first, *lines, "", ""]).encode()
 
 
-@lru_cache(1)  # thousands of replies share a second
-def http_date(now: int) -> str:
-    return formatdate(now, usegmt=True)
+# -- Server --------------------------------------------------------------------
+#
+# A thread per connection, as http.server has them, and one more that watches all
+# clients: threads that follow predictions may simply block, since a client that
+# hangs up has its request cancelled, and a stream that is silent is kept alive.
+
+
+spaced_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def encode_readable_json(body: Json) -> bytes:
+    """Put each key, and each item of a list, on a line of its own.
+
+    json's `indent` would do more of it, by an encoder that is not in C.
+    """
+
+    def encode(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return spaced_json(value)
+        return "[\n    " + ",\n    ".join(map(spaced_json, value)) + "\n  ]"
+
+    lines = [f'"{name}": {encode(value)}' for name, value in body.items()]
+    text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
+    return text.encode("utf-8", "replace")
 
 
 STREAM_HEADERS = {
@@ -6844,144 +6438,87 @@ STREAM_HEADERS = {
     "x-accel-buffering": "no",  # or nginx would hold the tokens back
 }
 
-STREAM_CHUNKED = {**STREAM_HEADERS, "transfer-encoding": "chunked"}
-
-
-# -- Server --------------------------------------------------------------------
-#
-# One thread looks after the calls in cancellation, so that the threads which follow
-# predictions may simply block: it notices who hangs up, and breaks silences.
-# ConnectionPool as http.server has them, a thread each; but they begin without waiting
-# for one another, and are counted from when they are accepted, so that a server that
-# closes knows when it has served all.
-# What http.server says by itself is HTML, its head and body sent apart: not used.
-
-
-DONE_FRAME = b"data: [DONE]\n\n"
-
 KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
 
 
 class EventStreamWriter:
-    """A streamed reply on the wire: its call writes it, the watcher keeps it alive.
+    """Writes a stream to a client: frames by its request, signs of life by the watcher.
 
-    Its status line waits until there is something to tell, but not for ever.
+    The status line waits for the first frame, so that a failure before it can have a
+    status of its own, but no longer than `Timeouts.hold`.
     """
 
     def __init__(
-        self, sock: socket.socket, head: Callable[[], bytes], chunked: bool
+        self, sock: socket.socket, head: Callable[[], bytes], is_chunked: bool
     ) -> None:
         self.sock = sock
         self.head = head
-        self.chunked = chunked
+        self.is_chunked = is_chunked
         self.lock = threading.Lock()
-        self.held = b""  # what is to go before anything else
-        self.is_open = False
-        self.is_over = False
-        self.last = time.monotonic()
+        self.unsent = b""  # the rest of a sign of life
+        self.is_open = False  # the status line is sent
+        self.is_watched = True
+        self.last_write = time.monotonic()
 
-    def tell(self, frames: Frames) -> APIError | None:
-        """Write frames as they come; give the failure that broke them off.
-
-        As long as there is no status line, it is raised: it has its own.
-        """
-        try:
-            self.hold(next(frames))
-            for data in frames:
-                if data:
-                    self.write(data)
-        except ClientDisconnected:
-            raise
-        except Exception as error:
-            if self.close():
-                raise
-            return as_api_error(error)
-        return None
-
-    def hold(self, data: bytes) -> None:
-        """Say this with what comes next."""
+    def write(self, data: bytes) -> None:
+        """Send a batch at once. Raise ClientDisconnected for one who does not read."""
         with self.lock:
-            self.held += self.piece(data)
-
-    def write(self, data: bytes, end: bytes = b"") -> None:
-        """Raise ClientDisconnected if the client has left, or does not read."""
-        with self.lock:
-            self.is_over = bool(end)
             try:
-                self.sock.sendall(self.take(data) + end)
+                self.sock.sendall(self.take(data))
             except OSError as error:
                 raise ClientDisconnected from error
 
-    def end(self, data: bytes) -> None:
-        self.write(data, b"0\r\n\r\n" if self.chunked else b"")
-
     def take(self, data: bytes) -> bytes:
-        """What is due on the wire now, up to this."""
-        head = b"" if self.is_open else self.head()
-        due = head + self.held + self.piece(data)
-        self.is_open, self.held, self.last = True, b"", time.monotonic()
+        """What is due on the wire up to and with this."""
+        if self.is_chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        due = self.unsent + data if self.is_open else self.head() + data
+        self.is_open, self.unsent, self.last_write = True, b"", time.monotonic()
         return due
 
-    def piece(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked and data else data
+    def end(self) -> None:
+        """End the response. Whoever has left by now has read all of it."""
+        if self.is_chunked:
+            with self.lock, suppress(OSError):
+                self.sock.sendall(self.unsent + b"0\r\n\r\n")
 
-    def close(self) -> bool:
-        """Leave the socket alone from now on; True if no status line went out."""
-        with self.lock:
-            self.is_over = True
-            return not self.is_open
-
-    def break_silence(self, timeouts: Timeouts) -> None:
+    def keep_alive(self, timeouts: Timeouts) -> None:
         """Send a sign of life if it is time, and no more of it than goes at once."""
         limit = timeouts.keep_alive if self.is_open else timeouts.hold
-        if time.monotonic() - self.last < limit:
+        if time.monotonic() - self.last_write < limit:
             return
-        if self.lock.acquire(blocking=False):  # else its call is writing
-            try:
-                if not self.is_over:
-                    due = self.take(KEEP_ALIVE)
-                    self.held = due[send_at_once(self.sock, due) :]
-            finally:
-                self.lock.release()
+        if not self.lock.acquire(blocking=False):  # its request is writing
+            return
+        try:
+            if self.is_watched:
+                self.unsent = self.take(KEEP_ALIVE)
+                sent = self.sock.send(self.unsent, DONT_WAIT)
+                self.unsent = self.unsent[sent:]
+        except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
+            pass
+        finally:
+            self.lock.release()
 
 
-def send_at_once(sock: socket.socket, data: bytes) -> int:
-    limit = sock.gettimeout()
-    sock.settimeout(0)
-    try:
-        return sock.send(data)
-    except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
-        return 0
-    finally:
-        sock.settimeout(limit)
-
-
-class Watch:
-    """One client, for as long as its call lasts.
-
-    Each has a lock of its own. What is done under it are system calls, after which a
-    thread waits for its turn again: if all shared one lock, all would wait for that.
-    """
-
-    def __init__(self, sock: socket.socket, cancellation: Cancellation) -> None:
-        self.sock = sock
-        self.cancellation = cancellation
-        self.lock = threading.Lock()
-        self.is_registered = True  # with the selector, until something comes
+# To register with poll is no system call, unlike epoll; Windows has only select.
+Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
 class Watcher(threading.Thread):
-    """Stops the flights of clients that hang up, and breaks the silence of others."""
+    """Cancels the requests of clients that hang up, and keeps silent streams alive."""
 
     def __init__(self, timeouts: Timeouts) -> None:
         super().__init__(name="watcher", daemon=True)
         self.timeouts = timeouts
-        self.selector = selectors.DefaultSelector()
+        self.clients: dict[Cancellation, socket.socket] = {}
         self.writers: set[EventStreamWriter] = set()
-        self.early: set[Watch] = set()  # what came is the next call
         self.is_stopped = False
-        self.bell, self.ear = socket.socketpair()  # ends a wait; and some need one
-        self.selector.register(self.ear, selectors.EVENT_READ)
+
+    def watch(self, cancellation: Cancellation, client: socket.socket) -> None:
+        self.clients[cancellation] = client
+
+    def forget(self, cancellation: Cancellation) -> None:
+        self.clients.pop(cancellation, None)
 
     @contextmanager
     def kept_alive(self, writer: EventStreamWriter) -> Iterator[None]:
@@ -6990,93 +6527,284 @@ class Watcher(threading.Thread):
             yield
         finally:
             self.writers.discard(writer)
-            writer.close()
+            with writer.lock:  # a look at it may be under way
+                writer.is_watched = False
 
     def run(self) -> None:
         while not self.is_stopped:
             try:
-                self.go_round()
-            except Exception:  # all calls depend on this thread
+                self.look_for_hang_ups()
+                for writer in list(self.writers):
+                    writer.keep_alive(self.timeouts)
+            except Exception:  # all requests depend on this thread
                 log.exception("the watcher failed")
                 time.sleep(self.timeouts.tick)
 
-    def go_round(self) -> None:
-        for key, _ in self.selector.select(self.timeouts.tick):
-            if key.data:
-                self.look(key.data)
-        for watch in list(self.early):
-            self.look_behind(watch)
-        for writer in list(self.writers):
-            writer.break_silence(self.timeouts)
-
-    def watch(self, sock: socket.socket, cancellation: Cancellation) -> Watch:
-        watch = Watch(sock, cancellation)
-        with suppress(OSError, ValueError):
-            self.selector.register(sock, selectors.EVENT_READ, watch)
-        return watch
-
-    def forget(self, watch: Watch) -> None:
-        """Best before the last word to a client, whose next call would wake us."""
-        with watch.lock:
-            self.drop(watch)
-            self.early.discard(watch)
-
-    def drop(self, watch: Watch) -> None:
-        if watch.is_registered:
-            watch.is_registered = False
-            with suppress(OSError, ValueError, KeyError):
-                self.selector.unregister(watch.sock)
-
-    def look(self, watch: Watch) -> None:
-        """See why it can be read, if it still can: its end, or a call too early."""
-        with watch.lock:
-            came = peek(watch.sock) if watch.is_registered else None
-            if came is None:
+    def look_for_hang_ups(self) -> None:
+        """Wait for a tick, or until a client sends something or its connection ends."""
+        with Selector() as selector:
+            for cancellation, client in self.clients.copy().items():
+                with suppress(OSError, ValueError, KeyError):  # it was closed just now
+                    selector.register(client, selectors.EVENT_READ, cancellation)
+            if not selector.get_map():
+                time.sleep(self.timeouts.tick)
                 return
-            self.drop(watch)
-            if came:
-                self.early.add(watch)
-            else:
-                watch.cancellation.cancel(ClientDisconnected())
-
-    def look_behind(self, watch: Watch) -> None:
-        with watch.lock:
-            if watch in self.early and has_left(watch.sock):
-                self.early.discard(watch)
-                watch.cancellation.cancel(ClientDisconnected())
+            for key, _ in selector.select(self.timeouts.tick):
+                # What a client sends now is its next request: from then on a hang-up
+                # can't be seen, and its request is no longer watched.
+                self.forget(key.data)
+                if not peek(cast(socket.socket, key.fileobj)):
+                    key.data.cancel(ClientDisconnected())
 
     def stop(self) -> None:
         self.is_stopped = True
-        self.bell.send(b"!")
         self.join()
-        for end in (self.bell, self.ear, self.selector):
-            end.close()
 
 
-def has_left(sock: socket.socket) -> bool:
-    """Whether the other side has closed, though there is more to read: Linux tells."""
-    closed = getattr(select, "POLLRDHUP", 0)
-    if not closed:
-        return False
-    poll = select.poll()
-    poll.register(sock, closed)
-    return bool(poll.poll(0))
+BACKLOG = 1024  # of 200 clients at once, 5 left 100 without an answer
+
+TOO_MANY = "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
+
+STOPPING = "is being stopped"
 
 
-class CountingServer(ThreadingHTTPServer):
-    request_queue_size = 1024  # of 200 callers at once, 5 left 100 without an answer
-    allow_reuse_port = False  # some Pythons would share a port that is in use
+def overloaded(why: str) -> APIError:
+    message = f"The proxy {why}. Try again in a moment."
+    return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A connection: its requests, one after another."""
+
+    disable_nagle_algorithm = True  # or a request on a kept connection takes 44 ms
+    server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.connection.setblocking(True)  # a Mac's is as the one that listens
+        limit = self.server.proxy.settings.write_timeout
+        block(self.connection, socket.SO_SNDTIMEO, limit)
+        self.reader = DeadlineReader(self.connection)
+        self.rfile = self.stream = io.BufferedReader(self.reader)
+
+    def handle_one_request(self) -> None:
+        """Serve a request, from its first byte to its line in the log."""
+        self.close_connection = True
+        if not self.await_request():
+            return
+        self.began = time.monotonic()
+        self.id = f"req_{secrets.token_hex(16)}"
+        self.command = "-"
+        self.api_request = Request("-", "-", {})
+        self.body: RequestBody | None = None
+        self.status = 0  # once it is sent
+        try:
+            self.parse_request()
+            getattr(self, f"do_{self.command}", self.do_GET)()
+        except ClientDisconnected:
+            self.close_connection = True
+            self.api_request.log.error = "client_gone"
+        except Exception as error:
+            with suppress(ClientDisconnected):
+                self.send_failure(as_api_error(error))
+        finally:
+            self.log_line()
+            self.server.dismiss(self.api_request)
+        if self.body and not self.close_connection:
+            self.close_connection = not self.body.skip()
+        elif not self.body or not self.body.is_read:
+            self.reader.linger(self.server.timeouts.linger)
+
+    def await_request(self) -> bool:
+        """Wait for its first byte; from then on, the client has to hurry."""
+        server, timeouts = self.server, self.server.timeouts
+        self.reader.within(timeouts.drain if server.is_stopping else timeouts.idle)
+        server.idle.add(self.connection)
+        try:
+            has_come = bool(self.stream.peek(1))
+        except (APIError, ClientDisconnected):
+            has_come = False
+        server.idle.discard(self.connection)
+        self.reader.within(timeouts.head)
+        return has_come
+
+    def parse_request(self) -> bool:
+        """Read the head. Raise APIError for one that could be read in two ways."""
+        first, *lines = read_head_lines(self.stream)
+        if not (match := REQUEST_LINE.fullmatch(first)):
+            raise bad_request("the request line is not METHOD target HTTP/1.1")
+        method, target, version = (part.decode("latin-1") for part in match.groups())
+        try:
+            headers = read_headers(lines)
+            self.command, self.request_version = method, version
+            self.api_request = Request(method, path_of(target), headers)
+            self.body = RequestBody(self.stream, headers, version)
+        except BadHead as error:
+            raise bad_request(str(error)) from None
+        keeps = "close" not in headers.get("connection", "").lower()
+        self.close_connection = version == "HTTP/1.0" or not keeps
+        return True
+
+    def do_GET(self) -> None:
+        self.send(dispatch(self.server.proxy, self.api_request))
+
+    def do_POST(self) -> None:
+        """Read the body of one who may ask, if there is room; then watch the client."""
+        server, request, body = self.server, self.api_request, self.body
+        operation = find_operation(
+            server.proxy, request.method, request.path, request.headers
+        )
+        assert body
+        limit = server.proxy.settings.max_body_bytes
+        body.check(limit)
+        server.admit(request)
+        self.reader.within(server.timeouts.body)
+        if body.awaits_continue:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.body = body.read(limit)
+        server.watcher.watch(request.cancellation, self.connection)
+        self.send(operation(server.proxy, request))
+
+    def send(self, response: Response) -> None:
+        data, headers = response.body or b"", dict(response.headers)
+        if isinstance(data, EventStream):
+            self.send_stream(data, headers)
+            return
+        if isinstance(data, dict):
+            data = encode_readable_json(data)
+            headers.setdefault("content-type", "application/json")
+        if response.status != 204:
+            headers["content-length"] = str(len(data))
+        if not self.body or not (self.body.is_read or self.body.is_skippable):
+            self.close_connection = True
+        head = self.head(response.status, headers)
+        self.write(head if self.command == "HEAD" else head + data)
+
+    def send_failure(self, error: APIError) -> None:
+        self.api_request.log.error = error.code or error.status
+        self.send(Response(error.body, error.status, error.headers))
+
+    def send_stream(self, stream: EventStream, headers: Mapping[str, str]) -> None:
+        """Send frames as they come; a failure after the first is the last of them."""
+        is_chunked = self.request_version == "HTTP/1.1"
+        coding = {"transfer-encoding": "chunked"} if is_chunked else {}
+        head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
+        writer = EventStreamWriter(self.connection, head, is_chunked)
+        alive = self.server.watcher.kept_alive(writer)
+        try:
+            with alive:
+                stream.run(writer.write)
+        except ClientDisconnected:
+            raise
+        except Exception as error:
+            if not writer.is_open:
+                raise
+            failure = as_api_error(error)
+            self.api_request.log.error = failure.code or failure.status
+            writer.write(stream.error(failure))
+        writer.end()
+
+    def head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        """The head of a response, as it is sent now."""
+        self.status = status
+        self.close_connection = self.close_connection or self.server.is_stopping
+        request_log = self.api_request.log
+        all_headers = {
+            "date": self.date_time_string(),
+            **headers,
+            "x-request-id": self.id,
+            "openai-version": "2020-10-01",
+            "openai-processing-ms": str(self.elapsed_ms()),
+            "x-replicate-model": request_log.ref,
+            "x-replicate-prediction-id": ", ".join(request_log.predictions),
+            **CORS,
+            "connection": "close" if self.close_connection else "",
+        }
+        return response_head(status, all_headers)
+
+    def write(self, data: bytes) -> None:
+        try:
+            self.connection.sendall(data)
+        except OSError as error:
+            raise ClientDisconnected from error
+
+    def elapsed_ms(self) -> int:
+        return round((time.monotonic() - self.began) * 1000)
+
+    def log_line(self) -> None:
+        """One line per request: nothing of a key, a token or what was said."""
+        request, told = self.api_request, self.api_request.log
+        is_probe = request.path.endswith("/health") and self.status == 200
+        level = logging.DEBUG if is_probe else logging.INFO
+        if not log.isEnabledFor(level):
+            return
+        usage = sum_usage(told.usages) if told.usages else None
+        first = told.first_text_at
+        row = {
+            "method": request.method,
+            "path": request.path,
+            "status": self.status or 499,
+            "model": told.model,
+            "ref": told.ref,
+            "prediction": ",".join(told.predictions),
+            "tokens_in": usage and usage.prompt_tokens,
+            "tokens_out": usage and usage.completion_tokens,
+            "estimated": "yes" if usage and usage.is_estimate else None,
+            "first_token_ms": first and round((first - self.began) * 1000),
+            "ms": self.elapsed_ms(),
+            "error": told.error,
+            "request_id": self.id,
+        }
+        pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
+        log.log(level, "%s", " ".join(pairs))
+
+
+class Server(ThreadingHTTPServer):
+    """`serve_forever`, `shutdown`, `server_close`, and `url` once it is made."""
 
     def __init__(
-        self, address: tuple[str, int], handler: Callable[..., BaseRequestHandler]
+        self,
+        settings: Settings,
+        timeouts: Timeouts,
+        listener: socket.socket | None = None,
     ) -> None:
-        self.changed = threading.Condition()
-        self.connections: set[socket.socket] = set()
-        super().__init__(address, handler)
-
-    def server_activate(self) -> None:
-        super().server_activate()
+        settings.check()
+        models = ModelsFile(settings.models_path, FAMILIES)
+        address = (settings.host, settings.port)
+        super().__init__(address, Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener or listen(settings)
         self.socket.setblocking(False)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = settings.host, self.server_address[1]
+        self.url = base_url(self.socket, settings)
+        self.timeouts = timeouts
+        self.api = ReplicateAPI(settings, timeouts)
+        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
+        self.changed = threading.Condition()  # of the sets below
+        self.connections: set[socket.socket] = set()  # from when they are accepted
+        self.idle: set[socket.socket] = set()  # those between two requests
+        self.requests: set[Request] = set()  # in flight
+        self.is_stopping = False  # no connection is kept …
+        self.is_over = False  # … and no request begun
+        self.watcher = Watcher(timeouts)
+        self.watcher.start()
+
+    def serve_forever(self, poll_interval: float = 0.1) -> None:
+        super().serve_forever(poll_interval)
+
+    def service_actions(self) -> None:
+        """One look for who has come is enough for all of them."""
+        self.accept_all()
+
+    def accept_all(self) -> None:
+        try:
+            for _ in range(BACKLOG):  # it holds no more at once
+                self.process_request(*self.get_request())
+        except BlockingIOError:  # that was all
+            pass
+        except OSError:  # no descriptor is left: another try at once would fail too
+            time.sleep(self.timeouts.tick)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread serve it; `Thread.start` would wait until that has begun.
@@ -7091,15 +6819,8 @@ class CountingServer(ThreadingHTTPServer):
             self.handle_error(request, client_address)
             self.shutdown_request(request)
 
-    def let_in(self) -> None:
-        """Take over all whom the system has let in."""
-        with suppress(OSError):
-            for _ in range(self.request_queue_size):  # it holds no more at once
-                self.process_request(*self.get_request())
-
-    def service_actions(self) -> None:
-        """One look for who has come is enough for all of them."""
-        self.let_in()
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection failed")
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
@@ -7107,289 +6828,42 @@ class CountingServer(ThreadingHTTPServer):
             self.connections.discard(request)
             self.changed.notify_all()
 
+    def admit(self, request: Request) -> None:
+        """Raise 503 if there is no room for it."""
+        with self.changed:
+            if self.is_over:
+                raise overloaded(STOPPING)
+            if len(self.requests) >= self.proxy.settings.max_concurrent_calls:
+                raise overloaded(TOO_MANY)
+            self.requests.add(request)
+
+    def dismiss(self, request: Request) -> None:
+        self.watcher.forget(request.cancellation)
+        with self.changed:
+            self.requests.discard(request)
+            self.changed.notify_all()
+
     def await_end_of(self, those: Collection[object], seconds: float) -> None:
         with self.changed:
             self.changed.wait_for(lambda: not those, seconds)
 
-
-def origin(host: str, port: int) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-TOO_MANY = "has as many calls in cancellation as it may (MAX_CONCURRENT_CALLS)"
-
-STOPPING = "is being stopped"
-
-
-def overloaded(why: str) -> APIError:
-    message = f"The proxy {why}. Try again in a moment."
-    return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
-
-
-class Exchange:
-    """One call on a connection, from its first line to its line in the log."""
-
-    def __init__(
-        self,
-        server: Server,
-        reading: DeadlineReader,
-        stream: io.BufferedReader[DeadlineReader],
-    ) -> None:
-        self.server = server
-        self.reading = reading
-        self.stream = stream
-        self.cancellation = Cancellation()
-        self.id = f"req_{secrets.token_hex(16)}"
-        self.write_timeout = server.proxy.settings.write_timeout
-        self.began = time.monotonic()
-        self.request = Request("-", "-", 0, {})
-        self.body: Body | None = None
-        self.watch: Watch | None = None
-        self.notes: Json = {"predictions": [], "usages": []}
-        self.status = 0  # once it is sent
-        self.keep = False  # the connection, for another call
-
-    def run(self) -> bool:
-        """Serve one call; say whether the connection can carry another."""
-        if not self.is_asked():
-            return False
-        try:
-            self.serve(parse_head(read_head(self.stream)))
-        except ClientDisconnected:
-            self.keep = False
-            self.notes["error"] = "client_gone"
-        except Exception as error:
-            with suppress(ClientDisconnected):
-                self.send_error(as_api_error(error))
-        finally:
-            self.log()
-            self.server.dismiss(self)
-        return self.can_go_on()
-
-    def is_asked(self) -> bool:
-        """Wait for a call; from its first byte on, the client has to hurry."""
-        timeouts = self.server.timeouts
-        stopping = self.server.is_stopping
-        self.reading.within(timeouts.drain if stopping else timeouts.idle)
-        self.reading.is_idle = True
-        with suppress(APIError, ClientDisconnected):
-            if self.stream.peek(1):
-                self.began = time.monotonic()
-                self.reading.within(timeouts.head)
-                self.reading.is_idle = False
-                return True
-        return False
-
-    def serve(self, request: Request) -> None:
-        settings = self.server.proxy.settings
-        self.request = request
-        self.body = Body(request, self.stream, settings.max_body_bytes)
-        self.keep = request.keeps_alive
-        call = Call(
-            method=request.method,
-            path=request.path,
-            headers=request.headers,
-            read=self.read_body,
-            cancellation=self.cancellation,
-            notes=self.notes,
-        )
-        reply = answer(self.server.proxy, call)
-        if isinstance(reply.body, Generator):
-            self.send_frames(reply.body)
-        else:
-            self.send_object(reply.status, reply.body, reply.headers)
-
-    def read_body(self) -> bytes:
-        """Read it from one who may ask, if there is room; from then on, be watchful."""
-        assert self.body
-        self.body.check()
-        self.server.admit(self)
-        self.reading.within(self.server.timeouts.body)
-        if self.body.is_awaited:
-            self.body.is_awaited = False
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.body.read()
-        self.watch = self.server.watcher.watch(self.reading.sock, self.cancellation)
-        return body
-
-    def unwatch(self) -> None:
-        if self.watch:
-            self.server.watcher.forget(self.watch)
-
-    def send_object(
-        self, status: int, body: Json | None, headers: Mapping[str, str]
-    ) -> None:
-        self.keep = self.keep and self.body is not None and self.body.is_passable
-        data = b"" if body is None else encode_for_people(body)
-        kind = {"content-type": "application/json"} if data else {}
-        length = {"content-length": str(len(data))} if status != 204 else {}
-        head = self.head(status, {**kind, **length, **headers})
-        self.unwatch()
-        self.write(head if self.request.method == "HEAD" else head + data)
-
-    def send_error(self, error: APIError) -> None:
-        self.notes["error"] = error.code or error.status
-        if self.body is None or not self.body.is_passable:
-            self.keep = False
-        self.send_object(error.status, error.body, error.headers)
-
-    def send_frames(self, frames: Frames) -> None:
-        """Send server-sent events as they come, and a failure as the last of them."""
-        chunked = self.request.minor > 0
-        head = partial(self.head, 200, STREAM_CHUNKED if chunked else STREAM_HEADERS)
-        block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
-        writer = EventStreamWriter(self.reading.sock, head, chunked)
-        with closing(frames), self.server.watcher.kept_alive(writer):
-            failure = writer.tell(frames)
-            if failure:
-                self.notes["error"] = failure.code or failure.status
-            last = frame(failure.body) if failure else b""
-            self.unwatch()
-            writer.end(last + DONE_FRAME)
-
-    def head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        self.status = status
-        self.keep = self.keep and not self.server.is_stopping
-        told = {
-            "date": http_date(int(time.time())),
-            **headers,
-            "x-request-id": self.id,
-            "openai-version": "2020-10-01",
-            "openai-processing-ms": str(self.elapsed_ms()),
-            "x-replicate-model": self.notes.get("ref", ""),
-            "x-replicate-prediction-id": ", ".join(self.notes["predictions"]),
-            **CORS,
-            "connection": "" if self.keep else "close",
-        }
-        return reply_head(status, told)
-
-    def write(self, data: bytes) -> None:
-        try:
-            block(self.reading.sock, socket.SO_SNDTIMEO, self.write_timeout)
-            self.reading.sock.sendall(data)
-        except OSError as error:
-            raise ClientDisconnected from error
-
-    def can_go_on(self) -> bool:
-        """Whether the connection stands at the beginning of another call."""
-        if self.body and self.keep:
-            return self.body.forget()
-        if not self.body or not self.body.is_read:
-            linger(self.reading, self.server.timeouts.linger)
-        return False
-
-    def elapsed_ms(self) -> int:
-        return round((time.monotonic() - self.began) * 1000)
-
-    def log(self) -> None:
-        """One line per call: nothing of a key, a token or what was said."""
-        if not log.isEnabledFor(logging.INFO):
-            return
-        notes = self.notes
-        usage = add(notes["usages"]) if notes["usages"] else None
-        first = notes.get("first_text_at")
-        row = {
-            "method": self.request.method,
-            "path": self.request.path,
-            "status": self.status or 499,
-            "model": notes.get("model"),
-            "ref": notes.get("ref"),
-            "prediction": ",".join(notes["predictions"]),
-            "tokens_in": usage and usage.prompt_tokens,
-            "tokens_out": usage and usage.completion_tokens,
-            "estimated": "yes" if usage and usage.is_estimate else None,
-            "first_token_ms": first and round((first - self.began) * 1000),
-            "ms": self.elapsed_ms(),
-            "error": notes.get("error"),
-            "request_id": self.id,
-        }
-        pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
-        log.info("%s", " ".join(pairs))
-
-
-class Handler(StreamRequestHandler):
-    """A connection: its calls, one after another. It keeps nothing of any."""
-
-    disable_nagle_algorithm = True  # or a kept-alive call takes 44 ms
-    server: Server
-
-    def handle(self) -> None:
-        self.connection.setblocking(True)  # a Mac's is as the one that listens
-        reading = DeadlineReader(self.connection)
-        stream = io.BufferedReader(reading)
-        self.server.readings.add(reading)
-        try:
-            while Exchange(self.server, reading, stream).run():
-                pass
-        finally:
-            self.server.readings.discard(reading)
-
-
-class Server(CountingServer):
-    """`serve_forever`, `shutdown`, `server_close`, and `url` once it is made."""
-
-    def __init__(self, settings: Settings, timeouts: Timeouts) -> None:
-        settings.check()
-        models = ModelsFile(settings.models_path, FAMILIES)
-        self.timeouts = timeouts
-        self.api = ReplicateAPI(settings, timeouts)
-        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
-        if ":" in settings.host:
-            self.address_family = socket.AF_INET6
-        self.watcher = Watcher(timeouts)
-        self.calls: set[Exchange] = set()  # in cancellation
-        self.readings: set[DeadlineReader] = set()  # of all connections
-        self.is_stopping = False  # no connection is kept …
-        self.is_over = False  # … and no call begun
-        self.watcher.start()
-        super().__init__((settings.host, settings.port), Handler)
-
-    def server_bind(self) -> None:
-        """As http.server does, but ask no DNS for our own name: that can take 30 s."""
-        TCPServer.server_bind(self)
-        self.server_name = self.proxy.settings.host
-        self.server_port = int(self.server_address[1])
-
-    @property
-    def url(self) -> str:
-        return origin(self.server_name, self.server_port)
-
-    def admit(self, exchange: Exchange) -> None:
-        with self.changed:
-            if self.is_over:
-                raise overloaded(STOPPING)
-            if len(self.calls) >= self.proxy.settings.max_concurrent_calls:
-                raise overloaded(TOO_MANY)
-            self.calls.add(exchange)
-
-    def dismiss(self, exchange: Exchange) -> None:
-        exchange.unwatch()
-        with self.changed:
-            self.calls.discard(exchange)
-            self.changed.notify_all()
-
-    def serve_forever(self, poll_interval: float = 0.1) -> None:
-        super().serve_forever(poll_interval)
-
     def server_close(self) -> None:
-        """Stop listening, let the calls finish that have come, and break off the rest.
+        """Stop listening, let the requests finish that have come, break off the rest.
 
-        Whoever holds an idle connection may have a call under way on it, which a
+        Whoever holds an idle connection may have a request under way on it, which a
         close would lose: it is closed when none has come for a moment.
         """
         with self.changed:
             if self.is_stopping:
                 return
             self.is_stopping = True
-        self.let_in()  # or the close would reset them
+        self.accept_all()  # or the close would reset them
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
         self.await_end_of(self.connections, drain)
-        for reading in list(self.readings):
-            if reading.is_idle:
-                shut(reading.sock)
+        for connection in list(self.idle):
+            shut(connection)
         self.await_end_of(self.connections, grace - drain)
         self.break_off()
         self.watcher.stop()
@@ -7398,15 +6872,29 @@ class Server(CountingServer):
     def break_off(self) -> None:
         with self.changed:
             self.is_over = True
-            last = list(self.calls)
-        for exchange in last:
-            exchange.cancellation.cancel(overloaded(STOPPING))
+            last = list(self.requests)
+        for request in last:
+            request.cancellation.cancel(overloaded(STOPPING))
         until = time.monotonic() + self.timeouts.farewell
-        self.await_end_of(self.calls, self.timeouts.farewell)
+        self.await_end_of(self.requests, self.timeouts.farewell)
         self.proxy.upstream.await_runs(until - time.monotonic())
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("a connection failed")
+
+def listen(settings: Settings) -> socket.socket:
+    """Raise OSError for an address that is in use, or not ours."""
+    is_ipv6 = ":" in settings.host
+    return socket.create_server(
+        (settings.host, settings.port),
+        family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
+        backlog=BACKLOG,
+        dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
+    )
+
+
+def base_url(listener: socket.socket, settings: Settings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    port = listener.getsockname()[1]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
@@ -7416,175 +6904,94 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 
 # -- Workers -------------------------------------------------------------------
 #
-# Several servers on one port, for more than one core: each is a process of its
-# own. Their parent serves nobody. It holds the port, and puts another in the
-# place of one that dies. By a line, which is its stdin, a worker hears its
-# settings and says that it listens. The end of the line means stop, and comes
-# even if the parent is killed.
+# Several servers on one port, for more than one core: processes that are forked from
+# a parent, which holds the port, serves nobody, and replaces one that dies. A pipe
+# stops them: its end comes when the parent is told to stop, and also if it is killed.
+# Signals, which a terminal or systemd sends to all processes at once, are collected
+# in each, but only the parent looks at them.
 
 
-BALANCED = sys.platform == "linux"  # elsewhere one of many sockets may get all calls
-
-LOOK = 0.1  # seconds between looks at who has died
-
-# Python keeps the syntax tree of a script in memory, 10 MB, but not of a module.
-WORK = (
-    f"import sys; sys.path[0] = {str(HERE)!r}; import proxy; "
-    "sys.exit(proxy.main(sys.argv[1:]))"
-)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 SETTLED = 10  # seconds a worker lives if it was not its start that failed
 
-LONGEST_PAUSE = 30.0  # seconds before one that dies at its start is started again
+MAX_PAUSE = 30.0  # seconds before one that dies at its start is started again
 
 
-class BoundServer(Server):
-    """A server on a socket that is bound already, and maybe others'."""
-
-    def __init__(self, settings: Settings, bound: socket.socket) -> None:
-        self.bound = bound
-        super().__init__(settings, Timeouts())
-
-    def server_bind(self) -> None:
-        self.socket.close()
-        self.socket = self.bound
-        self.server_address = self.socket.getsockname()
-        self.server_name = self.proxy.settings.host
-        self.server_port = int(self.server_address[1])
+def collect_signals() -> list[int]:
+    """A list of the signals that come from now on."""
+    signals: list[int] = []
+    for each in SIGNALS:
+        signal.signal(each, lambda number, _: signals.append(number))
+    return signals
 
 
-class Worker:
-    """A process that serves, and the next in its place when it has died."""
+def run_workers(
+    count: int,
+    work: Callable[[int], int],
+    listener: socket.socket,
+    signals: Sequence[int],
+) -> int:
+    """Keep processes at work until a signal, and wait for their end until another.
 
-    def __init__(
-        self, settings: Settings, open_socket: Callable[[], socket.socket]
-    ) -> None:
-        self.settings = settings
-        self.open_socket = open_socket
-        self.pause = 0.0
-        self.start()
-
-    def start(self) -> None:
-        self.began = time.monotonic()
-        with self.open_socket() as sock:
-            fd = sock.fileno()
-            self.line, end = socket.socketpair()
-            with end:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-c", WORK, "--worker", str(fd)],
-                    stdin=end.fileno(),
-                    pass_fds=[fd],
-                )
-        self.due = 0.0  # when the next one starts, if this one has died
-        with suppress(OSError):  # as it may have by now
-            self.line.sendall(json.dumps(asdict(self.settings)).encode() + b"\n")
-
-    def await_start(self) -> None:
-        with suppress(OSError):
-            self.line.recv(1)
-
-    def look(self) -> None:
-        """Start another if it has died, but not at once again and again."""
-        if self.is_running:
-            return
-        if not self.due:
-            self.line.close()
-            pid, code = self.process.pid, self.process.returncode
-            self.postpone(f"event=worker_died pid={pid} code={code}")
-        if time.monotonic() >= self.due:
-            try:
-                self.start()
-            except OSError as error:  # no memory, or too many processes
-                self.postpone(f"event=worker_not_started error={quoted(str(error))}")
-
-    def postpone(self, event: str) -> None:
+    Each gives its exit code, and is given the end of a pipe that tells it to stop."""
+    pipe = os.pipe()
+    workers: dict[int, float] = {}  # when each was started, by its id
+    pause, due = 0.0, 0.0
+    while not signals:
         now = time.monotonic()
-        is_quick = now - self.began < SETTLED
-        self.pause = min(2 * self.pause or 0.5, LONGEST_PAUSE) if is_quick else 0.0
-        self.due = now + self.pause
-        log.error("%s pause=%g", event, self.pause)
-
-    @property
-    def is_running(self) -> bool:
-        return self.process.poll() is None
-
-
-class Workers:
-    """As many servers as the settings say, on one port: `url` tells which."""
-
-    def __init__(self, settings: Settings) -> None:
-        settings.check()
-        if os.name == "nt":
-            raise ConfigError("WORKERS must be 1 on Windows.")
-        self.models = ModelsFile(settings.models_path, FAMILIES).current()
-        self.settings = settings
-        self.signals: list[int] = []
-        self.workers: list[Worker] = []
-        self.socket = bind(settings.host, settings.port)
-        self.port = int(self.socket.getsockname()[1])
-        self.url = origin(settings.host, self.port)
-        if BALANCED:  # from now on: a port that others share would not have been free
-            share(self.socket)
-        else:
-            self.socket.listen(Server.request_queue_size)
-
-    def open_socket(self) -> socket.socket:
-        """What one worker listens on."""
-        if BALANCED:
-            return bind(self.settings.host, self.port, share)
-        return self.socket.dup()
-
-    def start(self) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda number, _: self.signals.append(number))
-        for _ in range(self.settings.workers):
-            self.workers.append(Worker(self.settings, self.open_socket))
-        for worker in self.workers:
-            worker.await_start()
-
-    def run(self) -> int:
-        """Keep them running until a signal, and wait for their end until another."""
-        while not self.signals:
-            time.sleep(LOOK)
-            for worker in self.workers:
-                worker.look()
-        for worker in self.workers:
-            worker.line.close()
-        while any(worker.is_running for worker in self.workers):
-            if self.signals[1:]:
-                return self.kill()
-            time.sleep(LOOK)
-        return int(any(worker.process.returncode for worker in self.workers))
-
-    def kill(self) -> int:
-        for worker in self.workers:
-            worker.process.kill()
-            worker.process.wait()
-        return 128 + self.signals[1]
+        try:
+            while now >= due and len(workers) < count:
+                workers[fork(work, pipe)] = now
+        except OSError as error:  # no memory, or too many processes
+            log.error("event=worker_not_started error=%s", quoted(error))
+            due = now + 1
+        time.sleep(0.1)
+        if died := reap(workers):
+            shortest = min(now - workers.pop(pid) for pid in died)
+            pause = min(2 * pause or 0.5, MAX_PAUSE) if shortest < SETTLED else 0.0
+            due = now + pause
+            for pid, code in died.items():
+                log.error("event=worker_died pid=%d code=%d pause=%g", pid, code, pause)
+    listener.close()
+    os.close(pipe[1])
+    exit_code = 0
+    while workers:
+        if len(signals) > 1:
+            for pid in workers:
+                os.kill(pid, signal.SIGKILL)
+            return 128 + signals[1]
+        for pid, code in reap(workers).items():
+            del workers[pid]
+            exit_code = exit_code or int(code != 0)
+        time.sleep(0.1)
+    return exit_code
 
 
-def bind(
-    host: str, port: int, prepare: Callable[[socket.socket], None] = lambda _: None
-) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
+    """Start a process; the parent has no threads, which a fork would break."""
+    if pid := os.fork():
+        return pid
+    code = 1
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        prepare(sock)
-        sock.bind((host, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        os.close(pipe[1])
+        code = work(pipe[0])
+    except Exception:
+        log.exception("a worker failed")
+    finally:
+        os._exit(code)
 
 
-def share(sock: socket.socket) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+def reap(workers: Iterable[int]) -> dict[int, int]:
+    """The exit codes of those that have ended."""
+    looks = (os.waitpid(pid, os.WNOHANG) for pid in workers)
+    return {pid: os.waitstatus_to_exitcode(status) for pid, status in looks if pid}
 
 
 # -- Command line --------------------------------------------------------------
 #
-# The command line: what it says goes to stdout, what is logged to stderr, and
-# what keeps it from starting is a sentence there and exit code 2.
+# What the program says goes to stdout, what it logs to stderr, and what keeps it
+# from starting is a sentence there and exit code 2.
 
 
 DESCRIPTION = """\
@@ -7616,26 +7023,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--models", metavar="FILE", help="which models there are (MODELS_PATH)")
     add("--env-file", metavar="FILE", help="settings to read instead of .env")
     add("--check", action="store_true", help="say whether the settings work, and exit")
+    add("--key", action="store_true", help="print the first key of clients, and exit")
     add("--reload", action="store_true", help="start again when a file changes")
-    add("--worker", metavar="FD", type=int, help=argparse.SUPPRESS)
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(arguments)
 
 
-def read_settings(
-    options: argparse.Namespace,
-    environ: Mapping[str, str],
-    override: Mapping[str, str],
-) -> Settings:
+def read_settings(options: argparse.Namespace) -> Settings:
     flags = {"HOST": options.host, "PORT": options.port, "MODELS_PATH": options.models}
     return Settings.from_environ(
         {
             **read_env(options.env_file),
-            **{name: value for name, value in environ.items() if value},
+            **{name: value for name, value in os.environ.items() if value},
             **{name: value for name, value in flags.items() if value is not None},
-            **override,
+            **(demo_settings() if options.demo else {}),
         }
     )
+
+
+def demo_settings() -> dict[str, str]:
+    if not (HERE / "fake_replicate.py").exists():
+        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
+    return {
+        "REPLICATE_API_TOKEN": "r8_demo",
+        "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
+        "PROXY_API_KEY": "demo",
+    }
 
 
 def read_env(path: str | None) -> dict[str, str]:
@@ -7650,67 +7063,80 @@ def read_env(path: str | None) -> dict[str, str]:
 
 
 @contextmanager
-def stand_in(demo: bool) -> Iterator[dict[str, str]]:
+def stand_in(settings: Settings, demo: bool) -> Iterator[Settings]:
     """Play Replicate inside this process; give the settings that lead there."""
     if not demo:
-        yield {}
+        yield settings
         return
-    try:
-        from fake_replicate import FakeReplicate
-    except ModuleNotFoundError:
-        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.") from None
-    with FakeReplicate(default="demo") as fake:
-        yield {
-            "REPLICATE_API_TOKEN": fake.token,
-            "REPLICATE_BASE_URL": fake.base_url,
-            "PROXY_API_KEY": "demo",
-        }
+    from fake_replicate import FakeReplicate
+
+    with FakeReplicate(token=settings.replicate_api_token, default="demo") as fake:
+        yield replace(settings, replicate_base_url=fake.base_url)
 
 
-@contextmanager
-def address_told(settings: Settings) -> Iterator[None]:
+def serve(settings: Settings, options: argparse.Namespace) -> int:
+    if settings.workers > 1 and not hasattr(os, "fork"):
+        raise ConfigError("WORKERS must be 1 on Windows.")
+    models = ModelsFile(settings.models_path, FAMILIES).current()
     try:
-        yield
+        listener = listen(settings)
     except (OSError, OverflowError) as error:
-        where = f"{settings.host}:{settings.port}"
-        remedy = "Choose another address with --host and --port, or HOST and PORT."
+        why = str(error).partition(" (while")[0]
         raise ConfigError(
-            f"Nothing can be served on {where}: {error}. {remedy}"
+            f"Nothing can be served on {settings.host}:{settings.port}: {why}. "
+            "Choose another address with --host and --port, or HOST and PORT."
         ) from None
+    allow_many_sockets()
+    url = base_url(listener, settings)
+    told = (
+        f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n\n"
+        f"  {curl_line(url, options, models)}\n"
+    )
+    if settings.workers == 1:
+        stop = stop_on_signals()
+        print(told, flush=True)
+        return serve_until(stop.wait, settings, options.demo, listener)
+    signals = collect_signals()
+    print(told, flush=True)
+
+    def work(pipe: int) -> int:
+        wait = partial(os.read, pipe, 1)
+        return serve_until(wait, settings, options.demo, listener)
+
+    return run_workers(settings.workers, work, listener, signals)
 
 
-def serve(settings: Settings, key: str) -> int:
-    with address_told(settings):
-        server = make_server(settings)
-    stop_on_signals(server)
-    tell_url(server.url, key, server.proxy.models.current())
-    return serve_to_the_end(server)
+def stop_on_signals() -> threading.Event:
+    """What the first signal sets; another one ends the program at once."""
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for each in SIGNALS:
+        signal.signal(each, handle)
+    return stop
 
 
-def serve_with_workers(settings: Settings, key: str) -> int:
-    with address_told(settings):
-        workers = Workers(settings)
-    workers.start()
-    tell_url(workers.url, key, workers.models)
-    return workers.run()
+def serve_until(
+    wait: Callable[[], object], settings: Settings, demo: bool, listener: socket.socket
+) -> int:
+    """Serve until `wait` returns, and all requests are answered."""
+    with stand_in(settings, demo) as settings:
+        server = Server(settings, Timeouts(), listener)
 
+        def stop() -> None:
+            wait()
+            server.shutdown()
 
-def work(fd: int) -> int:
-    """Serve on the socket that the parent has bound, until its line ends."""
-    line = socket.fromfd(sys.stdin.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
-    settings = Settings(**json.loads(line.makefile().readline()))
-    log_to_stderr(settings.log_level)
-    server = BoundServer(settings, socket.socket(fileno=fd))
-    stop_on_signals(server)
-    line.send(b"!")
-
-    def stop() -> None:
-        with suppress(OSError):  # its end may come as an error
-            line.recv(1)
-        server.shutdown()
-
-    threading.Thread(target=stop, daemon=True).start()
-    return serve_to_the_end(server)
+        threading.Thread(target=stop, daemon=True).start()
+        gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
+        server.serve_forever()
+        log.info("stopping calls=%d", len(server.requests))
+        server.server_close()
+    return 0
 
 
 def allow_many_sockets() -> None:
@@ -7722,33 +7148,17 @@ def allow_many_sockets() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def serve_to_the_end(server: Server) -> int:
-    allow_many_sockets()
-    gc.freeze()  # what stays: to look at all of it would take 50 ms, again and again
-    server.serve_forever()
-    log.info("stopping calls=%d", len(server.calls))
-    server.server_close()
-    return 0
-
-
-def stop_on_signals(server: Server) -> None:
-    """The first stops the server gently, another one at once."""
-
-    def stop(number: int, _: Any) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda number, _: os._exit(128 + number))
-        threading.Thread(target=server.shutdown, daemon=True).start()
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, stop)
-
-
-def tell_url(url: str, key: str, models: Models) -> None:
-    print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
-    print(f"  {curl_line(url, key, models)}\n", flush=True)
-
-
-def curl_line(url: str, key: str, models: Models) -> str:
+def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
+    """It finds the key by a shell's own means, and does not hold it."""
+    if options.demo:
+        key = "demo"
+    elif os.environ.get("PROXY_API_KEY"):
+        key = "${PROXY_API_KEY%%,*}"
+    else:
+        command = [sys.executable, str(HERE / "proxy.py"), "--key"]
+        if options.env_file:
+            command += ["--env-file", str(Path(options.env_file).resolve())]
+        key = f"$({shlex.join(command)})"
     model = next(iter(models.mappings), models.default_model or "owner/name")
     hello = [{"role": "user", "content": "Hello!"}]
     body = json.dumps({"model": model, "stream": True, "messages": hello})
@@ -7759,23 +7169,12 @@ def curl_line(url: str, key: str, models: Models) -> str:
     )
 
 
-def key_source(options: argparse.Namespace, environ: Mapping[str, str]) -> str:
-    """A shell's way to the key, so that what is printed works and does not hold it."""
-    if options.demo:
-        return "demo"
-    if environ.get("PROXY_API_KEY"):
-        return "${PROXY_API_KEY%%,*}"
-    file = shlex.quote(str(Path(options.env_file or HERE / ".env").resolve()))
-    return f"$(. {file}; echo ${{PROXY_API_KEY%%,*}})"
-
-
 def check_all(settings: Settings) -> int:
     """Say what was found of the settings, the models and the token."""
-    settings.check()
-    catalogue = ModelsFile(settings.models_path, FAMILIES).current()
+    models = ModelsFile(settings.models_path, FAMILIES).current()
     print(f"settings  are right: {settings}")
-    print(f"models    {len(catalogue.mappings)} in {settings.models_path}, ", end="")
-    print(f"and {catalogue.default_model or 'none'} for any other name")
+    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
+    print(f"and {models.default_model or 'none'} for any other name")
     with closing(ReplicateAPI(settings, Timeouts())) as api:
         try:
             account = api.account()
@@ -7787,15 +7186,17 @@ def check_all(settings: Settings) -> int:
     return 0
 
 
-def reload_on_change(arguments: Sequence[str], watched: Iterable[Path]) -> int:
+def reload_on_change(arguments: Sequence[str], options: argparse.Namespace) -> int:
     """Run the program as a child, and anew whenever a file has changed."""
-    command = [sys.executable, str(HERE / "proxy.py"), *arguments]
+    rest = [argument for argument in arguments if argument != "--reload"]
+    command = [sys.executable, str(HERE / "proxy.py"), *rest]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
-        before = stamps(watched)
+        before = stamps(options)
         with subprocess.Popen(command) as child:
             try:
-                while stamps(watched) == before:
+                while stamps(options) == before:
                     time.sleep(0.3)
             except KeyboardInterrupt:  # which the child has heard too
                 return child.wait()
@@ -7806,7 +7207,11 @@ def reload_on_change(arguments: Sequence[str], watched: Iterable[Path]) -> int:
             child.terminate()
 
 
-def stamps(files: Iterable[Path]) -> list[float]:
+def stamps(options: argparse.Namespace) -> list[float]:
+    """When the program, its settings and its models were changed."""
+    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
+    with suppress(ConfigError):  # which the child tells
+        files.append(Path(read_settings(options).models_path))
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 
@@ -7824,23 +7229,18 @@ def log_to_stderr(level: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     if options.reload:
-        models = Path(
-            options.models or os.environ.get("MODELS_PATH") or HERE / "models.json"
-        )
-        watched = [HERE / "proxy.py", Path(options.env_file or HERE / ".env"), models]
-        rest = [argument for argument in arguments if argument != "--reload"]
-        return reload_on_change(rest, watched)
+        return reload_on_change(arguments, options)
     try:
-        if options.worker is not None:
-            return work(options.worker)
-        with stand_in(options.demo) as override:
-            settings = read_settings(options, os.environ, override)
-            if options.check:
+        settings = read_settings(options)
+        settings.check()
+        if options.key:
+            print(settings.api_keys[0])
+            return 0
+        if options.check:
+            with stand_in(settings, options.demo) as settings:
                 return check_all(settings)
-            settings.check()
-            log_to_stderr(settings.log_level)
-            run = serve if settings.workers == 1 else serve_with_workers
-            return run(settings, key_source(options, os.environ))
+        log_to_stderr(settings.log_level)
+        return serve(settings, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)

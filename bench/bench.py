@@ -1,42 +1,44 @@
-"""What the proxy costs, beside what the same costs without it.
+"""Measure proxy.py beside two controls, and print one table.
 
-    python bench/bench.py                          all of it: five minutes
-    python bench/bench.py --quick whole crowd-200  two workloads, in short
+    python bench/bench.py                          everything: under ten minutes
+    python bench/bench.py --quick                  one start in short: under one
+    python bench/bench.py whole streams-200        these workloads only
     python bench/bench.py --proxy old=../old/proxy.py --against other=http://...
 
-Each side is given the same load in turns (A B A B), as processes of their own:
+Every side gets the same load in turns, in front of the same stand-in:
 
-    this one                     a side                    the stand-in
+    load generator      sides, a process each          stand-in for Replicate
       |                                                          |
-      +--> raw ------- create, stream, look up: sockets -------->+
-      +--> sdk ------- the same through Replicate's library ---->+
-      +--> proxy ----- chat completions ------> a proxy.py ----->+
-      +--> another --- chat completions ------> any server ----->+
+      +----- raw, sdk: the two controls (controls.py) ---------->+
+      +----- proxy, and each --proxy: a proxy.py --------------->+
+      +----- each --against: any server that is running -------->+
 
-The stand-in is fake_replicate.py, whose tokens say when they were sent. It
-needs Linux; bench/README.md says how to read what is printed.
+A start is one new process of each side, and of the stand-in. A figure is the median
+over the starts, a ratio the median of the ratios within each start. It needs Linux;
+bench/README.md says how to read the table.
 
-    Processes  what is started, and what the kernel knows of it
-    Talks      calls over raw sockets: all at once, in one thread
-    SDK        the same calls as a program makes them with Replicate's library
-    Sides      who is measured
-    Takes      what each side is put to, and what is kept of that
-    Figures    what is read from that: one row per figure
-    Workloads  what is measured: one row per workload
-    Report     medians, ratios and verdicts
-    Main       the program
+    Processes       what is started, and what the kernel knows of it
+    Load generator  many connections in one thread
+    Sides           what is measured
+    Measurements    what is done to a side in a turn
+    Workloads       the rows of the table, and what is promised of them
+    Starts          each workload and side in turns
+    Table           medians, ratios and verdicts
+    Main            the program
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import heapq
 import json
 import operator
 import os
 import platform
+import random
 import re
+import resource
 import select
 import socket
 import subprocess
@@ -44,703 +46,669 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
 TOKEN, KEY = "r8_fake", "sk-bench"
-PATIENCE = 60  # seconds for a load
+TIMEOUT = 60  # seconds for one load
+STARTS = 3  # fewer prove nothing: two starts of one program differ by up to a half
+
+
+class SideFailed(Exception):
+    """A side ended, or did not respond as it should."""
+
 
 # == Processes =================================================================
-# All is read from outside: no side is asked about itself, or changed.
-
-
-class Started(NamedTuple):
-    pid: int  # 0: not one of ours
-    url: str
-    began: int = 0
-
-
-Starting = contextlib.AbstractContextManager[Started]
+# Everything is read from outside: no side is changed, or asked about itself.
 
 
 @contextlib.contextmanager
 def bytecode_kept() -> Iterator[None]:
-    """Have modules compiled once, as in an image, and nothing left beside them."""
+    """Have modules compiled once, as in an image, and leave nothing beside them."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PYTHONPYCACHEPREFIX"] = folder
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         yield
 
 
+class Server(NamedTuple):
+    process: subprocess.Popen[bytes]
+    url: str
+    seconds: float  # from its start to its first response
+
+
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], says: str, cwd: Path = ROOT, **environ: str
-) -> Iterator[Started]:
-    """Run a server until the end; `says` is a pattern of the line with its address."""
-    began = time.monotonic_ns()
+    arguments: Sequence[str], cwd: Path = ROOT, port: int = 0, **environ: str
+) -> Iterator[Server]:
+    """Run a Python program that serves on `--port` until the end of the block."""
+    port = port or free_port()
+    began = time.monotonic()
     with subprocess.Popen(
-        command,
+        [sys.executable, *arguments, "--port", str(port)],
         cwd=cwd,
-        env={**os.environ, **environ},
-        stdout=subprocess.PIPE,
+        env={**os.environ, "NO_PROXY": "*", **environ},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        text=True,
-    ) as child:
+    ) as process:
         try:
-            said = (re.search(says, line) for line in child.stdout or ())
-            match = next(filter(None, said), None)
-            if not match:
-                raise SystemExit(f"{' '.join(command)} does not start")
-            yield Started(child.pid, match[1], began)
+            wait_for_health(process, port)
+            seconds = time.monotonic() - began
+            yield Server(process, f"http://127.0.0.1:{port}/v1", seconds)
         finally:
-            child.terminate()
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def stand_in(port: int = 0) -> Starting:
-    command = [sys.executable, str(ROOT / "fake_replicate.py"), "--port", str(port)]
-    return running(command, "REPLICATE_BASE_URL=(.*)")
+def free_port() -> int:
+    """A port below those that the kernel gives away (ip_local_port_range): a client
+    that connects to one of these before a server listens may be given it, and is
+    then connected to itself."""
+    while True:
+        with contextlib.suppress(OSError):
+            port = random.randrange(10_000, 32_000)
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
 
 
-def proxy(path: Path, upstream: str, *, script: bool = False) -> Starting:
-    """As the image runs it, `python -m proxy`; or as a script."""
-    files = ["--models", str(ROOT / "models.json"), "--env-file", os.devnull]
-    how = [str(path)] if script else ["-m", path.stem]
-    return running(
-        [sys.executable, *how, "--port", "0", *files],
-        r"on (http\S+/v1)",
-        cwd=path.parent,
-        REPLICATE_API_TOKEN=TOKEN,
-        REPLICATE_BASE_URL=upstream,
-        PROXY_API_KEY=KEY,
-    )
+def wait_for_health(process: subprocess.Popen[bytes], port: int) -> None:
+    """Any response will do: the stand-in has no such path."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError), connect(f"127.0.0.1:{port}") as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: bench\r\n\r\n")
+            if sock.recv(65536).startswith(b"HTTP/1.1 "):
+                return
+        time.sleep(0.002)
+    raise SideFailed(f"does not start: {process.args!r}")
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that come from it."""
-    found = [pid]
+def connect(host: str) -> socket.socket:
+    name, _, port = host.rpartition(":")
+    sock = socket.create_connection((name, int(port)), TIMEOUT)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def process_tree(pid: int) -> list[int]:
+    pids = [pid]
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # threads end at any time
             for child in children.read_text().split():
-                found += family(int(child))
-    return found
+                pids += process_tree(int(child))
+    return pids
 
 
 def cpu_ns(pid: int) -> int:
-    """The CPU time of a process, its ended threads too: man 3 clock_getcpuclockid."""
-    if not pid:
-        return 0
-    return sum(time.clock_gettime_ns(~each << 3 | 2) for each in family(pid))
+    """CPU time of a process and its children, with ended threads, to the nanosecond."""
+    # The clock of a process: man 3 clock_getcpuclockid. That of 0 would be ours.
+    return pid and sum(
+        time.clock_gettime_ns(~each << 3 | 2) for each in process_tree(pid)
+    )
 
 
-def memory_mb(pid: int, what: str) -> float:
-    """VmRSS or VmHWM, its peak, from `status`; Pss from `smaps_rollup`."""
-    file = "smaps_rollup" if what == "Pss" else "status"
-    texts = (Path(f"/proc/{each}/{file}").read_text() for each in family(pid))
-    found = (re.findall(rf"(?m)^{what}:\s+(\d+)", text) for text in texts)
-    return sum(int(kb) for numbers in found for kb in numbers) / 1024
+def memory_mb(pid: int, name: str) -> float:
+    """VmRSS, or its peak, VmHWM."""
+    texts = [Path(f"/proc/{each}/status").read_text() for each in process_tree(pid)]
+    found = [re.search(rf"(?m)^{name}:\s+(\d+)", text) for text in texts]
+    return sum(int(match[1]) for match in found if match) / 1024
 
 
-# == Talks =====================================================================
-# A talk is a generator that yields the socket on which it waits and is sent what
-# came. One thread drives all of them, so that a thousand cost it little.
+# == Load generator ============================================================
+# One thread reads all connections over epoll, with no HTTP library, so that a
+# thousand of them cost it little. A task is a generator: it yields the socket that
+# it waits for and is sent what came, or yields a time in ns and is sent nothing.
 
-Talk = Generator[socket.socket, Any, Any]
+Task = Generator["socket.socket | int", bytes, None]
 
 STAMP = re.compile(rb"(\d{12,}) ")
-LENGTH = re.compile(rb"(?i)content-length: *(\d+)")
-LINK = re.compile(rb'"(get|stream)": ?"http://([^/"]+)([^"]+)"')
+LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-@dataclass
-class Sample:
-    """One call, in ns of CLOCK_MONOTONIC, which all processes share."""
-
-    began: int = 0
-    stamps: list[int] = field(default_factory=list)  # when each token was sent …
-    arrivals: list[int] = field(default_factory=list)  # … and when it was here
-    ended: int = 0  # 0: it never did
-
-    def hear(self, text: bytes, now: int) -> bytes:
-        """Note the stamps in a text; give what may be the beginning of the next."""
-        end = 0
-        for match in STAMP.finditer(text):
-            self.stamps.append(int(match[1]))
-            self.arrivals.append(now)
-            end = match.end()
-        return text[end:][-64:]
-
-
-class Lines(dict[str, socket.socket]):
-    """A connection to each host that is talked to, opened when it is needed."""
-
-    def __missing__(self, host: str) -> socket.socket:
-        name, _, port = host.rpartition(":")
-        self[host] = sock = socket.create_connection((name, int(port)), PATIENCE)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
-
-
-def drive(talks: Sequence[Talk]) -> None:
-    """Take each talk a step further whenever its socket has something to say."""
-    epoll = select.epoll()
-    waiting: dict[int, tuple[socket.socket, Talk]] = {}
-
-    def resume(talk: Talk, sock: socket.socket | None, piece: bytes | None) -> None:
-        following = next_socket(talk, piece)
-        if following is sock:
-            return
-        if sock:
-            epoll.unregister(sock)
-            del waiting[sock.fileno()]
-        if following:
-            epoll.register(following, select.EPOLLIN)
-            waiting[following.fileno()] = following, talk
-
-    for talk in talks:
-        resume(talk, None, None)
-    deadline = time.monotonic() + PATIENCE
-    while waiting and time.monotonic() < deadline:
-        for number, _ in epoll.poll(1):
-            sock, talk = waiting[number]
-            resume(talk, sock, receive(sock))
-    epoll.close()
-
-
-def receive(sock: socket.socket) -> bytes:
-    try:
-        return sock.recv(65536)
-    except OSError:
-        return b""
-
-
-def next_socket(talk: Talk, piece: bytes | None) -> socket.socket | None:
-    """A talk whose server refuses or hangs up is over; its sample has no end."""
-    try:
-        if piece == b"":
-            raise ConnectionError
-        return talk.send(piece)
-    except (StopIteration, ConnectionError):
-        return None
-
-
-def request(to: str, host: str, key: str, body: Any = None, more: str = "") -> bytes:
-    text = json.dumps(body).encode() if body else b""
-    head = (
-        f"{to} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n{more}"
-        f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
-    )
-    return head.encode() + text
-
-
-def read_reply(sock: socket.socket) -> Talk:
-    heard = yield sock
-    while not is_whole(heard):
-        heard += yield sock
-    require_success(heard)
-    return heard
-
-
-def is_whole(heard: bytes) -> bool:
-    head, _, body = heard.partition(b"\r\n\r\n")
-    length = LENGTH.search(head)
-    return len(body) >= int(length[1]) if length else heard.endswith(LAST_CHUNK)
-
-
-def read_stream(sock: socket.socket, sample: Sample) -> Talk:
-    rest = yield sock
-    require_success(rest)
-    while not rest.endswith(LAST_CHUNK):
-        rest = sample.hear(rest, time.monotonic_ns())
-        rest += yield sock
-    sample.hear(rest, time.monotonic_ns())
-
-
-def require_success(heard: bytes) -> None:
-    if not re.match(rb"HTTP/1.1 20\d ", heard):
-        raise ConnectionError(heard)
-
-
 class Load(NamedTuple):
-    """So many calls on each of so many lines at once."""
+    """So many calls on each of so many connections."""
 
-    lines: int = 1
+    connections: int = 1
     calls: int = 1
     tokens: int = 10
     stream: bool = False
-    paced: bool = False
+    paced: bool = False  # Replicate sends a token every 20 ms
+    interval: float = 0  # seconds between calls, of all connections; 0: no pause
 
     def scaled(self, by: float) -> Load:
-        return self._replace(calls=max(1, round(self.calls * by)))
+        """With fewer calls; where there is one only, with fewer tokens."""
+        if self.calls > 1:
+            return self._replace(calls=max(1, round(self.calls * by)))
+        return self._replace(tokens=round(self.tokens * by))
 
     @property
     def model(self) -> str:
         return "fake/stamped" if self.paced else "fake/stamped-at-once"
 
 
-def ask_openai(url: str, load: Load, lines: Lines, sample: Sample) -> Talk:
-    host, path, key = address(url)
-    messages = [{"role": "user", "content": "Say when."}]
-    body = {"model": load.model, "messages": messages, "max_tokens": load.tokens}
-    sock = lines[host]
-    to = f"POST {path}/chat/completions"
-    sock.sendall(request(to, host, key, {**body, "stream": load.stream}))
-    yield from read_stream(sock, sample) if load.stream else read_reply(sock)
+@dataclass
+class Sample:
+    """One call, in ns of CLOCK_MONOTONIC, which all processes share."""
+
+    began: int
+    stamps: list[int] = field(default_factory=list)  # when each token was sent …
+    arrivals: list[int] = field(default_factory=list)  # … and when it was read
+    ended: int = 0  # 0: it failed
+    error: str = ""
+
+    def record(self, data: bytes, now: int) -> bytes:
+        """Keep the stamps in it; give what may be the beginning of the next."""
+        end = 0
+        for match in STAMP.finditer(data):
+            self.stamps.append(int(match[1]))
+            self.arrivals.append(now)
+            end = match.end()
+        return data[end:][-64:]
 
 
-def ask_replicate(url: str, load: Load, lines: Lines, sample: Sample) -> Talk:
-    """What the proxy asks: a stream is created, followed and looked up."""
-    host, path, _ = address(url)
-    input = {"prompt": "Say when.", "max_tokens": load.tokens}
-    body = {"version": load.model, "input": input}
-    more = "" if load.stream else "Prefer: wait=5\r\n"
-    sock = lines[host]
-    sock.sendall(request(f"POST {path}/predictions", host, TOKEN, body, more))
-    links = {name: rest for name, *rest in LINK.findall((yield from read_reply(sock)))}
-    for name in (b"stream", b"get") if load.stream else ():
-        host, path = (part.decode() for part in links[name])
-        lines[host].sendall(request(f"GET {path}", host, TOKEN))
-        read = read_stream(lines[host], sample) if name == b"stream" else None
-        yield from read or read_reply(lines[host])
-
-
-def address(url: str) -> tuple[str, str, str]:
-    """Host, path and key of http://key@host/path."""
-    parts = urlsplit(url)
-    return parts.netloc.rpartition("@")[2], parts.path, parts.username or KEY
-
-
-Ask = Callable[[str, Load, Lines, Sample], Talk]
-
-
-def talk(ask: Ask, url: str, load: Load, lines: Lines, samples: list[Sample]) -> Talk:
-    for _ in range(load.calls):
-        sample = Sample(time.monotonic_ns())
-        samples.append(sample)
-        yield from ask(url, load, lines, sample)
-        if not load.stream or len(sample.stamps) == load.tokens:
-            sample.ended = time.monotonic_ns()
-
-
-def talk_all(ask: Ask, url: str, load: Load) -> list[Sample]:
+def run_load(load: Load, host: str, request: bytes) -> list[Sample]:
     samples: list[Sample] = []
+    began = time.monotonic_ns()
     with contextlib.ExitStack() as stack:
-        lines = [Lines() for _ in range(load.lines)]
-        drive([talk(ask, url, load, each, samples) for each in lines])
-        for sock in (sock for each in lines for sock in each.values()):
-            stack.enter_context(sock)
+
+        def send_calls(number: int) -> Task:
+            sock = None
+            for call in range(load.calls):
+                if load.interval:
+                    turn = call * load.connections + number
+                    yield began + int(turn * load.interval * 1e9)
+                samples.append(sample := Sample(time.monotonic_ns()))
+                try:
+                    sock = sock or stack.enter_context(connect(host))
+                    sock.sendall(request)
+                    yield from read_response(sock, sample)
+                except OSError as error:
+                    sample.error = str(error)
+                    return
+                # A gateway may strip the last token of a whole response.
+                missing = load.tokens - len(sample.stamps)
+                if missing <= (0 if load.stream else 1):
+                    sample.ended = time.monotonic_ns()
+                else:
+                    sample.error = f"{missing} of {load.tokens} tokens are missing"
+
+        EventLoop().run([send_calls(number) for number in range(load.connections)])
     return samples
 
 
-# == SDK =======================================================================
-# What a program does that calls Replicate itself, as the library's README says;
-# the library has no way to read a stream, so that httpx, which it brings, does.
+def read_response(sock: socket.socket, sample: Sample) -> Task:
+    """Read a response to its end; ConnectionError if it is none, or no success."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += yield from read_some(sock)
+    head, _, rest = head.partition(b"\r\n\r\n")
+    length = LENGTH.search(head + b"\r\n")
+    left = int(length[1]) - len(rest) if length else 0
+    if not re.match(rb"HTTP/1.1 20\d ", head):
+        line = head.partition(b"\r\n")[0]
+        raise ConnectionError((line + b" " + rest).decode(errors="replace"))
+    while True:
+        rest = sample.record(rest, time.monotonic_ns())
+        if left <= 0 if length else rest.endswith(LAST_CHUNK):
+            return
+        piece = yield from read_some(sock)
+        left -= len(piece)
+        rest += piece
 
 
-@functools.lru_cache
-def sdk_clients() -> tuple[Any, Any]:
-    import httpx
-    import replicate
-
-    return replicate.Replicate(bearer_token=TOKEN), httpx.Client()
+def read_some(sock: socket.socket) -> Generator[socket.socket, bytes, bytes]:
+    if piece := (yield sock):
+        return piece
+    raise ConnectionError("the connection was closed in the middle of a call")
 
 
-def sdk_call(url: str, load: Load) -> Sample:
-    client, web = sdk_clients()
-    client.base_url = url
-    sample = Sample(time.monotonic_ns())
-    input = {"prompt": "Say when.", "max_tokens": load.tokens}
-    create = functools.partial(client.predictions.create, version=load.model)
-    if load.stream:
-        prediction = create(input=input)
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        with web.stream("GET", prediction.urls.stream, headers=headers) as response:
-            for piece in response.iter_raw():
-                sample.hear(piece, time.monotonic_ns())
-        client.predictions.get(prediction_id=prediction.id)
-    else:
-        create(input=input, prefer="wait=5")
-    sample.ended = time.monotonic_ns()
-    return sample
+class EventLoop:
+    """Resumes each task whenever its socket has data, or its time has come."""
+
+    def __init__(self) -> None:
+        self.epoll = select.epoll()
+        self.waiting: dict[int, tuple[socket.socket, Task]] = {}
+        self.sleeping: list[tuple[int, int, Task]] = []  # a heap: until when, number
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        self.sleeping = [(0, number, task) for number, task in enumerate(tasks)]
+        deadline = time.monotonic_ns() + int(TIMEOUT * 1e9)
+        while self.waiting or self.sleeping:
+            while self.sleeping and self.sleeping[0][0] <= time.monotonic_ns():
+                self.resume(heapq.heappop(self.sleeping)[2], None, None)
+            due = min(deadline, self.sleeping[0][0] if self.sleeping else deadline)
+            seconds = (due - time.monotonic_ns()) / 1e9
+            for number, _ in self.epoll.poll(max(0, seconds)):
+                sock, task = self.waiting[number]
+                data = b""
+                with contextlib.suppress(OSError):
+                    data = sock.recv(65536)
+                self.resume(task, sock, data)
+            if time.monotonic_ns() > deadline:
+                break
+        self.epoll.close()
+
+    def resume(
+        self, task: Task, sock: socket.socket | None, data: bytes | None
+    ) -> None:
+        try:
+            awaited = next(task) if data is None else task.send(data)
+        except StopIteration:
+            awaited = None
+        if awaited is sock:
+            return
+        if sock:
+            self.epoll.unregister(sock)
+            del self.waiting[sock.fileno()]
+        if isinstance(awaited, int):
+            heapq.heappush(self.sleeping, (awaited, id(task), task))
+        elif awaited:
+            self.epoll.register(awaited, select.EPOLLIN)
+            self.waiting[awaited.fileno()] = awaited, task
 
 
-def sdk_calls(url: str, load: Load) -> list[Sample]:
-    return [sdk_call(url, load) for _ in range(load.calls)]
+def build_request(url: str, body: Mapping[str, Any], key: str, more: str = "") -> bytes:
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {urlsplit(url).path} HTTP/1.1\r\nHost: {host_of(url)}\r\n"
+        f"Authorization: Bearer {key}\r\n{more}"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
 
 
-IDLE_SDK = f"""
-import replicate, time
-client = replicate.Replicate(bearer_token="{TOKEN}")
-print("client of", client.base_url, flush=True)
-time.sleep(1e6)
-"""
+def host_of(url: str) -> str:
+    return urlsplit(url).netloc.rpartition("@")[2]
+
 
 # == Sides =====================================================================
 
 
-@dataclass(frozen=True)
-class Side:
-    """One way to the same answers."""
+class Side(NamedTuple):
+    """A proxy.py, a control, or a server that runs already and has a URL only."""
 
     name: str
-    at: Started
-    play: Callable[[str, Load], list[Sample]]
-    fresh: Callable[[], Starting] | None = None  # the same anew, idle …
-    script: Callable[[], Starting] | None = None  # … as one types it
-    module: Path | None = None
+    proxy: Path | None = None
+    url: str = ""
 
-
-@contextlib.contextmanager
-def sides(options: argparse.Namespace) -> Iterator[list[Side]]:
-    with contextlib.ExitStack() as stack:
-        enter = stack.enter_context
-        api = enter(stand_in(options.port))
-        found = [raw_side(api), enter(sdk_side(api.url))]
-        for name, path in {"proxy": ROOT / "proxy.py", **dict(options.proxy)}.items():
-            fresh = functools.partial(proxy, Path(path).resolve(), api.url)
-            typed = functools.partial(fresh, script=True)
-            found.append(openai_side(name, enter(fresh()), fresh, typed, Path(path)))
-        for name, url in options.against:
-            found.append(openai_side(name, Started(0, url)))
-        yield found
-
-
-def raw_side(api: Started) -> Side:
-    play = functools.partial(talk_all, ask_replicate)
-    path = ROOT / "fake_replicate.py"
-    return Side("raw", api, play, stand_in, stand_in, path)
-
-
-def openai_side(name: str, at: Started, *more: Any) -> Side:
-    return Side(name, at, functools.partial(talk_all, ask_openai), *more)
-
-
-@contextlib.contextmanager
-def sdk_side(url: str) -> Iterator[Side]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        pid = pool.submit(os.getpid).result()
-
-        def play(url: str, load: Load) -> list[Sample]:
-            return pool.submit(sdk_calls, url, load).result()
-
-        idle = functools.partial(
-            running, [sys.executable, "-c", IDLE_SDK], "client of (.*)"
+    def start(
+        self, replicate_url: str, *, script: bool = False
+    ) -> contextlib.AbstractContextManager[Server]:
+        """A proxy.py as the image runs it, `python -m proxy`; or as a script."""
+        if not self.proxy:
+            control = [str(BENCH / "controls.py"), self.name]
+            return running([*control, "--replicate", replicate_url])
+        how = [str(self.proxy)] if script else ["-m", self.proxy.stem]
+        return running(
+            [*how, "--models", str(ROOT / "models.json"), "--env-file", os.devnull],
+            cwd=self.proxy.parent,
+            REPLICATE_API_TOKEN=TOKEN,
+            REPLICATE_BASE_URL=replicate_url,
+            PROXY_API_KEY=KEY,
         )
-        yield Side("sdk", Started(pid, url), play, idle, None, Path("replicate"))
 
 
-# == Takes =====================================================================
-# What a side is put to, and what is kept of that.
+class Turn(NamedTuple):
+    """A side that runs, and the stand-in that it runs in front of."""
+
+    side: Side
+    url: str
+    server: Server | None  # None: not ours
+    replicate_url: str
+    scale: float  # of the loads
+    failures: list[str]
+
+    def run(self, load: Load) -> list[Sample]:
+        body = {
+            "model": load.model,
+            "messages": [{"role": "user", "content": "Say when."}],
+            "max_tokens": load.tokens,
+            "stream": load.stream,
+        }
+        url = f"{self.url}/chat/completions"
+        key = urlsplit(url).username or KEY
+        return run_load(load, host_of(url), build_request(url, body, key))
+
+    def run_directly(self, load: Load) -> list[Sample]:
+        """The one request that a whole call makes of Replicate, from here."""
+        input = {"prompt": "Say when.", "max_tokens": load.tokens}
+        body = {"version": load.model, "input": input}
+        url = f"{self.replicate_url}/predictions"
+        request = build_request(url, body, TOKEN, "Prefer: wait=5\r\n")
+        return run_load(load, host_of(url), request)
+
+    def check(self) -> None:
+        for load in (Load(), Load(stream=True)):
+            for _ in range(20):  # a gateway may hold connections to the last stand-in
+                sample = self.run(load)[0]
+                if sample.ended:
+                    break
+            else:
+                raise SideFailed(f"{self.url} does not serve: {sample.error[:300]}")
 
 
-@dataclass
-class Taken:
-    samples: Sequence[Sample] = ()
-    seconds: float = 0
-    cpu: int = 0  # ns; 0: not known
-    more: Mapping[str, float] = field(default_factory=dict)
+# == Measurements ==============================================================
+# What is done to a side in a turn, and the figures that come of it. What can't be
+# known of a side, such as the memory of one that is not ours, is left out.
 
-    @property
-    def calls(self) -> int:
-        return sum(bool(sample.ended) for sample in self.samples)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(sample.stamps) for sample in self.samples)
+Values = dict[str, float]
+Measure = Callable[[Turn], Values]
 
 
-def take_load(load: Load, side: Side, scale: float) -> Taken:
-    if not side.play(side.at.url, WARM)[0].ended:
-        raise SystemExit(f"{side.name} does not answer {WARM.model}")
-    cpu, began = cpu_ns(side.at.pid), time.monotonic()
-    samples = side.play(side.at.url, load.scaled(scale))
+def measure_load(load: Load) -> Measure:
+    def measure(turn: Turn) -> Values:
+        values = summarize(*run_measured(turn, load.scaled(turn.scale)))
+        if turn.server:
+            values["peak"] = memory_mb(turn.server.process.pid, "VmHWM")
+        return values
+
+    return measure
+
+
+def run_measured(turn: Turn, load: Load) -> tuple[list[Sample], float, int]:
+    """The calls, the seconds that they took, and the CPU of the side in ns."""
+    turn.check()
+    pid = turn.server.process.pid if turn.server else 0
+    cpu, began = cpu_ns(pid), time.monotonic()
+    samples = turn.run(load)
     seconds = time.monotonic() - began
-    return Taken(samples, seconds, cpu_ns(side.at.pid) - cpu)
+    time.sleep(0.05)  # a side may have something to do after its last byte
+    if failed := [sample for sample in samples if not sample.ended]:
+        reason = failed[0].error[:200] or f"no end within {TIMEOUT} s"
+        turn.failures.append(f"{len(failed)} of {len(samples)} calls failed: {reason}")
+    return samples, seconds, cpu_ns(pid) - cpu
 
 
-def take_start(side: Side, scale: float) -> Taken:
-    took = {}
-    if side.module:
-        command = [sys.executable, "-c", f"__import__('{side.module.stem}')"]
+def summarize(samples: Sequence[Sample], seconds: float, cpu_ns: int) -> Values:
+    ended = [sample for sample in samples if sample.ended]
+    tokens = sum(len(sample.stamps) for sample in samples)
+    values: Values = {"complete": len(ended)}
+    if ended:
+        first = [(each.arrivals[0] - each.began) / 1e6 for each in ended]
+        pairs = [zip(each.arrivals, each.stamps, strict=True) for each in ended]
+        late = [(arrival - stamp) / 1e6 for pair in pairs for arrival, stamp in pair]
+        values |= {
+            "latency": median((each.ended - each.began) / 1e6 for each in ended),
+            "first p50": median(first),
+            "first p95": percentile(first, 95),
+            "late p50": median(late),
+            "late p99": percentile(late, 99),
+            "calls/s": len(ended) / seconds,
+            "tokens/s": tokens / seconds,
+        }
+    if ended and cpu_ns:
+        values["CPU call"] = cpu_ns / 1e6 / len(ended)
+        values["CPU token"] = cpu_ns / 1e3 / tokens
+    return values
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    return quantiles([*values, values[-1]], n=100, method="inclusive")[percent - 1]
+
+
+def measure_whole(turn: Turn) -> Values:
+    """Calls of the side and of the stand-in itself, in short turns."""
+    direct: list[Sample] = []
+    whole, cpu = list[Sample](), 0
+    for _ in range(round(4 * turn.scale)):
+        direct += turn.run_directly(Load(calls=50))
+        samples, _, cpu_ns = run_measured(turn, Load(calls=50))
+        whole += samples
+        cpu += cpu_ns
+    values = summarize(whole, 1, cpu)
+    values["direct"] = summarize(direct, 1, 0)["latency"]
+    return values | {"added": values["latency"] - values["direct"]}
+
+
+def measure_start(turn: Turn) -> Values:
+    if not turn.server:
+        return {}
+    library, start = [], []
+    for _ in range(round(4 * turn.scale)):
         began = time.monotonic()
-        subprocess.run(command, cwd=side.module.parent, check=True)
-        took["import"] = time.monotonic() - began
-    if side.script:
-        with side.script() as at:
-            await_health(at.url)
-            took["start"] = (time.monotonic_ns() - at.began) / 1e9
-    return Taken(more=took)
+        subprocess.run([sys.executable, "-c", "import replicate"], check=True)
+        library.append(time.monotonic() - began)
+        with turn.side.start(turn.replicate_url, script=True) as server:
+            start.append(server.seconds)
+    return {"start": median(start), "imports": median(start) / median(library)}
 
 
-def await_health(url: str) -> None:
-    """Any answer will do: the stand-in has no such path."""
-    host, _, _ = address(url)
-    with Lines()[host] as sock:
-        sock.sendall(request("GET /health", host, KEY))
-        sock.recv(1)
-
-
-def take_memory(side: Side, scale: float) -> Taken:
-    if not side.fresh:
-        return Taken()
-    with side.fresh() as at:
+def measure_idle(turn: Turn) -> Values:
+    if not turn.server:
+        return {}
+    with turn.side.start(turn.replicate_url) as server:
         time.sleep(0.5)
-        took = {"idle": memory_mb(at.pid, "VmRSS"), "pss": memory_mb(at.pid, "Pss")}
-        if side.name != "sdk":
-            side.play(at.url, CROWD)
-            took["crowd"] = memory_mb(at.pid, "VmHWM")
-            took["stream"] = (took["crowd"] - took["idle"]) * 1024 / CROWD.lines
-            if scale == 1:  # else there are not so many
-                side.play(at.url, MANY)
-                took["after"] = memory_mb(at.pid, "VmRSS")
-    return Taken(more=took)
+        return {"idle": memory_mb(server.process.pid, "VmRSS")}
 
 
-# == Figures ===================================================================
-# What is read from what was taken: one row per figure; None where it is not known.
+def measure_counts(turn: Turn) -> Values:
+    if not turn.side.proxy:
+        return {}
+    command = [sys.executable, str(BENCH / "count_calls.py"), str(turn.side.proxy)]
+    command += ["--replicate", turn.replicate_url]
+    done = subprocess.run(command, stdout=subprocess.PIPE, timeout=TIMEOUT, check=True)
+    counts: Values = json.loads(done.stdout)
+    return counts
 
-Value = float | None
-Percentile = Callable[[int], Callable[[Taken], Value]]
-
-
-def percentile(values: Sequence[float], percent: int) -> Value:
-    if len(values) < 2:
-        return next(iter(values), None)
-    return quantiles(values, n=100, method="inclusive")[percent - 1]
-
-
-def each_call(ns: Callable[[Sample], int]) -> Percentile:
-    """Percentiles of something of each call that was answered, in ms."""
-
-    def taken(took: Taken, percent: int) -> Value:
-        ended = [ns(sample) / 1e6 for sample in took.samples if sample.ended]
-        return percentile(ended, percent)
-
-    return lambda percent: lambda took: taken(took, percent)
-
-
-def late(percent: int) -> Callable[[Taken], Value]:
-    def taken(took: Taken) -> Value:
-        calls = (zip(each.arrivals, each.stamps, strict=True) for each in took.samples)
-        return percentile([(a - s) / 1e6 for call in calls for a, s in call], percent)
-
-    return taken
-
-
-def more(name: str) -> Callable[[Taken], Value]:
-    return lambda took: took.more.get(name)
-
-
-def per(count: int, cpu: float) -> Value:
-    return cpu / count if cpu and count else None
-
-
-latency = each_call(lambda sample: sample.ended - sample.began)
-first = each_call(lambda sample: sample.arrivals[0] - sample.began)
-first_late = each_call(lambda sample: sample.arrivals[0] - sample.stamps[0])
-end_lag = each_call(lambda sample: sample.ended - sample.stamps[-1])
-
-FIGURES: dict[str, Callable[[Taken], Value]] = {
-    "latency, p50, ms": latency(50),
-    "latency, p95, ms": latency(95),
-    "first token, p50, ms": first(50),
-    "first token, p95, ms": first(95),
-    "the first token is late, p50, ms": first_late(50),
-    "a token is late, p50, ms": late(50),
-    "a token is late, p99, ms": late(99),
-    "from `done` to [DONE], p50, ms": end_lag(50),
-    "answered in full": lambda took: took.calls,
-    "calls/s": lambda took: took.calls / took.seconds,
-    "tokens/s": lambda took: took.tokens / took.seconds,
-    "CPU per call, ms": lambda took: per(took.calls, took.cpu / 1e6),
-    "CPU per token, us": lambda took: per(took.tokens, took.cpu / 1e3),
-    "import, s": more("import"),
-    "to the first answer on /health, s": more("start"),
-    "idle, RSS, MB": more("idle"),
-    "idle, PSS, MB": more("pss"),
-    "200 streams, most RSS, MB": more("crowd"),
-    "  that is, per stream, KB": more("stream"),
-    "after 10,000 whole calls, RSS, MB": more("after"),
-}
 
 # == Workloads =================================================================
-# One row per workload: its figures, each with what is promised of it, if it is;
-# "x" is a promise about the ratio to the control.
-
-WARM = Load()
-CROWD = Load(lines=200, tokens=200, stream=True, paced=True)
-MANY = Load(lines=16, calls=625)
+# What is measured, and the rows of the table. A promise with an x is one about the
+# ratio to `sdk`, another is about the figure itself.
 
 
 class Workload(NamedTuple):
-    why: str
-    take: Callable[[Side, float], Taken]
-    figures: Mapping[str, str]
-    sdk: bool = False
-    once: bool = False
+    title: str
+    measure: Measure
+    quick: bool = True  # whether it is part of a quick run
 
 
-def load(
-    why: str, figures: Mapping[str, str], given: Load, sdk: bool = False
-) -> Workload:
-    return Workload(why, functools.partial(take_load, given), figures, sdk)
-
-
-def crowd(lines: int, *promises: str) -> Workload:
-    names = ("first token, p50, ms", "first token, p95, ms", "a token is late, p50, ms")
-    more = ("a token is late, p99, ms", "CPU per token, us", "answered in full")
-    why = f"{lines} streams at once, 200 tokens each, 50 a second"
-    figures = dict(zip(names + more, [*promises, f">= {lines}"], strict=True))
-    return load(why, figures, CROWD._replace(lines=lines))
-
-
-NOTHING = ("",) * 5
+CROWD = Load(200, tokens=200, stream=True, paced=True)
 
 WORKLOADS = {
-    "whole": load(
-        "one whole answer after another",
-        {
-            "latency, p50, ms": "<= 1 x",
-            "latency, p95, ms": "",
-            "CPU per call, ms": "<= 1 x",
-        },
-        Load(calls=200),
-        sdk=True,
-    ),
-    "stream": load(
+    "start": Workload("a new process, run as a script", measure_start),
+    "idle": Workload("a new process before its first call", measure_idle),
+    "whole": Workload("one whole call after another", measure_whole),
+    "stream": Workload(
         "one stream after another, 25 tokens 20 ms apart",
-        {
-            "first token, p50, ms": "",
-            "the first token is late, p50, ms": "<= 3",
-            "a token is late, p50, ms": "",
-            "a token is late, p99, ms": "",
-        },
-        Load(calls=4, tokens=25, stream=True, paced=True),
-        sdk=True,
+        measure_load(Load(calls=10, tokens=25, stream=True, paced=True)),
     ),
-    "end": load(
-        "one stream of one token after another, without a pause",
-        {
-            "first token, p50, ms": "",
-            "from `done` to [DONE], p50, ms": "",
-            "CPU per call, ms": "",
-        },
-        Load(calls=100, tokens=1, stream=True),
-        sdk=True,
+    "streams-200": Workload(
+        "200 streams at once, 200 tokens 20 ms apart", measure_load(CROWD)
     ),
-    "crowd-100": crowd(100, *NOTHING),
-    "crowd-200": crowd(200, "<= 250", "<= 500", "<= 1", "<= 25", "<= 100"),
-    "crowd-500": crowd(500, *NOTHING),
-    "calls": load(
-        "whole answers on 16 lines, as fast as can be",
-        {"calls/s": ">= 900", "CPU per call, ms": ""},
-        Load(lines=16, calls=100),
+    "streams-500": Workload(
+        "500 streams at once, 50 tokens 20 ms apart",
+        measure_load(CROWD._replace(connections=500, tokens=50)),
+        quick=False,
     ),
-    "tokens": load(
-        "streams of 2,000 tokens on 16 lines, as fast as can be",
-        {"tokens/s": ">= 60000", "CPU per token, us": ""},
-        Load(lines=16, calls=3, tokens=2000, stream=True),
+    "steady": Workload(
+        "40 whole calls a second, Replicate takes 0.3 s",
+        measure_load(Load(40, calls=5, tokens=15, paced=True, interval=1 / 40)),
     ),
-    "start": Workload(
-        "a new process",
-        take_start,
-        {"import, s": "", "to the first answer on /health, s": "<= 0.5"},
-        sdk=True,
+    "calls": Workload(
+        "whole calls on 16 connections, as fast as can be",
+        measure_load(Load(16, calls=100)),
     ),
-    "memory": Workload(
-        "memory of a new process",
-        take_memory,
-        {
-            "idle, RSS, MB": "<= 50",
-            "idle, PSS, MB": "",
-            "200 streams, most RSS, MB": "<= 70",
-            "  that is, per stream, KB": "",
-            "after 10,000 whole calls, RSS, MB": "",
-        },
-        sdk=True,
-        once=True,
+    "tokens": Workload(
+        "streams of 2,000 tokens on 16 connections, as fast as can be",
+        measure_load(Load(16, calls=2, tokens=2000, stream=True)),
     ),
+    "counts": Workload("calls into functions of proxy.py", measure_counts),
 }
 
-# == Report ====================================================================
-# A side's figure is the median of its rounds; a ratio is the median of the ratios
-# of each round, as what disturbs a round disturbs all of its sides.
 
-Rounds = Mapping[str, Sequence[Value]]  # by side
-
-
-def measure(
-    workload: Workload, all: Sequence[Side], rounds: int, scale: float
-) -> Mapping[str, Rounds]:
-    """All rounds, in turns: by figure, then by side."""
-    taking = [side for side in all if workload.sdk or side.name != "sdk"]
-    names = [side.name for side in taking]
-    found: dict[str, dict[str, list[Value]]] = {
-        row: {name: [] for name in names} for row in workload.figures
-    }
-    for _ in range(1 if workload.once else rounds):
-        for side in taking:
-            taken = workload.take(side, scale)
-            for name in workload.figures:
-                found[name][side.name].append(FIGURES[name](taken))
-    return found
+class Figure(NamedTuple):
+    workload: str
+    name: str
+    key: str  # of what the workload measures
+    promise: str = ""
+    has_ratio: bool = True
 
 
-def middle(values: Sequence[Value]) -> Value:
+FIGURES = [
+    Figure("start", "to the response of /health, s", "start"),
+    Figure("start", "x `import replicate` alone", "imports", "<= 1.3", False),
+    Figure("idle", "memory, MB", "idle", "<= 42"),
+    Figure("whole", "the stand-in alone, p50, ms", "direct", "", False),
+    Figure("whole", "added latency, p50, ms", "added", "<= 0.8 x"),
+    Figure("whole", "CPU per call, ms", "CPU call", "<= 0.8 x"),
+    Figure("stream", "first token, p50, ms", "first p50", "<= 0.6 x"),
+    Figure("stream", "a token is late, p50, ms", "late p50"),
+    Figure("stream", "CPU per token, us", "CPU token", "<= 0.5 x"),
+    Figure("streams-200", "first token, p50, ms", "first p50", "<= 0.2 x"),
+    Figure("streams-200", "first token, p95, ms", "first p95", "<= 0.4 x"),
+    Figure("streams-200", "a token is late, p50, ms", "late p50", "<= 0.25 x"),
+    Figure("streams-200", "a token is late, p99, ms", "late p99", "<= 0.7 x"),
+    Figure("streams-200", "CPU per token, us", "CPU token", "<= 0.5 x"),
+    Figure("streams-200", "most memory, MB", "peak", "<= 1.15 x"),
+    Figure("streams-200", "complete", "complete", ">= 200", False),
+    Figure("streams-500", "first token, p50, ms", "first p50"),
+    Figure("streams-500", "first token, p95, ms", "first p95"),
+    Figure("streams-500", "complete", "complete", ">= 500", False),
+    Figure("steady", "latency, p50, ms", "latency"),
+    Figure("steady", "CPU per call, ms", "CPU call", "<= 0.9 x"),
+    Figure("calls", "calls/s", "calls/s", ">= 1.3 x"),
+    Figure("calls", "CPU per call, ms", "CPU call"),
+    Figure("tokens", "tokens/s", "tokens/s", ">= 6 x"),
+    Figure("tokens", "CPU per token, us", "CPU token"),
+    Figure("counts", "a whole call", "whole"),
+    Figure("counts", "a streamed call of 8 texts", "stream", "<= 250"),
+    Figure("counts", "a token more", "token", "<= 10"),
+]
+
+# == Starts ====================================================================
+
+Row = dict[str, list[float | None]]  # a figure in each start, by side
+
+
+class Bench:
+    def __init__(self, sides: Sequence[Side], workloads: Sequence[str], scale: float):
+        self.sides = sides
+        self.workloads = workloads
+        self.scale = scale
+        self.notes: list[str] = []  # what failed
+        self.rows: list[tuple[Figure, Row]] = [
+            (figure, {side.name: [] for side in sides})
+            for figure in FIGURES
+            if figure.workload in workloads
+        ]
+
+    def run_start(self, number: int, port: int) -> None:
+        """Measure everything once, with new processes."""
+        with contextlib.ExitStack() as stack:
+            fake = running([str(ROOT / "fake_replicate.py")], port=port)
+            url = stack.enter_context(fake).url
+            turns = [self.start_side(side, url, stack) for side in self.sides]
+            for key in self.workloads:
+                # Another side begins each time: the first may fare better, or worse.
+                turns = turns[1:] + turns[:1]
+                for turn in turns:
+                    log(f"start {number}: {key}, {turn.side.name}")
+                    self.take_turn(number, key, turn)
+
+    def start_side(
+        self, side: Side, replicate_url: str, stack: contextlib.ExitStack
+    ) -> Turn:
+        try:
+            server = None
+            if not side.url:
+                server = stack.enter_context(side.start(replicate_url))
+            url = server.url if server else side.url
+            turn = Turn(side, url, server, replicate_url, self.scale, [])
+            turn.check()
+        except SideFailed as failure:
+            raise SystemExit(f"{side.name}: {failure}") from None
+        return turn
+
+    def take_turn(self, number: int, key: str, turn: Turn) -> None:
+        """A side that fails has no figures in this turn, and a note says why."""
+        values: Values = {}
+        try:
+            values = WORKLOADS[key].measure(turn)
+        except (SideFailed, OSError, subprocess.SubprocessError) as error:
+            code = turn.server and turn.server.process.poll()
+            ended = "" if code is None else f"its process ended with {code}; "
+            turn.failures.append(f"{ended}{error}")
+        for figure, row in self.rows:
+            if figure.workload == key:
+                row[turn.side.name].append(values.get(figure.key))
+        where = f"start {number}, {key}, {turn.side.name}"
+        self.notes += [f"{where}: {failure}" for failure in turn.failures]
+        turn.failures.clear()
+
+
+def log(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+# == Table =====================================================================
+
+
+def middle(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
 
 
-def ratios(these: Sequence[Value], those: Sequence[Value]) -> list[float]:
-    pairs = zip(these, those, strict=True)
-    return [one / other for one, other in pairs if one is not None and other]
+def ratios(row: Row, side: str, other: str) -> list[float]:
+    """In each start, as what disturbs one disturbs all of its sides."""
+    pairs = zip(row[side], row[other], strict=True)
+    return [one / two for one, two in pairs if one is not None and two]
 
 
-def control_of(rounds: Rounds) -> str:
-    """What the SDK does, if it can; else the raw sockets."""
-    return "raw" if middle(rounds.get("sdk", ())) is None else "sdk"
+def render_row(figure: Figure, row: Row, starts: int) -> str:
+    cells = ""
+    for side, values in row.items():
+        value = middle(values)
+        beside = ratios(row, side, "sdk") if figure.has_ratio and side != "sdk" else []
+        ratio = f"{median(beside):7.2f} x" if beside else ""
+        cells += f"{'-' if value is None else render_number(value):>9}{ratio:9}"
+    others = ["sdk", *list(row)[3:]] if figure.has_ratio else []
+    spreads = "  ".join(render_spread(row, other) for other in others)
+    verdict = render_verdict(figure.promise, row, starts)
+    return f"  {figure.name:30}{cells}  {verdict:16} {spreads}".rstrip()
 
 
-def cell(name: str, rounds: Rounds) -> str:
-    value, control = middle(rounds.get(name, ())), control_of(rounds)
-    if value is None:
-        return f"{'-':>9}{'':10}"
-    ratio = middle(ratios(rounds[name], rounds[control]))
-    told = f"{ratio:8.2f} x" if ratio and name != control else ""
-    return f"{short(value):>9}{told:10}"
+def render_number(number: float) -> str:
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
-def short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def verdict(promise: str, rounds: Rounds) -> str:
+def render_verdict(promise: str, row: Row, starts: int) -> str:
     relation, bound, *relative = promise.split() or ("", "")
-    these = rounds["proxy"]
-    value = middle(ratios(these, rounds[control_of(rounds)]) if relative else these)
+    values = ratios(row, "proxy", "sdk") if relative else row["proxy"]
+    value = middle(values)
     if not promise or value is None:
-        return ""
+        return promise
     kept = {"<=": operator.le, ">=": operator.ge}[relation](value, float(bound))
-    return f"{promise} {'kept' if kept else 'BROKEN'}"
+    doubt = "" if starts >= STARTS else "?"
+    return f"{promise} {'kept' if kept else 'BROKEN'}{doubt}"
 
 
-def versus(name: str, rounds: Rounds) -> str:
-    """The proxy beside another: the ratio, and its least and most in a round."""
-    found = ratios(rounds["proxy"], rounds[name])
-    spread = found and f" ({min(found):.2f} to {max(found):.2f})"
-    return f"   {median(found):.2f} x {name}{spread}" if found else ""
+def render_spread(row: Row, other: str) -> str:
+    """The ratio of the proxy to another side: the least and the most of a start."""
+    found = ratios(row, "proxy", other)
+    if not found or (other == "sdk" and len(found) < 2):
+        return ""
+    middle = "" if other == "sdk" else f"{median(found):.2f} "
+    return f"{middle}({min(found):.2f} to {max(found):.2f}) x {other}"
 
 
-def tell_figure(name: str, promise: str, rounds: Rounds, names: Sequence[str]) -> str:
-    cells = "".join(cell(side, rounds) for side in names)
-    others = "".join(versus(side, rounds) for side in names[3:])
-    return f"  {name:35}{cells} {verdict(promise, rounds):16}{others}".rstrip()
+def render_table(bench: Bench, starts: int) -> Iterator[str]:
+    names = [side.name for side in bench.sides]
+    yield f"{'':32}" + "".join(f"{name:>9}{'':9}" for name in names) + "  promise"
+    for key in bench.workloads:
+        yield f"{key}: {WORKLOADS[key].title}"
+        for figure, row in bench.rows:
+            if figure.workload == key:
+                yield render_row(figure, row, starts)
 
 
 def describe_machine() -> str:
@@ -754,7 +722,7 @@ def describe_machine() -> str:
 # == Main ======================================================================
 
 
-def named(text: str) -> tuple[str, str]:
+def name_and_value(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     if not value:
         raise argparse.ArgumentTypeError("must be of the form NAME=...")
@@ -762,46 +730,81 @@ def named(text: str) -> tuple[str, str]:
 
 
 def read_options() -> argparse.Namespace:
-    rows = "\n".join(f"  {name:10} {row.why}" for name, row in WORKLOADS.items())
+    rows = "\n".join(f"  {key:12} {row.title}" for key, row in WORKLOADS.items())
     parser = argparse.ArgumentParser(
-        description="What the proxy costs, beside what the same costs without it.",
+        description="Measure proxy.py beside two controls.",
         epilog=f"workloads:\n{rows}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("only", nargs="*", metavar="WORKLOAD", help="what to measure; else all")
-    add("--quick", action="store_true", help="2 rounds of a quarter of the calls")
-    add("--rounds", type=int, help="how often each side has its turn (5)")
-    add("--json", metavar="FILE", help="keep every round's figures there")
-    more: Any = {"type": named, "action": "append", "default": []}
+    add("--quick", action="store_true", help="one start, a quarter of the calls")
+    add("--starts", type=int, help=f"how many processes of each side ({STARTS})")
+    add("--json", metavar="FILE", help="write every figure of every start there")
+    more: Any = {"type": name_and_value, "action": "append", "default": []}
     add("--proxy", metavar="NAME=PATH", help="another proxy.py to start", **more)
-    add("--against", metavar="NAME=URL", help="any server like it, running", **more)
+    add("--against", metavar="NAME=URL", help="a server that is running", **more)
     add("--port", type=int, default=0, help="of the stand-in, for such a server")
     options = parser.parse_args()
     if unknown := set(options.only) - WORKLOADS.keys():
-        parser.error(f"no such workload: {', '.join(unknown)}")
-    options.rounds = options.rounds or (2 if options.quick else 5)
+        parser.error(f"no such workload: {', '.join(sorted(unknown))}")
+    for _, path in options.proxy:
+        if not Path(path).is_file():
+            parser.error(f"no such file: {path}")
+    names = [
+        "raw",
+        "sdk",
+        "proxy",
+        *(name for name, _ in options.proxy + options.against),
+    ]
+    if len(set(names)) < len(names):
+        parser.error("two sides have one name")
+    options.starts = options.starts or (1 if options.quick else STARTS)
     return options
+
+
+def build_sides(options: argparse.Namespace) -> list[Side]:
+    proxies = [("proxy", ROOT / "proxy.py"), *options.proxy]
+    return [
+        Side("raw"),
+        Side("sdk"),
+        *(Side(name, proxy=Path(path).resolve()) for name, path in proxies),
+        *(Side(name, url=url.rstrip("/")) for name, url in options.against),
+    ]
+
+
+def compile_modules(sides: Sequence[Side]) -> None:
+    """So that none is compiled in a process that is measured."""
+    paths = [side.proxy for side in sides if side.proxy]
+    for path in [ROOT / "replicate", *paths]:
+        command = [sys.executable, "-c", f"__import__({path.stem!r})"]
+        if subprocess.run(command, cwd=path.parent).returncode:
+            raise SystemExit(f"{path.name} can't be imported")
 
 
 def main() -> None:
     options = read_options()
-    found = {}
-    with bytecode_kept(), sides(options) as all:
-        names = [side.name for side in all]
-        print(f"{describe_machine()}; {options.rounds} rounds\n")
-        heads = "".join(f"{name:>9}{'':10}" for name in names)
-        print(f"{'':37}{heads} promise")
-        for key in options.only or WORKLOADS:
-            row = WORKLOADS[key]
-            print(f"{key}: {row.why}", flush=True)
-            scale = 0.25 if options.quick else 1
-            found[key] = measure(row, all, options.rounds, scale)
-            for name, promise in row.figures.items():
-                print(tell_figure(name, promise, found[key][name], names), flush=True)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    usual = [key for key, row in WORKLOADS.items() if row.quick or not options.quick]
+    keys = options.only or usual
+    bench = Bench(build_sides(options), keys, 0.25 if options.quick else 1)
+    began, done = time.monotonic(), 0
+    with bytecode_kept(), contextlib.suppress(KeyboardInterrupt):
+        compile_modules(bench.sides)
+        for done in range(1, options.starts + 1):
+            bench.run_start(done, options.port)
+    log("")
+    minutes = (time.monotonic() - began) / 60
+    print(f"{describe_machine()}; {done} starts, {minutes:.1f} minutes\n")
+    print("\n".join(render_table(bench, done)))
+    for note in bench.notes:
+        print(f"! {note}")
     if options.json:
-        document = {"on": describe_machine(), "workloads": found}
+        rows = [(each.workload, each.name, row) for each, row in bench.rows]
+        document = {"on": describe_machine(), "rows": rows}
         Path(options.json).write_text(json.dumps(document, indent=1))
+    sys.exit(bool(bench.notes))
 
 
 if __name__ == "__main__":
