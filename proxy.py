@@ -3976,23 +3976,17 @@ def with_usage(
 
 
 THINKERS = re.compile(r"(?i).*(deepseek-r1|thinking|reasoner|qwq|magistral).*")
-
 THINK, THINK_END = "<think>", "</think>"
 
 # gpt-oss writes in channels: OpenAI's harmony format.
 HARMONY = ("<|start|>assistant", "<|channel|>")
-
 HARMONY_MARKS = (*HARMONY, "<|end|>", "<|return|>", "<|call|>")
-
 HARMONY_MARK = re.compile("|".join(map(re.escape, HARMONY_MARKS)))
-
 HARMONY_HEADER = re.compile(
     r"\s{0,20}(?:<\|start\|>assistant[^<]{0,100})?<\|channel\|>(?P<channel>\w{1,20})"
     r"[^<]{0,100}(?:<\|constrain\|>\w{0,20})?<\|message\|>"
 )
-
 LONGEST_HEADER = 400  # characters
-
 LONGEST_SPACE = 200  # characters that wait for what may follow them
 
 
@@ -4106,9 +4100,7 @@ def split_harmony(held: str, events: Events) -> Events:
 
 
 MOST_STEPS = 100_000  # in checking a value: at most about a second
-
 LONGEST_MESSAGE = 500  # characters
-
 TYPES: dict[str, Callable[[Any], bool]] = {
     "string": lambda value: isinstance(value, str),
     "integer": lambda value: is_number(value) and value == value // 1,
@@ -4118,7 +4110,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
     "null": lambda value: value is None,
 }
-
+ARTICLES = {"integer": "an", "array": "an", "object": "an"}
 BOUNDS: dict[str, tuple[tuple[type, ...], Callable[[Any, Any], bool], str]] = {
     "minimum": (NUMBER, ge, "be at least {}"),
     "maximum": (NUMBER, le, "be at most {}"),
@@ -4277,8 +4269,7 @@ class Validation:
 
 
 def with_article(name: str) -> str:
-    article = "an" if name in ("integer", "array", "object") else "a"
-    return name if name == "null" else f"{article} {name}"
+    return name if name == "null" else f"{ARTICLES.get(name, 'a')} {name}"
 
 
 def inside(path: str, key: str | int) -> str:
@@ -4300,15 +4291,10 @@ def inside(path: str, key: str | int) -> str:
 
 
 KEY, COLON, VALUE, NEXT = "key", "colon", "value", "next"  # what is to come
-
 CLOSERS = {"{": "}", "[": "]"}
-
 BRACKETS = {"{": "object", "[": "array"}
-
 DEEPEST_JSON = 200  # brackets
-
 LONGEST_WORD = 1000  # characters, also of a comment
-
 JSON_TOKEN = re.compile(
     r"""(?P<space>[ \t\r\n]+)
     | (?P<mark>[{}\[\],:])
@@ -4323,15 +4309,10 @@ JSON_TOKEN = re.compile(
     | (?P<bad><[^|｜/]|</[^tfij]|[^\S \t\r\n])""",
     re.ASCII | re.DOTALL | re.VERBOSE,
 )
-
 JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
-
 NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
-
 UNQUOTED = {q: re.compile(rf'[^\\\x00-\x1f"{q}]+') for q in "\"'`"}
-
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
-
 HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
 
 
@@ -4578,19 +4559,14 @@ def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
 # bracket without an item. Until that is clear, text is held. What has nothing in its
 # brackets, or keys without quotes, can't be told from prose before the end.
 GAPS = r"\s{0,20}"
-
 QUOTED = r"""(?:"(?:[^"\\]|\\.){0,100}"|'(?:[^'\\]|\\.){0,100}')"""
-
 SCALAR = r"(?:-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?|true|false|null)"
-
 EMPTY = rf"\{{{GAPS}\}}|\[{GAPS}\]"
-
 BEGINS = re.compile(
     rf"""(?:\[{GAPS}){{0,8}}\{{{GAPS}{QUOTED}{GAPS}:
     |(?:\[{GAPS}){{1,8}}(?:"|(?:{SCALAR}|{EMPTY}){GAPS}[,\]])""",
     re.DOTALL | re.VERBOSE,
 )
-
 MAY_BEGIN = re.compile(
     rf"""(?:\[{GAPS}){{0,8}}
     (?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
@@ -4598,13 +4574,10 @@ MAY_BEGIN = re.compile(
         |{QUOTED}{GAPS}|\}}{GAPS})?)?""",
     re.DOTALL | re.VERBOSE,
 )
-
 LONE_VALUE = re.compile(
     rf'[{{\[]|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
 )
-
 MOST_LONE_VALUES = 20
-
 LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
 
 
@@ -4744,17 +4717,11 @@ OBJECTS = (  # how a call begins as an object; * is its name, or an id and then 
     '{ "type" : "function" , "function" : { "name" : "*"',
     '{ "id" : "*" , "type" : "function" , "function" : { "name" : "*"',
 )
-
 NAME_KEYS = ("name", "function", "tool", "tool_name")
-
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
-
 SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
-
 NAME_CHARACTERS = ALPHABET + "_-"
-
 LONGEST_HEAD = 400  # characters, of OBJECTS with arguments that begin
 
 
@@ -4939,38 +4906,26 @@ TOOL_CALL_FORMATS = (
     ),  # Llama 4: [get_time(zone="UTC")]
     ToolCallFormat("<tool_response", holds="result"),  # made up, after a call
 )
-
 BY_BEGINNING = {
     c: [format for format in TOOL_CALL_FORMATS if format.opening[0] == c]
     for c in {format.opening[0] for format in TOOL_CALL_FORMATS}
 }
-
 START = re.compile(r"[<\[{`]")  # what any call begins with
-
 LEADING_SPACE = re.compile(rf"\s{{0,{LONGEST_SPACE + 1}}}")
-
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
-
 MOST_OPENINGS = 6  # of one call
-
 LONGEST_CALL = 200_000  # characters that are held
-
 LONGEST_PIECE = 1000  # characters that are looked at together
-
 LONGEST_LEAD = 80  # characters
-
 LEAD = re.compile(  # what may stand between a name and its arguments
     r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*((commentary|analysis)\s*)?|```)?(json|code)?\s*){0,4}"
 )
-
 TAG_BEGINS = r"<(?:｜DSML｜|antml:)?parameter"
-
 TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
     rf"<parameter=(?P<name>[^<>]{{1,64}})>"
     rf'|{TAG_BEGINS} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
-
 TAGGED_END = re.compile(r"</(?:｜DSML｜|antml:)?parameter>|</arg_value>")
 
 
@@ -4989,19 +4944,14 @@ def tagged_arguments(text: str, tool: Tool | None) -> Json:
 
 
 LONGEST_PYTHON = 4000  # characters
-
 DEEPEST_PYTHON = 20  # brackets
-
 PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
-
 PYTHON_STRING = r"""(?P<text>\"""(?:[^\\]|\\.)*?\"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'
     |"(?!"")(?:[^"\\\n]|\\.)*"|'(?!'')(?:[^'\\\n]|\\.)*')"""
-
 PYTHON_PART = re.compile(
     rf"""{PYTHON_STRING}|(?P<open>[(\[{{])|(?P<close>[)\]}}])|[^"'()\[\]{{}}]+""",
     re.DOTALL | re.VERBOSE,
 )
-
 PYTHON_TOKEN = re.compile(
     rf"""{PYTHON_STRING}
     |(?P<name>[A-Za-z_]\w*)(?=\s*=)
@@ -5009,9 +4959,7 @@ PYTHON_TOKEN = re.compile(
     |-?\b\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?\b""",
     re.DOTALL | re.VERBOSE,
 )
-
 PYTHON_NOISE = re.compile(r"[^0=\s,:()\[\]{}]|[0)\]}]\s*[0(\[{=]")
-
 PYTHON_ESCAPE = re.compile(r"\\(?=[^\n\\'\"abfnrtvxuU0])(.)|\\.", re.DOTALL)
 
 

@@ -6702,9 +6702,8 @@ def test_what_can_not_be_checked_counts_as_valid(server, fake, schema):
     [schema] = schema
     for value in (5, "a" * 30, {"a": 1}, [[1]], None, True, 1.5):
         assert proxy.validate(value, schema) == ""
-    answer, creates = ask_for_json(
-        server, fake, A_OF_JSON, response_format=as_schema(schema)
-    )
+    format = {"type": "json_schema", "json_schema": {"name": "any", "schema": schema}}
+    answer, creates = ask_for_json(server, fake, A_OF_JSON, response_format=format)
     assert (answer.message.content, len(creates)) == (A_OF_JSON, 1)
     assert json.dumps(proxy.compact(schema))[1:-1] in creates[0]
 
@@ -6739,7 +6738,7 @@ def ask_for_json(server, fake, said, **body):
     return answer, [json.dumps(seen.body["input"]) for seen in fake.creates()]
 
 
-ADA_AS_JSON = '{"name": "Ada", "age": 36}'
+ADA = '{"name": "Ada", "age": 36}'
 NAMED = {"name": "person", "schema": PERSON}
 ARRAY = proxy.ResponseFormat({"type": "array"}, "list")
 STRING_OF_JSON = proxy.ResponseFormat({"type": "string"}, "word")
