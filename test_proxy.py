@@ -7926,16 +7926,13 @@ TEDIOUS_AFTER = [  # how it begins, and what it repeats
 
 
 def work_of_filters(text, cut):
-    """CPU seconds that all filters of a call take for a text: the least of three."""
-    times = []
-    for _ in range(3):
-        began = time.thread_time()
-        events = proxy.split_reasoning(script(cut(text)), starts_inside=False)
-        events = proxy.extract_tool_calls(events, BOX)
-        events = proxy.extract_json(events, OBJECT)
-        list(proxy.stop_at(events, ["</tool_call>", "<<<"]))
-        times.append(time.thread_time() - began)
-    return min(times)
+    """CPU seconds that all filters of a call take for a text."""
+    began = time.thread_time()
+    events = proxy.split_reasoning(script(cut(text)), starts_inside=False)
+    events = proxy.extract_tool_calls(events, BOX)
+    events = proxy.extract_json(events, OBJECT)
+    list(proxy.stop_at(events, ["</tool_call>", "<<<"]))
+    return time.thread_time() - began
 
 
 A_LENGTH, FOUR_TIMES = 1_500, 6_000
@@ -7946,8 +7943,15 @@ A_LENGTH, FOUR_TIMES = 1_500, 6_000
     ("begin", "piece"), [*((why, "", piece) for why, piece in TEDIOUS), *TEDIOUS_AFTER]
 )
 def test_the_work_is_linear_in_the_length_of_a_text(begin, piece, cut):
+    """Quadratic work would be 16 times as much; the least of some tries is no noise."""
     once, more = (begin + (piece * n)[:n] for n in (A_LENGTH, FOUR_TIMES))
-    assert work_of_filters(more, cut) < max(6 * work_of_filters(once, cut), 0.1)
+    least_once = least_more = float("inf")
+    for _ in range(10):
+        least_once = min(least_once, work_of_filters(once, cut))
+        least_more = min(least_more, work_of_filters(more, cut))
+        if least_more < max(6 * least_once, 0.1):
+            return
+    pytest.fail(f"{least_once} s, and for four times the text {least_more} s")
 
 
 # ==== 6. OBJECTS ==============================================================
