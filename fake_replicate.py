@@ -1,6 +1,6 @@
 """Replicate's HTTP API, played over loopback by one file.
 
-    python fake_replicate.py --port 4000    serve, and tell what can be played
+    python fake_replicate.py --port 4000    serve, and list what can be played
     with FakeReplicate() as fake: ...       the same, inside another program
 
 Point any client of Replicate at `fake.base_url`. No model runs: what happens is
@@ -27,7 +27,7 @@ look up is said to be a guess where it stands.
     Wires        what may become of a stream between its events and its bytes
     Texts        what the models say
     Scenarios    what can happen: one row per case
-    Models       what is told of a model: one row per model
+    Models       what a model says of itself: one row per model
     Predictions  a scenario, an input and a moment of birth
     Account      all that exists at this Replicate, and all it has been asked
     Endpoints    one row per path, one function per operation
@@ -102,8 +102,8 @@ class Refusal(Exception):
 
 def problem(status: int, detail: str, title: str = "", **more: Any) -> Reply:
     body = {"title": title, "detail": detail, "status": status, **more}
-    told = {name: value for name, value in body.items() if value != ""}
-    return Reply(status, told, PROBLEM_TYPE)
+    present = {name: value for name, value in body.items() if value != ""}
+    return Reply(status, present, PROBLEM_TYPE)
 
 
 def throttled(words: str = "", header: str = "", **more: Any) -> Reply:
@@ -321,8 +321,8 @@ NO_MODEL = (
 
 def demonstrate(input: Json) -> Text:
     lines = [NO_MODEL, *(f"{name}: {brief(value)}" for name, value in input.items())]
-    told = "\n\n".join(TOOLS.sub("<tools> ... </tools>", line) for line in lines)
-    return re.findall(r"\s*\S+", told)[: limit(input, ALWAYS)]
+    shown = "\n\n".join(TOOLS.sub("<tools> ... </tools>", line) for line in lines)
+    return re.findall(r"\s*\S+", shown)[: limit(input, ALWAYS)]
 
 
 # A tool that is recited looks like a call of it.
@@ -389,7 +389,7 @@ class Scenario:
     """One case. Every default is what usually happens; times are in seconds."""
 
     why: str
-    # what is said, and how it is put down
+    # the output, and its form
     text: Text | Callable[[Json], Text] = HELLO
     form: Callable[[list[str]], Any] = list  # what its output is made of tokens
     counts: bool = True  # whether metrics count the tokens
@@ -400,7 +400,7 @@ class Scenario:
     pace: float = 0
     late: float = 0  # how much longer than the stream the record says it runs
     hold: float = 60  # how long `Prefer: wait` is honoured at most
-    deadline: float = FOREVER  # as if `Cancel-After` had said so
+    deadline: float = FOREVER  # as `Cancel-After` would set it
     # the end
     after: int | None = None  # so many tokens; None: all
     running: str = "processing"
@@ -871,7 +871,7 @@ class Prediction:
         return self.status_at(self.age)
 
     def ending(self, late: float = 0) -> tuple[float, str]:
-        """At which age it ends, and how; the record may be late to tell."""
+        """At which age it ends, and how; the record may be late."""
         if self.stopped_at < self.finish + late:
             return self.stopped_at, self.stopped_as
         return self.finish + late, self.scenario.end or ""
@@ -884,7 +884,7 @@ class Prediction:
             return self.ending(self.scenario.late)[1]
         return self.scenario.running if age > self.scenario.boot else "starting"
 
-    def told(self, age: float) -> int:
+    def count_at(self, age: float) -> int:
         """How many tokens there are at that age."""
         ran = min(age, self.ending()[0]) - self.scenario.boot
         if age <= self.scenario.boot or ran < 0:
@@ -904,15 +904,15 @@ class Prediction:
             if not self.halted.wait(min(left, 1)) and left > 1:
                 pause(0.001)
 
-    def spoken(self, age: float) -> list[str]:
-        return [self.tokens[index] for index in range(self.told(age))]
+    def tokens_at(self, age: float) -> list[str]:
+        return [self.tokens[index] for index in range(self.count_at(age))]
 
     def output(self, age: float) -> Any:
         """A list grows; anything else comes at the end."""
-        spoken, succeeded = self.spoken(age), self.status_at(age) == "succeeded"
+        tokens, succeeded = self.tokens_at(age), self.status_at(age) == "succeeded"
         if self.scenario.form is list:
-            return spoken if spoken or succeeded else None
-        return self.scenario.form(spoken) if succeeded else None
+            return tokens if tokens or succeeded else None
+        return self.scenario.form(tokens) if succeeded else None
 
     def record(self, age: float) -> Json:
         """The prediction object: at birth its time has fewer digits."""
@@ -953,16 +953,16 @@ class Prediction:
         return closing
 
     def counts(self, age: float) -> dict[str, int]:
-        """Words given, and tokens told that are not empty."""
+        """Words of the input, and tokens of the output that are not empty."""
         given = len(" ".join(strings(self.input)).split())
-        told = sum(map(bool, self.spoken(age)))
-        return {"input_token_count": given, "output_token_count": told}
+        output = sum(map(bool, self.tokens_at(age)))
+        return {"input_token_count": given, "output_token_count": output}
 
     def reading(self, pause: Callable[[float], None]) -> Frames:
         """The stream, as the scenario's wire carries this reading of it."""
         self.readings += 1
         live = self.readings > 1 and not self.scenario.replays
-        frames = self.frames(self.told(self.age) if live else 0, pause)
+        frames = self.frames(self.count_at(self.age) if live else 0, pause)
         spoiled = self.readings <= self.scenario.spoils
         return self.scenario.wire(frames) if spoiled else frames
 
@@ -1141,7 +1141,7 @@ def version_id(model: Json) -> str | None:
 # One function per operation. To add one: a function, and a row of ENDPOINTS.
 
 
-def suffer(
+def play_fault(
     fault: Fault, count: Counter[str], name: str, call: Call, work: Callable[[], Reply]
 ) -> Reply:
     """Do the work, so far as the fault lets it."""
@@ -1203,7 +1203,7 @@ def create(account: Account, call: Call, model: Json) -> Reply:
     name = account.choose(f"{model['owner']}/{model['name']}")
     scenario = account.scenarios[name]
     work = functools.partial(begin, account, call, model, scenario)
-    return suffer(scenario.on_create, account.faults, name, call, work)
+    return play_fault(scenario.on_create, account.faults, name, call, work)
 
 
 def input_schemas(model: Json) -> dict[str, Json]:
@@ -1214,7 +1214,7 @@ def input_schemas(model: Json) -> dict[str, Json]:
 
 
 def begin(account: Account, call: Call, model: Json, scenario: Scenario) -> Reply:
-    """A prediction that is waited for is told as it then is."""
+    """A prediction that is waited for has the record of that moment."""
     pace = scenario.pace if account.pace is None else account.pace
     deadline = min(scenario.deadline, seconds(call.headers.get("cancel-after")))
     ref = f"{model['owner']}/{model['name']}"
@@ -1227,10 +1227,10 @@ def begin(account: Account, call: Call, model: Json, scenario: Scenario) -> Repl
         return Reply(201, prediction.record(0))
     held = min(int(match[1] or 60), scenario.hold)
     prediction.wait_until(min(held, prediction.finish), call.pause)
-    told = prediction.age >= prediction.ending()[0]
+    is_over = prediction.age >= prediction.ending()[0]
     record = prediction.record(prediction.age)
     headers = {"Preference-Applied": preference}
-    return Reply(201 if told else 202, record, headers=headers)
+    return Reply(201 if is_over else 202, record, headers=headers)
 
 
 def seconds(duration: str | None) -> float:
@@ -1253,7 +1253,9 @@ def list_predictions(account: Account, call: Call) -> Reply:
 def look_up(account: Account, call: Call, id: str) -> Reply:
     prediction = find(account.predictions, id)
     fault = prediction.scenario.on_look
-    return suffer(fault, prediction.faults, "look", call, lambda: tell(prediction))
+    return play_fault(
+        fault, prediction.faults, "look", call, lambda: respond_with_record(prediction)
+    )
 
 
 def cancel(account: Account, call: Call, id: str) -> Reply:
@@ -1261,15 +1263,17 @@ def cancel(account: Account, call: Call, id: str) -> Reply:
     account.cancels.append(id)
     account.announce()
     fault = prediction.scenario.on_cancel
-    return suffer(fault, prediction.faults, "cancel", call, lambda: stop(prediction))
+    return play_fault(
+        fault, prediction.faults, "cancel", call, lambda: stop(prediction)
+    )
 
 
 def stop(prediction: Prediction) -> Reply:
     prediction.cancel()
-    return tell(prediction)
+    return respond_with_record(prediction)
 
 
-def tell(prediction: Prediction) -> Reply:
+def respond_with_record(prediction: Prediction) -> Reply:
     return Reply(200, prediction.record(prediction.age))
 
 
@@ -1310,7 +1314,7 @@ def create_file(account: Account, call: Call) -> Reply:
     if len(file.content) > account.file_limit:
         raise Refusal(problem(413, "The file is too large."))
     work = functools.partial(keep_file, account, file)
-    return suffer(account.on_upload, account.faults, "upload", call, work)
+    return play_fault(account.on_upload, account.faults, "upload", call, work)
 
 
 def keep_file(account: Account, file: FakeFile) -> Reply:
@@ -1375,14 +1379,14 @@ def follow(account: Account, call: Call, key: str) -> Reply:
         return Reply(200, body, EVENT_TYPE, headers)
 
     fault = prediction.scenario.on_stream
-    return suffer(fault, prediction.faults, "stream", call, work)
+    return play_fault(fault, prediction.faults, "stream", call, work)
 
 
 class Endpoint(NamedTuple):
     method: str
     path: str  # `*` is an argument of the operation
     operation: Callable[..., Reply]
-    limit: int = 3000  # requests a minute; told in headers, never enforced
+    limit: int = 3000  # requests a minute; sent in headers, never enforced
 
 
 ENDPOINTS = (
@@ -1673,14 +1677,14 @@ class FakeReplicate(Account):
 # == Main ======================================================================
 
 
-def tell_scenarios(scenarios: Mapping[str, Scenario]) -> str:
+def list_scenarios(scenarios: Mapping[str, Scenario]) -> str:
     return "\n".join(f"  fake/{name:18}  {row.why}" for name, row in scenarios.items())
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Play Replicate's HTTP API over loopback: no model runs.",
-        epilog=f"models, each a scenario:\n{tell_scenarios(SCENARIOS)}",
+        epilog=f"models, each a scenario:\n{list_scenarios(SCENARIOS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1")
@@ -1701,7 +1705,7 @@ def main() -> None:
     fake = FakeReplicate(record=False, **vars(read_arguments()))
     with fake, contextlib.suppress(KeyboardInterrupt):
         print("Models, and what each of them plays:\n")
-        print(tell_scenarios(fake.scenarios))
+        print(list_scenarios(fake.scenarios))
         print(f"\nREPLICATE_BASE_URL={fake.base_url}")
         print(f"REPLICATE_API_TOKEN={fake.token}", flush=True)
         threading.Event().wait()
