@@ -201,10 +201,17 @@ def require(
         raise APIError(400, message, code=code, param=param)
 
 
+def overloaded(why: str) -> APIError:
+    message = f"The proxy {why}. Try again in a moment."
+    return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
+
+
 def as_api_error(error: Exception) -> APIError:
     """Give what a client is told of any exception: of an internal one, no details."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return overloaded("has as many threads as the system allows")
     log.error("internal error", exc_info=error)
     return APIError(
         500,
@@ -5454,7 +5461,8 @@ def fold_choices(events: IndexedEvents) -> tuple[list[Choice], Usage]:
 
 
 def sum_usage(usages: Iterable[Usage]) -> Usage:
-    prompt, completion, reasoning, estimates = map(sum, zip(*usages, strict=True))
+    counts = [[count or 0 for count in usage] for usage in usages]
+    prompt, completion, reasoning, estimates = map(sum, zip(*counts, strict=True))
     return Usage(prompt, completion, reasoning, is_estimate=bool(estimates))
 
 
@@ -5472,11 +5480,6 @@ def usage_object(usage: Usage) -> Json:
             "rejected_prediction_tokens": 0,
         },
     }
-
-
-def chat_finish_reason(finish_reason: str, info: CompletionInfo) -> str:
-    is_legacy_call = info.legacy and finish_reason == "tool_calls"
-    return "function_call" if is_legacy_call else finish_reason
 
 
 def chat_message(choice: Choice, info: CompletionInfo) -> Json:
@@ -5504,7 +5507,7 @@ def chat_completion(choices: list[Choice], usage: Usage, info: CompletionInfo) -
                 "index": index,
                 "message": chat_message(choice, info),
                 "logprobs": None,
-                "finish_reason": chat_finish_reason(choice.finish_reason, info),
+                "finish_reason": choice.finish_reason,
             }
             for index, choice in enumerate(choices)
         ],
@@ -5572,7 +5575,7 @@ def chat_stream(
             data = before + encode_json(event.text) + after
         elif isinstance(event, Done):
             usages.append(event.usage)
-            data = frame(index, {}, chat_finish_reason(event.finish_reason, info))
+            data = frame(index, {}, event.finish_reason)
         else:
             data = frame(index, chat_delta(event, info.legacy))
         yield start + data
@@ -5749,10 +5752,7 @@ class Generation(NamedTuple):
 
         The first choice leads: it has been created when this begins."""
         cancellation = self.request.cancellation
-        cache = self.proxy.upstream.upload_cache
-        uploaded = [
-            upload_large_files(each, cache, cancellation) for each in self.inputs
-        ]
+        uploaded = [self.upload(each, cancellation) for each in self.inputs]
         jobs = [(each, i) for each in uploaded for i in range(self.body["n"])]
         if len(jobs) == 1:
             with self.start_choice(*jobs[0], cancellation) as events:
@@ -5760,6 +5760,12 @@ class Generation(NamedTuple):
         else:
             with self.start_side_by_side(jobs) as indexed:
                 yield indexed
+
+    def upload(
+        self, prediction_input: PredictionInput, cancellation: Cancellation
+    ) -> PredictionInput:
+        cache = self.proxy.upstream.upload_cache
+        return upload_large_files(prediction_input, cache, cancellation)
 
     @contextmanager
     def start_side_by_side(
@@ -5868,7 +5874,8 @@ class Generation(NamedTuple):
         if self.format:
             events = extract_json(events, self.format)
         if stops := list(filter(None, self.body["stop"])):
-            events = stop_at(events, stops)
+            called = self.toolbox.called if self.toolbox else "stop"
+            events = stop_at(events, stops, called)
         return with_usage(events, prediction_input.prompt, self.request.log.usages)
 
     def with_retry(
@@ -5896,7 +5903,7 @@ class Generation(NamedTuple):
             log.warning("event=retry why=%s", quoted(why))
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
-                again = with_seed(again, offset)
+                again = self.upload(with_seed(again, offset), cancellation)
                 with self.start_prediction(again, cancellation) as others:
                     second = list(others)
             except APIError as error:
@@ -6032,23 +6039,12 @@ class Endpoint(NamedTuple):
     method: str
     path: str  # without the /v1 that all of them may have; * is an id
     operation: Callable[..., Response]
-    is_open: Callable[[Mapping[str, str]], bool] = lambda headers: (
-        False
-    )  # without a key
-
-
-def always(headers: Mapping[str, str]) -> bool:
-    return True
-
-
-def without_key(headers: Mapping[str, str]) -> bool:
-    """Without any key, but not with a wrong one: programs check theirs like this."""
-    return given_key(headers) is None
+    key: str = "required"  # or "optional", though a wrong one is refused, or "none"
 
 
 ENDPOINTS = [
-    Endpoint("GET", "/health", check_health, is_open=always),
-    Endpoint("GET", "/models", list_models, is_open=without_key),
+    Endpoint("GET", "/health", check_health, key="none"),
+    Endpoint("GET", "/models", list_models, key="optional"),
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
@@ -6064,13 +6060,14 @@ def find_operation(
     if method == "OPTIONS":
         return answer_preflight
     endpoint, ids = find_endpoint(method, path)
-    if not endpoint.is_open(headers):
+    is_optional = endpoint.key == "optional" and given_key(headers) is None
+    if endpoint.key != "none" and not is_optional:
         authorize(headers, proxy.settings.api_keys)
     return lambda proxy, request: endpoint.operation(proxy, request, *ids)
 
 
 def dispatch(proxy: Proxy, request: Request) -> Response:
-    """Answer a request that came by other ways than a socket."""
+    """Answer a request whose body has been read, or has none."""
     operation = find_operation(proxy, request.method, request.path, request.headers)
     return operation(proxy, request)
 
@@ -6476,11 +6473,6 @@ BACKLOG = 1024  # of 200 clients at once, 5 left 100 without an answer
 TOO_MANY = "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
 
 STOPPING = "is being stopped"
-
-
-def overloaded(why: str) -> APIError:
-    message = f"The proxy {why}. Try again in a moment."
-    return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
 
 
 class Handler(BaseHTTPRequestHandler):

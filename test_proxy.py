@@ -8354,6 +8354,18 @@ def test_a_second_try_that_is_refused_leaves_the_first_answer(lasting, body, cap
     assert "event=misfit" in caplog.text
 
 
+def test_a_second_try_links_to_what_is_large_as_well(lasting):
+    fake, server = lasting
+    image = data_url(PNG + b"." * 600_000)
+    model = answering_in_turn(fake, "Sunny.", IN_PARIS)
+    fake.seen.clear()
+    post_json(server, CHAT_PATH, model=model, messages=seeing(image), **MUST)
+    links = [seen.body["input"]["image"] for seen in fake.creates()]
+    assert len(links) == 2
+    assert links[0] == links[1]
+    assert links[0].startswith("http")
+
+
 # -- Choices -------------------------------------------------------------------
 
 
@@ -8494,6 +8506,20 @@ def test_a_hang_up_cancels_all_choices(watched):
     assert sorted(fake.cancels) == sorted(fake.predictions)
 
 
+def test_a_lack_of_threads_is_told_as_overload(lasting, monkeypatch):
+    class NoThread(threading.Thread):
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    fake, server = lasting
+    without = SimpleNamespace(**{**vars(threading), "Thread": NoThread})
+    monkeypatch.setattr(proxy, "threading", without)
+    fake.seen.clear()
+    answer = post_json(server, CHAT_PATH, model="fake/hello", messages=HI, n=2)
+    assert (answer.status, answer.error["code"]) == (503, "overloaded")
+    assert not fake.creates()
+
+
 # -- Generation ----------------------------------------------------------------
 
 AS_OBJECT = {"response_format": {"type": "json_object"}}
@@ -8536,6 +8562,7 @@ def test_stop_strings_are_looked_for_in_what_the_client_reads(
     asked = {"model": model_saying(fake, words), "messages": HI, "stop": stop, **body}
     message = post_json(server, CHAT_PATH, **asked, stream=stream).message
     assert (message.content, message.calls) == (content, calls)
+    assert message.finish_reason == ("tool_calls" if calls else "stop")
 
 
 SHAPED = [
