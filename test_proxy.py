@@ -30,6 +30,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
