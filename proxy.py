@@ -316,23 +316,23 @@ class Timeouts(NamedTuple):
     connect: float = 5
     schema: float = 5  # for Replicate to tell what inputs a model has
     create: float = 30  # for Replicate to answer a create …
-    look: float = 5  # … and a GET or a cancel, which can be repeated
+    get: float = 5  # … and a GET or a cancel, which can be repeated
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
     stream: float = 60  # without a byte on an event stream
-    poll: float = 1  # between looks at a prediction that does not stream …
+    poll: float = 1  # between GETs of a prediction that does not stream …
     poll_most: float = 5  # … and at the most
-    settle: float = 0.05  # between looks at one whose stream has said `done`
-    blind: float = 30  # of looks that fail, before a prediction counts as lost
+    after_done: float = 0.05  # between GETs of one whose stream has said `done`
+    lost_after: float = 30  # of GETs that fail: a prediction counts as lost
     grace: float = 10  # beyond the deadline, for Replicate to end it by itself
-    idle: float = 75  # for the next call on a connection
+    idle: float = 75  # for the next request on a connection
     head: float = 20  # for all of a request's head to arrive …
     body: float = 120  # … and for all of its body
-    hold: float = 3  # before a stream's status line goes out, whatever comes after
-    keep_alive: float = 15  # of silence before a stream says that it lives
-    tick: float = 0.2  # between looks at which streams are silent
-    farewell: float = 8  # for calls that are broken off to say so, after a create
-    drain: float = 1  # for calls that are under way on idle connections when we stop
-    linger: float = 2  # for a client to read our last bytes before we close
+    silent_start: float = 3  # before a stream's status line goes out, whatever comes
+    keep_alive: float = 15  # of silence before a stream sends a comment
+    watch_interval: float = 0.2  # between checks of which streams are silent
+    abort: float = 8  # for cancelled requests to send their errors, when we stop
+    drain: float = 1  # for requests under way on idle connections, when we stop
+    drain_input: float = 2  # for a client to read our last bytes before we close
 
 
 def secret_fault(value: str) -> str:
@@ -3243,7 +3243,7 @@ class ReplicateAPI:
         return ref
 
     def fetch_prediction(self, id: str, cancellation: Cancellation) -> Json:
-        get, timeout = self.client.predictions.with_raw_response.get, self.timeouts.look
+        get, timeout = self.client.predictions.with_raw_response.get, self.timeouts.get
         name = quote(id, safe="")
         with broken_off_by(cancellation):
             record = self.send(get, "id", prediction_id=name, timeout=timeout)
@@ -3252,7 +3252,7 @@ class ReplicateAPI:
     def cancel(self, id: str) -> None:
         cancel = self.client.predictions.with_raw_response.cancel
         name = quote(id, safe="")
-        self.send(cancel, prediction_id=name, timeout=self.timeouts.look)
+        self.send(cancel, prediction_id=name, timeout=self.timeouts.get)
 
     def upload(self, attached: Attachment, cancellation: Cancellation) -> str:
         """Put a file into Replicate's files; return its link."""
@@ -3728,7 +3728,7 @@ class Prediction:
 
     def polls(self) -> Iterator[None]:
         """Fetch its record until it is over or its time is up; yield each time."""
-        pause = self.timeouts.settle if self.said_done else self.timeouts.poll
+        pause = self.timeouts.after_done if self.said_done else self.timeouts.poll
         while not self.is_over and self.has_time:
             self.cancellation.sleep(pause)
             pause = min(pause * 1.5, self.timeouts.poll_most)
@@ -3795,7 +3795,7 @@ class Prediction:
 
     def find_output(self) -> bool:
         """Fetch its record, which may lag behind its stream, until it has output."""
-        pause = self.timeouts.settle
+        pause = self.timeouts.after_done
         while not self.output and pause < self.timeouts.poll:
             self.refresh()
             if not self.output:
@@ -3813,7 +3813,10 @@ class Prediction:
             self.log_event("unseen", error.code)
             now = time.monotonic()
             self.unseen_since = self.unseen_since or now
-            if now - self.unseen_since > self.timeouts.blind and not self.said_done:
+            if (
+                now - self.unseen_since > self.timeouts.lost_after
+                and not self.said_done
+            ):
                 raise lost(
                     f"Replicate says no more of the prediction: {error}"
                 ) from None
@@ -6353,7 +6356,7 @@ class EventStreamWriter:
     """Writes a stream to a client: frames by its request, signs of life by the watcher.
 
     The status line waits for the first frame, so that a failure before it can have a
-    status of its own, but no longer than `Timeouts.hold`.
+    status of its own, but no longer than `Timeouts.silent_start`.
     """
 
     def __init__(
@@ -6394,7 +6397,7 @@ class EventStreamWriter:
 
     def keep_alive(self, timeouts: Timeouts) -> None:
         """Send a sign of life if it is time, and no more of it than goes at once."""
-        limit = timeouts.keep_alive if self.is_open else timeouts.hold
+        limit = timeouts.keep_alive if self.is_open else timeouts.silent_start
         if time.monotonic() - self.last_write < limit:
             return
         if not self.lock.acquire(blocking=False):  # its request is writing
@@ -6448,7 +6451,7 @@ class Watcher(threading.Thread):
                     writer.keep_alive(self.timeouts)
             except Exception:  # all requests depend on this thread
                 log.exception("the watcher failed")
-                time.sleep(self.timeouts.tick)
+                time.sleep(self.timeouts.watch_interval)
 
     def look_for_hang_ups(self) -> None:
         """Wait for a tick, or until a client sends something or its connection ends."""
@@ -6457,9 +6460,9 @@ class Watcher(threading.Thread):
                 with suppress(OSError, ValueError, KeyError):  # it was closed just now
                     selector.register(client, selectors.EVENT_READ, cancellation)
             if not selector.get_map():
-                time.sleep(self.timeouts.tick)
+                time.sleep(self.timeouts.watch_interval)
                 return
-            for key, _ in selector.select(self.timeouts.tick):
+            for key, _ in selector.select(self.timeouts.watch_interval):
                 # What a client sends now is its next request: from then on a hang-up
                 # can't be seen, and its request is no longer watched.
                 self.forget(key.data)
@@ -6523,7 +6526,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.body and not self.close_connection:
             self.close_connection = not self.body.skip()
         elif not self.body or not self.body.is_read:
-            self.reader.linger(self.server.timeouts.linger)
+            self.reader.linger(self.server.timeouts.drain_input)
 
     def await_request(self) -> bool:
         """Wait for its first byte; from then on, the client has to hurry."""
@@ -6710,7 +6713,7 @@ class Server(ThreadingHTTPServer):
         except BlockingIOError:  # that was all
             pass
         except OSError:  # no descriptor is left: another try at once would fail too
-            time.sleep(self.timeouts.tick)
+            time.sleep(self.timeouts.watch_interval)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread serve it; `Thread.start` would wait until that has begun.
@@ -6781,8 +6784,8 @@ class Server(ThreadingHTTPServer):
             last = list(self.requests)
         for request in last:
             request.cancellation.cancel(overloaded(STOPPING))
-        until = time.monotonic() + self.timeouts.farewell
-        self.await_end_of(self.requests, self.timeouts.farewell)
+        until = time.monotonic() + self.timeouts.abort
+        self.await_end_of(self.requests, self.timeouts.abort)
         self.proxy.upstream.await_runs(until - time.monotonic())
 
 
