@@ -6181,7 +6181,7 @@ class DeadlineReader(io.RawIOBase):
         self.sock = sock
         self.deadline = 0.0
 
-    def within(self, seconds: float) -> None:
+    def set_deadline(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
 
     def readable(self) -> bool:
@@ -6198,11 +6198,11 @@ class DeadlineReader(io.RawIOBase):
         except OSError as error:
             raise ClientDisconnected from error
 
-    def linger(self, seconds: float) -> None:
+    def drain(self, seconds: float) -> None:
         """Read what the client still sends; closing now would lose our response."""
         with suppress(OSError, APIError, ClientDisconnected):
             self.sock.shutdown(socket.SHUT_WR)
-            self.within(seconds)
+            self.set_deadline(seconds)
             while self.readinto(bytearray(SMALL_BODY)):
                 pass
 
@@ -6211,7 +6211,7 @@ def path_of(target: str) -> str:
     return ORIGIN.sub("", target, count=1).partition("?")[0]
 
 
-def read_head_lines(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
+def read_head_lines(stream: io.BufferedIOBase) -> list[bytes]:
     """Read the lines up to the empty one; empty lines before the first are skipped."""
     lines: list[bytes] = []
     left = MAX_HEAD
@@ -6228,77 +6228,42 @@ def read_head_lines(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
     raise bad_request("its head has no end")
 
 
-class RequestBody:
-    """The body of a request. Raise APIError if its length is said in two ways."""
+def parse_body_length(headers: Mapping[str, str], version: str) -> int | None:
+    """The length of a body in bytes, None if it comes in chunks. Raise APIError."""
+    length, coding = parse_content_length(headers), headers.get("transfer-encoding")
+    if coding is None:
+        return length or 0
+    if length is not None or version == "HTTP/1.0":
+        raise bad_request("its length is given in two ways, or in one it may not use")
+    if coding.lower() != "chunked":
+        raise bad_request("its Transfer-Encoding is not just chunked", 501)
+    return None
 
-    def __init__(
-        self,
-        stream: io.BufferedReader[DeadlineReader],
-        headers: Mapping[str, str],
-        version: str,
-    ) -> None:
-        self.stream = stream
-        self.length = parse_content_length(headers)
-        coding = headers.get("transfer-encoding")
-        if coding and (self.length is not None or version == "HTTP/1.0"):
-            raise bad_request(
-                "its length is told in two ways, or in one it may not use"
-            )
-        if coding and coding.lower() != "chunked":
-            raise bad_request("its Transfer-Encoding is not just chunked", 501)
-        self.is_chunked = coding is not None
-        self.is_read = not self.is_chunked and not self.length
-        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
-        is_small = self.length is not None and self.length <= SMALL_BODY
-        self.is_skippable = is_small and not self.awaits_continue
 
-    def check(self, limit: int) -> None:
-        """Refuse it by the length it is said to have, before it is asked for."""
-        if self.length is None and not self.is_chunked:
-            raise bad_request("a body needs a Content-Length", 411)
-        check_body_size(self.length or 0, limit)
+def read_exactly(stream: io.BufferedIOBase, length: int) -> bytes:
+    data = stream.read(length)
+    if len(data) < length:
+        raise bad_request("its body stops early")
+    return data
 
-    def read(self, limit: int) -> bytes:
-        self.is_skippable = False
-        if self.is_chunked:
-            body = b"".join(self.read_chunks(limit))
-        else:
-            body = self.read_exactly(self.length or 0)
-        self.is_read = True
-        return body
 
-    def skip(self) -> bool:
-        """Read a small body that nobody wanted; True if another request can follow."""
-        if self.is_skippable and not self.is_read:
-            with suppress(APIError, ClientDisconnected):
-                self.read(SMALL_BODY)
-        return self.is_read
-
-    def read_exactly(self, length: int) -> bytes:
-        data = self.stream.read(length)
-        if len(data) < length:
-            raise bad_request("its body stops early")
-        return data
-
-    def read_chunks(self, limit: int) -> Iterator[bytes]:
-        total = 0
-        while size := self.read_chunk_size():
-            total += size
-            check_body_size(total, limit)
-            yield self.read_exactly(size)
-            if self.read_exactly(2) != b"\r\n":
-                raise bad_request("a chunk is longer than it says")
-        left = MAX_HEAD
-        while (line := self.stream.readline(left)) != b"\r\n":
-            left -= len(line)
-            if not line.endswith(b"\r\n") or left <= 0:
-                raise bad_request("its trailers have no end")
-
-    def read_chunk_size(self) -> int:
-        match = CHUNK_SIZE.fullmatch(self.stream.readline(1024))
-        if not match:
+def read_chunks(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes]:
+    total = 0
+    while True:
+        if not (match := CHUNK_SIZE.fullmatch(stream.readline(1024))):
             raise bad_request("a chunk has no size")
-        return int(match[1], 16)
+        if not (size := int(match[1], 16)):
+            break
+        total += size
+        check_body_size(total, limit)
+        yield read_exactly(stream, size)
+        if read_exactly(stream, 2) != b"\r\n":
+            raise bad_request("a chunk is longer than it says")
+    left = MAX_HEAD
+    while (line := stream.readline(left)) != b"\r\n":
+        left -= len(line)
+        if not line.endswith(b"\r\n") or left <= 0:
+            raise bad_request("its trailers have no end")
 
 
 def check_body_size(size: int, limit: int) -> None:
@@ -6307,14 +6272,12 @@ def check_body_size(size: int, limit: int) -> None:
         raise APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
-def response_head(status: int, headers: Mapping[str, str]) -> bytes:
-    """Headers without a value are left out, and what no header can carry becomes ?."""
-    first = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
-    lines = [f"{name}: {value}" for name, value in headers.items() if value]
-    text = "".join(lines)
-    if not (text.isascii() and text.isprintable()):
-        lines = [re.sub("[^ -~]", "?", line) for line in lines]
-    return "\r\n".join([first, *lines, "", ""]).encode()
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """Raise ClientDisconnected, also for one who does not read."""
+    try:
+        sock.sendall(data)
+    except OSError as error:
+        raise ClientDisconnected from error
 
 
 # -- Server --------------------------------------------------------------------
@@ -6353,7 +6316,7 @@ KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
 
 
 class EventStreamWriter:
-    """Writes a stream to a client: frames by its request, signs of life by the watcher.
+    """Writes a stream to a client: frames by its request, comments by the watcher.
 
     The status line waits for the first frame, so that a failure before it can have a
     status of its own, but no longer than `Timeouts.silent_start`.
@@ -6366,20 +6329,16 @@ class EventStreamWriter:
         self.head = head
         self.is_chunked = is_chunked
         self.lock = threading.Lock()
-        self.unsent = b""  # the rest of a sign of life
+        self.unsent = b""  # the rest of a comment
         self.is_open = False  # the status line is sent
         self.is_watched = True
         self.last_write = time.monotonic()
 
     def write(self, data: bytes) -> None:
-        """Send a batch at once. Raise ClientDisconnected for one who does not read."""
-        if not data:  # as a chunk, it would be the last
-            return
-        with self.lock:
-            try:
-                self.sock.sendall(self.take(data))
-            except OSError as error:
-                raise ClientDisconnected from error
+        """Send a batch at once. Raise ClientDisconnected."""
+        if data:  # an empty chunk would be the last
+            with self.lock:
+                send_all(self.sock, self.take(data))
 
     def take(self, data: bytes) -> bytes:
         """What is due on the wire up to and with this."""
@@ -6392,15 +6351,14 @@ class EventStreamWriter:
     def end(self) -> None:
         """End the response. Whoever has left by now has read all of it."""
         if self.is_chunked:
-            with self.lock, suppress(OSError):
-                self.sock.sendall(self.unsent + b"0\r\n\r\n")
+            with suppress(ClientDisconnected):
+                send_all(self.sock, self.unsent + b"0\r\n\r\n")
 
     def keep_alive(self, timeouts: Timeouts) -> None:
-        """Send a sign of life if it is time, and no more of it than goes at once."""
+        """Send a comment if it is time, and no more of it than goes at once."""
         limit = timeouts.keep_alive if self.is_open else timeouts.silent_start
-        if time.monotonic() - self.last_write < limit:
-            return
-        if not self.lock.acquire(blocking=False):  # its request is writing
+        is_due = time.monotonic() - self.last_write >= limit
+        if not is_due or not self.lock.acquire(blocking=False):  # its request writes
             return
         try:
             if self.is_watched:
@@ -6427,45 +6385,49 @@ class Watcher(threading.Thread):
         self.writers: set[EventStreamWriter] = set()
         self.is_stopped = False
 
-    def watch(self, cancellation: Cancellation, client: socket.socket) -> None:
+    @contextmanager
+    def watching(
+        self, client: socket.socket, cancellation: Cancellation
+    ) -> Iterator[None]:
         self.clients[cancellation] = client
-
-    def forget(self, cancellation: Cancellation) -> None:
-        self.clients.pop(cancellation, None)
+        try:
+            yield
+        finally:
+            self.clients.pop(cancellation, None)
 
     @contextmanager
-    def kept_alive(self, writer: EventStreamWriter) -> Iterator[None]:
+    def keeping_alive(self, writer: EventStreamWriter) -> Iterator[None]:
         self.writers.add(writer)
         try:
             yield
         finally:
             self.writers.discard(writer)
-            with writer.lock:  # a look at it may be under way
+            with writer.lock:  # the watcher may be about to write to it
                 writer.is_watched = False
 
     def run(self) -> None:
         while not self.is_stopped:
             try:
-                self.look_for_hang_ups()
+                self.wait_for_hang_ups()
                 for writer in list(self.writers):
                     writer.keep_alive(self.timeouts)
             except Exception:  # all requests depend on this thread
                 log.exception("the watcher failed")
                 time.sleep(self.timeouts.watch_interval)
 
-    def look_for_hang_ups(self) -> None:
-        """Wait for a tick, or until a client sends something or its connection ends."""
+    def wait_for_hang_ups(self) -> None:
+        """Wait until a client sends something or its connection ends, or a while."""
         with Selector() as selector:
             for cancellation, client in self.clients.copy().items():
                 with suppress(OSError, ValueError, KeyError):  # it was closed just now
                     selector.register(client, selectors.EVENT_READ, cancellation)
-            if not selector.get_map():
+            if not selector.get_map():  # which Windows can't wait for
                 time.sleep(self.timeouts.watch_interval)
                 return
             for key, _ in selector.select(self.timeouts.watch_interval):
                 # What a client sends now is its next request: from then on a hang-up
                 # can't be seen, and its request is no longer watched.
-                self.forget(key.data)
+                self.clients.pop(key.data, None)
                 if not peek(cast(socket.socket, key.fileobj)):
                     key.data.cancel(ClientDisconnected())
 
@@ -6475,10 +6437,6 @@ class Watcher(threading.Thread):
 
 
 BACKLOG = 1024  # of 200 clients at once, 5 left 100 without an answer
-
-TOO_MANY = "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
-
-STOPPING = "is being stopped"
 
 
 def overloaded(why: str) -> APIError:
@@ -6509,36 +6467,43 @@ class Handler(BaseHTTPRequestHandler):
         self.id = f"req_{secrets.token_hex(16)}"
         self.command = "-"
         self.api_request = Request("-", "-", {})
-        self.body: RequestBody | None = None
+        # Bytes of the body before the next request; None if nothing may follow it.
+        self.unread: int | None = None
         self.status = 0  # once it is sent
         try:
             self.parse_request()
-            getattr(self, f"do_{self.command}", self.do_GET)()
+            self.respond()
         except ClientDisconnected:
             self.close_connection = True
             self.api_request.log.error = "client_gone"
         except Exception as error:
+            failure = self.failure(error)
             with suppress(ClientDisconnected):
-                self.send_failure(as_api_error(error))
+                self.send(Response(failure.body, failure.status, failure.headers))
         finally:
             self.log_line()
-            self.server.dismiss(self.api_request)
-        if self.body and not self.close_connection:
-            self.close_connection = not self.body.skip()
-        elif not self.body or not self.body.is_read:
-            self.reader.linger(self.server.timeouts.drain_input)
+            self.server.release(self.api_request)
+        if self.close_connection and self.unread != 0:
+            self.reader.drain(self.server.timeouts.drain_input)
+        elif self.unread:
+            try:
+                read_exactly(self.stream, self.unread)
+            except (APIError, ClientDisconnected):
+                self.close_connection = True
 
     def await_request(self) -> bool:
         """Wait for its first byte; from then on, the client has to hurry."""
         server, timeouts = self.server, self.server.timeouts
-        self.reader.within(timeouts.drain if server.is_stopping else timeouts.idle)
+        self.reader.set_deadline(
+            timeouts.drain if server.is_stopping else timeouts.idle
+        )
         server.idle.add(self.connection)
         try:
             has_come = bool(self.stream.peek(1))
         except (APIError, ClientDisconnected):
             has_come = False
         server.idle.discard(self.connection)
-        self.reader.within(timeouts.head)
+        self.reader.set_deadline(timeouts.head)
         return has_come
 
     def parse_request(self) -> bool:
@@ -6551,51 +6516,61 @@ class Handler(BaseHTTPRequestHandler):
             headers = parse_headers(lines)
             self.command, self.request_version = method, version
             self.api_request = Request(method, path_of(target), headers)
-            self.body = RequestBody(self.stream, headers, version)
+            self.body_length = parse_body_length(headers, version)
         except BadHead as error:
             raise bad_request(str(error)) from None
+        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
+        length = self.body_length
+        is_small = length is not None and length <= SMALL_BODY
+        if length == 0 or (is_small and not self.awaits_continue):
+            self.unread = length
         keeps = "close" not in headers.get("connection", "").lower()
         self.close_connection = version == "HTTP/1.0" or not keeps
         return True
 
-    def do_GET(self) -> None:
-        self.send(dispatch(self.server.proxy, self.api_request))
-
-    def do_POST(self) -> None:
-        """Read the body of one who may ask, if there is room; then watch the client."""
-        server, request, body = self.server, self.api_request, self.body
+    def respond(self) -> None:
+        """Read the body of one who may ask, if there is room, and run its operation."""
+        server, request = self.server, self.api_request
         operation = find_operation(
             server.proxy, request.method, request.path, request.headers
         )
-        assert body
+        if request.method == "POST":
+            request.body = self.read_body()
+        with server.watcher.watching(self.connection, request.cancellation):
+            self.send(operation(server.proxy, request))
+
+    def read_body(self) -> bytes:
+        server, length = self.server, self.body_length
         limit = server.proxy.settings.max_body_bytes
-        body.check(limit)
-        server.admit(request)
-        self.reader.within(server.timeouts.body)
-        if body.awaits_continue:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.body = body.read(limit)
-        server.watcher.watch(request.cancellation, self.connection)
-        self.send(operation(server.proxy, request))
+        if length == 0 and "content-length" not in self.api_request.headers:
+            raise bad_request("a body needs a Content-Length", 411)
+        check_body_size(length or 0, limit)
+        server.admit(self.api_request)
+        self.reader.set_deadline(server.timeouts.body)
+        if self.awaits_continue:
+            send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.unread = None
+        if length is None:
+            body = b"".join(read_chunks(self.stream, limit))
+        else:
+            body = read_exactly(self.stream, length)
+        self.unread = 0
+        return body
 
     def send(self, response: Response) -> None:
-        data, headers = response.body or b"", dict(response.headers)
-        if isinstance(data, EventStream):
-            self.send_stream(data, headers)
+        body, headers = response.body or b"", dict(response.headers)
+        if isinstance(body, EventStream):
+            self.send_stream(body, headers)
             return
-        if isinstance(data, dict):
-            data = encode_readable_json(data)
-            headers.setdefault("content-type", "application/json")
+        if isinstance(body, dict):
+            body = encode_readable_json(body)
+            headers["content-type"] = "application/json"
         if response.status != 204:
-            headers["content-length"] = str(len(data))
-        if not self.body or not (self.body.is_read or self.body.is_skippable):
+            headers["content-length"] = str(len(body))
+        if self.unread is None:
             self.close_connection = True
         head = self.head(response.status, headers)
-        self.write(head if self.command == "HEAD" else head + data)
-
-    def send_failure(self, error: APIError) -> None:
-        self.api_request.log.error = error.code or error.status
-        self.send(Response(error.body, error.status, error.headers))
+        send_all(self.connection, head if self.command == "HEAD" else head + body)
 
     def send_stream(self, stream: EventStream, headers: Mapping[str, str]) -> None:
         """Send frames as they come; a failure after the first is the last of them."""
@@ -6604,17 +6579,21 @@ class Handler(BaseHTTPRequestHandler):
         head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
         writer = EventStreamWriter(self.connection, head, is_chunked)
         try:
-            with self.server.watcher.kept_alive(writer):
+            with self.server.watcher.keeping_alive(writer):
                 stream.run(writer.write)
         except ClientDisconnected:
             raise
         except Exception as error:
             if not writer.is_open:
                 raise
-            failure = as_api_error(error)
-            self.api_request.log.error = failure.code or failure.status
-            writer.write(stream.error(failure))
+            writer.write(stream.error(self.failure(error)))
         writer.end()
+
+    def failure(self, error: Exception) -> APIError:
+        """What the client is told of an exception, and the log line."""
+        failure = as_api_error(error)
+        self.api_request.log.error = failure.code or failure.status
+        return failure
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head of a response, as it is sent now."""
@@ -6632,39 +6611,38 @@ class Handler(BaseHTTPRequestHandler):
             **CORS,
             "connection": "close" if self.close_connection else "",
         }
-        return response_head(status, all_headers)
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.connection.sendall(data)
-        except OSError as error:
-            raise ClientDisconnected from error
+        lines = [f"{name}: {value}" for name, value in all_headers.items() if value]
+        text = "".join(lines)
+        if not (text.isascii() and text.isprintable()):  # no header can carry it
+            lines = [re.sub("[^ -~]", "?", line) for line in lines]
+        first = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
+        return "\r\n".join([first, *lines, "", ""]).encode()
 
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)
 
     def log_line(self) -> None:
         """One line per request: nothing of a key, a token or what was said."""
-        request, told = self.api_request, self.api_request.log
+        request, request_log = self.api_request, self.api_request.log
         is_probe = request.path.endswith("/health") and self.status == 200
         level = logging.DEBUG if is_probe else logging.INFO
         if not log.isEnabledFor(level):
             return
-        usage = sum_usage(told.usages) if told.usages else None
-        first = told.first_text_at
+        usage = sum_usage(request_log.usages) if request_log.usages else None
+        first = request_log.first_text_at
         row = {
             "method": request.method,
             "path": request.path,
             "status": self.status or 499,
-            "model": told.model,
-            "ref": told.ref,
-            "prediction": ",".join(told.predictions),
+            "model": request_log.model,
+            "ref": request_log.ref,
+            "prediction": ",".join(request_log.predictions),
             "tokens_in": usage and usage.prompt_tokens,
             "tokens_out": usage and usage.completion_tokens,
             "estimated": "yes" if usage and usage.is_estimate else None,
             "first_token_ms": first and round((first - self.began) * 1000),
             "ms": self.elapsed_ms(),
-            "error": told.error,
+            "error": request_log.error,
             "request_id": self.id,
         }
         pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
@@ -6703,10 +6681,7 @@ class Server(ThreadingHTTPServer):
         self.watcher.start()
 
     def service_actions(self) -> None:
-        """One look for who has come is enough for all of them."""
-        self.accept_all()
-
-    def accept_all(self) -> None:
+        """Accept all who have come: one turn of `serve_forever` is enough for them."""
         try:
             for _ in range(BACKLOG):  # it holds no more at once
                 self.process_request(*self.get_request())
@@ -6741,52 +6716,49 @@ class Server(ThreadingHTTPServer):
         """Raise 503 if there is no room for it."""
         with self.changed:
             if self.is_over:
-                raise overloaded(STOPPING)
+                raise overloaded("is being stopped")
             if len(self.requests) >= self.proxy.settings.max_concurrent_calls:
-                raise overloaded(TOO_MANY)
+                raise overloaded(
+                    "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
+                )
             self.requests.add(request)
 
-    def dismiss(self, request: Request) -> None:
-        self.watcher.forget(request.cancellation)
+    def release(self, request: Request) -> None:
         with self.changed:
             self.requests.discard(request)
             self.changed.notify_all()
 
-    def await_end_of(self, those: Collection[object], seconds: float) -> None:
+    def wait_until_empty(self, those: Collection[object], seconds: float) -> None:
         with self.changed:
             self.changed.wait_for(lambda: not those, seconds)
 
     def server_close(self) -> None:
-        """Stop listening, let the requests finish that have come, break off the rest.
+        """Stop listening, let the requests finish that have come, cancel the rest.
 
         Whoever holds an idle connection may have a request under way on it, which a
         close would lose: it is closed when none has come for a moment.
         """
-        with self.changed:
-            if self.is_stopping:
-                return
-            self.is_stopping = True
-        self.accept_all()  # or the close would reset them
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        self.service_actions()  # or the close would reset them
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
-        self.await_end_of(self.connections, drain)
+        self.wait_until_empty(self.connections, drain)
         for connection in list(self.idle):
             shut(connection)
-        self.await_end_of(self.connections, grace - drain)
-        self.break_off()
-        self.watcher.stop()
-        self.api.close()
-
-    def break_off(self) -> None:
+        self.wait_until_empty(self.connections, grace - drain)
         with self.changed:
             self.is_over = True
-            last = list(self.requests)
-        for request in last:
-            request.cancellation.cancel(overloaded(STOPPING))
+            unfinished = list(self.requests)
+        for request in unfinished:
+            request.cancellation.cancel(overloaded("is being stopped"))
         until = time.monotonic() + self.timeouts.abort
-        self.await_end_of(self.requests, self.timeouts.abort)
+        self.wait_until_empty(self.requests, self.timeouts.abort)
         self.proxy.upstream.await_runs(until - time.monotonic())
+        self.watcher.stop()
+        self.api.close()
 
 
 def listen(settings: Settings) -> socket.socket:
