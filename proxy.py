@@ -6792,19 +6792,14 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 # in each, but only the parent looks at them.
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MIN_UPTIME = 10  # seconds a worker lives if it was not its start that failed
 
-SETTLED = 10  # seconds a worker lives if it was not its start that failed
-
-MAX_PAUSE = 30.0  # seconds before one that dies at its start is started again
+MAX_BACKOFF = 30.0  # seconds before one that dies at its start is started again
 
 
-def collect_signals() -> list[int]:
-    """A list of the signals that come from now on."""
-    signals: list[int] = []
-    for each in SIGNALS:
-        signal.signal(each, lambda number, _: signals.append(number))
-    return signals
+def handle_signals(handler: Callable[[int, Any], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def run_workers(
@@ -6818,7 +6813,7 @@ def run_workers(
     Each gives its exit code, and is given the end of a pipe that tells it to stop."""
     pipe = os.pipe()
     workers: dict[int, float] = {}  # when each was started, by its id
-    pause, due = 0.0, 0.0
+    backoff, due = 0.0, 0.0
     while not signals:
         now = time.monotonic()
         try:
@@ -6830,10 +6825,13 @@ def run_workers(
         time.sleep(0.1)
         if died := reap(workers):
             shortest = min(now - workers.pop(pid) for pid in died)
-            pause = min(2 * pause or 0.5, MAX_PAUSE) if shortest < SETTLED else 0.0
-            due = now + pause
+            is_early = shortest < MIN_UPTIME
+            backoff = min(2 * backoff or 0.5, MAX_BACKOFF) if is_early else 0.0
+            due = now + backoff
             for pid, code in died.items():
-                log.error("event=worker_died pid=%d code=%d pause=%g", pid, code, pause)
+                log.error(
+                    "event=worker_died pid=%d code=%d pause=%g", pid, code, backoff
+                )
     listener.close()
     os.close(pipe[1])
     exit_code = 0
@@ -6865,8 +6863,8 @@ def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
 
 def reap(workers: Iterable[int]) -> dict[int, int]:
     """The exit codes of those that have ended."""
-    looks = (os.waitpid(pid, os.WNOHANG) for pid in workers)
-    return {pid: os.waitstatus_to_exitcode(status) for pid, status in looks if pid}
+    ends = (os.waitpid(pid, os.WNOHANG) for pid in workers)
+    return {pid: os.waitstatus_to_exitcode(status) for pid, status in ends if pid}
 
 
 # -- Command line --------------------------------------------------------------
@@ -6890,7 +6888,7 @@ Settings come from the environment, then from .env beside this file; the flags
 above override both. .env.example lists all of them, models.json the models."""
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,  # --reload is taken out of what its child is given
         description=DESCRIPTION,
@@ -6911,42 +6909,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
+    """Read the env file, which the environment overrides, and flags both."""
+    file = Path(options.env_file or HERE / ".env")
+    values: dict[str, str] = {}
+    if options.env_file or file.exists():
+        try:
+            values = parse_env_file(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            raise ConfigError(f"{file} can't be used: {error}") from None
+    values |= {name: value for name, value in os.environ.items() if value}
     flags = {"HOST": options.host, "PORT": options.port, "MODELS_PATH": options.models}
-    return Settings.from_environ(
-        {
-            **read_env(options.env_file),
-            **{name: value for name, value in os.environ.items() if value},
-            **{name: value for name, value in flags.items() if value is not None},
-            **(demo_settings() if options.demo else {}),
+    values |= {name: value for name, value in flags.items() if value is not None}
+    if options.demo:
+        if not (HERE / "fake_replicate.py").exists():
+            raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
+        values |= {
+            "REPLICATE_API_TOKEN": "r8_demo",
+            "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
+            "PROXY_API_KEY": "demo",
         }
-    )
-
-
-def demo_settings() -> dict[str, str]:
-    if not (HERE / "fake_replicate.py").exists():
-        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
-    return {
-        "REPLICATE_API_TOKEN": "r8_demo",
-        "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
-        "PROXY_API_KEY": "demo",
-    }
-
-
-def read_env(path: str | None) -> dict[str, str]:
-    """Read the file that was named, or .env beside this one if there is one."""
-    file = Path(path) if path else HERE / ".env"
-    if not path and not file.exists():
-        return {}
-    try:
-        return parse_env_file(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{file} can't be used: {error}") from None
+    return Settings.from_environ(values)
 
 
 @contextmanager
-def stand_in(settings: Settings, demo: bool) -> Iterator[Settings]:
-    """Play Replicate inside this process; give the settings that lead there."""
-    if not demo:
+def with_replicate(settings: Settings, is_demo: bool) -> Iterator[Settings]:
+    """Play Replicate in this process if it is a demo; give the settings for it."""
+    if not is_demo:
         yield settings
         return
     from fake_replicate import FakeReplicate
@@ -6955,55 +6943,53 @@ def stand_in(settings: Settings, demo: bool) -> Iterator[Settings]:
         yield replace(settings, replicate_base_url=fake.base_url)
 
 
-def serve(settings: Settings, options: argparse.Namespace) -> int:
+def serve(settings: Settings, models: Models, options: argparse.Namespace) -> int:
+    """Serve until a signal, in this process or in several that it forks."""
     if settings.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError("WORKERS must be 1 on Windows.")
-    models = ModelsFile(settings.models_path, FAMILIES).current()
     try:
         listener = listen(settings)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         why = str(error).partition(" (while")[0]
         raise ConfigError(
             f"Nothing can be served on {settings.host}:{settings.port}: {why}. "
             "Choose another address with --host and --port, or HOST and PORT."
         ) from None
-    allow_many_sockets()
-    url = base_url(listener, settings)
-    told = (
-        f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n\n"
-        f"  {curl_line(url, options, models)}\n"
-    )
+    with suppress(ImportError, ValueError, OSError):  # Windows has no limit
+        import resource  # a request has two sockets, and the usual limit is 1024
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     work = partial(serve_until, settings, options.demo, listener)
-    if settings.workers == 1:
-        pipe = stop_on_signals()
-        print(told, flush=True)
-        return work(pipe)
-    signals = collect_signals()
-    print(told, flush=True)
-    return run_workers(settings.workers, work, listener, signals)
+    if settings.workers > 1:
+        signals: list[int] = []
+        handle_signals(lambda number, _: signals.append(number))
+        run = partial(run_workers, settings.workers, work, listener, signals)
+    else:
+        run = partial(work, stop_on_signals())
+    url = base_url(listener, settings)
+    print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
+    print(f"  {curl_line(url, options, models)}\n", flush=True)
+    return run()
 
 
 def stop_on_signals() -> int:
     """A pipe that the first signal ends; another one ends the program at once."""
     pipe, end = os.pipe()
-    signals: list[int] = []
 
-    def handle(number: int, _: Any) -> None:
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
+    def stop(*_: Any) -> None:
+        handle_signals(lambda number, _: os._exit(128 + number))
         os.close(end)
 
-    for each in SIGNALS:
-        signal.signal(each, handle)
+    handle_signals(stop)
     return pipe
 
 
 def serve_until(
-    settings: Settings, demo: bool, listener: socket.socket, pipe: int
+    settings: Settings, is_demo: bool, listener: socket.socket, pipe: int
 ) -> int:
     """Serve until a pipe ends, and then until all requests are answered."""
-    with stand_in(settings, demo) as settings:
+    with with_replicate(settings, is_demo) as settings:
         server = Server(settings, Timeouts(), listener)
 
         def stop() -> None:
@@ -7016,15 +7002,6 @@ def serve_until(
         log.info("stopping calls=%d", len(server.requests))
         server.server_close()
     return 0
-
-
-def allow_many_sockets() -> None:
-    """A call has two of them, and the usual limit is 1024."""
-    with suppress(ImportError, ValueError, OSError):  # Windows has none
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
@@ -7048,36 +7025,35 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     )
 
 
-def check_all(settings: Settings) -> int:
-    """Say what was found of the settings, the models and the token."""
-    models = ModelsFile(settings.models_path, FAMILIES).current()
-    print(f"settings  are right: {settings}")
-    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
-    print(f"and {models.default_model or 'none'} for any other name")
-    with closing(ReplicateAPI(settings, Timeouts())) as api:
-        try:
-            account = api.account()
-        except APIError as error:
-            raise ConfigError(str(error)) from None
-    print(
-        f"token     works: {account.get('type')} {account.get('username')} of Replicate"
-    )
+def check_token(settings: Settings, models: Models, is_demo: bool) -> int:
+    """Say what was read, and whether Replicate knows the token."""
+    with with_replicate(settings, is_demo) as settings:
+        print(f"settings  are right: {settings}")
+        print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
+        print(f"and {models.default_model or 'none'} for any other name")
+        with closing(ReplicateAPI(settings, Timeouts())) as api:
+            try:
+                account = api.account()
+            except APIError as error:
+                raise ConfigError(str(error)) from None
+    owner = f"{account.get('type')} {account.get('username')}"
+    print(f"token     works: {owner} of Replicate")
     return 0
 
 
-def reload_on_change(arguments: Sequence[str], options: argparse.Namespace) -> int:
+def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int:
     """Run the program as a child, and anew whenever a file has changed."""
     rest = [argument for argument in arguments if argument != "--reload"]
     command = [sys.executable, str(HERE / "proxy.py"), *rest]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
-        before = stamps(options)
+        before = modification_times(options)
         with subprocess.Popen(command) as child:
             try:
-                while stamps(options) == before:
+                while modification_times(options) == before:
                     time.sleep(0.3)
-            except KeyboardInterrupt:  # which the child has heard too
+            except KeyboardInterrupt:  # the child has got the signal too
                 return child.wait()
             except SystemExit:
                 child.terminate()
@@ -7086,21 +7062,18 @@ def reload_on_change(arguments: Sequence[str], options: argparse.Namespace) -> i
             child.terminate()
 
 
-def stamps(options: argparse.Namespace) -> list[float]:
-    """When the program, its settings and its models were changed."""
+def modification_times(options: argparse.Namespace) -> list[float]:
+    """Those of the program, its settings and its models."""
     files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
-    with suppress(ConfigError):  # which the child tells
+    with suppress(ConfigError):  # the child reports it
         files.append(Path(read_settings(options).models_path))
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 
 def log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter(
-            "time=%(asctime)s level=%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"
-        )
-    )
+    line = "time=%(asctime)s level=%(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S%z"))
     log.addHandler(handler)
     log.setLevel(level.upper())
 
@@ -7108,18 +7081,18 @@ def log_to_stderr(level: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     if options.reload:
-        return reload_on_change(arguments, options)
+        return run_and_reload(arguments, options)
     try:
         settings = read_settings(options)
         settings.check()
         if options.key:
             print(settings.api_keys[0])
             return 0
+        models = ModelsFile(settings.models_path, FAMILIES).current()
         if options.check:
-            with stand_in(settings, options.demo) as settings:
-                return check_all(settings)
+            return check_token(settings, models, options.demo)
         log_to_stderr(settings.log_level)
-        return serve(settings, options)
+        return serve(settings, models, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)
