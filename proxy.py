@@ -6465,7 +6465,6 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.began = time.monotonic()
         self.id = f"req_{secrets.token_hex(16)}"
-        self.command = "-"
         self.api_request = Request("-", "-", {})
         # Bytes of the body before the next request; None if nothing may follow it.
         self.unread: int | None = None
@@ -6497,11 +6496,10 @@ class Handler(BaseHTTPRequestHandler):
         self.reader.set_deadline(
             timeouts.drain if server.is_stopping else timeouts.idle
         )
+        has_come = False
         server.idle.add(self.connection)
-        try:
+        with suppress(APIError, ClientDisconnected):
             has_come = bool(self.stream.peek(1))
-        except (APIError, ClientDisconnected):
-            has_come = False
         server.idle.discard(self.connection)
         self.reader.set_deadline(timeouts.head)
         return has_come
@@ -6512,9 +6510,9 @@ class Handler(BaseHTTPRequestHandler):
         if not (match := REQUEST_LINE.fullmatch(first)):
             raise bad_request("the request line is not METHOD target HTTP/1.1")
         method, target, version = (part.decode("latin-1") for part in match.groups())
+        self.request_version = version
         try:
             headers = parse_headers(lines)
-            self.command, self.request_version = method, version
             self.api_request = Request(method, path_of(target), headers)
             self.body_length = parse_body_length(headers, version)
         except BadHead as error:
@@ -6570,7 +6568,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.unread is None:
             self.close_connection = True
         head = self.head(response.status, headers)
-        send_all(self.connection, head if self.command == "HEAD" else head + body)
+        is_head = self.api_request.method == "HEAD"
+        send_all(self.connection, head if is_head else head + body)
 
     def send_stream(self, stream: EventStream, headers: Mapping[str, str]) -> None:
         """Send frames as they come; a failure after the first is the last of them."""
@@ -6581,16 +6580,14 @@ class Handler(BaseHTTPRequestHandler):
         try:
             with self.server.watcher.keeping_alive(writer):
                 stream.run(writer.write)
-        except ClientDisconnected:
-            raise
         except Exception as error:
-            if not writer.is_open:
+            if isinstance(error, ClientDisconnected) or not writer.is_open:
                 raise
             writer.write(stream.error(self.failure(error)))
         writer.end()
 
     def failure(self, error: Exception) -> APIError:
-        """What the client is told of an exception, and the log line."""
+        """An exception as the client gets it; the log line names it."""
         failure = as_api_error(error)
         self.api_request.log.error = failure.code or failure.status
         return failure
