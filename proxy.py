@@ -6229,7 +6229,7 @@ def read_head_lines(stream: io.BufferedIOBase) -> list[bytes]:
 
 
 def parse_body_length(headers: Mapping[str, str], version: str) -> int | None:
-    """The length of a body in bytes, None if it comes in chunks. Raise APIError."""
+    """In bytes; None if it comes in chunks. Raise APIError, or BadHead."""
     length, coding = parse_content_length(headers), headers.get("transfer-encoding")
     if coding is None:
         return length or 0
