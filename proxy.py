@@ -6234,7 +6234,7 @@ def parse_body_length(headers: Mapping[str, str], version: str) -> int | None:
     if coding is None:
         return length or 0
     if length is not None or version == "HTTP/1.0":
-        raise bad_request("its length is given in two ways, or in one it may not use")
+        raise bad_request("its length is told in two ways, or in one it may not use")
     if coding.lower() != "chunked":
         raise bad_request("its Transfer-Encoding is not just chunked", 501)
     return None
