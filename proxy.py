@@ -323,23 +323,23 @@ class Timeouts(NamedTuple):
     connect: float = 5
     schema: float = 5  # for Replicate to tell what inputs a model has
     create: float = 30  # for Replicate to answer a create …
-    look: float = 5  # … and a GET or a cancel, which can be repeated
+    get: float = 5  # … and a GET or a cancel, which can be repeated
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
     stream: float = 60  # without a byte on an event stream
-    poll: float = 1  # between looks at a prediction that does not stream …
+    poll: float = 1  # between GETs of a prediction that does not stream …
     poll_most: float = 5  # … and at the most
-    settle: float = 0.05  # between looks at one whose stream has said `done`
-    blind: float = 30  # of looks that fail, before a prediction counts as lost
+    after_done: float = 0.05  # between GETs of one whose stream has said `done`
+    lost_after: float = 30  # of GETs that fail: a prediction counts as lost
     grace: float = 10  # beyond the deadline, for Replicate to end it by itself
-    idle: float = 75  # for the next call on a connection
+    idle: float = 75  # for the next request on a connection
     head: float = 20  # for all of a request's head to arrive …
     body: float = 120  # … and for all of its body
-    hold: float = 3  # before a stream's status line goes out, whatever comes after
-    keep_alive: float = 15  # of silence before a stream says that it lives
-    tick: float = 0.2  # between looks at which streams are silent
-    farewell: float = 8  # for calls that are broken off to say so, after a create
-    drain: float = 1  # for calls that are under way on idle connections when we stop
-    linger: float = 2  # for a client to read our last bytes before we close
+    silent_start: float = 3  # before a stream's status line goes out, whatever comes
+    keep_alive: float = 15  # of silence before a stream sends a comment
+    watch_interval: float = 0.2  # between checks of which streams are silent
+    abort: float = 8  # for cancelled requests to send their errors, when we stop
+    drain: float = 1  # for requests under way on idle connections, when we stop
+    drain_input: float = 2  # for a client to read our last bytes before we close
 
 
 def secret_fault(value: str) -> str:
@@ -3250,7 +3250,7 @@ class ReplicateAPI:
         return ref
 
     def fetch_prediction(self, id: str, cancellation: Cancellation) -> Json:
-        get, timeout = self.client.predictions.with_raw_response.get, self.timeouts.look
+        get, timeout = self.client.predictions.with_raw_response.get, self.timeouts.get
         name = quote(id, safe="")
         with broken_off_by(cancellation):
             record = self.send(get, "id", prediction_id=name, timeout=timeout)
@@ -3259,7 +3259,7 @@ class ReplicateAPI:
     def cancel(self, id: str) -> None:
         cancel = self.client.predictions.with_raw_response.cancel
         name = quote(id, safe="")
-        self.send(cancel, prediction_id=name, timeout=self.timeouts.look)
+        self.send(cancel, prediction_id=name, timeout=self.timeouts.get)
 
     def upload(self, attached: Attachment, cancellation: Cancellation) -> str:
         """Put a file into Replicate's files; return its link."""
@@ -3735,7 +3735,7 @@ class Prediction:
 
     def polls(self) -> Iterator[None]:
         """Fetch its record until it is over or its time is up; yield each time."""
-        pause = self.timeouts.settle if self.said_done else self.timeouts.poll
+        pause = self.timeouts.after_done if self.said_done else self.timeouts.poll
         while not self.is_over and self.has_time:
             self.cancellation.sleep(pause)
             pause = min(pause * 1.5, self.timeouts.poll_most)
@@ -3802,7 +3802,7 @@ class Prediction:
 
     def find_output(self) -> bool:
         """Fetch its record, which may lag behind its stream, until it has output."""
-        pause = self.timeouts.settle
+        pause = self.timeouts.after_done
         while not self.output and pause < self.timeouts.poll:
             self.refresh()
             if not self.output:
@@ -3820,7 +3820,10 @@ class Prediction:
             self.log_event("unseen", error.code)
             now = time.monotonic()
             self.unseen_since = self.unseen_since or now
-            if now - self.unseen_since > self.timeouts.blind and not self.said_done:
+            if (
+                now - self.unseen_since > self.timeouts.lost_after
+                and not self.said_done
+            ):
                 raise lost(
                     f"Replicate says no more of the prediction: {error}"
                 ) from None
@@ -6175,7 +6178,7 @@ class DeadlineReader(io.RawIOBase):
         self.sock = sock
         self.deadline = 0.0
 
-    def within(self, seconds: float) -> None:
+    def set_deadline(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
 
     def readable(self) -> bool:
@@ -6192,11 +6195,11 @@ class DeadlineReader(io.RawIOBase):
         except OSError as error:
             raise ClientDisconnected from error
 
-    def linger(self, seconds: float) -> None:
+    def drain(self, seconds: float) -> None:
         """Read what the client still sends; closing now would lose our response."""
         with suppress(OSError, APIError, ClientDisconnected):
             self.sock.shutdown(socket.SHUT_WR)
-            self.within(seconds)
+            self.set_deadline(seconds)
             while self.readinto(bytearray(SMALL_BODY)):
                 pass
 
@@ -6205,7 +6208,7 @@ def path_of(target: str) -> str:
     return ORIGIN.sub("", target, count=1).partition("?")[0]
 
 
-def read_head_lines(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
+def read_head_lines(stream: io.BufferedIOBase) -> list[bytes]:
     """Read the lines up to the empty one; empty lines before the first are skipped."""
     lines: list[bytes] = []
     left = MAX_HEAD
@@ -6222,77 +6225,42 @@ def read_head_lines(stream: io.BufferedReader[DeadlineReader]) -> list[bytes]:
     raise bad_request("its head has no end")
 
 
-class RequestBody:
-    """The body of a request. Raise APIError if its length is said in two ways."""
+def parse_body_length(headers: Mapping[str, str], version: str) -> int | None:
+    """In bytes; None if it comes in chunks. Raise APIError, or BadHead."""
+    length, coding = parse_content_length(headers), headers.get("transfer-encoding")
+    if coding is None:
+        return length or 0
+    if length is not None or version == "HTTP/1.0":
+        raise bad_request("its length is told in two ways, or in one it may not use")
+    if coding.lower() != "chunked":
+        raise bad_request("its Transfer-Encoding is not just chunked", 501)
+    return None
 
-    def __init__(
-        self,
-        stream: io.BufferedReader[DeadlineReader],
-        headers: Mapping[str, str],
-        version: str,
-    ) -> None:
-        self.stream = stream
-        self.length = parse_content_length(headers)
-        coding = headers.get("transfer-encoding")
-        if coding and (self.length is not None or version == "HTTP/1.0"):
-            raise bad_request(
-                "its length is told in two ways, or in one it may not use"
-            )
-        if coding and coding.lower() != "chunked":
-            raise bad_request("its Transfer-Encoding is not just chunked", 501)
-        self.is_chunked = coding is not None
-        self.is_read = not self.is_chunked and not self.length
-        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
-        is_small = self.length is not None and self.length <= SMALL_BODY
-        self.is_skippable = is_small and not self.awaits_continue
 
-    def check(self, limit: int) -> None:
-        """Refuse it by the length it is said to have, before it is asked for."""
-        if self.length is None and not self.is_chunked:
-            raise bad_request("a body needs a Content-Length", 411)
-        check_body_size(self.length or 0, limit)
+def read_exactly(stream: io.BufferedIOBase, length: int) -> bytes:
+    data = stream.read(length)
+    if len(data) < length:
+        raise bad_request("its body stops early")
+    return data
 
-    def read(self, limit: int) -> bytes:
-        self.is_skippable = False
-        if self.is_chunked:
-            body = b"".join(self.read_chunks(limit))
-        else:
-            body = self.read_exactly(self.length or 0)
-        self.is_read = True
-        return body
 
-    def skip(self) -> bool:
-        """Read a small body that nobody wanted; True if another request can follow."""
-        if self.is_skippable and not self.is_read:
-            with suppress(APIError, ClientDisconnected):
-                self.read(SMALL_BODY)
-        return self.is_read
-
-    def read_exactly(self, length: int) -> bytes:
-        data = self.stream.read(length)
-        if len(data) < length:
-            raise bad_request("its body stops early")
-        return data
-
-    def read_chunks(self, limit: int) -> Iterator[bytes]:
-        total = 0
-        while size := self.read_chunk_size():
-            total += size
-            check_body_size(total, limit)
-            yield self.read_exactly(size)
-            if self.read_exactly(2) != b"\r\n":
-                raise bad_request("a chunk is longer than it says")
-        left = MAX_HEAD
-        while (line := self.stream.readline(left)) != b"\r\n":
-            left -= len(line)
-            if not line.endswith(b"\r\n") or left <= 0:
-                raise bad_request("its trailers have no end")
-
-    def read_chunk_size(self) -> int:
-        match = CHUNK_SIZE.fullmatch(self.stream.readline(1024))
-        if not match:
+def read_chunks(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes]:
+    total = 0
+    while True:
+        if not (match := CHUNK_SIZE.fullmatch(stream.readline(1024))):
             raise bad_request("a chunk has no size")
-        return int(match[1], 16)
+        if not (size := int(match[1], 16)):
+            break
+        total += size
+        check_body_size(total, limit)
+        yield read_exactly(stream, size)
+        if read_exactly(stream, 2) != b"\r\n":
+            raise bad_request("a chunk is longer than it says")
+    left = MAX_HEAD
+    while (line := stream.readline(left)) != b"\r\n":
+        left -= len(line)
+        if not line.endswith(b"\r\n") or left <= 0:
+            raise bad_request("its trailers have no end")
 
 
 def check_body_size(size: int, limit: int) -> None:
@@ -6301,14 +6269,12 @@ def check_body_size(size: int, limit: int) -> None:
         raise APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
-def response_head(status: int, headers: Mapping[str, str]) -> bytes:
-    """Headers without a value are left out, and what no header can carry becomes ?."""
-    first = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
-    lines = [f"{name}: {value}" for name, value in headers.items() if value]
-    text = "".join(lines)
-    if not (text.isascii() and text.isprintable()):
-        lines = [re.sub("[^ -~]", "?", line) for line in lines]
-    return "\r\n".join([first, *lines, "", ""]).encode()
+def send_all(sock: socket.socket, data: bytes) -> None:
+    """Raise ClientDisconnected, also for one who does not read."""
+    try:
+        sock.sendall(data)
+    except OSError as error:
+        raise ClientDisconnected from error
 
 
 # -- Server --------------------------------------------------------------------
@@ -6347,10 +6313,10 @@ KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
 
 
 class EventStreamWriter:
-    """Writes a stream to a client: frames by its request, signs of life by the watcher.
+    """Writes a stream to a client: frames by its request, comments by the watcher.
 
     The status line waits for the first frame, so that a failure before it can have a
-    status of its own, but no longer than `Timeouts.hold`.
+    status of its own, but no longer than `Timeouts.silent_start`.
     """
 
     def __init__(
@@ -6360,20 +6326,16 @@ class EventStreamWriter:
         self.head = head
         self.is_chunked = is_chunked
         self.lock = threading.Lock()
-        self.unsent = b""  # the rest of a sign of life
+        self.unsent = b""  # the rest of a comment
         self.is_open = False  # the status line is sent
         self.is_watched = True
         self.last_write = time.monotonic()
 
     def write(self, data: bytes) -> None:
-        """Send a batch at once. Raise ClientDisconnected for one who does not read."""
-        if not data:  # as a chunk, it would be the last
-            return
-        with self.lock:
-            try:
-                self.sock.sendall(self.take(data))
-            except OSError as error:
-                raise ClientDisconnected from error
+        """Send a batch at once. Raise ClientDisconnected."""
+        if data:  # an empty chunk would be the last
+            with self.lock:
+                send_all(self.sock, self.take(data))
 
     def take(self, data: bytes) -> bytes:
         """What is due on the wire up to and with this."""
@@ -6386,15 +6348,14 @@ class EventStreamWriter:
     def end(self) -> None:
         """End the response. Whoever has left by now has read all of it."""
         if self.is_chunked:
-            with self.lock, suppress(OSError):
-                self.sock.sendall(self.unsent + b"0\r\n\r\n")
+            with suppress(ClientDisconnected):
+                send_all(self.sock, self.unsent + b"0\r\n\r\n")
 
     def keep_alive(self, timeouts: Timeouts) -> None:
-        """Send a sign of life if it is time, and no more of it than goes at once."""
-        limit = timeouts.keep_alive if self.is_open else timeouts.hold
-        if time.monotonic() - self.last_write < limit:
-            return
-        if not self.lock.acquire(blocking=False):  # its request is writing
+        """Send a comment if it is time, and no more of it than goes at once."""
+        limit = timeouts.keep_alive if self.is_open else timeouts.silent_start
+        is_due = time.monotonic() - self.last_write >= limit
+        if not is_due or not self.lock.acquire(blocking=False):  # its request writes
             return
         try:
             if self.is_watched:
@@ -6421,45 +6382,49 @@ class Watcher(threading.Thread):
         self.writers: set[EventStreamWriter] = set()
         self.is_stopped = False
 
-    def watch(self, cancellation: Cancellation, client: socket.socket) -> None:
+    @contextmanager
+    def watching(
+        self, client: socket.socket, cancellation: Cancellation
+    ) -> Iterator[None]:
         self.clients[cancellation] = client
-
-    def forget(self, cancellation: Cancellation) -> None:
-        self.clients.pop(cancellation, None)
+        try:
+            yield
+        finally:
+            self.clients.pop(cancellation, None)
 
     @contextmanager
-    def kept_alive(self, writer: EventStreamWriter) -> Iterator[None]:
+    def keeping_alive(self, writer: EventStreamWriter) -> Iterator[None]:
         self.writers.add(writer)
         try:
             yield
         finally:
             self.writers.discard(writer)
-            with writer.lock:  # a look at it may be under way
+            with writer.lock:  # the watcher may be about to write to it
                 writer.is_watched = False
 
     def run(self) -> None:
         while not self.is_stopped:
             try:
-                self.look_for_hang_ups()
+                self.wait_for_hang_ups()
                 for writer in list(self.writers):
                     writer.keep_alive(self.timeouts)
             except Exception:  # all requests depend on this thread
                 log.exception("the watcher failed")
-                time.sleep(self.timeouts.tick)
+                time.sleep(self.timeouts.watch_interval)
 
-    def look_for_hang_ups(self) -> None:
-        """Wait for a tick, or until a client sends something or its connection ends."""
+    def wait_for_hang_ups(self) -> None:
+        """Wait until a client sends something or its connection ends, or a while."""
         with Selector() as selector:
             for cancellation, client in self.clients.copy().items():
                 with suppress(OSError, ValueError, KeyError):  # it was closed just now
                     selector.register(client, selectors.EVENT_READ, cancellation)
-            if not selector.get_map():
-                time.sleep(self.timeouts.tick)
+            if not selector.get_map():  # which Windows can't wait for
+                time.sleep(self.timeouts.watch_interval)
                 return
-            for key, _ in selector.select(self.timeouts.tick):
+            for key, _ in selector.select(self.timeouts.watch_interval):
                 # What a client sends now is its next request: from then on a hang-up
                 # can't be seen, and its request is no longer watched.
-                self.forget(key.data)
+                self.clients.pop(key.data, None)
                 if not peek(cast(socket.socket, key.fileobj)):
                     key.data.cancel(ClientDisconnected())
 
@@ -6469,10 +6434,6 @@ class Watcher(threading.Thread):
 
 
 BACKLOG = 1024  # of 200 clients at once, 5 left 100 without an answer
-
-TOO_MANY = "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
-
-STOPPING = "is being stopped"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -6496,38 +6457,43 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.began = time.monotonic()
         self.id = f"req_{secrets.token_hex(16)}"
-        self.command = "-"
         self.api_request = Request("-", "-", {})
-        self.body: RequestBody | None = None
+        # Bytes of the body before the next request; None if nothing may follow it.
+        self.unread: int | None = None
         self.status = 0  # once it is sent
         try:
             self.parse_request()
-            getattr(self, f"do_{self.command}", self.do_GET)()
+            self.respond()
         except ClientDisconnected:
             self.close_connection = True
             self.api_request.log.error = "client_gone"
         except Exception as error:
+            failure = self.failure(error)
             with suppress(ClientDisconnected):
-                self.send_failure(as_api_error(error))
+                self.send(Response(failure.body, failure.status, failure.headers))
         finally:
             self.log_line()
-            self.server.dismiss(self.api_request)
-        if self.body and not self.close_connection:
-            self.close_connection = not self.body.skip()
-        elif not self.body or not self.body.is_read:
-            self.reader.linger(self.server.timeouts.linger)
+            self.server.release(self.api_request)
+        if self.close_connection and self.unread != 0:
+            self.reader.drain(self.server.timeouts.drain_input)
+        elif self.unread:
+            try:
+                read_exactly(self.stream, self.unread)
+            except (APIError, ClientDisconnected):
+                self.close_connection = True
 
     def await_request(self) -> bool:
         """Wait for its first byte; from then on, the client has to hurry."""
         server, timeouts = self.server, self.server.timeouts
-        self.reader.within(timeouts.drain if server.is_stopping else timeouts.idle)
+        self.reader.set_deadline(
+            timeouts.drain if server.is_stopping else timeouts.idle
+        )
+        has_come = False
         server.idle.add(self.connection)
-        try:
+        with suppress(APIError, ClientDisconnected):
             has_come = bool(self.stream.peek(1))
-        except (APIError, ClientDisconnected):
-            has_come = False
         server.idle.discard(self.connection)
-        self.reader.within(timeouts.head)
+        self.reader.set_deadline(timeouts.head)
         return has_come
 
     def parse_request(self) -> bool:
@@ -6536,55 +6502,66 @@ class Handler(BaseHTTPRequestHandler):
         if not (match := REQUEST_LINE.fullmatch(first)):
             raise bad_request("the request line is not METHOD target HTTP/1.1")
         method, target, version = (part.decode("latin-1") for part in match.groups())
+        self.request_version = version
         try:
             headers = parse_headers(lines)
-            self.command, self.request_version = method, version
             self.api_request = Request(method, path_of(target), headers)
-            self.body = RequestBody(self.stream, headers, version)
+            self.body_length = parse_body_length(headers, version)
         except BadHead as error:
             raise bad_request(str(error)) from None
+        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
+        length = self.body_length
+        is_small = length is not None and length <= SMALL_BODY
+        if length == 0 or (is_small and not self.awaits_continue):
+            self.unread = length
         keeps = "close" not in headers.get("connection", "").lower()
         self.close_connection = version == "HTTP/1.0" or not keeps
         return True
 
-    def do_GET(self) -> None:
-        self.send(dispatch(self.server.proxy, self.api_request))
-
-    def do_POST(self) -> None:
-        """Read the body of one who may ask, if there is room; then watch the client."""
-        server, request, body = self.server, self.api_request, self.body
+    def respond(self) -> None:
+        """Read the body of one who may ask, if there is room, and run its operation."""
+        server, request = self.server, self.api_request
         operation = find_operation(
             server.proxy, request.method, request.path, request.headers
         )
-        assert body
+        if request.method == "POST":
+            request.body = self.read_body()
+        with server.watcher.watching(self.connection, request.cancellation):
+            self.send(operation(server.proxy, request))
+
+    def read_body(self) -> bytes:
+        server, length = self.server, self.body_length
         limit = server.proxy.settings.max_body_bytes
-        body.check(limit)
-        server.admit(request)
-        self.reader.within(server.timeouts.body)
-        if body.awaits_continue:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.body = body.read(limit)
-        server.watcher.watch(request.cancellation, self.connection)
-        self.send(operation(server.proxy, request))
+        if length == 0 and "content-length" not in self.api_request.headers:
+            raise bad_request("a body needs a Content-Length", 411)
+        check_body_size(length or 0, limit)
+        server.admit(self.api_request)
+        self.reader.set_deadline(server.timeouts.body)
+        if self.awaits_continue:
+            send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.unread = None
+        if length is None:
+            body = b"".join(read_chunks(self.stream, limit))
+        else:
+            body = read_exactly(self.stream, length)
+        self.unread = 0
+        return body
 
     def send(self, response: Response) -> None:
-        data, headers = response.body or b"", dict(response.headers)
-        if isinstance(data, EventStream):
-            self.send_stream(data, headers)
+        body, headers = response.body or b"", dict(response.headers)
+        if isinstance(body, EventStream):
+            self.send_stream(body, headers)
             return
-        if isinstance(data, dict):
-            data = encode_readable_json(data)
-            headers.setdefault("content-type", "application/json")
+        if isinstance(body, dict):
+            body = encode_readable_json(body)
+            headers["content-type"] = "application/json"
         if response.status != 204:
-            headers["content-length"] = str(len(data))
-        if not self.body or not (self.body.is_read or self.body.is_skippable):
+            headers["content-length"] = str(len(body))
+        if self.unread is None:
             self.close_connection = True
         head = self.head(response.status, headers)
-        self.write(head if self.command == "HEAD" else head + data)
-
-    def send_failure(self, error: APIError) -> None:
-        self.api_request.log.error = error.code or error.status
-        self.send(Response(error.body, error.status, error.headers))
+        is_head = self.api_request.method == "HEAD"
+        send_all(self.connection, head if is_head else head + body)
 
     def send_stream(self, stream: EventStream, headers: Mapping[str, str]) -> None:
         """Send frames as they come; a failure after the first is the last of them."""
@@ -6593,17 +6570,19 @@ class Handler(BaseHTTPRequestHandler):
         head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
         writer = EventStreamWriter(self.connection, head, is_chunked)
         try:
-            with self.server.watcher.kept_alive(writer):
+            with self.server.watcher.keeping_alive(writer):
                 stream.run(writer.write)
-        except ClientDisconnected:
-            raise
         except Exception as error:
-            if not writer.is_open:
+            if isinstance(error, ClientDisconnected) or not writer.is_open:
                 raise
-            failure = as_api_error(error)
-            self.api_request.log.error = failure.code or failure.status
-            writer.write(stream.error(failure))
+            writer.write(stream.error(self.failure(error)))
         writer.end()
+
+    def failure(self, error: Exception) -> APIError:
+        """An exception as the client gets it; the log line names it."""
+        failure = as_api_error(error)
+        self.api_request.log.error = failure.code or failure.status
+        return failure
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
         """The head of a response, as it is sent now."""
@@ -6621,39 +6600,38 @@ class Handler(BaseHTTPRequestHandler):
             **CORS,
             "connection": "close" if self.close_connection else "",
         }
-        return response_head(status, all_headers)
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.connection.sendall(data)
-        except OSError as error:
-            raise ClientDisconnected from error
+        lines = [f"{name}: {value}" for name, value in all_headers.items() if value]
+        text = "".join(lines)
+        if not (text.isascii() and text.isprintable()):  # no header can carry it
+            lines = [re.sub("[^ -~]", "?", line) for line in lines]
+        first = f"HTTP/1.1 {status} {http.client.responses.get(status, '')}"
+        return "\r\n".join([first, *lines, "", ""]).encode()
 
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)
 
     def log_line(self) -> None:
         """One line per request: nothing of a key, a token or what was said."""
-        request, told = self.api_request, self.api_request.log
+        request, request_log = self.api_request, self.api_request.log
         is_probe = request.path.endswith("/health") and self.status == 200
         level = logging.DEBUG if is_probe else logging.INFO
         if not log.isEnabledFor(level):
             return
-        usage = sum_usage(told.usages) if told.usages else None
-        first = told.first_text_at
+        usage = sum_usage(request_log.usages) if request_log.usages else None
+        first = request_log.first_text_at
         row = {
             "method": request.method,
             "path": request.path,
             "status": self.status or 499,
-            "model": told.model,
-            "ref": told.ref,
-            "prediction": ",".join(told.predictions),
+            "model": request_log.model,
+            "ref": request_log.ref,
+            "prediction": ",".join(request_log.predictions),
             "tokens_in": usage and usage.prompt_tokens,
             "tokens_out": usage and usage.completion_tokens,
             "estimated": "yes" if usage and usage.is_estimate else None,
             "first_token_ms": first and round((first - self.began) * 1000),
             "ms": self.elapsed_ms(),
-            "error": told.error,
+            "error": request_log.error,
             "request_id": self.id,
         }
         pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
@@ -6692,17 +6670,14 @@ class Server(ThreadingHTTPServer):
         self.watcher.start()
 
     def service_actions(self) -> None:
-        """One look for who has come is enough for all of them."""
-        self.accept_all()
-
-    def accept_all(self) -> None:
+        """Accept all who have come: one turn of `serve_forever` is enough for them."""
         try:
             for _ in range(BACKLOG):  # it holds no more at once
                 self.process_request(*self.get_request())
         except BlockingIOError:  # that was all
             pass
         except OSError:  # no descriptor is left: another try at once would fail too
-            time.sleep(self.timeouts.tick)
+            time.sleep(self.timeouts.watch_interval)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Have a thread serve it; `Thread.start` would wait until that has begun.
@@ -6730,52 +6705,49 @@ class Server(ThreadingHTTPServer):
         """Raise 503 if there is no room for it."""
         with self.changed:
             if self.is_over:
-                raise overloaded(STOPPING)
+                raise overloaded("is being stopped")
             if len(self.requests) >= self.proxy.settings.max_concurrent_calls:
-                raise overloaded(TOO_MANY)
+                raise overloaded(
+                    "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
+                )
             self.requests.add(request)
 
-    def dismiss(self, request: Request) -> None:
-        self.watcher.forget(request.cancellation)
+    def release(self, request: Request) -> None:
         with self.changed:
             self.requests.discard(request)
             self.changed.notify_all()
 
-    def await_end_of(self, those: Collection[object], seconds: float) -> None:
+    def wait_until_empty(self, those: Collection[object], seconds: float) -> None:
         with self.changed:
             self.changed.wait_for(lambda: not those, seconds)
 
     def server_close(self) -> None:
-        """Stop listening, let the requests finish that have come, break off the rest.
+        """Stop listening, let the requests finish that have come, cancel the rest.
 
         Whoever holds an idle connection may have a request under way on it, which a
         close would lose: it is closed when none has come for a moment.
         """
-        with self.changed:
-            if self.is_stopping:
-                return
-            self.is_stopping = True
-        self.accept_all()  # or the close would reset them
+        if self.is_stopping:
+            return
+        self.is_stopping = True
+        self.service_actions()  # or the close would reset them
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
-        self.await_end_of(self.connections, drain)
+        self.wait_until_empty(self.connections, drain)
         for connection in list(self.idle):
             shut(connection)
-        self.await_end_of(self.connections, grace - drain)
-        self.break_off()
-        self.watcher.stop()
-        self.api.close()
-
-    def break_off(self) -> None:
+        self.wait_until_empty(self.connections, grace - drain)
         with self.changed:
             self.is_over = True
-            last = list(self.requests)
-        for request in last:
-            request.cancellation.cancel(overloaded(STOPPING))
-        until = time.monotonic() + self.timeouts.farewell
-        self.await_end_of(self.requests, self.timeouts.farewell)
+            unfinished = list(self.requests)
+        for request in unfinished:
+            request.cancellation.cancel(overloaded("is being stopped"))
+        until = time.monotonic() + self.timeouts.abort
+        self.wait_until_empty(self.requests, self.timeouts.abort)
         self.proxy.upstream.await_runs(until - time.monotonic())
+        self.watcher.stop()
+        self.api.close()
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -6809,19 +6781,14 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 # in each, but only the parent looks at them.
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+MIN_UPTIME = 10  # seconds a worker lives if it was not its start that failed
 
-SETTLED = 10  # seconds a worker lives if it was not its start that failed
-
-MAX_PAUSE = 30.0  # seconds before one that dies at its start is started again
+MAX_BACKOFF = 30.0  # seconds before one that dies at its start is started again
 
 
-def collect_signals() -> list[int]:
-    """A list of the signals that come from now on."""
-    signals: list[int] = []
-    for each in SIGNALS:
-        signal.signal(each, lambda number, _: signals.append(number))
-    return signals
+def handle_signals(handler: Callable[[int, Any], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
 
 
 def run_workers(
@@ -6835,7 +6802,7 @@ def run_workers(
     Each gives its exit code, and is given the end of a pipe that tells it to stop."""
     pipe = os.pipe()
     workers: dict[int, float] = {}  # when each was started, by its id
-    pause, due = 0.0, 0.0
+    backoff, due = 0.0, 0.0
     while not signals:
         now = time.monotonic()
         try:
@@ -6847,10 +6814,13 @@ def run_workers(
         time.sleep(0.1)
         if died := reap(workers):
             shortest = min(now - workers.pop(pid) for pid in died)
-            pause = min(2 * pause or 0.5, MAX_PAUSE) if shortest < SETTLED else 0.0
-            due = now + pause
+            is_early = shortest < MIN_UPTIME
+            backoff = min(2 * backoff or 0.5, MAX_BACKOFF) if is_early else 0.0
+            due = now + backoff
             for pid, code in died.items():
-                log.error("event=worker_died pid=%d code=%d pause=%g", pid, code, pause)
+                log.error(
+                    "event=worker_died pid=%d code=%d pause=%g", pid, code, backoff
+                )
     listener.close()
     os.close(pipe[1])
     exit_code = 0
@@ -6882,8 +6852,8 @@ def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
 
 def reap(workers: Iterable[int]) -> dict[int, int]:
     """The exit codes of those that have ended."""
-    looks = (os.waitpid(pid, os.WNOHANG) for pid in workers)
-    return {pid: os.waitstatus_to_exitcode(status) for pid, status in looks if pid}
+    ends = (os.waitpid(pid, os.WNOHANG) for pid in workers)
+    return {pid: os.waitstatus_to_exitcode(status) for pid, status in ends if pid}
 
 
 # -- Command line --------------------------------------------------------------
@@ -6907,7 +6877,7 @@ Settings come from the environment, then from .env beside this file; the flags
 above override both. .env.example lists all of them, models.json the models."""
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False,  # --reload is taken out of what its child is given
         description=DESCRIPTION,
@@ -6928,42 +6898,32 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def read_settings(options: argparse.Namespace) -> Settings:
+    """Read the env file, which the environment overrides, and flags both."""
+    file = Path(options.env_file or HERE / ".env")
+    values: dict[str, str] = {}
+    if options.env_file or file.exists():
+        try:
+            values = parse_env_file(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            raise ConfigError(f"{file} can't be used: {error}") from None
+    values |= {name: value for name, value in os.environ.items() if value}
     flags = {"HOST": options.host, "PORT": options.port, "MODELS_PATH": options.models}
-    return Settings.from_environ(
-        {
-            **read_env(options.env_file),
-            **{name: value for name, value in os.environ.items() if value},
-            **{name: value for name, value in flags.items() if value is not None},
-            **(demo_settings() if options.demo else {}),
+    values |= {name: value for name, value in flags.items() if value is not None}
+    if options.demo:
+        if not (HERE / "fake_replicate.py").exists():
+            raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
+        values |= {
+            "REPLICATE_API_TOKEN": "r8_demo",
+            "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
+            "PROXY_API_KEY": "demo",
         }
-    )
-
-
-def demo_settings() -> dict[str, str]:
-    if not (HERE / "fake_replicate.py").exists():
-        raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
-    return {
-        "REPLICATE_API_TOKEN": "r8_demo",
-        "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
-        "PROXY_API_KEY": "demo",
-    }
-
-
-def read_env(path: str | None) -> dict[str, str]:
-    """Read the file that was named, or .env beside this one if there is one."""
-    file = Path(path) if path else HERE / ".env"
-    if not path and not file.exists():
-        return {}
-    try:
-        return parse_env_file(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{file} can't be used: {error}") from None
+    return Settings.from_environ(values)
 
 
 @contextmanager
-def stand_in(settings: Settings, demo: bool) -> Iterator[Settings]:
-    """Play Replicate inside this process; give the settings that lead there."""
-    if not demo:
+def with_replicate(settings: Settings, is_demo: bool) -> Iterator[Settings]:
+    """Play Replicate in this process if it is a demo; give the settings for it."""
+    if not is_demo:
         yield settings
         return
     from fake_replicate import FakeReplicate
@@ -6972,55 +6932,53 @@ def stand_in(settings: Settings, demo: bool) -> Iterator[Settings]:
         yield replace(settings, replicate_base_url=fake.base_url)
 
 
-def serve(settings: Settings, options: argparse.Namespace) -> int:
+def serve(settings: Settings, models: Models, options: argparse.Namespace) -> int:
+    """Serve until a signal, in this process or in several that it forks."""
     if settings.workers > 1 and not hasattr(os, "fork"):
         raise ConfigError("WORKERS must be 1 on Windows.")
-    models = ModelsFile(settings.models_path, FAMILIES).current()
     try:
         listener = listen(settings)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         why = str(error).partition(" (while")[0]
         raise ConfigError(
             f"Nothing can be served on {settings.host}:{settings.port}: {why}. "
             "Choose another address with --host and --port, or HOST and PORT."
         ) from None
-    allow_many_sockets()
-    url = base_url(listener, settings)
-    told = (
-        f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n\n"
-        f"  {curl_line(url, options, models)}\n"
-    )
+    with suppress(ImportError, ValueError, OSError):  # Windows has no limit
+        import resource  # a request has two sockets, and the usual limit is 1024
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     work = partial(serve_until, settings, options.demo, listener)
-    if settings.workers == 1:
-        pipe = stop_on_signals()
-        print(told, flush=True)
-        return work(pipe)
-    signals = collect_signals()
-    print(told, flush=True)
-    return run_workers(settings.workers, work, listener, signals)
+    if settings.workers > 1:
+        signals: list[int] = []
+        handle_signals(lambda number, _: signals.append(number))
+        run = partial(run_workers, settings.workers, work, listener, signals)
+    else:
+        run = partial(work, stop_on_signals())
+    url = base_url(listener, settings)
+    print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
+    print(f"  {curl_line(url, options, models)}\n", flush=True)
+    return run()
 
 
 def stop_on_signals() -> int:
     """A pipe that the first signal ends; another one ends the program at once."""
     pipe, end = os.pipe()
-    signals: list[int] = []
 
-    def handle(number: int, _: Any) -> None:
-        if signals:
-            os._exit(128 + number)
-        signals.append(number)
+    def stop(*_: Any) -> None:
+        handle_signals(lambda number, _: os._exit(128 + number))
         os.close(end)
 
-    for each in SIGNALS:
-        signal.signal(each, handle)
+    handle_signals(stop)
     return pipe
 
 
 def serve_until(
-    settings: Settings, demo: bool, listener: socket.socket, pipe: int
+    settings: Settings, is_demo: bool, listener: socket.socket, pipe: int
 ) -> int:
     """Serve until a pipe ends, and then until all requests are answered."""
-    with stand_in(settings, demo) as settings:
+    with with_replicate(settings, is_demo) as settings:
         server = Server(settings, Timeouts(), listener)
 
         def stop() -> None:
@@ -7033,15 +6991,6 @@ def serve_until(
         log.info("stopping calls=%d", len(server.requests))
         server.server_close()
     return 0
-
-
-def allow_many_sockets() -> None:
-    """A call has two of them, and the usual limit is 1024."""
-    with suppress(ImportError, ValueError, OSError):  # Windows has none
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
@@ -7065,36 +7014,35 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     )
 
 
-def check_all(settings: Settings) -> int:
-    """Say what was found of the settings, the models and the token."""
-    models = ModelsFile(settings.models_path, FAMILIES).current()
-    print(f"settings  are right: {settings}")
-    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
-    print(f"and {models.default_model or 'none'} for any other name")
-    with closing(ReplicateAPI(settings, Timeouts())) as api:
-        try:
-            account = api.account()
-        except APIError as error:
-            raise ConfigError(str(error)) from None
-    print(
-        f"token     works: {account.get('type')} {account.get('username')} of Replicate"
-    )
+def check_token(settings: Settings, models: Models, is_demo: bool) -> int:
+    """Say what was read, and whether Replicate knows the token."""
+    with with_replicate(settings, is_demo) as settings:
+        print(f"settings  are right: {settings}")
+        print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
+        print(f"and {models.default_model or 'none'} for any other name")
+        with closing(ReplicateAPI(settings, Timeouts())) as api:
+            try:
+                account = api.account()
+            except APIError as error:
+                raise ConfigError(str(error)) from None
+    owner = f"{account.get('type')} {account.get('username')}"
+    print(f"token     works: {owner} of Replicate")
     return 0
 
 
-def reload_on_change(arguments: Sequence[str], options: argparse.Namespace) -> int:
+def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int:
     """Run the program as a child, and anew whenever a file has changed."""
     rest = [argument for argument in arguments if argument != "--reload"]
     command = [sys.executable, str(HERE / "proxy.py"), *rest]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
-        before = stamps(options)
+        before = modification_times(options)
         with subprocess.Popen(command) as child:
             try:
-                while stamps(options) == before:
+                while modification_times(options) == before:
                     time.sleep(0.3)
-            except KeyboardInterrupt:  # which the child has heard too
+            except KeyboardInterrupt:  # the child has got the signal too
                 return child.wait()
             except SystemExit:
                 child.terminate()
@@ -7103,21 +7051,18 @@ def reload_on_change(arguments: Sequence[str], options: argparse.Namespace) -> i
             child.terminate()
 
 
-def stamps(options: argparse.Namespace) -> list[float]:
-    """When the program, its settings and its models were changed."""
+def modification_times(options: argparse.Namespace) -> list[float]:
+    """Those of the program, its settings and its models."""
     files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
-    with suppress(ConfigError):  # which the child tells
+    with suppress(ConfigError):  # the child reports it
         files.append(Path(read_settings(options).models_path))
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 
 def log_to_stderr(level: str) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter(
-            "time=%(asctime)s level=%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"
-        )
-    )
+    line = "time=%(asctime)s level=%(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S%z"))
     log.addHandler(handler)
     log.setLevel(level.upper())
 
@@ -7125,18 +7070,18 @@ def log_to_stderr(level: str) -> None:
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     if options.reload:
-        return reload_on_change(arguments, options)
+        return run_and_reload(arguments, options)
     try:
         settings = read_settings(options)
         settings.check()
         if options.key:
             print(settings.api_keys[0])
             return 0
+        models = ModelsFile(settings.models_path, FAMILIES).current()
         if options.check:
-            with stand_in(settings, options.demo) as settings:
-                return check_all(settings)
+            return check_token(settings, models, options.demo)
         log_to_stderr(settings.log_level)
-        return serve(settings, options)
+        return serve(settings, models, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)

@@ -95,15 +95,15 @@ TIMEOUTS = proxy.Timeouts(
     stream=0.5,
     poll=0.05,
     poll_most=0.1,
-    settle=0.02,
-    blind=3,
+    after_done=0.02,
+    lost_after=3,
     grace=1,
     idle=5,
     head=1,
     body=1,
-    tick=0.02,
+    watch_interval=0.02,
     drain=0.1,
-    linger=2,
+    drain_input=2,
 )
 MODELS = {
     "mappings": {
@@ -355,7 +355,7 @@ def whys(table):
     return [row[0] for row in table]
 
 
-QUICK = TIMEOUTS._replace(stream=0.3, blind=0.5, hold=0.2, keep_alive=0.1)
+QUICK = TIMEOUTS._replace(stream=0.3, lost_after=0.5, silent_start=0.2, keep_alive=0.1)
 
 
 @contextmanager
@@ -4654,7 +4654,7 @@ def test_a_get_on_a_connection_that_ends_is_sent_again(caplog):
 
 
 def test_a_get_that_is_not_answered_in_time_is_not_sent_again(settings):
-    timeouts = TIMEOUTS._replace(look=0.1)
+    timeouts = TIMEOUTS._replace(get=0.1)
     says = iter([recorded(), b""])
     with hosting(lambda *_: next(says)) as host:
         there = replace(settings, replicate_base_url=host.base_url)
@@ -5108,7 +5108,7 @@ def test_the_id_of_a_prediction_stays_in_its_place(api, fake):
 
 
 def test_each_request_has_its_own_time_limit(settings):
-    timeouts = TIMEOUTS._replace(look=0.1, create=60)
+    timeouts = TIMEOUTS._replace(get=0.1, create=60)
     with hosting(b"") as host:
         there = replace(settings, replicate_base_url=host.base_url)
         with (
@@ -5874,7 +5874,10 @@ def test_a_stop_string_cancels_once(fake, server, stream):
 
 
 def test_a_look_that_fails_after_a_long_stream_harms_nobody():
-    with FakeReplicate() as fake, fronting(fake, QUICK._replace(blind=0.01)) as server:
+    with (
+        FakeReplicate() as fake,
+        fronting(fake, QUICK._replace(lost_after=0.01)) as server,
+    ):
         row = replace(fake.scenarios["get-500-once"], pace=0.02)
         fake.scenarios["unseen"] = row
         with start_call(server, "fake/unseen", stream=True) as sock:
@@ -5951,7 +5954,7 @@ def test_a_client_waits_for_no_cancel_but_the_end_of_the_server_does():
 
 
 def test_a_hang_up_breaks_off_a_look_that_hangs():
-    with FakeReplicate() as fake, fronting(fake, TIMEOUTS._replace(look=60)) as server:
+    with FakeReplicate() as fake, fronting(fake, TIMEOUTS._replace(get=60)) as server:
         fake.scenarios["unseen"] = replace(
             SCENARIOS["endless"], stream_url="", on_look=Fault(wait=60)
         )
@@ -11613,7 +11616,7 @@ def test_nginx_waits_longer_than_a_prediction_takes_and_keeps_less_than_the_prox
     assert 0 < int(megabytes) * 2**20 - settings.max_body_bytes <= 2**20
 
 
-LONGEST_STOP = proxy.Settings.shutdown_grace + proxy.Timeouts().farewell
+LONGEST_STOP = proxy.Settings.shutdown_grace + proxy.Timeouts().abort
 
 
 def test_compose_has_nginx_alone_take_a_port_of_the_machine():
@@ -11712,7 +11715,7 @@ def test_the_models_on_kubernetes_are_those_of_the_program(kubernetes, pod, give
 def test_a_pod_on_kubernetes_has_time_to_stop(pod, given):
     [container] = pod["containers"]
     [_, pause] = container["lifecycle"]["preStop"]["exec"]["command"]
-    stop = int(given["SHUTDOWN_GRACE"]) + proxy.Timeouts().farewell
+    stop = int(given["SHUTDOWN_GRACE"]) + proxy.Timeouts().abort
     assert pod["terminationGracePeriodSeconds"] > int(pause) + stop
 
 
