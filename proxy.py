@@ -579,6 +579,18 @@ NOT_JSON = (
 )
 
 
+MAX_JSON_DEPTH = 400  # more, and the SDK's encoder meets Python's recursion limit
+
+
+def json_depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        children = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [c for each in children for c in each if isinstance(c, (dict, list))]
+        depth += 1
+    return depth
+
+
 def parse_json_body(data: bytes, content_type: str) -> Json:
     """Parse a JSON object; raise 400 with the reason if it is none, or is ambiguous."""
     try:
@@ -591,9 +603,12 @@ def parse_json_body(data: bytes, content_type: str) -> Json:
         )
         if "\\ud" in text.lower():
             json.dumps(body, ensure_ascii=False).encode()
-        if isinstance(body, dict):
+        if not isinstance(body, dict):
+            why = f"it is {KINDS[type(body)]}"
+        elif text.count("{") + text.count("[") > MAX_JSON_DEPTH < json_depth(body):
+            why = "it is nested too deeply"
+        else:
             return body
-        why = f"it is {KINDS[type(body)]}"
     except json.JSONDecodeError as error:
         why = f"{error.msg} at line {error.lineno}, column {error.colno}"
     except UnicodeDecodeError as error:
@@ -6067,12 +6082,6 @@ def find_operation(
     if endpoint.key != "none" and not is_optional:
         authorize(headers, proxy.settings.api_keys)
     return lambda proxy, request: endpoint.operation(proxy, request, *ids)
-
-
-def dispatch(proxy: Proxy, request: Request) -> Response:
-    """Answer a request whose body has been read, or has none."""
-    operation = find_operation(proxy, request.method, request.path, request.headers)
-    return operation(proxy, request)
 
 
 @lru_cache(16)  # programs use few, and anyone may send long ones

@@ -8510,6 +8510,16 @@ def test_a_hang_up_cancels_all_choices(watched):
     assert sorted(fake.cancels) == sorted(fake.predictions)
 
 
+@pytest.mark.parametrize(("depth", "status"), [(350, 200), (450, 400), (900, 400)])
+def test_json_that_is_deep_is_run_or_refused(lasting, depth, status):
+    fake, server = lasting
+    deep_value = '{"a":' * depth + "1" + "}" * depth
+    body = f'{{"model":"fake/hello","prompt":"Hi","replicate":{{"x":{deep_value}}}}}'
+    answer = send(server, "POST", TEXT_PATH, body, {"authorization": "Bearer key"})
+    assert answer.status == status
+    assert status == 200 or "nested too deeply" in answer.error["message"]
+
+
 def test_a_lack_of_threads_is_told_as_overload(lasting, monkeypatch):
     class NoThread(threading.Thread):
         def start(self):
