@@ -8,8 +8,9 @@
     python proxy.py                      serve, as .env and the environment say
     proxy.make_server(settings)          the same, inside another program
 
-Data flows down the page and calls go up it: a call is checked, put into the
-terms of its model, run, and told again in OpenAI's terms.
+A request passes six stations, each a call that returns before the next begins:
+parse, validate, build the input, create the prediction, follow its events, write.
+To see them in order, read `create_chat_completion` and `Generation`.
 
     client                                                     Replicate
       |  request       input                                       ^
@@ -21,7 +22,7 @@ terms of its model, run, and told again in OpenAI's terms.
 Each section uses only names from those above it.
 
     1. Ground
-        Errors              what a client is told went wrong
+        Errors              OpenAI's error objects, as one exception
         Settings            what the operator chooses, read once from the environment
         Models              which models there are, read from models.json
     2. Requests
@@ -31,11 +32,11 @@ Each section uses only names from those above it.
         Output formats      which JSON an answer has to be
     3. Inputs
         Chat templates      how a conversation becomes what a model reads
-        Families            how each kind of model is asked: one row per family
+        Families            the inputs of each kind of model: one row per family
         Input schemas       a family read from what a model says of itself
         Prediction inputs   a request in the terms of its model
     4. Predictions
-        Events              what a prediction is seen to do
+        Events              what is seen of a prediction, and the log of a request
         Cancellation        how a request in progress is made to stop
         HTTP client         connections to Replicate's hosts, and event streams
         Replicate           its API, what it refuses, and the records it keeps
@@ -52,7 +53,7 @@ Each section uses only names from those above it.
         Model objects       rows of models.json as OpenAI's models
     7. Serving
         Generation          n choices, retries, and the response made of them
-        Endpoints           one row per path, one function per OpenAI operation
+        Endpoints           one row per method and path, one function per operation
         HTTP                requests as they come over a socket, read strictly
         Server              connections, hang-ups, silences and the end
         Workers             several servers on one port, each a process
@@ -5679,10 +5680,10 @@ def model_object(id: str, ref: str, created: int) -> Json:
 
 # -- Generation ----------------------------------------------------------------
 #
-# The predictions of one request, and the response made of their events. Choices
-# run side by side, each in a thread of its own. An answer that is not what the
-# client asked for (a call, JSON) is asked for once more, as long as nothing of it
-# was sent.
+# The predictions of one request, and the response made of their events. Several
+# choices run side by side, up to eight threads at a time. An answer that is not what
+# the client asked for (a tool call, JSON) is asked for once more, as long as nothing
+# of it was sent.
 
 MAX_PARALLEL_PREDICTIONS = 8  # of one request
 
@@ -5972,7 +5973,7 @@ class Generation(NamedTuple):
 # -- Endpoints -----------------------------------------------------------------
 #
 # One function per OpenAI operation, under OpenAI's name for it, and one row per
-# path. To add one: a row in ENDPOINTS, and its function. No socket is in it.
+# method and path. To add one: a row in ENDPOINTS, and its function. No socket is in it.
 
 
 def check_health(proxy: Proxy, request: Request) -> Response:
