@@ -125,6 +125,7 @@ try:
     from replicate import (
         APIConnectionError,
         APIStatusError,
+        Omit,
         Replicate,
         ReplicateError,
     )
@@ -2954,8 +2955,16 @@ def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
     return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
 
 
-# The response headers that the SDK or we look at.
+# Each header takes httpx some time. So a response keeps those that the SDK or we look
+# at, and a request says nothing of the SDK or its host.
 SDK_HEADERS = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
+NO_TELEMETRY = {
+    f"X-Stainless-{name}": Omit()
+    for name in (
+        *("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version"),
+        *("Async", "Retry-Count", "Read-Timeout"),
+    )
+}
 
 # What may break off a request that is safe to break off; a create is not.
 REQUEST_CANCELLATION = ContextVar[Cancellation | None]("cancellation", default=None)
@@ -2988,7 +2997,8 @@ class ReplicateTransport(httpx.BaseTransport):
         finally:
             self.pool.release(response)
         kept = {n: v for n, v in response.headers.items() if n in SDK_HEADERS}
-        return httpx.Response(response.status, headers=kept, content=bytes(content))
+        body = httpx.ByteStream(bytes(content))
+        return httpx.Response(response.status, headers=kept, stream=body)
 
 
 @contextmanager
@@ -3128,12 +3138,14 @@ class ReplicateAPI:
         self.timeouts = timeouts
         tls = httpx.create_ssl_context()  # takes 20 ms: one for all
         self.pool = ConnectionPool(timeouts, tls)
+        http_client = httpx.Client(transport=ReplicateTransport(self.pool))
+        http_client.headers.clear()  # the SDK gives its own
         self.client = Replicate(
             bearer_token=self.token,
             base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
             max_retries=0,  # a second create would be a second bill
             timeout=timeouts.create,
-            http_client=httpx.Client(transport=ReplicateTransport(self.pool)),
+            http_client=http_client,
         )
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
 
@@ -3181,7 +3193,7 @@ class ReplicateAPI:
         Raise APIError, in the client's terms, for all that Replicate may do.
         """
         try:
-            return parse_object(send(**given), needs)
+            return parse_object(send(**given, extra_headers=NO_TELEMETRY), needs)
         except APIStatusError as error:
             raise refusal(error, asked, self.token) from None
         except (ReplicateError, BadResponse) as error:
