@@ -97,7 +97,6 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
-    AbstractContextManager,
     closing,
     contextmanager,
     suppress,
@@ -2689,14 +2688,10 @@ Origin = tuple[str, str]  # scheme, and host with port
 
 
 class ServerResponse:
-    """A response of Replicate's: its head was read, and `body` yields the rest.
+    """A response of Replicate's: its head was read, and `body` yields the rest."""
 
-    Reading raises OSError or HTTPException.
-    """
-
-    def __init__(self, sock: socket.socket, origin: Origin) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.origin = origin
         self.buffer = memoryview(bytearray(READ_SIZE))  # new ones would leave holes
         head, rest = self.receive_head(b"")
         while head.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # an interim response
@@ -2738,12 +2733,10 @@ class ServerResponse:
         length = parse_content_length(self.headers)
         if coding and (coding.lower() != "chunked" or length is not None):
             raise BadHead("its length is given in two ways, or in an unknown one")
-        if self.status in (204, 304):
-            length = 0
         if coding:
             beyond = yield from unchunked(pieces)
-        elif length is not None:
-            beyond = yield from first_bytes(pieces, length)
+        elif length is not None or self.status in (204, 304):
+            beyond = yield from first_bytes(pieces, length or 0)
         else:
             yield from pieces
             beyond = b"the connection has ended"
@@ -2753,14 +2746,6 @@ class ServerResponse:
 
 class NotConnected(OSError):
     """There was no way to the host, so nothing was sent."""
-
-
-class StreamRefused(Exception):
-    """There is no event stream to read."""
-
-
-class StreamBroken(Exception):
-    """An event stream ended before its end."""
 
 
 class ConnectionPool:
@@ -2773,6 +2758,7 @@ class ConnectionPool:
         self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
         self.is_closed = False
 
+    @contextmanager
     def request(
         self,
         origin: Origin,
@@ -2780,28 +2766,41 @@ class ConnectionPool:
         message: bytes,
         timeout: float,
         cancellation: Cancellation,
-    ) -> ServerResponse:
-        """Send a message and read the head of its response; `release` it later.
+    ) -> Iterator[ServerResponse]:
+        """Send a message; inside, its response can be read.
 
-        Raise NotConnected if nothing was sent, else OSError or HTTPException. A GET
-        whose kept connection turns out to have ended is sent again; a POST never is.
+        Raise NotConnected if nothing was sent, else OSError or HTTPException, or the
+        cancellation's cause. A GET whose kept connection turns out to have ended is
+        sent again; a POST never is.
         """
-        kept = self.take(origin)
-        while True:
-            sock = kept or self.connect(origin)
+
+        def send(sock: socket.socket) -> ServerResponse:
             try:
                 with cancellation.on_cancel(partial(shut, sock)):
                     set_timeout(sock, socket.SO_RCVTIMEO, timeout)
                     sock.sendall(message)
-                    return ServerResponse(sock, origin)
-            except BaseException as error:
+                    return ServerResponse(sock)
+            except BaseException:
                 sock.close()
                 cancellation.check()
-                has_ended = isinstance(error, (OSError, http.client.HTTPException))
-                is_late = isinstance(error, TimeoutError)
-                if not (kept and method == "GET" and has_ended) or is_late:
+                raise
+
+        response, kept = None, self.take(origin)
+        if kept:
+            try:
+                response = send(kept)
+            except (OSError, http.client.HTTPException) as error:
+                if method != "GET" or isinstance(error, TimeoutError):
                     raise
-                kept = None
+        response = response or send(self.connect(origin))
+        try:
+            with cancellation.on_cancel(partial(shut, response.sock)):
+                yield response
+        except (OSError, http.client.HTTPException):
+            cancellation.check()
+            raise
+        finally:
+            self.release(origin, response)
 
     def take(self, origin: Origin) -> socket.socket | None:
         idle = self.idle[origin]
@@ -2818,16 +2817,19 @@ class ConnectionPool:
     def connect(self, origin: Origin) -> socket.socket:
         """Connect, through HTTPS_PROXY where the environment names one."""
         url, timeout = urlsplit("://".join(origin)), self.timeouts.connect
-        host, port = url.hostname or "", url.port
-        proxy = find_proxy(host) if url.scheme == "https" else urlsplit("")
+        host, port, is_tls = url.hostname or "", url.port, url.scheme == "https"
+        proxy = find_proxy(host) if is_tls else urlsplit("")
         address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
-        connection = http.client.HTTPConnection(*address, timeout=timeout)
-        if url.scheme == "https":
-            connection = http.client.HTTPSConnection(
-                *address, timeout=timeout, context=self.tls
-            )
+        connection = (
+            http.client.HTTPSConnection(*address, timeout=timeout, context=self.tls)
+            if is_tls
+            else http.client.HTTPConnection(*address, timeout=timeout)
+        )
         if proxy.hostname:
-            connection.set_tunnel(host, port, proxy_authorization(proxy))
+            user = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
+            basic = f"Basic {b64encode(user.encode()).decode()}"
+            headers = {"Proxy-Authorization": basic} if proxy.username else {}
+            connection.set_tunnel(host, port, headers)
         try:
             connection.connect()  # with TCP_NODELAY
         except (OSError, http.client.HTTPException) as error:
@@ -2836,7 +2838,7 @@ class ConnectionPool:
         set_timeout(connection.sock, socket.SO_SNDTIMEO, self.timeouts.create)
         return cast(socket.socket, connection.sock)
 
-    def release(self, response: ServerResponse) -> None:
+    def release(self, origin: Origin, response: ServerResponse) -> None:
         """Keep the connection if the last bytes of its response are here already."""
         sock = response.sock
         with suppress(OSError, http.client.HTTPException):
@@ -2845,7 +2847,7 @@ class ConnectionPool:
                 for _ in islice(response.body, 2):  # a little, and then its end
                     pass
             if response.is_complete and response.is_reusable and not self.is_closed:
-                idle = self.idle[response.origin]
+                idle = self.idle[origin]
                 idle.append((time.monotonic(), sock))
                 self.trim(idle)
                 return
@@ -2859,39 +2861,10 @@ class ConnectionPool:
                 idle.popleft()[1].close()
 
     def close(self) -> None:
-        self.is_closed = True
+        """Keep none from now on, and none of those that are idle."""
+        self.is_closed, self.keep = True, 0
         for idle in list(self.idle.values()):
-            with suppress(IndexError):
-                while True:
-                    idle.pop()[1].close()
-
-    @contextmanager
-    def open_stream(
-        self, url: str, headers: Mapping[str, str], cancellation: Cancellation
-    ) -> Iterator[Iterator[bytes]]:
-        """Open an event stream. Raise StreamRefused now, or StreamBroken later."""
-        parts = urlsplit(url)
-        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
-        origin, timeout = parts[:2], self.timeouts.stream
-        lines = [("Host", parts.netloc), *headers.items()]
-        encoded = [(name.encode(), value.encode()) for name, value in lines]
-        try:
-            message = render_head("GET", target.encode(), encoded)
-            response = self.request(origin, "GET", message, timeout, cancellation)
-        except TimeoutError as error:
-            raise StreamBroken(repr(error)) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise StreamRefused(repr(error)) from error
-        try:
-            kind = response.headers.get("content-type", "").lower()
-            if response.status != 200 or not kind.startswith("text/event-stream"):
-                raise StreamRefused(f"status {response.status}, type {kind!r}")
-            with cancellation.on_cancel(partial(shut, response.sock)):
-                yield response.body
-        except (OSError, http.client.HTTPException) as error:
-            raise StreamBroken(repr(error)) from error
-        finally:
-            self.release(response)
+            self.trim(idle)
 
 
 def render_head(
@@ -2948,13 +2921,6 @@ def find_proxy(host: str) -> SplitResult:
     return urlsplit(url if "://" in url else f"//{url}")
 
 
-def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
-    if not proxy.username:
-        return {}
-    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
-
-
 # Each header takes httpx some time. So a response keeps those that the SDK or we look
 # at, and a request says nothing of the SDK or its host.
 SDK_HEADERS = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
@@ -2966,7 +2932,7 @@ NO_TELEMETRY = {
     )
 }
 
-# What may break off a request that is safe to break off; a create is not.
+# What may break off the request that a thread sends; None for a create.
 REQUEST_CANCELLATION = ContextVar[Cancellation | None]("cancellation", default=None)
 
 
@@ -2979,35 +2945,22 @@ class ReplicateTransport(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Raise what `ConnectionPool.request` raises: a connection error to the SDK."""
         url, method = request.url, request.method
-        origin = url.scheme, url.netloc.decode()
-        message = render_head(method, url.raw_path, request.headers.raw)
-        response = self.pool.request(
-            origin,
+        head = render_head(method, url.raw_path, request.headers.raw)
+        with self.pool.request(
+            (url.scheme, url.netloc.decode()),
             method,
-            message + request.read(),
+            head + request.read(),
             request.extensions["timeout"]["read"],
             REQUEST_CANCELLATION.get() or Cancellation(),
-        )
-        content = bytearray()
-        try:
+        ) as response:
+            content = bytearray()
             for piece in response.body:
                 content += piece
                 if len(content) > MAX_RESPONSE:
                     raise http.client.HTTPException("the response is too large")
-        finally:
-            self.pool.release(response)
         kept = {n: v for n, v in response.headers.items() if n in SDK_HEADERS}
         body = httpx.ByteStream(bytes(content))
         return httpx.Response(response.status, headers=kept, stream=body)
-
-
-@contextmanager
-def broken_off_by(cancellation: Cancellation) -> Iterator[None]:
-    token = REQUEST_CANCELLATION.set(cancellation)
-    try:
-        yield
-    finally:
-        REQUEST_CANCELLATION.reset(token)
 
 
 ServerSentEvent = tuple[str, str]  # its name and its data
@@ -3112,7 +3065,6 @@ REFUSALS = {
     429: Refusal(429, "rate_limit_exceeded", "Replicate's rate limit is reached."),
 }
 
-REFUSED_FILES = {401, 402, 403, 413, 429}  # mean the same as for a prediction
 RETRY_DELAYS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 
 # Exceptions that say something of the connection, and are no fault of ours.
@@ -3186,12 +3138,14 @@ class ReplicateAPI:
         send: Callable[..., Any],
         needs: str = "",
         asked: PredictionInput | None = None,
+        cancellation: Cancellation | None = None,
         **given: Any,
     ) -> Json:
         """Send a request by a method of the SDK; parse the JSON object in its response.
 
         Raise APIError, in the client's terms, for all that Replicate may do.
         """
+        REQUEST_CANCELLATION.set(cancellation)
         try:
             return parse_object(send(**given, extra_headers=NO_TELEMETRY), needs)
         except APIStatusError as error:
@@ -3255,10 +3209,13 @@ class ReplicateAPI:
         return ref
 
     def fetch_prediction(self, id: str, cancellation: Cancellation) -> Json:
-        get, timeout = self.client.predictions.with_raw_response.get, self.timeouts.look
-        name = quote(id, safe="")
-        with broken_off_by(cancellation):
-            record = self.send(get, "id", prediction_id=name, timeout=timeout)
+        record = self.send(
+            self.client.predictions.with_raw_response.get,
+            "id",
+            cancellation=cancellation,
+            prediction_id=quote(id, safe=""),
+            timeout=self.timeouts.look,
+        )
         return parse_prediction(record)
 
     def cancel(self, id: str) -> None:
@@ -3271,37 +3228,46 @@ class ReplicateAPI:
         content = ("attachment", attached.content, attached.kind)
         create = self.client.files.with_raw_response.create
         try:
-            with broken_off_by(cancellation):
-                made = parse_object(create(content=content))
-            link = as_object(made.get("urls")).get("get")
-            if not isinstance(link, str) or not LINK.fullmatch(link):
-                raise BadResponse("no link to a file")
-        except (ReplicateError, BadResponse) as error:
-            cancellation.check()
-            if isinstance(error, APIStatusError) and error.status_code in REFUSED_FILES:
-                raise refusal(error, None, self.token) from None
-            why = quoted(str(error).replace(self.token, "…"))
-            log.warning("event=upload-failed why=%s", why)
-            raise APIError(
-                502,
-                "A file of this call could not be handed to Replicate. Nothing was "
-                "run: try again.",
-                code="upstream_unavailable",
-            ) from None
-        return link
+            made = self.send(create, cancellation=cancellation, content=content)
+        except APIError as error:
+            if error.status in (413, 429) or error.code == OUR_TOKEN.code:
+                raise  # means the same as for a prediction
+            made = {"error": error}
+        link = as_object(made.get("urls")).get("get")
+        if isinstance(link, str) and LINK.fullmatch(link):
+            return link
+        log.warning("event=upload-failed why=%s", quoted(made.get("error", "no link")))
+        message = (
+            "A file of this call could not be handed to Replicate. Nothing was run: "
+            "try again."
+        )
+        raise APIError(502, message, code="upstream_unavailable")
 
     def account(self) -> Json:
         return self.send(self.client.account.with_raw_response.get)
 
+    @contextmanager
     def open_stream(
         self, url: str, cancellation: Cancellation
-    ) -> AbstractContextManager[Iterator[bytes]]:
-        headers = {
-            "Authorization": f"Bearer {self.token}",
-            "Accept": "text/event-stream",
-            "Cache-Control": "no-store",
-        }
-        return self.pool.open_stream(url, headers, cancellation)
+    ) -> Iterator[Iterator[bytes]]:
+        """Open an event stream. Raise what `ConnectionPool.request` raises."""
+        parts = urlsplit(url)
+        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        headers = (
+            (b"Host", parts.netloc.encode()),
+            (b"Authorization", f"Bearer {self.token}".encode()),
+            (b"Accept", b"text/event-stream"),
+            (b"Cache-Control", b"no-store"),
+        )
+        head = render_head("GET", target.encode(), headers)
+        origin, timeout = parts[:2], self.timeouts.stream
+        with self.pool.request(origin, "GET", head, timeout, cancellation) as response:
+            kind = response.headers.get("content-type", "").lower()
+            if response.status != 200 or not kind.startswith("text/event-stream"):
+                raise http.client.HTTPException(
+                    f"status {response.status}, type {kind!r}"
+                )
+            yield response.body
 
     def may_stream_from(self, url: str) -> bool:
         """The token goes to our API's origin and to Replicate's hosts alone."""
@@ -3754,16 +3720,17 @@ class Prediction:
         do not say so. So it is opened again only while there is no text at all, neither
         delivered nor in the record; else the record alone says what is to come.
         """
+        is_open = False
         try:
             with self.api.open_stream(self.stream_url, self.cancellation) as pieces:
+                is_open = True
                 if not (yield from self.read_stream(pieces)):
                     return False
-        except StreamRefused as error:
-            self.log_event("polled", error)
-            return False
-        except StreamBroken as error:
-            self.cancellation.check()
-            self.log_event("broken", error)
+        except (OSError, http.client.HTTPException) as error:
+            if not is_open and not isinstance(error, TimeoutError):
+                self.log_event("polled", repr(error))
+                return False
+            self.log_event("broken", repr(error))
         self.refresh()
         return not self.delivered and not self.output
 
