@@ -2479,12 +2479,6 @@ class Usage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Started:
-    prediction: str  # its id
-    ref: str  # of the model
-
-
-@dataclass(frozen=True)
 class Text:
     text: str
 
@@ -2515,7 +2509,7 @@ class Done:
     usage: Usage = Usage()
 
 
-Event = Started | Reasoning | Text | ToolCall | Arguments | Done
+Event = Reasoning | Text | ToolCall | Arguments | Done
 
 Events = Generator[Event, None, None]
 
@@ -3112,13 +3106,16 @@ class ReplicateAPI:
         try:
             return self.create_as(known, asked, wait)
         except APIError as error:  # was refused, so there is no prediction
-            if error.code != "model_not_found":
+            owned = OWNED.fullmatch(ref)
+            if error.code != "model_not_found" or not owned or owned[3]:
                 raise
-            version = self.find_version(ref)
-            if version in (None, known):
+            newest = None
+            with suppress(APIError):
+                newest = self.latest_version(owned[1], owned[2]).get("id")
+            if newest in (None, known):
                 raise
-        self.versions[ref] = version
-        return self.create_as(version, asked, wait)
+        self.versions[ref] = newest
+        return self.create_as(newest, asked, wait)
 
     def create_as(self, ref: str, asked: PredictionInput, wait: bool) -> Json:
         given: Json = {"input": asked.input, "cancel_after": f"{self.time_limit}s"}
@@ -3172,14 +3169,6 @@ class ReplicateAPI:
         model = self.send(get, model_owner=owner, model_name=name, timeout=timeout)
         return as_object(model.get("latest_version"))
 
-    def find_version(self, ref: str) -> str | None:
-        """The newest version of a community model, or None if it is none."""
-        owned = OWNED.fullmatch(ref)
-        if owned and not owned[3]:
-            with suppress(APIError):
-                return self.latest_version(owned[1], owned[2]).get("id")
-        return None
-
     def find_schema(self, owner: str, name: str, version: str) -> Json:
         """What a version says of itself, or the newest one; {} if it says nothing."""
         if version:
@@ -3227,21 +3216,23 @@ class ReplicateAPI:
         """Put a file into Replicate's files; return its link."""
         content = ("attachment", attached.content, attached.kind)
         create = self.client.files.with_raw_response.create
+        why: object = "no link to a file"
         try:
             made = self.send(create, cancellation=cancellation, content=content)
+            link = as_object(made.get("urls")).get("get")
+            if isinstance(link, str) and LINK.fullmatch(link):
+                return link
         except APIError as error:
             if error.status in (413, 429) or error.code == OUR_TOKEN.code:
                 raise  # means the same as for a prediction
-            made = {"error": error}
-        link = as_object(made.get("urls")).get("get")
-        if isinstance(link, str) and LINK.fullmatch(link):
-            return link
-        log.warning("event=upload-failed why=%s", quoted(made.get("error", "no link")))
-        message = (
+            why = error
+        log.warning("event=upload-failed why=%s", quoted(why))
+        raise APIError(
+            502,
             "A file of this call could not be handed to Replicate. Nothing was run: "
-            "try again."
+            "try again.",
+            code="upstream_unavailable",
         )
-        raise APIError(502, message, code="upstream_unavailable")
 
     def account(self) -> Json:
         return self.send(self.client.account.with_raw_response.get)
@@ -3346,27 +3337,22 @@ def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
 
 # By the text of a failed prediction's error (Replicate's docs, "Error codes"); the
 # first that matches counts.
-FAILURES = (
-    (
-        r"\(E003\)|\(E004\)|\(code: PA\)|\(E98\d\d\)",
-        Refusal(
-            503, "upstream_unavailable", "Replicate could not run this now.", RETRY
-        ),
+FAILURES = {
+    r"\(E003\)|\(E004\)|\(code: PA\)|\(E98\d\d\)": Refusal(
+        503, "upstream_unavailable", "Replicate could not run this now.", RETRY
     ),
-    (
-        r"\(E005\)|(?i:nsfw)",
-        Refusal(400, "content_policy_violation", "The model refused this content."),
+    r"\(E005\)|(?i:nsfw)": Refusal(
+        400, "content_policy_violation", "The model refused this content."
     ),
-    (
-        r"(?i)context (length|window|size)|\btoo long\b|too many tokens",
-        Refusal(400, "context_length_exceeded", "This is too long for the model."),
+    r"(?i)context (length|window|size)|\btoo long\b|too many tokens": Refusal(
+        400, "context_length_exceeded", "This is too long for the model."
     ),
-    (r"", Refusal(502, "prediction_failed", "The prediction failed.", NO_RETRY)),
-)
+    r"": Refusal(502, "prediction_failed", "The prediction failed.", NO_RETRY),
+}
 
 
 def failure(text: str, secret: str) -> APIError:
-    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
+    row = next(row for pattern, row in FAILURES.items() if re.search(pattern, text))
     why = f" The model says: {text}" if text else ""
     message = row.message + why.replace(secret, "…")
     return APIError(row.status, message, code=row.code, headers=row.headers)
@@ -3512,10 +3498,9 @@ def upload_large_files(
     A data: URL in the prompt's text stays as it is. Raise APIError.
     """
     strings = (leaf for leaf in leaves(asked.input) if isinstance(leaf, str))
-    urls = (text for text in strings if DATA_URL.match(text))
+    urls = [text for text in strings if DATA_URL.match(text)]
     by_size = sorted((url for url in urls if url not in asked.prompt), key=len)
-    totals = accumulate(map(len, by_size))
-    sizes = zip(by_size, totals, strict=True)
+    sizes = zip(by_size, accumulate(map(len, by_size)), strict=True)
     large = {url for url, total in sizes if total > INLINE_DATA}
     check_size(replace_strings(asked.input, dict.fromkeys(large, "")))
     if not large:
@@ -3793,9 +3778,8 @@ class Prediction:
             now = time.monotonic()
             self.unseen_since = self.unseen_since or now
             if now - self.unseen_since > self.timeouts.blind and not self.said_done:
-                raise lost(
-                    f"Replicate says no more of the prediction: {error}"
-                ) from None
+                message = f"Replicate says no more of the prediction: {error}"
+                raise lost(message) from None
 
     def rest(self, *, at_end: bool = False) -> Iterator[Text]:
         """Yield what of its output was not delivered yet."""
@@ -3923,7 +3907,7 @@ def echo(events: Events, prompt: str) -> Events:
     """Put the prompt before the answer, once there is one."""
     with closing(events):
         for event in events:
-            if prompt and not isinstance(event, Started):
+            if prompt:
                 yield Text(prompt)
                 prompt = ""
             yield event
