@@ -3132,7 +3132,7 @@ class ReplicateAPI:
 
     def send(
         self,
-        send: Callable[..., Any],
+        method: Callable[..., Any],
         needs: str = "",
         asked: PredictionInput | None = None,
         cancellation: Cancellation | None = None,
@@ -3144,7 +3144,7 @@ class ReplicateAPI:
         """
         REQUEST_CANCELLATION.set(cancellation)
         try:
-            return parse_object(send(**given, extra_headers=NO_TELEMETRY), needs)
+            return parse_object(method(**given, extra_headers=NO_TELEMETRY), needs)
         except APIStatusError as error:
             raise refusal(error, asked, self.token) from None
         except (ReplicateError, BadResponse) as error:
@@ -3263,15 +3263,17 @@ class ReplicateAPI:
     def may_stream_from(self, url: str) -> bool:
         """The token goes to our API's origin and to Replicate's hosts alone."""
         with suppress(ValueError):
-            asked, port = urlsplit(url), PORTS.get(urlsplit(url).scheme)
-            if "@" in asked.netloc:
-                return False
-            if (asked.scheme, asked.hostname) == (self.base.scheme, self.base.hostname):
-                return (asked.port or port) == (self.base.port or port)
-            is_trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
-            is_standard = asked.scheme == "https" and asked.port in (None, 443)
-            return bool(is_trusted) and is_standard
+            scheme, host, port = origin_of(urlsplit(url))
+            is_https = (scheme, port) == ("https", 443)
+            is_trusted = is_https and TRUSTED_HOST.fullmatch(host)
+            is_ours = (scheme, host, port) == origin_of(self.base)
+            return (is_ours or bool(is_trusted)) and "@" not in urlsplit(url).netloc
         return False
+
+
+def origin_of(url: SplitResult) -> tuple[str, str, int | None]:
+    """Scheme, host and port. Raise ValueError for a port that is none."""
+    return url.scheme, url.hostname or "", url.port or PORTS.get(url.scheme)
 
 
 def parse_object(response: Any, needs: str = "") -> Json:
@@ -3585,31 +3587,33 @@ class Upstream:
         cancellation.check()
         return prediction
 
+    def count(self, more: int) -> None:
+        with self.changed:
+            self.running += more
+            self.changed.notify_all()
+
     @contextmanager
     def counted(self) -> Iterator[None]:
-        with self.changed:
-            self.running += 1
+        self.count(1)
         try:
             yield
         finally:
-            with self.changed:
-                self.running -= 1
-                self.changed.notify_all()
+            self.count(-1)
 
     def in_background(self, work: Callable[[], None]) -> None:
         """Work that nobody waits for but the end of the server, in `await_runs`."""
-        has_begun = threading.Event()
 
         def run() -> None:
-            with self.counted():
-                has_begun.set()
+            try:
                 work()
+            finally:
+                self.count(-1)
 
+        self.count(1)
         try:
             threading.Thread(target=run, daemon=True).start()
-            has_begun.wait()
         except RuntimeError:  # there are too many threads
-            work()
+            run()
 
     def await_runs(self, seconds: float) -> None:
         """Wait for what nobody else waits for any more: cancels on their way."""
@@ -3682,7 +3686,7 @@ class Prediction:
                 break
             self.is_late = True
             self.cancellation.sleep(self.timeouts.poll)
-        if self.asked.model.config.supports_streaming and not self.is_over:
+        if self.asked.model.config.supports_streaming:
             yield from self.rest()
         for _ in self.polls():
             if self.asked.model.config.supports_streaming:
