@@ -98,7 +98,6 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
-    AbstractContextManager,
     closing,
     contextmanager,
     suppress,
@@ -126,6 +125,7 @@ try:
     from replicate import (
         APIConnectionError,
         APIStatusError,
+        Omit,
         Replicate,
         ReplicateError,
     )
@@ -2502,12 +2502,6 @@ class Usage(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Started:
-    prediction: str  # its id
-    ref: str  # of the model
-
-
-@dataclass(frozen=True)
 class Text:
     text: str
 
@@ -2538,7 +2532,7 @@ class Done:
     usage: Usage = Usage()
 
 
-Event = Started | Reasoning | Text | ToolCall | Arguments | Done
+Event = Reasoning | Text | ToolCall | Arguments | Done
 
 Events = Generator[Event, None, None]
 
@@ -2711,14 +2705,10 @@ Origin = tuple[str, str]  # scheme, and host with port
 
 
 class ServerResponse:
-    """A response of Replicate's: its head was read, and `body` yields the rest.
+    """A response of Replicate's: its head was read, and `body` yields the rest."""
 
-    Reading raises OSError or HTTPException.
-    """
-
-    def __init__(self, sock: socket.socket, origin: Origin) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
-        self.origin = origin
         self.buffer = memoryview(bytearray(READ_SIZE))  # new ones would leave holes
         head, rest = self.receive_head(b"")
         while head.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # an interim response
@@ -2760,12 +2750,10 @@ class ServerResponse:
         length = parse_content_length(self.headers)
         if coding and (coding.lower() != "chunked" or length is not None):
             raise BadHead("its length is given in two ways, or in an unknown one")
-        if self.status in (204, 304):
-            length = 0
         if coding:
             beyond = yield from unchunked(pieces)
-        elif length is not None:
-            beyond = yield from first_bytes(pieces, length)
+        elif length is not None or self.status in (204, 304):
+            beyond = yield from first_bytes(pieces, length or 0)
         else:
             yield from pieces
             beyond = b"the connection has ended"
@@ -2775,14 +2763,6 @@ class ServerResponse:
 
 class NotConnected(OSError):
     """There was no way to the host, so nothing was sent."""
-
-
-class StreamRefused(Exception):
-    """There is no event stream to read."""
-
-
-class StreamBroken(Exception):
-    """An event stream ended before its end."""
 
 
 class ConnectionPool:
@@ -2795,6 +2775,7 @@ class ConnectionPool:
         self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
         self.is_closed = False
 
+    @contextmanager
     def request(
         self,
         origin: Origin,
@@ -2802,28 +2783,41 @@ class ConnectionPool:
         message: bytes,
         timeout: float,
         cancellation: Cancellation,
-    ) -> ServerResponse:
-        """Send a message and read the head of its response; `release` it later.
+    ) -> Iterator[ServerResponse]:
+        """Send a message; inside, its response can be read.
 
-        Raise NotConnected if nothing was sent, else OSError or HTTPException. A GET
-        whose kept connection turns out to have ended is sent again; a POST never is.
+        Raise NotConnected if nothing was sent, else OSError or HTTPException, or the
+        cancellation's cause. A GET whose kept connection turns out to have ended is
+        sent again; a POST never is.
         """
-        kept = self.take(origin)
-        while True:
-            sock = kept or self.connect(origin)
+
+        def send(sock: socket.socket) -> ServerResponse:
             try:
                 with cancellation.on_cancel(partial(shut, sock)):
                     set_timeout(sock, socket.SO_RCVTIMEO, timeout)
                     sock.sendall(message)
-                    return ServerResponse(sock, origin)
-            except BaseException as error:
+                    return ServerResponse(sock)
+            except BaseException:
                 sock.close()
                 cancellation.check()
-                has_ended = isinstance(error, (OSError, http.client.HTTPException))
-                is_late = isinstance(error, TimeoutError)
-                if not (kept and method == "GET" and has_ended) or is_late:
+                raise
+
+        response, kept = None, self.take(origin)
+        if kept:
+            try:
+                response = send(kept)
+            except (OSError, http.client.HTTPException) as error:
+                if method != "GET" or isinstance(error, TimeoutError):
                     raise
-                kept = None
+        response = response or send(self.connect(origin))
+        try:
+            with cancellation.on_cancel(partial(shut, response.sock)):
+                yield response
+        except (OSError, http.client.HTTPException):
+            cancellation.check()
+            raise
+        finally:
+            self.release(origin, response)
 
     def take(self, origin: Origin) -> socket.socket | None:
         idle = self.idle[origin]
@@ -2840,16 +2834,19 @@ class ConnectionPool:
     def connect(self, origin: Origin) -> socket.socket:
         """Connect, through HTTPS_PROXY where the environment names one."""
         url, timeout = urlsplit("://".join(origin)), self.timeouts.connect
-        host, port = url.hostname or "", url.port
-        proxy = find_proxy(host) if url.scheme == "https" else urlsplit("")
+        host, port, is_tls = url.hostname or "", url.port, url.scheme == "https"
+        proxy = find_proxy(host) if is_tls else urlsplit("")
         address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
-        connection = http.client.HTTPConnection(*address, timeout=timeout)
-        if url.scheme == "https":
-            connection = http.client.HTTPSConnection(
-                *address, timeout=timeout, context=self.tls
-            )
+        connection = (
+            http.client.HTTPSConnection(*address, timeout=timeout, context=self.tls)
+            if is_tls
+            else http.client.HTTPConnection(*address, timeout=timeout)
+        )
         if proxy.hostname:
-            connection.set_tunnel(host, port, proxy_authorization(proxy))
+            user = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
+            basic = f"Basic {b64encode(user.encode()).decode()}"
+            headers = {"Proxy-Authorization": basic} if proxy.username else {}
+            connection.set_tunnel(host, port, headers)
         try:
             connection.connect()  # with TCP_NODELAY
         except (OSError, http.client.HTTPException) as error:
@@ -2858,7 +2855,7 @@ class ConnectionPool:
         set_timeout(connection.sock, socket.SO_SNDTIMEO, self.timeouts.create)
         return cast(socket.socket, connection.sock)
 
-    def release(self, response: ServerResponse) -> None:
+    def release(self, origin: Origin, response: ServerResponse) -> None:
         """Keep the connection if the last bytes of its response are here already."""
         sock = response.sock
         with suppress(OSError, http.client.HTTPException):
@@ -2867,7 +2864,7 @@ class ConnectionPool:
                 for _ in islice(response.body, 2):  # a little, and then its end
                     pass
             if response.is_complete and response.is_reusable and not self.is_closed:
-                idle = self.idle[response.origin]
+                idle = self.idle[origin]
                 idle.append((time.monotonic(), sock))
                 self.trim(idle)
                 return
@@ -2881,39 +2878,10 @@ class ConnectionPool:
                 idle.popleft()[1].close()
 
     def close(self) -> None:
-        self.is_closed = True
+        """Keep none from now on, and none of those that are idle."""
+        self.is_closed, self.keep = True, 0
         for idle in list(self.idle.values()):
-            with suppress(IndexError):
-                while True:
-                    idle.pop()[1].close()
-
-    @contextmanager
-    def open_stream(
-        self, url: str, headers: Mapping[str, str], cancellation: Cancellation
-    ) -> Iterator[Iterator[bytes]]:
-        """Open an event stream. Raise StreamRefused now, or StreamBroken later."""
-        parts = urlsplit(url)
-        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
-        origin, timeout = parts[:2], self.timeouts.stream
-        lines = [("Host", parts.netloc), *headers.items()]
-        encoded = [(name.encode(), value.encode()) for name, value in lines]
-        try:
-            message = render_head("GET", target.encode(), encoded)
-            response = self.request(origin, "GET", message, timeout, cancellation)
-        except TimeoutError as error:
-            raise StreamBroken(repr(error)) from error
-        except (OSError, http.client.HTTPException) as error:
-            raise StreamRefused(repr(error)) from error
-        try:
-            kind = response.headers.get("content-type", "").lower()
-            if response.status != 200 or not kind.startswith("text/event-stream"):
-                raise StreamRefused(f"status {response.status}, type {kind!r}")
-            with cancellation.on_cancel(partial(shut, response.sock)):
-                yield response.body
-        except (OSError, http.client.HTTPException) as error:
-            raise StreamBroken(repr(error)) from error
-        finally:
-            self.release(response)
+            self.trim(idle)
 
 
 def render_head(
@@ -2970,17 +2938,18 @@ def find_proxy(host: str) -> SplitResult:
     return urlsplit(url if "://" in url else f"//{url}")
 
 
-def proxy_authorization(proxy: SplitResult) -> dict[str, str]:
-    if not proxy.username:
-        return {}
-    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {b64encode(user.encode()).decode()}"}
-
-
-# The response headers that the SDK or we look at.
+# Each header takes httpx some time. So a response keeps those that the SDK or we look
+# at, and a request says nothing of the SDK or its host.
 SDK_HEADERS = ("content-type", "content-encoding", "retry-after", "ratelimit-reset")
+NO_TELEMETRY = {
+    f"X-Stainless-{name}": Omit()
+    for name in (
+        *("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version"),
+        *("Async", "Retry-Count", "Read-Timeout"),
+    )
+}
 
-# What may break off a request that is safe to break off; a create is not.
+# What may break off the request that a thread sends; None for a create.
 REQUEST_CANCELLATION = ContextVar[Cancellation | None]("cancellation", default=None)
 
 
@@ -2993,34 +2962,22 @@ class ReplicateTransport(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Raise what `ConnectionPool.request` raises: a connection error to the SDK."""
         url, method = request.url, request.method
-        origin = url.scheme, url.netloc.decode()
-        message = render_head(method, url.raw_path, request.headers.raw)
-        response = self.pool.request(
-            origin,
+        head = render_head(method, url.raw_path, request.headers.raw)
+        with self.pool.request(
+            (url.scheme, url.netloc.decode()),
             method,
-            message + request.read(),
+            head + request.read(),
             request.extensions["timeout"]["read"],
             REQUEST_CANCELLATION.get() or Cancellation(),
-        )
-        content = bytearray()
-        try:
+        ) as response:
+            content = bytearray()
             for piece in response.body:
                 content += piece
                 if len(content) > MAX_RESPONSE:
                     raise http.client.HTTPException("the response is too large")
-        finally:
-            self.pool.release(response)
         kept = {n: v for n, v in response.headers.items() if n in SDK_HEADERS}
-        return httpx.Response(response.status, headers=kept, content=bytes(content))
-
-
-@contextmanager
-def broken_off_by(cancellation: Cancellation) -> Iterator[None]:
-    token = REQUEST_CANCELLATION.set(cancellation)
-    try:
-        yield
-    finally:
-        REQUEST_CANCELLATION.reset(token)
+        body = httpx.ByteStream(bytes(content))
+        return httpx.Response(response.status, headers=kept, stream=body)
 
 
 ServerSentEvent = tuple[str, str]  # its name and its data
@@ -3125,7 +3082,6 @@ REFUSALS = {
     429: Refusal(429, "rate_limit_exceeded", "Replicate's rate limit is reached."),
 }
 
-REFUSED_FILES = {401, 402, 403, 413, 429}  # mean the same as for a prediction
 RETRY_DELAYS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 
 # Exceptions that say something of the connection, and are no fault of ours.
@@ -3151,12 +3107,14 @@ class ReplicateAPI:
         self.timeouts = timeouts
         tls = httpx.create_ssl_context()  # takes 20 ms: one for all
         self.pool = ConnectionPool(timeouts, tls)
+        http_client = httpx.Client(transport=ReplicateTransport(self.pool))
+        http_client.headers.clear()  # the SDK gives its own
         self.client = Replicate(
             bearer_token=self.token,
             base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
             max_retries=0,  # a second create would be a second bill
             timeout=timeouts.create,
-            http_client=httpx.Client(transport=ReplicateTransport(self.pool)),
+            http_client=http_client,
         )
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
 
@@ -3171,13 +3129,16 @@ class ReplicateAPI:
         try:
             return self.create_as(known, asked, wait)
         except APIError as error:  # was refused, so there is no prediction
-            if error.code != "model_not_found":
+            owned = OWNED.fullmatch(ref)
+            if error.code != "model_not_found" or not owned or owned[3]:
                 raise
-            version = self.find_version(ref)
-            if version in (None, known):
+            newest = None
+            with suppress(APIError):
+                newest = self.latest_version(owned[1], owned[2]).get("id")
+            if newest in (None, known):
                 raise
-        self.versions[ref] = version
-        return self.create_as(version, asked, wait)
+        self.versions[ref] = newest
+        return self.create_as(newest, asked, wait)
 
     def create_as(self, ref: str, asked: PredictionInput, wait: bool) -> Json:
         given: Json = {"input": asked.input, "cancel_after": f"{self.time_limit}s"}
@@ -3194,17 +3155,19 @@ class ReplicateAPI:
 
     def send(
         self,
-        send: Callable[..., Any],
+        method: Callable[..., Any],
         needs: str = "",
         asked: PredictionInput | None = None,
+        cancellation: Cancellation | None = None,
         **given: Any,
     ) -> Json:
         """Send a request by a method of the SDK; parse the JSON object in its response.
 
         Raise APIError, in the client's terms, for all that Replicate may do.
         """
+        REQUEST_CANCELLATION.set(cancellation)
         try:
-            return parse_object(send(**given), needs)
+            return parse_object(method(**given, extra_headers=NO_TELEMETRY), needs)
         except APIStatusError as error:
             raise refusal(error, asked, self.token) from None
         except (ReplicateError, BadResponse) as error:
@@ -3228,14 +3191,6 @@ class ReplicateAPI:
         get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
         model = self.send(get, model_owner=owner, model_name=name, timeout=timeout)
         return as_object(model.get("latest_version"))
-
-    def find_version(self, ref: str) -> str | None:
-        """The newest version of a community model, or None if it is none."""
-        owned = OWNED.fullmatch(ref)
-        if owned and not owned[3]:
-            with suppress(APIError):
-                return self.latest_version(owned[1], owned[2]).get("id")
-        return None
 
     def find_schema(self, owner: str, name: str, version: str) -> Json:
         """What a version says of itself, or the newest one; {} if it says nothing."""
@@ -3266,10 +3221,13 @@ class ReplicateAPI:
         return ref
 
     def fetch_prediction(self, id: str, cancellation: Cancellation) -> Json:
-        get, timeout = self.client.predictions.with_raw_response.get, self.timeouts.get
-        name = quote(id, safe="")
-        with broken_off_by(cancellation):
-            record = self.send(get, "id", prediction_id=name, timeout=timeout)
+        record = self.send(
+            self.client.predictions.with_raw_response.get,
+            "id",
+            cancellation=cancellation,
+            prediction_id=quote(id, safe=""),
+            timeout=self.timeouts.get,
+        )
         return parse_prediction(record)
 
     def cancel(self, id: str) -> None:
@@ -3281,51 +3239,64 @@ class ReplicateAPI:
         """Put a file into Replicate's files; return its link."""
         content = ("attachment", attached.content, attached.kind)
         create = self.client.files.with_raw_response.create
+        why: object = "no link to a file"
         try:
-            with broken_off_by(cancellation):
-                made = parse_object(create(content=content))
+            made = self.send(create, cancellation=cancellation, content=content)
             link = as_object(made.get("urls")).get("get")
-            if not isinstance(link, str) or not LINK.fullmatch(link):
-                raise BadResponse("no link to a file")
-        except (ReplicateError, BadResponse) as error:
-            cancellation.check()
-            if isinstance(error, APIStatusError) and error.status_code in REFUSED_FILES:
-                raise refusal(error, None, self.token) from None
-            why = quoted(str(error).replace(self.token, "…"))
-            log.warning("event=upload-failed why=%s", why)
-            raise APIError(
-                502,
-                "A file of this call could not be handed to Replicate. Nothing was "
-                "run: try again.",
-                code="upstream_unavailable",
-            ) from None
-        return link
+            if isinstance(link, str) and LINK.fullmatch(link):
+                return link
+        except APIError as error:
+            if error.status in (413, 429) or error.code == OUR_TOKEN.code:
+                raise  # means the same as for a prediction
+            why = error
+        log.warning("event=upload-failed why=%s", quoted(why))
+        raise APIError(
+            502,
+            "A file of this call could not be handed to Replicate. Nothing was run: "
+            "try again.",
+            code="upstream_unavailable",
+        )
 
     def account(self) -> Json:
         return self.send(self.client.account.with_raw_response.get)
 
+    @contextmanager
     def open_stream(
         self, url: str, cancellation: Cancellation
-    ) -> AbstractContextManager[Iterator[bytes]]:
-        headers = {
-            "Authorization": f"Bearer {self.token}",
-            "Accept": "text/event-stream",
-            "Cache-Control": "no-store",
-        }
-        return self.pool.open_stream(url, headers, cancellation)
+    ) -> Iterator[Iterator[bytes]]:
+        """Open an event stream. Raise what `ConnectionPool.request` raises."""
+        parts = urlsplit(url)
+        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        headers = (
+            (b"Host", parts.netloc.encode()),
+            (b"Authorization", f"Bearer {self.token}".encode()),
+            (b"Accept", b"text/event-stream"),
+            (b"Cache-Control", b"no-store"),
+        )
+        head = render_head("GET", target.encode(), headers)
+        origin, timeout = parts[:2], self.timeouts.stream
+        with self.pool.request(origin, "GET", head, timeout, cancellation) as response:
+            kind = response.headers.get("content-type", "").lower()
+            if response.status != 200 or not kind.startswith("text/event-stream"):
+                raise http.client.HTTPException(
+                    f"status {response.status}, type {kind!r}"
+                )
+            yield response.body
 
     def may_stream_from(self, url: str) -> bool:
         """The token goes to our API's origin and to Replicate's hosts alone."""
         with suppress(ValueError):
-            asked, port = urlsplit(url), PORTS.get(urlsplit(url).scheme)
-            if "@" in asked.netloc:
-                return False
-            if (asked.scheme, asked.hostname) == (self.base.scheme, self.base.hostname):
-                return (asked.port or port) == (self.base.port or port)
-            is_trusted = TRUSTED_HOST.fullmatch(asked.hostname or "")
-            is_standard = asked.scheme == "https" and asked.port in (None, 443)
-            return bool(is_trusted) and is_standard
+            scheme, host, port = origin_of(urlsplit(url))
+            is_https = (scheme, port) == ("https", 443)
+            is_trusted = is_https and TRUSTED_HOST.fullmatch(host)
+            is_ours = (scheme, host, port) == origin_of(self.base)
+            return (is_ours or bool(is_trusted)) and "@" not in urlsplit(url).netloc
         return False
+
+
+def origin_of(url: SplitResult) -> tuple[str, str, int | None]:
+    """Scheme, host and port. Raise ValueError for a port that is none."""
+    return url.scheme, url.hostname or "", url.port or PORTS.get(url.scheme)
 
 
 def parse_object(response: Any, needs: str = "") -> Json:
@@ -3391,27 +3362,22 @@ def retry_after(error: APIStatusError, body: Json, detail: str) -> str | None:
 
 # By the text of a failed prediction's error (Replicate's docs, "Error codes"); the
 # first that matches counts.
-FAILURES = (
-    (
-        r"\(E003\)|\(E004\)|\(code: PA\)|\(E98\d\d\)",
-        Refusal(
-            503, "upstream_unavailable", "Replicate could not run this now.", RETRY
-        ),
+FAILURES = {
+    r"\(E003\)|\(E004\)|\(code: PA\)|\(E98\d\d\)": Refusal(
+        503, "upstream_unavailable", "Replicate could not run this now.", RETRY
     ),
-    (
-        r"\(E005\)|(?i:nsfw)",
-        Refusal(400, "content_policy_violation", "The model refused this content."),
+    r"\(E005\)|(?i:nsfw)": Refusal(
+        400, "content_policy_violation", "The model refused this content."
     ),
-    (
-        r"(?i)context (length|window|size)|\btoo long\b|too many tokens",
-        Refusal(400, "context_length_exceeded", "This is too long for the model."),
+    r"(?i)context (length|window|size)|\btoo long\b|too many tokens": Refusal(
+        400, "context_length_exceeded", "This is too long for the model."
     ),
-    (r"", Refusal(502, "prediction_failed", "The prediction failed.", NO_RETRY)),
-)
+    r"": Refusal(502, "prediction_failed", "The prediction failed.", NO_RETRY),
+}
 
 
 def failure(text: str, secret: str) -> APIError:
-    row = next(row for pattern, row in FAILURES if re.search(pattern, text))
+    row = next(row for pattern, row in FAILURES.items() if re.search(pattern, text))
     why = f" The model says: {text}" if text else ""
     message = row.message + why.replace(secret, "…")
     return APIError(row.status, message, code=row.code, headers=row.headers)
@@ -3557,10 +3523,9 @@ def upload_large_files(
     A data: URL in the prompt's text stays as it is. Raise APIError.
     """
     strings = (leaf for leaf in leaves(asked.input) if isinstance(leaf, str))
-    urls = (text for text in strings if DATA_URL.match(text))
+    urls = [text for text in strings if DATA_URL.match(text)]
     by_size = sorted((url for url in urls if url not in asked.prompt), key=len)
-    totals = accumulate(map(len, by_size))
-    sizes = zip(by_size, totals, strict=True)
+    sizes = zip(by_size, accumulate(map(len, by_size)), strict=True)
     large = {url for url, total in sizes if total > INLINE_DATA}
     check_size(replace_strings(asked.input, dict.fromkeys(large, "")))
     if not large:
@@ -3645,31 +3610,33 @@ class Upstream:
         cancellation.check()
         return prediction
 
+    def count(self, more: int) -> None:
+        with self.changed:
+            self.running += more
+            self.changed.notify_all()
+
     @contextmanager
     def counted(self) -> Iterator[None]:
-        with self.changed:
-            self.running += 1
+        self.count(1)
         try:
             yield
         finally:
-            with self.changed:
-                self.running -= 1
-                self.changed.notify_all()
+            self.count(-1)
 
     def in_background(self, work: Callable[[], None]) -> None:
         """Work that nobody waits for but the end of the server, in `await_runs`."""
-        has_begun = threading.Event()
 
         def run() -> None:
-            with self.counted():
-                has_begun.set()
+            try:
                 work()
+            finally:
+                self.count(-1)
 
+        self.count(1)
         try:
             threading.Thread(target=run, daemon=True).start()
-            has_begun.wait()
         except RuntimeError:  # there are too many threads
-            work()
+            run()
 
     def await_runs(self, seconds: float) -> None:
         """Wait for what nobody else waits for any more: cancels on their way."""
@@ -3742,7 +3709,7 @@ class Prediction:
                 break
             self.is_late = True
             self.cancellation.sleep(self.timeouts.poll)
-        if self.asked.model.config.supports_streaming and not self.is_over:
+        if self.asked.model.config.supports_streaming:
             yield from self.rest()
         for _ in self.polls():
             if self.asked.model.config.supports_streaming:
@@ -3765,16 +3732,17 @@ class Prediction:
         do not say so. So it is opened again only while there is no text at all, neither
         delivered nor in the record; else the record alone says what is to come.
         """
+        is_open = False
         try:
             with self.api.open_stream(self.stream_url, self.cancellation) as pieces:
+                is_open = True
                 if not (yield from self.read_stream(pieces)):
                     return False
-        except StreamRefused as error:
-            self.log_event("polled", error)
-            return False
-        except StreamBroken as error:
-            self.cancellation.check()
-            self.log_event("broken", error)
+        except (OSError, http.client.HTTPException) as error:
+            if not is_open and not isinstance(error, TimeoutError):
+                self.log_event("polled", repr(error))
+                return False
+            self.log_event("broken", repr(error))
         self.refresh()
         return not self.delivered and not self.output
 
@@ -3840,9 +3808,8 @@ class Prediction:
                 now - self.unseen_since > self.timeouts.lost_after
                 and not self.said_done
             ):
-                raise lost(
-                    f"Replicate says no more of the prediction: {error}"
-                ) from None
+                message = f"Replicate says no more of the prediction: {error}"
+                raise lost(message) from None
 
     def rest(self, *, at_end: bool = False) -> Iterator[Text]:
         """Yield what of its output was not delivered yet."""
@@ -3970,7 +3937,7 @@ def echo(events: Events, prompt: str) -> Events:
     """Put the prompt before the answer, once there is one."""
     with closing(events):
         for event in events:
-            if prompt and not isinstance(event, Started):
+            if prompt:
                 yield Text(prompt)
                 prompt = ""
             yield event
