@@ -4328,9 +4328,8 @@ class JSONReader:
         self.keeps_space = keeps_space  # between tokens
         self.closers: list[str] = []  # of what is open; "" for a bracket left out
         self.place = VALUE
-        self.is_first = True  # in its bracket
         self.quote = ""  # of the string it is in
-        self.key = ""  # "string" or "word" if a key came last
+        self.key = ""  # the kind of its token, if a key came last
         self.after_string = False
         self.comma = ""  # with the space after it: it waits for what follows
         self.held = ""  # a token that may go on
@@ -4415,124 +4414,89 @@ class JSONReader:
     def read_token(self, kind: str, token: str) -> None:
         if kind == "space" and self.comma:
             self.comma += token
-            if len(self.comma) > LONGEST_SPACE:
-                self.release_comma()
         elif kind == "space":
             self.json.append(token if self.keeps_space else "")
         elif kind == "comment":
             self.mend()
-        elif kind == "quote":
-            self.begin_item("string")
-            self.quote = token
-            self.json.append('"')
-            self.is_strict = self.is_strict and token == '"'
-        elif kind in ("literal", "word"):
-            self.read_word(token, is_literal=kind == "literal")
-        elif token in CLOSERS:
-            self.open(token)
-        elif token in ("}", "]"):
-            self.read_closer(token)
-        elif token == ",":
-            self.read_comma()
-        elif token == ":" and self.place == COLON:
+        elif token == ":":
+            self.is_broken |= self.place != COLON
             self.json.append(token)
             self.place = VALUE
+        elif token == ",":
+            if self.place == NEXT or (self.is_in_object() and self.place != KEY):
+                self.end_item()
+                self.comma = ","
+                self.place = KEY if self.is_in_object() else VALUE
+            else:  # nothing stands before it
+                self.mend()
+        elif token in ("}", "]"):  # closes what is open in it as well
+            closers = ("}", "") if token == "}" else ("]",)
+            depths = [i for i, closer in enumerate(self.closers) if closer in closers]
+            if depths:
+                self.close(depths[-1])
+            else:  # it closes nothing
+                self.mend()
+        elif token == "{" and self.place == KEY and not self.comma:  # {{ for {
+            self.mend()
+            self.closers.append("")
         else:
-            self.is_broken = True
+            self.begin_item(kind, token)
+        self.is_broken |= len(self.closers) > DEEPEST_JSON
 
     def is_in_object(self) -> bool:
         return bool(self.closers) and self.closers[-1] != "]"
 
-    def begin_item(self, kind: str) -> None:
+    def begin_item(self, kind: str, token: str) -> None:
         """Begin a key or a value, after the comma that it needs."""
-        is_late = self.place == NEXT and not self.after_string
-        if is_late:
+        if self.place == NEXT and not self.after_string and kind in ("quote", "mark"):
             self.mend(",")
             self.place = KEY if self.is_in_object() else VALUE
         is_key = self.place == KEY
-        self.is_broken |= self.place not in (KEY, VALUE) or (is_key and kind == "")
-        self.release_comma()
-        self.key = kind if is_key else ""
-        self.place = COLON if is_key else NEXT
-        self.after_string = self.is_first = False
-
-    def release_comma(self) -> None:
+        self.is_broken |= self.place not in (KEY, VALUE) or (is_key and kind == "mark")
         self.json.append(self.comma if self.keeps_space else self.comma[:1])
-        self.comma = ""
-
-    def read_word(self, word: str, is_literal: bool) -> None:
-        is_copied = is_literal and self.place == VALUE
-        is_infinite = is_literal and word[-1].isdigit() and not isfinite(float(word))
-        self.is_broken |= self.place == NEXT or is_infinite
-        self.is_broken |= bool(NO_NUMBER.fullmatch(word))
-        mended = (
-            compact(word) if self.place == KEY else JSON_WORDS.get(word, compact(word))
-        )
-        self.begin_item("word")
-        if is_copied:
-            self.json.append(word)
+        self.comma, self.after_string = "", False
+        self.place = COLON if is_key else NEXT
+        self.key = kind if is_key else ""
+        if kind == "mark":
+            self.json.append(token)
+            self.closers.append(CLOSERS[token])
+            self.place = KEY if token == "{" else VALUE
+        elif kind == "quote":
+            self.quote = token
+            self.json.append('"')
+            self.is_strict &= token == '"'
+        elif kind == "literal" and not is_key:
+            self.is_broken |= token[-1].isdigit() and not isfinite(float(token))
+            self.json.append(token)
         else:
-            self.mend(mended)
+            self.is_broken |= bool(NO_NUMBER.fullmatch(token))
+            value = compact(token)
+            self.mend(value if is_key else JSON_WORDS.get(token, value))
 
-    def open(self, bracket: str) -> None:
-        if bracket == "{" and self.place == KEY and self.is_first:  # {{ for {
-            self.mend()
-            self.closers.append("")
-        else:
-            self.begin_item("")
-            self.json.append(bracket)
-            self.closers.append(CLOSERS[bracket])
-            self.place = KEY if bracket == "{" else VALUE
-            self.is_first = True
-        self.is_broken |= len(self.closers) > DEEPEST_JSON
-
-    def read_comma(self) -> None:
-        is_item = self.place == NEXT or (self.is_in_object() and self.place != KEY)
-        if not is_item:  # nothing stands before it
-            self.mend()
-            return
-        self.fill()
-        self.comma = ","
-        self.place = KEY if self.is_in_object() else VALUE
-
-    def read_closer(self, bracket: str) -> None:
-        """Close what is open in it as well; leave out a bracket that closes nothing."""
-        closers = ("}", "") if bracket == "}" else ("]",)
-        depth = len(self.closers) - 1
-        while depth >= 0 and self.closers[depth] not in closers:
-            depth -= 1
-        if depth < 0:
-            self.mend()
-        else:
-            self.close(depth)
-
-    def close(self, depth: int = 0) -> None:
-        """Close what is open, down to so many brackets."""
-        self.is_strict = self.is_strict and len(self.closers) == depth + 1
-        while len(self.closers) > depth:
-            self.fill()
-            self.json.append(self.closers.pop())
-            self.place, self.after_string = NEXT, False
-        self.is_first = False
-
-    def finish(self, depth: int = 0) -> None:
-        """End where nothing more comes: only brackets may be missing."""
-        self.is_broken |= self.is_cut()
-        self.close(depth)
-        self.is_done = not self.is_broken
-
-    def fill(self) -> None:
+    def end_item(self) -> None:
         """Put what is missing where a key or a value ends."""
-        self.is_broken |= self.place == COLON and self.key == "word"
         if self.place == COLON:
+            self.is_broken |= self.key != "quote"
             self.mend(":null")
         elif self.place == VALUE and self.is_in_object():
             self.mend("null")
         elif self.comma:
             self.mend(self.comma[1:] if self.keeps_space else "")
             self.comma = ""
-        elif self.place != NEXT:  # a comma was told, if it does not end at once
-            self.is_broken |= not self.is_first
+
+    def close(self, depth: int = 0) -> None:
+        """Close what is open, down to so many brackets."""
+        self.is_strict &= len(self.closers) == depth + 1
+        while len(self.closers) > depth:
+            self.end_item()
+            self.json.append(self.closers.pop())
+            self.place, self.after_string = NEXT, False
+
+    def finish(self, depth: int = 0) -> None:
+        """End where nothing more comes: only brackets may be missing."""
+        self.is_broken |= self.is_cut()
+        self.close(depth)
+        self.is_done = not self.is_broken
 
 
 def repair_json(text: str) -> str:
