@@ -4418,6 +4418,8 @@ class JSONReader:
             self.json.append(token if self.keeps_space else "")
         elif kind == "comment":
             self.mend()
+        elif kind == "bad":
+            self.is_broken = True
         elif token == ":":
             self.is_broken |= self.place != COLON
             self.json.append(token)
@@ -4877,10 +4879,9 @@ def tagged_arguments(text: str, tool: Tool | None) -> Json:
         if tag := TAGGED.search(piece):
             name = (tag["name"] or tag["quoted"] or tag["key"]).strip()
             text = piece[tag.end() :].removeprefix("\n").removesuffix("\n")
-            value = None if is_string(tool, name) else parsed(text)
-            is_null = value is None and text.strip() == "null"
-            is_text = is_string(tool, name) or (value is None and not is_null)
-            arguments[name] = text if is_text else value
+            value = parsed(text)
+            is_json = value is not None or text.strip() == "null"
+            arguments[name] = value if is_json and not is_string(tool, name) else text
     return arguments
 
 
@@ -4962,8 +4963,7 @@ class ToolCallParser:
         self.was_cut = False
         self.pieces: deque[str] = deque()  # that came, and are to be looked at
         self.held = ""  # what was looked at, and may be a call or what closes it
-        self.events: list[Event] = []  # that nobody has taken yet …
-        self.texts: list[str] = []  # … and the text after them
+        self.events: list[Event] = []  # that nobody has taken yet
         self.calls = 0
         self.openings: list[ToolCallFormat] = []  # that are not closed
         self.is_fresh = True  # nothing was said yet, or nothing since a call
@@ -5003,24 +5003,22 @@ class ToolCallParser:
         return True
 
     def take(self) -> Events:
-        self.end_text()
-        events, self.events = self.events, []
-        yield from events
-
-    def end_text(self) -> None:
-        if self.texts:
-            self.events.append(Text("".join(self.texts)))
-            self.texts = []
+        """Give the events so far, with texts that follow each other as one."""
+        for kind, events in groupby(self.events, type):
+            if kind is Text:
+                yield Text("".join(e.text for e in events if isinstance(e, Text)))
+            else:
+                yield from events
+        self.events = []
 
     def tell_text(self, length: int) -> None:
         if text := self.held[:length]:
             self.is_fresh = False
-            self.texts.append(text)
+            self.events.append(Text(text))
             self.held = self.held[length:]
 
     def tell_call(self, name: str, arguments: str = "") -> None:
         if not self.calls or self.toolbox.parallel:
-            self.end_text()
             self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
         self.calls += 1
         self.is_fresh = True
@@ -5118,31 +5116,30 @@ class ToolCallParser:
 
     def read_object(self, at: int) -> Events:
         """Read an object; its arguments at once if they begin as a call's."""
-        reader, head, body = JSONReader(), "", [self.held[:at]]
-        name, length = "", 0
-        is_sure = self.is_sure()
-        self.held = self.held[at:]
+        reader, text, piece = JSONReader(), self.held[:at], self.held[at:]
+        name, is_sure = "", self.is_sure()
         while True:
-            body.append(self.held)
-            if len(head) < LONGEST_HEAD:
-                head = (head + self.held)[:LONGEST_HEAD]
+            is_new = len(text) - at < LONGEST_HEAD
+            text += piece
+            self.held = ""
+            if is_new:
+                head = text[at : at + LONGEST_HEAD]
                 is_sure = is_sure or bool(OPENAI_OBJECT.match(head))
                 found = object_head(head, self.toolbox, is_sure)
                 if found is None and not is_sure:
-                    self.held = "".join(body)
+                    self.held = text
                     return self.refuse()
                 name, begin = found or ("", 0)
                 arguments = JSONReader()
                 arguments.feed(head[:begin])
                 if begin and arguments.is_strict:
                     self.tell_call(name)
-                    self.held = "".join(body)[at + begin :]
+                    self.held = text[at + begin :]
                     arguments.take()
                     depth = len(arguments.closers)
                     return (yield from self.read_arguments(arguments, depth))
-            rest = reader.feed(self.held)
-            length += len(self.held) - len(rest or "")
-            self.held = ""
+            rest = reader.feed(piece)
+            length = len(text) - at - len(rest or "")
             if rest is not None or length > LONGEST_CALL:
                 break
             if not (yield from self.more()):
@@ -5151,15 +5148,16 @@ class ToolCallParser:
                     return self.drop()
                 reader.finish()
                 break
+            piece = self.held
         calls = calls_in(parsed(reader.take()), self.toolbox, is_sure)
         known = all(self.toolbox.find(name) for name, _ in calls)
         is_call = known or (is_sure and not self.strict)
         if reader.is_done and length <= LONGEST_CALL and calls and is_call:
-            for name, text in calls:
-                self.tell_call(name, text)
+            for call in calls:
+                self.tell_call(*call)
             self.held = rest or ""
         else:
-            self.held = "".join(body)
+            self.held = text
             self.refuse(min(length, LONGEST_CALL))
 
     def read_named(self, name: str, at: int) -> Events:
@@ -5224,21 +5222,18 @@ class ToolCallParser:
     def read_tagged(self, name: str, at: int) -> Events:
         """Read tags up to what closes them."""
         closing = self.openings[-1].closing
-        body, tail, length = [self.held[:at]], "", at
-        self.held = self.held[at:]
-        end = -1
-        while end < 0 and length <= LONGEST_CALL:
-            body.append(self.held)
-            length += len(self.held)
-            end = (tail + self.held).find(closing)
-            tail = (tail + self.held)[1 - len(closing) :]
-            self.held = ""
-            if end < 0 and not (yield from self.more()):
-                if self.was_cut or TAGGED.search(TAGGED_END.split("".join(body))[-1]):
+        text, self.held = self.held, ""
+        looked = at
+        while (end := text.find(closing, looked)) < 0 and len(text) <= LONGEST_CALL:
+            looked = max(at, len(text) - len(closing) + 1)
+            if not (yield from self.more()):
+                if self.was_cut or TAGGED.search(TAGGED_END.split(text)[-1]):
                     return self.drop()
                 break
-        self.held = "".join(body)
-        end = self.held.find(closing, at) if end >= 0 else length
+            text += self.held
+            self.held = ""
+        self.held = text
+        end = len(text) if end < 0 else end
         if end > LONGEST_CALL:
             return self.refuse(LONGEST_CALL)
         arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
