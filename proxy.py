@@ -4834,23 +4834,25 @@ BY_BEGINNING = {
 }
 
 
-def opening_at(opening: str, text: str, at: int) -> tuple[str, int] | None:
+def opening_at(
+    opening: str, text: str, at: int, toolbox: Toolbox
+) -> tuple[str, int] | None:
     """The name in an opening that stands there, and where it ends; -1 if `text` ends.
 
-    None if it does not stand there."""
-    name = ""
+    None if it does not stand there, or if no tool has that name."""
     before, star, after = opening.partition("*")
-    for literal in (before, after):
-        if not text.startswith(literal, at):
-            is_begun = literal.startswith(text[at : at + len(literal)])
-            return (name, -1) if is_begun else None
-        at += len(literal)
-        if star and literal is before:
-            name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 64]))
-            at += len(name)
-            if at == len(text):
-                return name, -1
-    return name, at
+    if not text.startswith(before, at):
+        return ("", -1) if before.startswith(text[at : at + len(before)]) else None
+    at += len(before)
+    if not star:
+        return "", at
+    name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 64]))
+    at += len(name)
+    rest = text[at : at + len(after)]
+    is_whole = rest == after and at < len(text)
+    if not after.startswith(rest) or not toolbox.knows(name, is_whole):
+        return None
+    return name, at + len(after) if is_whole else -1
 
 
 START = re.compile(r"[<\[{`]")  # what any call begins with
@@ -5093,20 +5095,16 @@ class ToolCallParser:
             found = []
             formats = BY_BEGINNING.get(self.held[at], [])
             for format in [*formats, *BY_BEGINNING["*"]] if self.openings else formats:
-                is_place = format.where == ANYWHERE or (
-                    is_line and format.where == LINE
-                )
-                if is_place or self.openings:
-                    name, end = opening_at(format.opening, self.held, at) or ("", 0)
-                    is_named = "*" in format.opening
-                    if end and (not is_named or self.toolbox.knows(name, end > 0)):
-                        found.append((end, name, format))
-            if any(end < 0 for end, _, _ in found):
+                is_place = is_line if format.where == LINE else format.where == ANYWHERE
+                opening = opening_at(format.opening, self.held, at, self.toolbox)
+                if opening and (is_place or self.openings):
+                    found.append((*opening, format))
+            if any(end < 0 for _, end, _ in found):
                 return None
             if not found:
                 is_object = self.held[at] == "{" and (is_line or self.openings)
                 return "object" if is_object else "", "", at
-            at, name, format = max(found, key=itemgetter(0))
+            name, at, format = max(found, key=itemgetter(1))
             if format in self.openings[opened:]:
                 break
             self.openings.append(format)
@@ -5271,17 +5269,14 @@ class ToolCallParser:
         while True:
             gap = GAP.match(self.held)
             rest = self.held[gap.end() :] if gap else ""
-            closed = [
-                i
-                for i, o in enumerate(self.openings)
-                if o.closing and rest.startswith(o.closing)
-            ]
+            closings = [opening.closing for opening in self.openings]
+            closed = [i for i, c in enumerate(closings) if c and rest.startswith(c)]
             if closed:
-                self.held = rest.removeprefix(self.openings[closed[-1]].closing)
+                self.held = rest.removeprefix(closings[closed[-1]])
                 del self.openings[closed[-1] :]
             elif rest[:1] in ("}", "]") and self.is_sure():
                 self.held = rest[1:]
-            elif rest and not any(o.closing.startswith(rest) for o in self.openings):
+            elif rest and not any(closing.startswith(rest) for closing in closings):
                 return
             elif not (yield from self.more()):
                 self.held = ""
