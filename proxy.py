@@ -4006,15 +4006,12 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
                     begun = held.lstrip()
                     is_far = len(held) - len(begun) > LONGEST_SPACE
                     tags = () if is_far else (THINK, *HARMONY)
-                    if begun.startswith(tags) and not begun.startswith(THINK):
+                    if begun.startswith(tags[:1]):
+                        held, state = begun[len(THINK) :], "inside"
+                        starts_inside = False
+                    elif begun.startswith(tags):
                         yield from split_harmony(begun, events)
                         return
-                    if begun.startswith(tags):
-                        held, state, starts_inside = (
-                            begun[len(THINK) :],
-                            "inside",
-                            False,
-                        )
                     elif any(tag.startswith(begun) for tag in tags):
                         continue
                     else:
@@ -4040,11 +4037,8 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
             if isinstance(event, Done):
                 if held:
                     yield Reasoning(held) if state == "inside" else Text(held)
-                if (
-                    state == "inside"
-                    and starts_inside
-                    and event.finish_reason != "length"
-                ):
+                is_answer = starts_inside and event.finish_reason != "length"
+                if state == "inside" and is_answer:
                     yield Text("".join(thoughts) + held)
             yield event
         yield from events
@@ -4205,18 +4199,13 @@ class Validation:
             return " Or: ".join(messages)
         elif isinstance(value, dict):
             return self.object_error(keyword, value, schema, path)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and keyword in ("items", "prefixItems"):
             first = as_list(schema.get("prefixItems"))
-            if keyword == "prefixItems":
-                pairs = list(enumerate(zip(value, first, strict=False)))
-            elif keyword == "items":
-                pairs = [
-                    (at, (value[at], given)) for at in range(len(first), len(value))
-                ]
-            else:
-                pairs = []
+            is_first = keyword == "prefixItems"
             return self.first_error(
-                (item, one, inside(path, index)) for index, (item, one) in pairs
+                (item, first[at] if is_first else given, inside(path, at))
+                for at, item in enumerate(value)
+                if (at < len(first)) == is_first
             )
         return ""
 
@@ -4228,19 +4217,17 @@ class Validation:
                 self.spend()
                 if isinstance(name, str) and name not in value:
                     return f"{path} lacks the property {compact(name)}."
-        if keyword == "properties":
-            return self.first_error(
-                (value[name], known[name], inside(path, name))
-                for name in value
-                if name in known
-            )
-        if keyword == "additionalProperties" and "patternProperties" not in schema:
-            return self.first_error(
-                (value[name], given, inside(path, name))
-                for name in value
-                if name not in known
-            )
-        return ""
+        is_known = keyword == "properties"
+        is_other = (
+            keyword == "additionalProperties" and "patternProperties" not in schema
+        )
+        if not is_known and not is_other:
+            return ""
+        return self.first_error(
+            (value[name], known.get(name, given), inside(path, name))
+            for name in value
+            if (name in known) == is_known
+        )
 
     def first_error(self, checks: Iterable[tuple[Any, Any, str]]) -> str:
         return next(filter(None, (self.error(*check) for check in checks)), "")
@@ -4557,37 +4544,38 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
     )
     passed: list[str] = []  # text that no value begins in
     held = ""  # text that one may begin with
-    reader: JSONReader | None = None
-    epilogue = 0
     with closing(events):
         for event in events:
             if isinstance(event, Text):
-                text: str | None = event.text
-                if reader is None:
-                    held += event.text
-                    at, begins = find_value(held, openings)
-                    passed.append(held[:at])
-                    held = text = held[at:]
-                    if not begins:
-                        continue
-                    reader = JSONReader(keeps_space=True)
-                if not reader.is_done:
-                    text = reader.feed(text or "")
-                    if told := reader.take():
-                        yield Text(told)
-                epilogue += len(text or "") if reader.is_done else 0
-                if epilogue > LONGEST_EPILOGUE:
-                    yield Done("stop")
-                    return
+                held += event.text
+                at, begins = find_value(held, openings)
+                passed.append(held[:at])
+                held = held[at:]
+                if begins:
+                    break
                 continue
-            if reader is None and isinstance(event, (ToolCall, Done)):
+            if isinstance(event, (ToolCall, Done)):
                 text = "".join(passed) + held
                 if isinstance(event, Done):
                     text = lone_value(text, format, types)
                 if text:
                     yield Text(text)
                 passed, held = [], ""
-            elif reader and isinstance(event, Done):
+            yield event
+        reader, epilogue = JSONReader(keeps_space=True), 0
+        for event in chain((Text(held),), events):
+            if isinstance(event, Text):
+                rest: str | None = event.text
+                if not reader.is_done:
+                    rest = reader.feed(event.text)
+                    if told := reader.take():
+                        yield Text(told)
+                epilogue += len(rest or "") if reader.is_done else 0
+                if epilogue > LONGEST_EPILOGUE:
+                    yield Done("stop")
+                    return
+                continue
+            if isinstance(event, Done):
                 if not (reader.is_done or reader.is_broken):
                     reader.is_broken = event.finish_reason == "length"
                     reader.finish()
