@@ -4701,12 +4701,8 @@ def object_head(head: str, toolbox: Toolbox, is_sure: bool) -> tuple[str, int] |
     arguments = ARGUMENTS_BEGIN.match(head, begun.end())
     if not arguments:
         return name if is_whole else "", 0
-    known = properties_of(toolbox.find(name))
-    if (
-        not is_sure
-        and arguments["key"] in SCHEMA_KEYS
-        and arguments["key"] not in known
-    ):
+    key, known = arguments["key"], properties_of(toolbox.find(name))
+    if not is_sure and key in SCHEMA_KEYS and key not in known:
         return None
     is_clear = is_sure or arguments["first"]
     return name, arguments.start("brace") if is_clear else 0
@@ -4844,7 +4840,6 @@ def opening_at(
 
 
 START = re.compile(r"[<\[{`]")  # what any call begins with
-LEADING_SPACE = re.compile(rf"\s{{0,{LONGEST_SPACE + 1}}}")
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
 MOST_OPENINGS = 6  # of one call
 LONGEST_CALL = 200_000  # characters that are held
@@ -4916,12 +4911,8 @@ def as_literals(text: str) -> str:
 
     Python's parser is given nothing else, as it recurses without an end of its own."""
     bare = PYTHON_TOKEN.sub(lambda token: "" if token["name"] else "0", text)
-    depth = 0
-    for c in bare:
-        depth += (c in "([{") - (c in ")]}")
-        if depth > DEEPEST_PYTHON:
-            reject_constant("too deep")
-    if PYTHON_NOISE.search(bare):
+    depths = accumulate((c in "([{") - (c in ")]}") for c in bare)
+    if PYTHON_NOISE.search(bare) or max(depths, default=0) > DEEPEST_PYTHON:
         reject_constant("more than literals")
     return PYTHON_TOKEN.sub(as_literal, text)
 
@@ -5053,16 +5044,16 @@ class ToolCallParser:
                 return False
         holds, name, at = found
         calls = self.calls
-        if holds == "object":
-            yield from self.read_object(at)
-        elif holds == "named":
-            yield from self.read_named(name, at)
-        elif holds == "tagged":
-            yield from self.read_tagged(name, at)
-        elif holds == "python":
-            yield from self.read_python(name, at)
-        elif holds == "result" and calls:
+        readers = {
+            "object": self.read_object,
+            "named": self.read_named,
+            "tagged": self.read_tagged,
+            "python": self.read_python,
+        }
+        if holds == "result" and calls:
             return True  # what a tool gives is not the model's to say
+        if holds in readers:
+            yield from readers[holds](name, at)
         else:
             self.refuse(at)
         if self.calls > calls:
@@ -5075,7 +5066,7 @@ class ToolCallParser:
         None if that is yet to be seen."""
         at, is_line, opened = 0, self.is_fresh, len(self.openings)
         while len(self.openings) <= opened + MOST_OPENINGS:
-            gap = (GAP if self.openings else LEADING_SPACE).match(self.held, at)
+            gap = GAP.match(self.held, at)
             start, at = at, gap.end() if gap else at
             if at == len(self.held):
                 return None
@@ -5100,10 +5091,10 @@ class ToolCallParser:
                 return format.holds, name, at
         return "", "", at
 
-    def read_object(self, at: int) -> Events:
+    def read_object(self, name: str, at: int) -> Events:
         """Read an object; its arguments at once if they begin as a call's."""
         reader, text, piece = JSONReader(), self.held[:at], self.held[at:]
-        name, is_sure = "", self.is_sure()
+        is_sure = self.is_sure()
         while True:
             is_new = len(text) - at < LONGEST_HEAD
             text += piece
@@ -5117,11 +5108,12 @@ class ToolCallParser:
                     return self.refuse()
                 name, begin = found or ("", 0)
                 arguments = JSONReader()
-                arguments.feed(head[:begin])
+                if begin:
+                    arguments.feed(head[:begin])
+                    arguments.take()
                 if begin and arguments.is_strict:
                     self.tell_call(name)
                     self.held = text[at + begin :]
-                    arguments.take()
                     depth = len(arguments.closers)
                     return (yield from self.read_arguments(arguments, depth))
             rest = reader.feed(piece)
