@@ -4648,7 +4648,7 @@ def lone_value(text: str, format: ResponseFormat, types: set[str]) -> str:
 # Calls as models write them in their text: whatever they were told, each writes what
 # it was trained on. A call is one opening or several, then an object that names a
 # tool, or arguments if an opening holds the name, and what closes the openings. To
-# add a format: a row in TOOL_CALL_FORMATS. A call is held until its end and parsed
+# add a format: a row in FORMAT_ROWS. A call is held until its end and parsed
 # once; only arguments that are JSON as it stands are told while they are written.
 # Cut into single characters, a text gives the same.
 
