@@ -2535,6 +2535,7 @@ class Done:
 Event = Reasoning | Text | ToolCall | Arguments | Done
 
 Events = Generator[Event, None, None]
+Waiting = Generator[Event, None, bool]
 
 
 @dataclass
@@ -3998,15 +3999,12 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
                     begun = held.lstrip()
                     is_far = len(held) - len(begun) > LONGEST_SPACE
                     tags = () if is_far else (THINK, *HARMONY)
-                    if begun.startswith(tags) and not begun.startswith(THINK):
+                    if begun.startswith(tags[:1]):
+                        held, state = begun[len(THINK) :], "inside"
+                        starts_inside = False
+                    elif begun.startswith(tags):
                         yield from split_harmony(begun, events)
                         return
-                    if begun.startswith(tags):
-                        held, state, starts_inside = (
-                            begun[len(THINK) :],
-                            "inside",
-                            False,
-                        )
                     elif any(tag.startswith(begun) for tag in tags):
                         continue
                     else:
@@ -4032,11 +4030,8 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
             if isinstance(event, Done):
                 if held:
                     yield Reasoning(held) if state == "inside" else Text(held)
-                if (
-                    state == "inside"
-                    and starts_inside
-                    and event.finish_reason != "length"
-                ):
+                is_answer = starts_inside and event.finish_reason != "length"
+                if state == "inside" and is_answer:
                     yield Text("".join(thoughts) + held)
             yield event
         yield from events
@@ -4197,18 +4192,13 @@ class Validation:
             return " Or: ".join(messages)
         elif isinstance(value, dict):
             return self.object_error(keyword, value, schema, path)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and keyword in ("items", "prefixItems"):
             first = as_list(schema.get("prefixItems"))
-            if keyword == "prefixItems":
-                pairs = list(enumerate(zip(value, first, strict=False)))
-            elif keyword == "items":
-                pairs = [
-                    (at, (value[at], given)) for at in range(len(first), len(value))
-                ]
-            else:
-                pairs = []
+            is_first = keyword == "prefixItems"
             return self.first_error(
-                (item, one, inside(path, index)) for index, (item, one) in pairs
+                (item, first[at] if is_first else given, inside(path, at))
+                for at, item in enumerate(value)
+                if (at < len(first)) == is_first
             )
         return ""
 
@@ -4220,19 +4210,17 @@ class Validation:
                 self.spend()
                 if isinstance(name, str) and name not in value:
                     return f"{path} lacks the property {compact(name)}."
-        if keyword == "properties":
-            return self.first_error(
-                (value[name], known[name], inside(path, name))
-                for name in value
-                if name in known
-            )
-        if keyword == "additionalProperties" and "patternProperties" not in schema:
-            return self.first_error(
-                (value[name], given, inside(path, name))
-                for name in value
-                if name not in known
-            )
-        return ""
+        is_known = keyword == "properties"
+        is_other = (
+            keyword == "additionalProperties" and "patternProperties" not in schema
+        )
+        if not is_known and not is_other:
+            return ""
+        return self.first_error(
+            (value[name], known.get(name, given), inside(path, name))
+            for name in value
+            if (name in known) == is_known
+        )
 
     def first_error(self, checks: Iterable[tuple[Any, Any, str]]) -> str:
         return next(filter(None, (self.error(*check) for check in checks)), "")
@@ -4320,9 +4308,8 @@ class JSONReader:
         self.keeps_space = keeps_space  # between tokens
         self.closers: list[str] = []  # of what is open; "" for a bracket left out
         self.place = VALUE
-        self.is_first = True  # in its bracket
         self.quote = ""  # of the string it is in
-        self.key = ""  # "string" or "word" if a key came last
+        self.key = ""  # the kind of its token, if a key came last
         self.after_string = False
         self.comma = ""  # with the space after it: it waits for what follows
         self.held = ""  # a token that may go on
@@ -4407,124 +4394,91 @@ class JSONReader:
     def read_token(self, kind: str, token: str) -> None:
         if kind == "space" and self.comma:
             self.comma += token
-            if len(self.comma) > LONGEST_SPACE:
-                self.release_comma()
         elif kind == "space":
             self.json.append(token if self.keeps_space else "")
         elif kind == "comment":
             self.mend()
-        elif kind == "quote":
-            self.begin_item("string")
-            self.quote = token
-            self.json.append('"')
-            self.is_strict = self.is_strict and token == '"'
-        elif kind in ("literal", "word"):
-            self.read_word(token, is_literal=kind == "literal")
-        elif token in CLOSERS:
-            self.open(token)
-        elif token in ("}", "]"):
-            self.read_closer(token)
-        elif token == ",":
-            self.read_comma()
-        elif token == ":" and self.place == COLON:
+        elif kind == "bad":
+            self.is_broken = True
+        elif token == ":":
+            self.is_broken |= self.place != COLON
             self.json.append(token)
             self.place = VALUE
+        elif token == ",":
+            if self.place == NEXT or (self.is_in_object() and self.place != KEY):
+                self.end_item()
+                self.comma = ","
+                self.place = KEY if self.is_in_object() else VALUE
+            else:  # nothing stands before it
+                self.mend()
+        elif token in ("}", "]"):  # closes what is open in it as well
+            closers = ("}", "") if token == "}" else ("]",)
+            depths = [i for i, closer in enumerate(self.closers) if closer in closers]
+            if depths:
+                self.close(depths[-1])
+            else:  # it closes nothing
+                self.mend()
+        elif token == "{" and self.place == KEY and not self.comma:  # {{ for {
+            self.mend()
+            self.closers.append("")
         else:
-            self.is_broken = True
+            self.begin_item(kind, token)
+        self.is_broken |= len(self.closers) > DEEPEST_JSON
 
     def is_in_object(self) -> bool:
         return bool(self.closers) and self.closers[-1] != "]"
 
-    def begin_item(self, kind: str) -> None:
+    def begin_item(self, kind: str, token: str) -> None:
         """Begin a key or a value, after the comma that it needs."""
-        is_late = self.place == NEXT and not self.after_string
-        if is_late:
+        if self.place == NEXT and not self.after_string and kind in ("quote", "mark"):
             self.mend(",")
             self.place = KEY if self.is_in_object() else VALUE
         is_key = self.place == KEY
-        self.is_broken |= self.place not in (KEY, VALUE) or (is_key and kind == "")
-        self.release_comma()
-        self.key = kind if is_key else ""
-        self.place = COLON if is_key else NEXT
-        self.after_string = self.is_first = False
-
-    def release_comma(self) -> None:
+        self.is_broken |= self.place not in (KEY, VALUE) or (is_key and kind == "mark")
         self.json.append(self.comma if self.keeps_space else self.comma[:1])
-        self.comma = ""
-
-    def read_word(self, word: str, is_literal: bool) -> None:
-        is_copied = is_literal and self.place == VALUE
-        is_infinite = is_literal and word[-1].isdigit() and not isfinite(float(word))
-        self.is_broken |= self.place == NEXT or is_infinite
-        self.is_broken |= bool(NO_NUMBER.fullmatch(word))
-        mended = (
-            compact(word) if self.place == KEY else JSON_WORDS.get(word, compact(word))
-        )
-        self.begin_item("word")
-        if is_copied:
-            self.json.append(word)
+        self.comma, self.after_string = "", False
+        self.place = COLON if is_key else NEXT
+        self.key = kind if is_key else ""
+        if kind == "mark":
+            self.json.append(token)
+            self.closers.append(CLOSERS[token])
+            self.place = KEY if token == "{" else VALUE
+        elif kind == "quote":
+            self.quote = token
+            self.json.append('"')
+            self.is_strict &= token == '"'
+        elif kind == "literal" and not is_key:
+            self.is_broken |= token[-1].isdigit() and not isfinite(float(token))
+            self.json.append(token)
         else:
-            self.mend(mended)
+            self.is_broken |= bool(NO_NUMBER.fullmatch(token))
+            value = compact(token)
+            self.mend(value if is_key else JSON_WORDS.get(token, value))
 
-    def open(self, bracket: str) -> None:
-        if bracket == "{" and self.place == KEY and self.is_first:  # {{ for {
-            self.mend()
-            self.closers.append("")
-        else:
-            self.begin_item("")
-            self.json.append(bracket)
-            self.closers.append(CLOSERS[bracket])
-            self.place = KEY if bracket == "{" else VALUE
-            self.is_first = True
-        self.is_broken |= len(self.closers) > DEEPEST_JSON
-
-    def read_comma(self) -> None:
-        is_item = self.place == NEXT or (self.is_in_object() and self.place != KEY)
-        if not is_item:  # nothing stands before it
-            self.mend()
-            return
-        self.fill()
-        self.comma = ","
-        self.place = KEY if self.is_in_object() else VALUE
-
-    def read_closer(self, bracket: str) -> None:
-        """Close what is open in it as well; leave out a bracket that closes nothing."""
-        closers = ("}", "") if bracket == "}" else ("]",)
-        depth = len(self.closers) - 1
-        while depth >= 0 and self.closers[depth] not in closers:
-            depth -= 1
-        if depth < 0:
-            self.mend()
-        else:
-            self.close(depth)
-
-    def close(self, depth: int = 0) -> None:
-        """Close what is open, down to so many brackets."""
-        self.is_strict = self.is_strict and len(self.closers) == depth + 1
-        while len(self.closers) > depth:
-            self.fill()
-            self.json.append(self.closers.pop())
-            self.place, self.after_string = NEXT, False
-        self.is_first = False
-
-    def finish(self, depth: int = 0) -> None:
-        """End where nothing more comes: only brackets may be missing."""
-        self.is_broken |= self.is_cut()
-        self.close(depth)
-        self.is_done = not self.is_broken
-
-    def fill(self) -> None:
+    def end_item(self) -> None:
         """Put what is missing where a key or a value ends."""
-        self.is_broken |= self.place == COLON and self.key == "word"
         if self.place == COLON:
+            self.is_broken |= self.key != "quote"
             self.mend(":null")
         elif self.place == VALUE and self.is_in_object():
             self.mend("null")
         elif self.comma:
             self.mend(self.comma[1:] if self.keeps_space else "")
             self.comma = ""
-        elif self.place != NEXT:  # a comma was told, if it does not end at once
-            self.is_broken |= not self.is_first
+
+    def close(self, depth: int = 0) -> None:
+        """Close what is open, down to so many brackets."""
+        self.is_strict &= len(self.closers) == depth + 1
+        while len(self.closers) > depth:
+            self.end_item()
+            self.json.append(self.closers.pop())
+            self.place, self.after_string = NEXT, False
+
+    def finish(self, depth: int = 0) -> None:
+        """End where nothing more comes: only brackets may be missing."""
+        self.is_broken |= self.is_cut()
+        self.close(depth)
+        self.is_done = not self.is_broken
 
 
 def repair_json(text: str) -> str:
@@ -4583,37 +4537,38 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
     )
     passed: list[str] = []  # text that no value begins in
     held = ""  # text that one may begin with
-    reader: JSONReader | None = None
-    epilogue = 0
     with closing(events):
         for event in events:
             if isinstance(event, Text):
-                text: str | None = event.text
-                if reader is None:
-                    held += event.text
-                    at, begins = find_value(held, openings)
-                    passed.append(held[:at])
-                    held = text = held[at:]
-                    if not begins:
-                        continue
-                    reader = JSONReader(keeps_space=True)
-                if not reader.is_done:
-                    text = reader.feed(text or "")
-                    if told := reader.take():
-                        yield Text(told)
-                epilogue += len(text or "") if reader.is_done else 0
-                if epilogue > LONGEST_EPILOGUE:
-                    yield Done("stop")
-                    return
+                held += event.text
+                at, begins = find_value(held, openings)
+                passed.append(held[:at])
+                held = held[at:]
+                if begins:
+                    break
                 continue
-            if reader is None and isinstance(event, (ToolCall, Done)):
+            if isinstance(event, (ToolCall, Done)):
                 text = "".join(passed) + held
                 if isinstance(event, Done):
                     text = lone_value(text, format, types)
                 if text:
                     yield Text(text)
                 passed, held = [], ""
-            elif reader and isinstance(event, Done):
+            yield event
+        reader, epilogue = JSONReader(keeps_space=True), 0
+        for event in chain((Text(held),), events):
+            if isinstance(event, Text):
+                rest: str | None = event.text
+                if not reader.is_done:
+                    rest = reader.feed(event.text)
+                    if told := reader.take():
+                        yield Text(told)
+                epilogue += len(rest or "") if reader.is_done else 0
+                if epilogue > LONGEST_EPILOGUE:
+                    yield Done("stop")
+                    return
+                continue
+            if isinstance(event, Done):
                 if not (reader.is_done or reader.is_broken):
                     reader.is_broken = event.finish_reason == "length"
                     reader.finish()
@@ -4686,7 +4641,7 @@ def lone_value(text: str, format: ResponseFormat, types: set[str]) -> str:
 # Calls as models write them in their text: whatever they were told, each writes what
 # it was trained on. A call is one opening or several, then an object that names a
 # tool, or arguments if an opening holds the name, and what closes the openings. To
-# add a format: a row in TOOL_CALL_FORMATS. A call is held until its end and parsed
+# add a format: a row in FORMAT_ROWS. A call is held until its end and parsed
 # once; only arguments that are JSON as it stands are told while they are written.
 # Cut into single characters, a text gives the same.
 
@@ -4700,50 +4655,25 @@ def tool_call_error(name: str, arguments: str, toolbox: Toolbox) -> str:
     return validate(parsed(arguments), schema, "arguments")
 
 
-OBJECTS = (  # how a call begins as an object; * is its name, or an id and then the name
-    '{ "name" : "*"',
-    '{ "function" : "*"',
-    '{ "tool" : "*"',
-    '{ "tool_name" : "*"',
-    '{ "type" : "function" , "name" : "*"',
-    '{ "function" : { "name" : "*"',
-    '{ "type" : "function" , "function" : { "name" : "*"',
-    '{ "id" : "*" , "type" : "function" , "function" : { "name" : "*"',
-)
 NAME_KEYS = ("name", "function", "tool", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
+HEAD_KEYS = (*NAME_KEYS, "type", "id", "tool_calls")
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
 SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
 NAME_CHARACTERS = ALPHABET + "_-"
-LONGEST_HEAD = 400  # characters, of OBJECTS with arguments that begin
-
-
-def matched(form: str, text: str, at: int = 0) -> tuple[str, int] | None:
-    """The last name in a form, and where the form ends; -1 if the text ends before.
-
-    A space in a form is any space, or none."""
-    start = form.partition("*")[0].partition(" ")[0]
-    if not text.startswith(start, at):
-        is_begun = start.startswith(text[at : at + len(start)])
-        return ("", -1) if is_begun else None
-    at, form, name = at + len(start), form[len(start) :], ""
-    for index, c in enumerate(form):
-        if c == " ":
-            while text[at : at + 1].isspace():
-                at += 1
-        if at == len(text):
-            return name, -1
-        if c == "*":
-            name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 64]))
-            at += len(name)
-            name = "" if "*" in form[index + 1 :] else name
-            if at == len(text):
-                return name, -1
-        elif c != " ":
-            if text[at] != c:
-                return None
-            at += 1
-    return name, at
+LONGEST_HEAD = 400  # characters, up to where arguments begin
+OPENAI_OBJECT = re.compile(r'\{\s*"tool_calls"\s*:\s*\[')
+OBJECT_HEAD = re.compile(
+    rf"""\{{ (?:\s*"(?:id|type)"\s*:\s*"[\w-]{{0,64}}"\s*, | \s*"function"\s*:\s*\{{)*
+    \s*(?:"(?:{"|".join(NAME_KEYS)})"\s*:\s*"(?P<name>[\w-]{{0,64}})(?P<end>"|\Z))?""",
+    re.ASCII | re.VERBOSE,
+)
+HALF_HEAD = re.compile(r'(?:"(?P<key>\w*)(?:"\s*(?::\s*(?:"[\w-]{0,64}"?\s*)?)?)?)?')
+ARGUMENTS_BEGIN = re.compile(
+    rf"""\s*,\s*"(?:{"|".join(ARGUMENT_KEYS)})"\s*:\s*
+    (?P<brace>\{{)\s*(?P<first>\}}|"(?P<key>[^"]*)"|)""",
+    re.VERBOSE,
+)
 
 
 def object_head(head: str, toolbox: Toolbox, is_sure: bool) -> tuple[str, int] | None:
@@ -4751,34 +4681,31 @@ def object_head(head: str, toolbox: Toolbox, is_sure: bool) -> tuple[str, int] |
 
     None if no call begins so, or if it is a tool that is described, not called."""
     head = head.replace("'", '"')
-    found = None
-    for form in OBJECTS:
-        name, end = matched(form, head) or ("-", 0)
-        if not end or not toolbox.knows(name, end > 0):
-            continue
-        if end < 0:
-            found = found or ("", 0)
-            continue
-        known = properties_of(toolbox.find(name))
-        recited = [f'{{ "{key}" :' for key in SCHEMA_KEYS if key not in known]
-        for key in ARGUMENT_KEYS:
-            _, at = matched(f' , "{key}" : ', head, end) or ("", 0)
-            if not at:
-                continue
-            found = name, 0
-            if at > 0 and head[at] == "{":
-                ends = [m[1] for form in recited if (m := matched(form, head, at))]
-                if is_sure or not ends:
-                    return name, at
-                if max(ends) > 0:
-                    return None
-        if matched(" }", head, end) or matched(' , "id" :', head, end):
-            found = name, 0
-    return found
+    begun = OBJECT_HEAD.match(head)
+    if not begun or OPENAI_OBJECT.match(head):
+        return "", 0
+    if begun["name"] is None:
+        half = HALF_HEAD.fullmatch(head, begun.end())
+        is_begun = half and any(k.startswith(half["key"] or "") for k in HEAD_KEYS)
+        return ("", 0) if is_begun else None
+    name, is_whole = begun["name"], begun["end"] == '"'
+    if not toolbox.knows(name, is_whole):
+        return None
+    arguments = ARGUMENTS_BEGIN.match(head, begun.end())
+    if not arguments:
+        return name if is_whole else "", 0
+    key, known = arguments["key"], properties_of(toolbox.find(name))
+    if not is_sure and key in SCHEMA_KEYS and key not in known:
+        return None
+    is_clear = is_sure or arguments["first"]
+    return name, arguments.start("brace") if is_clear else 0
 
 
 def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str]]:
-    """The names and arguments in a JSON value of any shape; none if it is no call."""
+    """The names and arguments in a JSON value of any shape; none if it is no call.
+
+    After a sure opening, arguments may also stand beside their name, or the name be
+    the key of them."""
     if isinstance(value, list):
         return [call for item in value for call in calls_in(item, toolbox, is_sure)]
     if not isinstance(value, dict):
@@ -4786,35 +4713,23 @@ def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str
     inner = value.get("tool_calls", value.get("function"))
     if isinstance(inner, (dict, list)):
         return calls_in(inner, toolbox, is_sure)
-    name, given = loosely_named(value, toolbox) if is_sure else named(value)
+    name = next((value[key] for key in NAME_KEYS if key in value), "")
+    given = next((value[key] for key in ARGUMENT_KEYS if key in value), None)
+    rest = {key: value[key] for key in value if key not in CALL_KEYS}
+    if is_sure and len(value) == 1 and rest:
+        [(key, given)] = rest.items()
+        name, rest = (key, {}) if toolbox.find(key) else ("", rest)
+    if not isinstance(name, str):
+        return []
+    name = name.removeprefix("functions.") if is_sure else name
     tool = toolbox.find(name)
-    if not TOOL_NAME.fullmatch(name) or not (tool or is_sure):
+    if is_sure and given is None and rest.keys() <= properties_of(tool).keys():
+        given, rest = rest, {}
+    if rest or not TOOL_NAME.fullmatch(name) or not (tool or is_sure):
         return []
     arguments = arguments_text(given, tool if is_sure else None)
     is_whole = given is not None or not properties_of(tool)
     return [(name, arguments)] if is_sure or is_whole and arguments[0] == "{" else []
-
-
-def named(value: Json) -> tuple[str, Any]:
-    """The name and the arguments in an object that has nothing else."""
-    name = next((value[key] for key in NAME_KEYS if key in value), "")
-    given = next((value[key] for key in ARGUMENT_KEYS if key in value), None)
-    is_call = isinstance(name, str) and not value.keys() - CALL_KEYS
-    return (name, given) if is_call else ("", None)
-
-
-def loosely_named(value: Json, toolbox: Toolbox) -> tuple[str, Any]:
-    """The same after a sure opening, where arguments may stand beside their name."""
-    rest = {key: value[key] for key in value if key not in CALL_KEYS}
-    name, given = named({key: value[key] for key in value if key not in rest})
-    if not name and len(value) == len(rest) == 1:
-        [(name, given)] = rest.items()
-        return (name, given) if toolbox.find(name) else ("", None)
-    name = name.removeprefix("functions.")
-    if not rest:
-        return name, given
-    is_flat = given is None and rest.keys() <= properties_of(toolbox.find(name)).keys()
-    return (name, rest) if is_flat else ("", None)
 
 
 def arguments_text(given: Any, tool: Tool | None) -> str:
@@ -4838,73 +4753,86 @@ ANYWHERE, LINE, INSIDE = "anywhere", "at the beginning of a line", "after an ope
 
 
 class ToolCallFormat(NamedTuple):
+    """How a call opens, and what follows.
+
+    "call" is surely one, even of a tool that is not there; "object" is one if it reads
+    as one. Both go on with other openings or with an object. All else says how the
+    arguments are written of the tool that the opening names, but for "result"."""
+
+    holds: str
     opening: str  # with * for the name of a tool
     closing: str = ""
-    is_sure: bool = False  # it means a call, even of a tool that is not there
     where: str = ANYWHERE
-    holds: str = "object"  # … or other openings; else the method that reads it
 
 
-TOOL_CALL_FORMATS = (
-    ToolCallFormat("<tool_call>", "</tool_call>", True),  # Qwen, Hermes, granite
-    ToolCallFormat("<tool_calls>", "</tool_calls>", True),
-    ToolCallFormat("<|tool_call|>", "<|/tool_call|>", True),  # granite 3, phi-4
-    ToolCallFormat("<function_call>", "</function_call>", True),
-    ToolCallFormat("<functioncall>", "</functioncall>", True),  # glaive
-    ToolCallFormat("<|python_tag|>", "<|eom_id|>", True),  # Llama 3
-    ToolCallFormat('{ "tool_calls" : [', "", True, LINE),  # OpenAI's own objects
-    ToolCallFormat("[TOOL_CALLS]", "", True),  # Mistral …
-    ToolCallFormat("*[ARGS]", "", False, INSIDE, "named"),  # … since its tokenizer 11
-    ToolCallFormat(
-        "<function=*>", "</function>", holds="named"
-    ),  # Llama 3, Qwen3 Coder
-    ToolCallFormat("*\n<arg_key>", "</tool_call>", False, INSIDE, "tagged"),  # GLM
-    ToolCallFormat("*<arg_key>", "</tool_call>", False, INSIDE, "tagged"),
-    ToolCallFormat("*\n", "", False, INSIDE, "named"),
-    ToolCallFormat("<function_calls>", "</function_calls>", True),  # Claude
-    ToolCallFormat('<invoke name="*">', "</invoke>", holds="named"),
-    ToolCallFormat("<minimax:tool_call>", "</minimax:tool_call>", True),
-    ToolCallFormat("<｜DSML｜function_calls>", "</｜DSML｜function_calls>", True),
-    ToolCallFormat('<｜DSML｜invoke name="*">', "</｜DSML｜invoke>", holds="named"),
-    ToolCallFormat("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", True),  # DeepSeek
-    ToolCallFormat(
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>*",
-        "<｜tool▁call▁end｜>",
-        holds="named",
-    ),
-    ToolCallFormat(
-        "<｜tool▁call▁begin｜>*<｜tool▁sep｜>", "<｜tool▁call▁end｜>", holds="named"
-    ),
-    ToolCallFormat(  # Kimi K2
-        "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", True
-    ),
-    ToolCallFormat(
-        "<|tool_call_begin|>functions.*:", "<|tool_call_end|>", holds="named"
-    ),
-    ToolCallFormat("<|tool_call_begin|>*:", "<|tool_call_end|>", holds="named"),
-    ToolCallFormat("<|start|>assistant"),  # gpt-oss: the tool is named in its role …
-    ToolCallFormat("to=functions.*", "<|call|>", False, INSIDE, "named"),
-    ToolCallFormat("<|channel|>commentary to=functions.*", "<|call|>", holds="named"),
-    ToolCallFormat("<|channel|>analysis to=functions.*", "<|call|>", holds="named"),
-    ToolCallFormat("```json", "```"),
-    ToolCallFormat("```xml", "```"),
-    ToolCallFormat("```tool_call", "```"),
-    ToolCallFormat("```tool_code", "```"),  # Gemma, Gemini
-    ToolCallFormat("```", "```"),
-    ToolCallFormat("[", "]", False, LINE),
-    ToolCallFormat("print(", ")", False, INSIDE),
-    ToolCallFormat("default_api.", "", False, INSIDE),
-    ToolCallFormat(
-        "*(", "", False, INSIDE, "python"
-    ),  # Llama 4: [get_time(zone="UTC")]
-    ToolCallFormat("<tool_response", holds="result"),  # made up, after a call
+FORMAT_ROWS = (
+    ("call", "<tool_call>", "</tool_call>"),  # Qwen, Hermes, granite
+    ("call", "<tool_calls>", "</tool_calls>"),
+    ("call", "<|tool_call|>", "<|/tool_call|>"),  # granite 3, phi-4
+    ("call", "<function_call>", "</function_call>"),
+    ("call", "<functioncall>", "</functioncall>"),  # glaive
+    ("call", "<|python_tag|>", "<|eom_id|>"),  # Llama 3
+    ("call", "[TOOL_CALLS]"),  # Mistral …
+    ("named", "*[ARGS]", "", INSIDE),  # … since its tokenizer 11
+    ("named", "<function=*>", "</function>"),  # Llama 3, Qwen3 Coder
+    ("tagged", "*\n<arg_key>", "</tool_call>", INSIDE),  # GLM
+    ("tagged", "*<arg_key>", "</tool_call>", INSIDE),
+    ("named", "*\n", "", INSIDE),
+    ("call", "<function_calls>", "</function_calls>"),  # Claude
+    ("named", '<invoke name="*">', "</invoke>"),
+    ("call", "<minimax:tool_call>", "</minimax:tool_call>"),
+    ("call", "<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),  # DeepSeek V3.2
+    ("named", '<｜DSML｜invoke name="*">', "</｜DSML｜invoke>"),
+    ("call", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),  # DeepSeek V3, V3.1
+    ("named", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>*", "<｜tool▁call▁end｜>"),
+    ("named", "<｜tool▁call▁begin｜>*<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+    ("call", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),  # Kimi K2
+    ("named", "<|tool_call_begin|>functions.*:", "<|tool_call_end|>"),
+    ("named", "<|tool_call_begin|>*:", "<|tool_call_end|>"),
+    ("object", "<|start|>assistant"),  # gpt-oss: the tool is named in its role …
+    ("named", "to=functions.*", "<|call|>", INSIDE),
+    ("named", "<|channel|>commentary to=functions.*", "<|call|>"),  # … or channel
+    ("named", "<|channel|>analysis to=functions.*", "<|call|>"),
+    ("object", "```json", "```"),
+    ("object", "```xml", "```"),
+    ("object", "```tool_call", "```"),
+    ("object", "```tool_code", "```"),  # Gemma, Gemini
+    ("object", "```", "```"),
+    ("object", "[", "]", LINE),
+    ("object", "print(", ")", INSIDE),
+    ("object", "default_api.", "", INSIDE),
+    ("python", "*(", "", INSIDE),  # Llama 4: [get_time(zone="UTC")]
+    ("result", "<tool_response"),  # made up, after a call
 )
+TOOL_CALL_FORMATS = [ToolCallFormat(*row) for row in FORMAT_ROWS]
 BY_BEGINNING = {
     c: [format for format in TOOL_CALL_FORMATS if format.opening[0] == c]
     for c in {format.opening[0] for format in TOOL_CALL_FORMATS}
 }
+
+
+def opening_at(
+    opening: str, text: str, at: int, toolbox: Toolbox
+) -> tuple[str, int] | None:
+    """The name in an opening that stands there, and where it ends; -1 if `text` ends.
+
+    None if it does not stand there, or if no tool has that name."""
+    before, star, after = opening.partition("*")
+    if not text.startswith(before, at):
+        return ("", -1) if before.startswith(text[at : at + len(before)]) else None
+    at += len(before)
+    if not star:
+        return "", at
+    name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 64]))
+    at += len(name)
+    rest = text[at : at + len(after)]
+    is_whole = rest == after and at < len(text)
+    if not after.startswith(rest) or not toolbox.knows(name, is_whole):
+        return None
+    return name, at + len(after) if is_whole else -1
+
+
 START = re.compile(r"[<\[{`]")  # what any call begins with
-LEADING_SPACE = re.compile(rf"\s{{0,{LONGEST_SPACE + 1}}}")
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
 MOST_OPENINGS = 6  # of one call
 LONGEST_CALL = 200_000  # characters that are held
@@ -4913,10 +4841,10 @@ LONGEST_LEAD = 80  # characters
 LEAD = re.compile(  # what may stand between a name and its arguments
     r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*((commentary|analysis)\s*)?|```)?(json|code)?\s*){0,4}"
 )
-TAG_BEGINS = r"<(?:｜DSML｜|antml:)?parameter"
+TAG_BEGINS = re.compile(r"<(?:｜DSML｜|antml:)?parameter")
 TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
     rf"<parameter=(?P<name>[^<>]{{1,64}})>"
-    rf'|{TAG_BEGINS} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
+    rf'|{TAG_BEGINS.pattern} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
 TAGGED_END = re.compile(r"</(?:｜DSML｜|antml:)?parameter>|</arg_value>")
@@ -4929,10 +4857,9 @@ def tagged_arguments(text: str, tool: Tool | None) -> Json:
         if tag := TAGGED.search(piece):
             name = (tag["name"] or tag["quoted"] or tag["key"]).strip()
             text = piece[tag.end() :].removeprefix("\n").removesuffix("\n")
-            value = None if is_string(tool, name) else parsed(text)
-            is_null = value is None and text.strip() == "null"
-            is_text = is_string(tool, name) or (value is None and not is_null)
-            arguments[name] = text if is_text else value
+            value = parsed(text)
+            is_json = value is not None or text.strip() == "null"
+            arguments[name] = value if is_json and not is_string(tool, name) else text
     return arguments
 
 
@@ -4977,12 +4904,8 @@ def as_literals(text: str) -> str:
 
     Python's parser is given nothing else, as it recurses without an end of its own."""
     bare = PYTHON_TOKEN.sub(lambda token: "" if token["name"] else "0", text)
-    depth = 0
-    for c in bare:
-        depth += (c in "([{") - (c in ")]}")
-        if depth > DEEPEST_PYTHON:
-            reject_constant("too deep")
-    if PYTHON_NOISE.search(bare):
+    depths = accumulate((c in "([{") - (c in ")]}") for c in bare)
+    if PYTHON_NOISE.search(bare) or max(depths, default=0) > DEEPEST_PYTHON:
         reject_constant("more than literals")
     return PYTHON_TOKEN.sub(as_literal, text)
 
@@ -4999,372 +4922,338 @@ def extract_tool_calls(
     """Tell calls from text, and end with `tool_calls` if there were any.
 
     `strict`: a call of a tool that is not there is text."""
-    parser = ToolCallParser(toolbox, strict)
     with closing(events):
-        for event in events:
-            if isinstance(event, Text):
-                yield from parser.feed(event.text)
-            elif isinstance(event, Done):
-                yield from parser.finish(event.finish_reason)
-                yield Done(parser.finish_reason(event.finish_reason), event.usage)
-            else:
-                yield event
-            if parser.is_over:
-                yield Done(parser.finish_reason("stop"))
-                return
+        yield from ToolCallParser(events, toolbox, strict).parse()
 
 
 class ToolCallParser:
-    """How far one answer has been read: `step` gets on, or waits for more."""
+    """Reads one answer; its methods wait for text by `yield from self.more()`."""
 
-    def __init__(self, toolbox: Toolbox, strict: bool) -> None:
+    def __init__(self, source: Events, toolbox: Toolbox, strict: bool) -> None:
+        self.source = source
         self.toolbox = toolbox
         self.strict = strict
-        self.texts: list[str] = []  # that nobody has taken yet …
-        self.events: list[Event] = []  # … and what came before them
-        self.calls = 0
-        self.is_fresh = True  # nothing was said yet, or nothing since a call
-        self.is_over = False  # what comes now is no answer
+        self.done: Done | None = None
         self.was_cut = False
+        self.pieces: deque[str] = deque()  # that came, and are to be looked at
+        self.held = ""  # what was looked at, and may be a call or what closes it
+        self.events: list[Event] = []  # that nobody has taken yet
+        self.calls = 0
         self.openings: list[ToolCallFormat] = []  # that are not closed
-        self.sought = self.openings  # the same, with what may begin a call
-        self.held = ""
-        self.before = ""  # openings that were taken from what is held
-        self.body: list[str] = []  # what was taken after them
-        self.length = 0  # of both
-        self.head = ""  # how the body begins
-        self.tail = ""  # how it ends: of tags
-        self.at = 0  # how much of what is held was read: of Python
-        self.name = ""  # of the tool, if an opening has it
-        self.reader = JSONReader()
-        self.depth = 0  # of the arguments in what it reads
-        self.step: Callable[[], bool] = self.seek
+        self.is_fresh = True  # nothing was said yet, or nothing since a call
 
-    def feed(self, text: str) -> list[Event]:
-        """Read a long text in pieces, as what is held is copied again and again."""
-        for start in range(0, len(text), LONGEST_PIECE):
-            self.held += text[start : start + LONGEST_PIECE]
-            while self.held and self.step():
-                pass
-        return self.take()
-
-    def finish(self, finish_reason: str) -> list[Event]:
-        """Decide on what is held: nothing more will come."""
-        self.was_cut = finish_reason == "length"
-        while self.step != self.arguments and (self.held or self.before or self.body):
-            if not (self.held and self.step()):
-                self.decide()
-        if self.step == self.arguments:
-            self.was_cut = self.was_cut or self.reader.is_cut()
-            if not self.was_cut:
-                self.reader.finish(self.depth)
-                self.tell_arguments(self.reader.take())
-        return self.take()
-
-    def decide(self) -> None:
-        if self.step == self.broken_arguments:
-            self.tell_arguments(self.held)
-            self.held = ""
-        elif self.step == self.after or self.is_half():
-            self.was_cut = self.was_cut or self.step != self.after
-            self.held, self.before, self.body = "", "", []
-        elif self.step == self.object:
-            self.reader.finish()
-            self.judge("")
-        elif self.step == self.tagged:
-            self.tell_tagged("".join(self.body), self.length)
-        else:
-            self.refuse()
-
-    def is_half(self) -> bool:
-        """Whether it was cut off in what would have been a call."""
-        is_sure = self.is_sure()
-        if self.was_cut and (is_sure or any(o.is_sure for o in self.sought)):
-            return True
-        if self.step == self.object:
-            name, at = object_head(self.head, self.toolbox, is_sure) or ("", 0)
-            is_cut = self.was_cut or self.reader.is_cut() or (bool(name) and not at)
-            return is_cut and (is_sure or bool(name))
-        if self.step == self.tagged:
-            last = TAGGED_END.split("".join(self.body))[-1]
-            return self.was_cut or bool(TAGGED.search(last))
-        is_lead = self.step == self.named and LEAD.fullmatch(self.held)
-        return bool(is_lead) or self.step == self.python
-
-    def finish_reason(self, given: str) -> str:
+    def parse(self) -> Events:
+        is_over = False
+        while not is_over and (self.held or (yield from self.more())):
+            is_over = yield from self.read_call()
+        yield from self.take()
+        done = self.done or Done("stop")
+        reason = done.finish_reason
         if self.was_cut:
-            return "length"
-        return self.toolbox.called if self.calls and given == "stop" else given
+            reason = "length"
+        elif self.calls and reason == "stop":
+            reason = self.toolbox.called
+        yield Done(reason, done.usage)
 
-    def take(self) -> list[Event]:
-        self.end_text()
-        events, self.events = self.events, []
-        return events
+    def more(self) -> Waiting:
+        """Tell what is clear by now, and hold more text; False if there is none.
 
-    def end_text(self) -> None:
-        if self.texts:
-            self.events.append(Text("".join(self.texts)))
-            self.texts = []
+        A long text comes in pieces, as what is held is copied again and again."""
+        while not self.pieces:
+            if self.done:
+                return False
+            yield from self.take()
+            event = next(self.source, Done("stop"))
+            if isinstance(event, Text):
+                size = LONGEST_PIECE
+                starts = range(0, len(event.text), size)
+                self.pieces.extend(event.text[at : at + size] for at in starts)
+            elif isinstance(event, Done):
+                self.done = event
+                self.was_cut = event.finish_reason == "length"
+            else:
+                yield event
+        self.held += self.pieces.popleft()
+        return True
+
+    def take(self) -> Events:
+        """Give the events so far, with texts that follow each other as one."""
+        for kind, events in groupby(self.events, type):
+            if kind is Text:
+                yield Text("".join(e.text for e in events if isinstance(e, Text)))
+            else:
+                yield from events
+        self.events = []
 
     def tell_text(self, length: int) -> None:
-        if length:
+        if text := self.held[:length]:
             self.is_fresh = False
-            self.texts.append(self.held[:length])
+            self.events.append(Text(text))
             self.held = self.held[length:]
 
     def tell_call(self, name: str, arguments: str = "") -> None:
         if not self.calls or self.toolbox.parallel:
-            self.end_text()
             self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
         self.calls += 1
+        self.is_fresh = True
         self.tell_arguments(arguments)
 
     def tell_arguments(self, text: str) -> None:
         if text and (self.calls == 1 or self.toolbox.parallel):
             self.events.append(Arguments(self.calls - 1, text))
 
-    def is_sure(self) -> bool:
-        return any(opening.is_sure for opening in self.openings)
-
-    def seek(self) -> bool:
-        """Tell text up to where a call may begin, and read its openings."""
-        if not self.openings:
-            start = START.search(self.held)
-            end = start.start() if start else len(self.held)
-            self.tell_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
-        self.sought = openings = [*self.openings]
-        at = 0
-        most = len(openings) + MOST_OPENINGS
-        while len(openings) <= most:
-            space = (GAP if openings else LEADING_SPACE).match(self.held, at)
-            start_at = space.end() if space else at
-            if start_at == len(self.held):
-                return False
-            is_line = self.is_fresh or "\n" in self.held[at:start_at]
-            places = {ANYWHERE, LINE, INSIDE} if openings else {ANYWHERE, LINE}
-            found = self.formats_at(
-                start_at, places if is_line or openings else {ANYWHERE}
-            )
-            if any(end < 0 for _, _, end in found):
-                return False
-            at = start_at
-            if not found:
-                break
-            format, name, at = max(found, key=itemgetter(2))
-            if format in openings[len(self.openings) :]:
-                return self.refuse(at)
-            openings.append(format)
-            if format.holds != "object":
-                return self.begin(openings, at, name, getattr(self, format.holds))
-        else:
-            return self.refuse(at)
-        if self.held[at] == "{" and (is_line or openings):
-            return self.begin(openings, at, "", self.object)
-        return self.refuse(at)
-
-    def formats_at(
-        self, at: int, places: set[str]
-    ) -> list[tuple[ToolCallFormat, str, int]]:
-        """The formats that open there, the name in the opening, and where that ends."""
-        found = []
-        c = self.held[at]
-        starred = BY_BEGINNING["*"] if c in NAME_CHARACTERS and INSIDE in places else []
-        for format in [*BY_BEGINNING.get(c, ()), *starred]:
-            if format.where in places:
-                name, end = matched(format.opening, self.held, at) or ("", 0)
-                if "*" in format.opening and not self.toolbox.knows(name, end > 0):
-                    continue
-                found += [(format, name, end)] if end else []
-        return found
-
-    def begin(
-        self,
-        openings: list[ToolCallFormat],
-        at: int,
-        name: str,
-        step: Callable[[], bool],
-    ) -> bool:
-        self.openings, self.name, self.step = openings, name, step
-        self.before, self.held = self.held[:at], self.held[at:]
-        self.body, self.length = [], at
-        self.head, self.tail, self.at, self.depth = "", "", 0, 1
-        self.reader = JSONReader()
-        return True
-
-    def refuse(self, length: int = 0) -> bool:
+    def refuse(self, length: int = 0) -> None:
         """It was no call: its first character is text, and the rest may be one yet.
 
         After a long look, `length` characters are text: none is read often."""
-        self.held = "".join([self.before, *self.body, self.held])
-        self.before, self.body, self.openings = "", [], []
-        self.step = self.seek
-        space = LEADING_SPACE.match(self.held)
-        first = (space.end() if space else 0) + 1
+        self.openings = []
+        first = len(self.held) - len(self.held.lstrip()) + 1
         self.tell_text(length if length > LONGEST_HEAD else first)
-        return True
 
-    def close(self, rest: str) -> bool:
-        """A call has ended."""
-        self.held, self.before, self.body = rest, "", []
-        self.is_fresh = True
-        self.step = self.after
-        return True
+    def drop(self) -> None:
+        """It was cut off in what would have been a call."""
+        self.held, self.was_cut = "", True
 
-    def object(self) -> bool:
+    def is_sure(self) -> bool:
+        return any(opening.holds == "call" for opening in self.openings)
+
+    def read_call(self) -> Waiting:
+        """Tell text up to where a call may begin, and read it; True if that was all."""
+        open_before = self.openings
+        while True:
+            if not open_before:
+                start = START.search(self.held)
+                end = start.start() if start else len(self.held)
+                self.tell_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
+            self.openings = [*open_before]
+            found = self.read_openings()
+            if found:
+                break
+            if not (yield from self.more()):
+                if self.was_cut and self.is_sure():
+                    self.drop()
+                else:
+                    self.refuse()
+                return False
+        holds, name, at = found
+        calls = self.calls
+        readers = {
+            "object": self.read_object,
+            "named": self.read_named,
+            "tagged": self.read_tagged,
+            "python": self.read_python,
+        }
+        if holds == "result" and calls:
+            return True  # what a tool gives is not the model's to say
+        if holds in readers:
+            yield from readers[holds](name, at)
+        else:
+            self.refuse(at)
+        if self.calls > calls:
+            yield from self.read_closings()
+        return False
+
+    def read_openings(self) -> tuple[str, str, int] | None:
+        """What they hold, "" for no call, the name in them, and where they end.
+
+        None if that is yet to be seen."""
+        at, is_line, opened = 0, self.is_fresh, len(self.openings)
+        while len(self.openings) <= opened + MOST_OPENINGS:
+            gap = GAP.match(self.held, at)
+            start, at = at, gap.end() if gap else at
+            if at == len(self.held):
+                return None
+            is_line = self.is_fresh or "\n" in self.held[start:at]
+            found = []
+            formats = BY_BEGINNING.get(self.held[at], [])
+            for format in [*formats, *BY_BEGINNING["*"]] if self.openings else formats:
+                is_place = is_line if format.where == LINE else format.where == ANYWHERE
+                opening = opening_at(format.opening, self.held, at, self.toolbox)
+                if opening and (is_place or self.openings):
+                    found.append((*opening, format))
+            if any(end < 0 for _, end, _ in found):
+                return None
+            if not found:
+                is_object = self.held[at] == "{" and (is_line or self.openings)
+                return "object" if is_object else "", "", at
+            name, at, format = max(found, key=itemgetter(1))
+            if format in self.openings[opened:]:
+                break
+            self.openings.append(format)
+            if format.holds not in ("call", "object"):
+                return format.holds, name, at
+        return "", "", at
+
+    def read_object(self, name: str, at: int) -> Events:
         """Read an object; its arguments at once if they begin as a call's."""
-        was_short = len(self.head) < LONGEST_HEAD
-        self.head += self.held[: LONGEST_HEAD - len(self.head)]
-        self.body.append(self.held)
-        if was_short:
-            head = object_head(self.head, self.toolbox, self.is_sure())
-            if head is None and not self.is_sure():
-                self.held = ""
-                return self.refuse()
-            if head and head[1] and self.begin_arguments(*head):
-                return True
-        rest = self.reader.feed(self.held)
-        self.length += len(self.held) - len(rest or "")
-        self.held = ""
-        if self.length > LONGEST_CALL or self.reader.is_broken:
-            return self.refuse(min(self.length, LONGEST_CALL))
-        return rest is not None and self.judge(rest)
-
-    def begin_arguments(self, name: str, at: int) -> bool:
-        reader = JSONReader()
-        reader.feed(self.head[:at])
-        if not reader.is_strict:
-            return False
-        self.depth = len(reader.closers)
-        reader.take()
-        self.tell_call(name)
-        self.held, self.before, self.body = "".join(self.body)[at:], "", []
-        self.reader, self.step = reader, self.arguments
-        return True
-
-    def judge(self, rest: str) -> bool:
-        """Tell the calls in an object that has ended, or take it for text."""
+        reader, text, piece = JSONReader(), self.held[:at], self.held[at:]
         is_sure = self.is_sure()
-        calls = calls_in(parsed(self.reader.take()), self.toolbox, is_sure)
+        while True:
+            is_new = len(text) - at < LONGEST_HEAD
+            text += piece
+            self.held = ""
+            if is_new:
+                head = text[at : at + LONGEST_HEAD]
+                is_sure = is_sure or bool(OPENAI_OBJECT.match(head))
+                found = object_head(head, self.toolbox, is_sure)
+                if found is None and not is_sure:
+                    self.held = text
+                    return self.refuse()
+                name, begin = found or ("", 0)
+                arguments = JSONReader()
+                if begin:
+                    arguments.feed(head[:begin])
+                    arguments.take()
+                if begin and arguments.is_strict:
+                    self.tell_call(name)
+                    self.held = text[at + begin :]
+                    depth = len(arguments.closers)
+                    return (yield from self.read_arguments(arguments, depth))
+            rest = reader.feed(piece)
+            length = len(text) - at - len(rest or "")
+            if rest is not None or length > LONGEST_CALL:
+                break
+            if not (yield from self.more()):
+                is_cut = self.was_cut or reader.is_cut() or bool(name and not begin)
+                if is_cut and (is_sure or name):
+                    return self.drop()
+                reader.finish()
+                break
+            piece = self.held
+        calls = calls_in(parsed(reader.take()), self.toolbox, is_sure)
         known = all(self.toolbox.find(name) for name, _ in calls)
-        if not calls or not (known or is_sure and not self.strict):
-            return self.refuse(self.length)
-        for name, arguments in calls:
-            self.tell_call(name, arguments)
-        return self.close(rest)
+        is_call = known or (is_sure and not self.strict)
+        if reader.is_done and length <= LONGEST_CALL and calls and is_call:
+            for call in calls:
+                self.tell_call(*call)
+            self.held = rest or ""
+        else:
+            self.held = text
+            self.refuse(min(length, LONGEST_CALL))
 
-    def named(self) -> bool:
-        """Begin the arguments after an opening that holds the name."""
-        lead, brace, _ = self.held.partition("{")
+    def read_named(self, name: str, at: int) -> Events:
+        """Read the arguments after an opening that holds the name."""
         closing = self.openings[-1].closing
-        begun = lead.lstrip()
-        if re.match(TAG_BEGINS, begun) or (closing and begun.startswith(closing)):
-            self.step = self.tagged
-            return True
-        if not brace and len(lead) < LONGEST_LEAD:
-            return False
+        while True:
+            lead, brace, _ = self.held[at:].partition("{")
+            begun = lead.lstrip()
+            if TAG_BEGINS.match(begun) or (closing and begun.startswith(closing)):
+                return (yield from self.read_tagged(name, at))
+            if brace or len(lead) >= LONGEST_LEAD:
+                break
+            if not (yield from self.more()):
+                if LEAD.fullmatch(lead) or (self.was_cut and self.is_sure()):
+                    return self.drop()
+                return self.refuse()
         if not brace or not LEAD.fullmatch(lead):
             return self.refuse()
         if "```" in lead:
-            self.openings.append(ToolCallFormat("```", "```"))
-        self.tell_call(self.name)
-        self.held, self.before, self.depth = self.held[len(lead) :], "", 0
-        self.step = self.arguments
-        return True
+            self.openings.append(ToolCallFormat("object", "```", "```"))
+        self.tell_call(name)
+        self.held = self.held[at + len(lead) :]
+        yield from self.read_arguments(JSONReader(), 0)
 
-    def arguments(self) -> bool:
-        """Tell arguments as they are written."""
-        rest = self.reader.feed(self.held, self.depth)
-        told = self.reader.take()
-        self.held = ""
-        if self.reader.is_broken:
-            self.held, self.step = told, self.broken_arguments
-            return True
-        self.tell_arguments(told)
-        if rest is None:
-            return False
+    def read_arguments(self, reader: JSONReader, depth: int) -> Events:
+        """Tell arguments as they are written, and pass over what is around them."""
+        rest: str | None = None
+        while rest is None:
+            text, self.held = self.held, ""
+            rest = reader.feed(text, depth)
+            told = reader.take()
+            if reader.is_broken:
+                self.held = told
+                return (yield from self.read_broken_arguments())
+            self.tell_arguments(told)
+            if rest is None and not (yield from self.more()):
+                self.was_cut |= reader.is_cut()
+                if not self.was_cut:
+                    reader.finish(depth)
+                    self.tell_arguments(reader.take())
+                return
+        while depth and (rest := reader.feed(rest)) is None:
+            if not (yield from self.more()):
+                return
+            rest, self.held = self.held, ""
         self.held = rest
-        self.step = self.remainder
-        return bool(self.depth) or self.close(rest)
 
-    def broken_arguments(self) -> bool:
+    def read_broken_arguments(self) -> Events:
         """Tell the rest as it is, up to what closes the call."""
         closings = [o.closing for o in self.openings if o.closing]
-        ends = [self.held.find(c) for c in closings if c in self.held]
-        end = min(ends) if ends else len(self.held) - overhang(self.held, closings)
-        self.tell_arguments(self.held[:end])
-        self.held = self.held[end:]
-        return bool(ends) and self.close(self.held)
+        ends: list[int] = []
+        while not ends:
+            ends = [self.held.find(c) for c in closings if c in self.held]
+            end = min(ends) if ends else len(self.held) - overhang(self.held, closings)
+            self.tell_arguments(self.held[:end])
+            self.held = self.held[end:]
+            if not ends and not (yield from self.more()):
+                self.tell_arguments(self.held)
+                self.held = ""
+                return
 
-    def remainder(self) -> bool:
-        """Pass over what an object holds after its arguments."""
-        rest = self.reader.feed(self.held)
-        self.held = ""
-        return rest is not None and self.close(rest)
-
-    def tagged(self) -> bool:
+    def read_tagged(self, name: str, at: int) -> Events:
         """Read tags up to what closes them."""
         closing = self.openings[-1].closing
-        text = self.tail + self.held
-        end = text.find(closing)
-        length = self.length - len(self.tail) + (len(text) if end < 0 else end)
-        self.body.append(self.held)
-        self.held = ""
-        if length > LONGEST_CALL:
+        text, self.held = self.held, ""
+        looked = at
+        while (end := text.find(closing, looked)) < 0 and len(text) <= LONGEST_CALL:
+            looked = max(at, len(text) - len(closing) + 1)
+            if not (yield from self.more()):
+                if self.was_cut or TAGGED.search(TAGGED_END.split(text)[-1]):
+                    return self.drop()
+                break
+            text += self.held
+            self.held = ""
+        self.held = text
+        end = len(text) if end < 0 else end
+        if end > LONGEST_CALL:
             return self.refuse(LONGEST_CALL)
-        if end >= 0:
-            return self.tell_tagged("".join(self.body), length - len(self.before))
-        self.length, self.tail = length, text[1 - len(closing) :]
-        return False
+        arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
+        self.tell_call(name, compact(arguments))
+        self.held = self.held[end:]
 
-    def tell_tagged(self, text: str, end: int) -> bool:
-        tool = self.toolbox.find(self.name)
-        arguments = tagged_arguments(self.before + text[:end], tool)
-        self.tell_call(self.name, compact(arguments))
-        return self.close(text[end:])
-
-    def python(self) -> bool:
+    def read_python(self, name: str, at: int) -> Events:
         """Read a call in Python to its last bracket."""
-        text = self.held[:LONGEST_PYTHON]
-        while self.depth and (part := PYTHON_PART.match(text, self.at)):
-            if part["text"] and part.end() == len(text):
-                break  # two quotes may become three
-            self.at = part.end()
-            self.depth += bool(part["open"]) - bool(part["close"])
-        if self.depth:
-            is_open = text[self.at : self.at + 3] in ('"""', "'''")
-            if len(text) < LONGEST_PYTHON and (is_open or "\n" not in text[self.at :]):
-                return False
-            return self.refuse(len(self.before) + len(text))
-        tool = self.toolbox.find(self.name)
-        arguments = python_arguments(f"({text[: self.at]}", tool)
+        begin, depth = at, 1
+        while True:
+            text = self.held[: begin + LONGEST_PYTHON]
+            while depth and (part := PYTHON_PART.match(text, at)):
+                if part["text"] and part.end() == len(text):
+                    break  # two quotes may become three
+                at = part.end()
+                depth += bool(part["open"]) - bool(part["close"])
+            is_open = text[at : at + 3] in ('"""', "'''")
+            is_long = len(text) == begin + LONGEST_PYTHON
+            if not depth or is_long or ("\n" in text[at:] and not is_open):
+                break
+            if not (yield from self.more()):
+                return self.drop()
+        arguments = None
+        if not depth:
+            tool = self.toolbox.find(name)
+            arguments = python_arguments(f"({text[begin:at]}", tool)
         if arguments is None:
-            return self.refuse(len(self.before) + self.at)
-        self.tell_call(self.name, compact(arguments))
+            return self.refuse(at if not depth else len(text))
+        self.tell_call(name, compact(arguments))
         self.openings.pop()
-        return self.close(self.held[self.at :])
+        self.held = self.held[at:]
 
-    def result(self) -> bool:
-        """What a tool gives is not the model's to say: after a call, all is said."""
-        self.is_over = self.calls > 0
-        self.held = "" if self.is_over else self.held
-        return not self.is_over and self.refuse()
-
-    def after(self) -> bool:
+    def read_closings(self) -> Events:
         """Drop what closes the openings of a call, and a bracket too many."""
-        space = GAP.match(self.held)
-        rest = self.held[space.end() :] if space else ""
-        for depth, opening in reversed(list(enumerate(self.openings))):
-            if opening.closing and rest.startswith(opening.closing):
-                self.held = rest.removeprefix(opening.closing)
-                del self.openings[depth:]
-                return True
-        if rest[:1] in ("}", "]") and self.is_sure():
-            self.held = rest[1:]
-            return True
-        if not rest or any(o.closing.startswith(rest) for o in self.openings):
-            return False
-        self.step = self.seek
-        return True
+        while True:
+            gap = GAP.match(self.held)
+            rest = self.held[gap.end() :] if gap else ""
+            closings = [opening.closing for opening in self.openings]
+            closed = [i for i, c in enumerate(closings) if c and rest.startswith(c)]
+            if closed:
+                self.held = rest.removeprefix(closings[closed[-1]])
+                del self.openings[closed[-1] :]
+            elif rest[:1] in ("}", "]") and self.is_sure():
+                self.held = rest[1:]
+            elif rest and not any(closing.startswith(rest) for closing in closings):
+                return
+            elif not (yield from self.more()):
+                self.held = ""
+                return
 
 
 # ==== 6. OBJECTS ==============================================================

@@ -7659,6 +7659,7 @@ CALLING = [dialect for dialect in proxy.TOOL_CALL_FORMATS if dialect.holds != "r
 @pytest.mark.parametrize("dialect", CALLING, ids=lambda d: d.opening)
 def test_a_call_is_heard_in_every_dialect(dialect):
     holds = {
+        "call": '{"name":"get_weather","arguments":{"city":"Paris"}}',
         "object": '{"name":"get_weather","arguments":{"city":"Paris"}}',
         "named": '{"city":"Paris"}',
         "python": 'city="Paris")',
