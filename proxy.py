@@ -22,6 +22,7 @@ Each section uses only names from those above it.
 
     1. Ground
         Errors              what a client is told went wrong
+        Values              JSON values of any shape, and numbers
         Settings            what the operator chooses, read once from the environment
         Models              which models there are, read from models.json
     2. Requests
@@ -223,6 +224,83 @@ def quoted(value: Any) -> str:
     return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
+# -- Values --------------------------------------------------------------------
+#
+# JSON values of any shape, and numbers.
+
+
+KINDS: dict[type, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a decimal",
+    bool: "a boolean",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def as_object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def without(object: Json, names: Collection[str]) -> Json:
+    return {name: value for name, value in object.items() if name not in names}
+
+
+def without_nulls(message: Json) -> Json:
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def wrap(value: Any, low: float | None, high: float | None) -> Any:
+    """Bring a seed into bounds, so that different seeds stay different."""
+    if low is None or high is None:
+        return clamp(value, low, high)
+    return low + (value - low) % (high - low + 1)
+
+
+def clamp(value: Any, low: float | None, high: float | None) -> Any:
+    raised = value if low is None else max(value, low)
+    return raised if high is None else min(raised, high)
+
+
+def reject_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def finite_float(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None if it is not one."""
+    try:
+        return json.loads(
+            text, parse_constant=reject_constant, parse_float=finite_float
+        )
+    except (ValueError, RecursionError):
+        return None
+
+
+# One encoder for all: json.dumps makes a new one for each value.
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 # -- Settings ------------------------------------------------------------------
 #
 # Nothing else reads the environment, except for HTTPS_PROXY. To add a setting: a
@@ -365,7 +443,7 @@ def parse_env_file(text: str) -> dict[str, str]:
 #
 # models.json says which model a name stands for. It is read again when it has
 # changed. To add a model: a row in models.json. To add a key: a field of
-# ModelConfig, and a row in `models_rules`.
+# ModelConfig, and a row in `config_rules`.
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -412,14 +490,6 @@ def without_version(ref: str) -> str:
     return ref.partition(":")[0]
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def is_ref(value: Any) -> bool:
     return isinstance(value, str) and bool(REF.fullmatch(value))
 
@@ -433,65 +503,62 @@ def is_range(value: Any) -> bool:
     )
 
 
-class Rule(NamedTuple):
-    """What a value in models.json has to be."""
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, what is expected
 
-    is_valid: Callable[[Any], bool]
-    expected: str
-    keys: Mapping[str, Rule] = {}  # the only keys that an object may have
-    each: Rule | None = None  # what every value of an object is, whatever its key
+AN_OBJECT: Rule = (is_object, "an object")
+
+A_REF: Rule = (is_ref, "owner/name")
+
+ROOT_RULES = {
+    "default_model": (lambda v: v is None or is_ref(v), "owner/name"),
+    "mappings": AN_OBJECT,
+    "model_configs": AN_OBJECT,
+}
 
 
-def models_rules(families: Iterable[str]) -> Rule:
+def config_rules(families: Sequence[str]) -> dict[str, Rule]:
     names = ["", *families]
-    ref = Rule(is_ref, "owner/name")
-    config = {
-        "max_tokens": Rule(
-            lambda v: type(v) is int and v >= 1, "a whole number from 1"
-        ),
-        "temperature_range": Rule(is_range, "two numbers, the lower one first"),
-        "supports_streaming": Rule(lambda v: isinstance(v, bool), "true or false"),
-        "family": Rule(lambda v: v in names, f"one of {', '.join(names[1:])}"),
-        "input": Rule(is_object, "an object"),
+    return {
+        "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+        "temperature_range": (is_range, "two numbers, the lower one first"),
+        "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
+        "family": (lambda v: v in names, f"one of {', '.join(families)}"),
+        "input": AN_OBJECT,
     }
-    row = Rule(is_object, "an object", keys=config)
-    root = {
-        "default_model": Rule(lambda v: v is None or is_ref(v), "owner/name"),
-        "mappings": Rule(is_object, "an object", each=ref),
-        "model_configs": Rule(is_object, "an object", each=row),
-    }
-    return Rule(is_object, "an object", keys=root)
 
 
-def check_rule(value: Any, rule: Rule, path: str = "$") -> None:
+def check_rule(value: Any, rule: Rule, path: str) -> None:
+    is_valid, expected = rule
+    if not is_valid(value):
+        raise ConfigError(f"{path}: expected {expected}.")
+
+
+def check_object(value: Any, rules: Mapping[str, Rule], path: str) -> Json:
+    """Return an object without its comments; raise ConfigError if it breaks a rule."""
+    check_rule(value, AN_OBJECT, path)
+    row = {key: item for key, item in value.items() if not key.startswith("_")}
+    unknown = (lambda _: False, f"one of {', '.join(rules)}")
+    for key, item in row.items():
+        check_rule(item, rules.get(key, unknown), f"{path}.{key}")
+    return row
+
+
+def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models:
     """Raise ConfigError with the JSON path of what is wrong and what was expected."""
-    if not rule.is_valid(value):
-        raise ConfigError(f"{path}: expected {rule.expected}.")
-    if rule.each:
-        for name, item in value.items():
-            check_rule(item, rule.each, f'{path}["{name}"]')
-    if rule.keys:
-        for key, item in without_comments(value).items():
-            if key not in rule.keys:
-                names = ", ".join(rule.keys)
-                raise ConfigError(f"{path}.{key}: expected one of {names}.")
-            check_rule(item, rule.keys[key], f"{path}.{key}")
-
-
-def without_comments(row: Json) -> Json:
-    return {key: value for key, value in row.items() if not key.startswith("_")}
-
-
-def parse_models(text: str, families: Iterable[str], created: int = 0) -> Models:
-    """Raise ConfigError if it is not JSON, or breaks a rule of `models_rules`."""
     try:
-        root = json.loads(text.removeprefix("\ufeff"))
+        value = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not JSON: {error}") from None
-    check_rule(root, models_rules(families))
-    rows = root.get("model_configs", {}).items()
-    configs = {ref: ModelConfig(**without_comments(row)) for ref, row in rows}
-    return Models(root.get("mappings", {}), root.get("default_model"), configs, created)
+    root = check_object(value, ROOT_RULES, "$")
+    mappings = root.get("mappings", {})
+    for name, ref in mappings.items():
+        check_rule(ref, A_REF, f'$.mappings["{name}"]')
+    rules = config_rules(families)
+    configs = {
+        ref: ModelConfig(**check_object(row, rules, f'$.model_configs["{ref}"]'))
+        for ref, row in root.get("model_configs", {}).items()
+    }
+    return Models(mappings, root.get("default_model"), configs, created)
 
 
 class ModelsFile:
@@ -541,16 +608,12 @@ def find_model(models: Models, id: str) -> Model:
         return models.model(id, id)
     if models.default_model:
         return models.model(id, models.default_model, is_default=True)
-    raise unknown_model(id)
-
-
-def unknown_model(id: str, why: str = "") -> APIError:
-    message = f"The model `{id}` does not exist or you do not have access to it."
-    remedy = (
-        "Use a name that GET /v1/models lists, or a model of Replicate as owner/name."
+    raise APIError(
+        404,
+        f"The model `{id}` does not exist or you do not have access to it. Use a name "
+        "that GET /v1/models lists, or a model of Replicate as owner/name.",
+        code="model_not_found",
     )
-    text = " ".join(filter(None, [message, why, remedy]))
-    return APIError(404, text, code="model_not_found")
 
 
 # ==== 2. REQUESTS =============================================================
@@ -612,10 +675,6 @@ def unsupported_content_type(content_type: str) -> APIError:
     )
 
 
-def reject_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
     """Raise ValueError, as two readers might take different ones of the values."""
     object: Json = dict(pairs)
@@ -624,13 +683,6 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
         twice = next(name for name, after in pairwise(names) if name == after)
         raise ValueError(f"the key {json.dumps(twice)} twice")
     return object
-
-
-def finite_float(text: str) -> float:
-    number = float(text)
-    if not isfinite(number):
-        raise ValueError(text)
-    return number
 
 
 class Param(NamedTuple):
@@ -650,16 +702,6 @@ class Param(NamedTuple):
 STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dict,)
 
 NUMBER = (int, float)
-
-KINDS: dict[type, str] = {
-    str: "a string",
-    int: "an integer",
-    float: "a decimal",
-    bool: "a boolean",
-    list: "an array",
-    dict: "an object",
-    type(None): "null",
-}
 
 MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
 
@@ -962,34 +1004,6 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
             f"Invalid '{path}': {noun} too long. Expected {expected} {size} instead."
         )
         raise APIError(400, message, code=f"{noun}_above_max_length", param=path)
-
-
-def as_object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def without(object: Json, names: Collection[str]) -> Json:
-    return {name: value for name, value in object.items() if name not in names}
-
-
-def wrap(value: Any, low: float | None, high: float | None) -> Any:
-    """Bring a seed into bounds, so that different seeds stay different."""
-    if low is None or high is None:
-        return clamp(value, low, high)
-    return low + (value - low) % (high - low + 1)
-
-
-def clamp(value: Any, low: float | None, high: float | None) -> Any:
-    raised = value if low is None else max(value, low)
-    return raised if high is None else min(raised, high)
-
-
-# One encoder for all: json.dumps makes a new one for each value.
-compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 # -- Messages ------------------------------------------------------------------
@@ -1455,16 +1469,6 @@ def native_inputs(api: str, wanted: Wanted) -> Json:
     return {**inputs, "response_format": {**type, **named}}
 
 
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None if it is not one."""
-    try:
-        return json.loads(
-            text, parse_constant=reject_constant, parse_float=finite_float
-        )
-    except (ValueError, RecursionError):
-        return None
-
-
 def plain_history(messages: Messages) -> Messages:
     """Calls and their results as text, in the form that `tool_instructions` teaches."""
     plain: Messages = []
@@ -1522,10 +1526,6 @@ def plain_content(content: str | list[Json]) -> str | list[Json]:
     if isinstance(content, str) or all(part["type"] in WORDS for part in content):
         return text_of(content)
     return [without_nulls(part) for part in content]
-
-
-def without_nulls(message: Json) -> Json:
-    return {name: value for name, value in message.items() if value is not None}
 
 
 Turns = list[tuple[str, str]]  # each a role and a text
