@@ -661,18 +661,14 @@ def parse_json_body(data: bytes, content_type: str) -> Json:
     except ValueError as error:
         why = f"it holds {error}"
     if "json" not in content_type:
-        raise unsupported_content_type(content_type)
+        raise APIError(
+            400,
+            f"Unsupported content type: '{content_type}'. This API method only accepts "
+            "'application/json' requests. Please send one with the header "
+            "'Content-Type: application/json'.",
+            code="unsupported_content_type",
+        )
     raise APIError(400, f"{NOT_JSON}{why}.")
-
-
-def unsupported_content_type(content_type: str) -> APIError:
-    return APIError(
-        400,
-        f"Unsupported content type: '{content_type}'. This API method only accepts "
-        "'application/json' requests. Please send one with the header "
-        "'Content-Type: application/json'.",
-        code="unsupported_content_type",
-    )
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
@@ -881,20 +877,18 @@ COMPLETION = {
     "best_of": Param(refused=ALL_CHOICES, choices=(1,)),
 }
 
-IGNORED = frozenset(
-    (
-        "user",
-        "safety_identifier",
-        "store",
-        "metadata",
-        "service_tier",
-        "prediction",
-        "moderation",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-    )
-)
+IGNORED = {
+    "user",
+    "safety_identifier",
+    "store",
+    "metadata",
+    "service_tier",
+    "prediction",
+    "moderation",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+}
 
 
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
@@ -916,26 +910,35 @@ def missing_parameter(path: str) -> APIError:
 
 
 def check_param(path: str, value: Any, param: Param) -> Any:
+    """Return a value in the form that code below reads; raise 400 if it is wrong."""
     if value is None:
         raise missing_parameter(path)
     if param.refused:
-        check_refused(path, value, param)
+        message = (
+            f"Unsupported parameter: '{path}' is not supported here. {param.refused}"
+        )
+        harmless = any(type(value) is type(c) and value == c for c in param.choices)
+        require(harmless, message, code="unsupported_parameter", param=path)
         return param.default
     check_kind(path, value, param.kinds)
     if isinstance(value, str) and param.items == STRING:
         value = [value]  # one string stands for an array of one
-    if isinstance(value, NUMBER):
+    if is_number(value):
         check_number(path, value, param)
     if isinstance(value, (str, list)):
         check_length(path, value, param)
     if param.choices and not isinstance(value, dict):
-        check_choice(path, value, param.choices)
-    if isinstance(value, str) and param.pattern:
-        check_pattern(path, value, param.pattern)
-    return check_inside(path, value, param)
-
-
-def check_inside(path: str, value: Any, param: Param) -> Any:
+        *some, last = [f"'{choice}'" for choice in param.choices]
+        listed = f"{', '.join(some)}, and {last}" if some else last
+        message = f"Invalid value: '{value}'. Supported values are: {listed}."
+        require(value in param.choices, message, code="invalid_value", param=path)
+    if param.pattern and isinstance(value, str):
+        message = (
+            f"Invalid '{path}': string does not match pattern. Expected a string that "
+            f"matches the pattern '^{param.pattern}$'."
+        )
+        matches = re.fullmatch(param.pattern, value)
+        require(matches, message, code="invalid_value", param=path)
     if isinstance(value, list):
         for index, item in enumerate(value):
             check_kind(f"{path}[{index}]", item, param.items)
@@ -946,12 +949,6 @@ def check_inside(path: str, value: Any, param: Param) -> Any:
     return value
 
 
-def check_refused(path: str, value: Any, param: Param) -> None:
-    message = f"Unsupported parameter: '{path}' is not supported here. {param.refused}"
-    asks_for_nothing = any(type(value) is type(c) and value == c for c in param.choices)
-    require(asks_for_nothing, message, code="unsupported_parameter", param=path)
-
-
 def check_kind(path: str, value: Any, kinds: tuple[type, ...]) -> None:
     if type(value) in kinds:
         return
@@ -960,22 +957,6 @@ def check_kind(path: str, value: Any, kinds: tuple[type, ...]) -> None:
     got = f"expected {expected}, but got {KINDS[type(value)]} instead."
     message = f"Invalid type for '{path}': {got}"
     raise APIError(400, message, code="invalid_type", param=path)
-
-
-def check_choice(path: str, value: str, choices: Sequence[str]) -> None:
-    if value in choices:
-        return
-    *some, last = [f"'{choice}'" for choice in choices]
-    listed = f"{', '.join(some)}, and {last}" if some else last
-    message = f"Invalid value: '{value}'. Supported values are: {listed}."
-    raise APIError(400, message, code="invalid_value", param=path)
-
-
-def check_pattern(path: str, value: str, pattern: str) -> None:
-    expected = f"Expected a string that matches the pattern '^{pattern}$'."
-    message = f"Invalid '{path}': string does not match pattern. {expected}"
-    matches = re.fullmatch(pattern, value)
-    require(matches, message, code="invalid_value", param=path)
 
 
 def check_number(path: str, value: float, param: Param) -> None:
@@ -1009,8 +990,9 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
 # -- Messages ------------------------------------------------------------------
 #
 # Checks of messages that tables can't express, and the form that all code below
-# reads: content is never null, an attachment is a link or a plain data: URL, calls
-# are tool_calls, and results have the role `tool`. To add a type of part: a row in
+# reads: no field is null, content is a string unless something is attached, an
+# attachment is a link or a plain data: URL, calls are tool_calls, and results have
+# the role `tool`. To add a type of part: a row in
 # PART, and one in ATTACHABLE.
 
 
@@ -1024,6 +1006,11 @@ def text_of(content: str | list[Json]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part[part["type"]] for part in content if part["type"] in WORDS)
+
+
+def join_texts(parts: list[Json]) -> str | list[Json]:
+    """A string where nothing is attached, as every model knows one."""
+    return text_of(parts) if all(part["type"] in WORDS for part in parts) else parts
 
 
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
@@ -1082,7 +1069,7 @@ def parse_part(part: Json, path: str) -> Json:
     """Bring the URL of an attachment to a form that any model reads; or raise 400."""
     kind = part["type"]
     if kind in WORDS:
-        return part
+        return without_nulls(part)
     key, expected, code = ATTACHABLE[kind]
     path, url = f"{path}.{kind}.{key}", url_of(part).strip()
     if not LINK.fullmatch(url):
@@ -1095,7 +1082,7 @@ def parse_part(part: Json, path: str) -> Json:
             require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
             attached = attached._replace(kind=media_type)
         url = attached.base64 if key == "data" else attached.url
-    return {**part, kind: {**part[kind], key: url}}
+    return without_nulls({**part, kind: {**part[kind], key: url}})
 
 
 def read_data_url(url: str) -> Attachment | None:
@@ -1148,11 +1135,10 @@ def parse_messages(messages: list[Json]) -> Messages:
             if not may_lack.get(message["role"]):
                 raise missing_parameter(path)
         if isinstance(content, list):
-            content = [
-                parse_part(part, f"{path}[{n}]") for n, part in enumerate(content)
-            ]
+            parts = [parse_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
+            content = join_texts(parts)
         named = {"content": content or "", "name": message["name"] or None}
-        parsed.append({**without(message, ["refusal"]), **named})
+        parsed.append(without_nulls({**message, "refusal": None, **named}))
     check_pairing(parsed)
     return functions_as_tools(parsed)
 
@@ -1170,9 +1156,9 @@ def check_pairing(messages: Messages) -> None:
         where = f"messages.[{index}]"
         if message["role"] != "tool":
             check_answered(results, index)
-            results = {call["id"]: -1 for call in message["tool_calls"] or []}
+            results = {call["id"]: -1 for call in message.get("tool_calls", [])}
             continue
-        id = message["tool_call_id"]
+        id = message.get("tool_call_id")
         if not id:
             raise missing_parameter(f"messages[{index}].tool_call_id")
         require(results, NO_CALL_BEFORE, param=f"{where}.role")
@@ -1207,31 +1193,22 @@ def functions_as_tools(messages: Messages) -> Messages:
     translated: Messages = []
     open_call = ""  # the id of a call that has no result yet
     for index, message in enumerate(messages):
-        function = message["function_call"]
-        message = without(message, ["function_call"])
+        id = f"call_{index}"
+        function = message.pop("function_call", None)
         if message["role"] == "function":
+            function = {"name": message.pop("name", ""), "arguments": "{}"}
             if not open_call:
-                function = {"name": message["name"] or "", "arguments": "{}"}
-                open_call = f"call_{index}"
-                translated.append(
-                    {
-                        "role": "assistant",
-                        "content": "",
-                        "tool_calls": [tool_call(open_call, function)],
-                    }
-                )
-            message |= {"role": "tool", "tool_call_id": open_call, "name": None}
+                calls = [{"id": id, "type": "function", "function": function}]
+                call = {"role": "assistant", "content": "", "tool_calls": calls}
+                translated.append(call)
+            message |= {"role": "tool", "tool_call_id": open_call or id}
             open_call = ""
         elif function:
-            open_call = f"call_{index}"
-            calls = [*(message["tool_calls"] or []), tool_call(open_call, function)]
-            message["tool_calls"] = calls
+            call = {"id": id, "type": "function", "function": function}
+            message["tool_calls"] = [*message.get("tool_calls", []), call]
+            open_call = id
         translated.append(message)
     return translated
-
-
-def tool_call(id: str, function: Json) -> Json:
-    return {"id": id, "type": "function", "function": function}
 
 
 # -- Tools ---------------------------------------------------------------------
@@ -1348,13 +1325,6 @@ def parse_response_format(body: Json) -> ResponseFormat | None:
     return ResponseFormat(**{key: asked["json_schema"][key] for key in JSON_SCHEMA})
 
 
-class Wanted(NamedTuple):
-    """What an answer has to be besides text."""
-
-    toolbox: Toolbox | None = None
-    format: ResponseFormat | None = None
-
-
 # ==== 3. INPUTS ===============================================================
 
 
@@ -1445,28 +1415,26 @@ def function_object(tool: Tool) -> Json:
     return {name: value for name, value in fields.items() if value not in ("", {})}
 
 
-def native_inputs(api: str, wanted: Wanted) -> Json:
+def native_inputs(
+    api: str, toolbox: Toolbox | None, format: ResponseFormat | None
+) -> Json:
     """Tools and format as `chat` completions have them, or the API of `responses`."""
     inputs: Json = {}
-    toolbox, format = wanted
     if toolbox:
-        functions = map(function_object, toolbox.tools)
-        inputs["tools"] = [
-            {"type": "function", **({"function": f} if api == "chat" else f)}
-            for f in functions
-        ]
-    if not format:
-        return inputs
-    schema: Json = {}
-    if format.name:
-        about = {"description": format.description} if format.description else {}
-        schema = {"name": format.name, **about}
-        schema |= {"schema": format.schema, "strict": format.strict}
-    type = {"type": "json_schema" if schema else "json_object"}
-    if api == "responses":  # openai/gpt-5-structured has its own name for it
-        return {**inputs, "json_schema": {"format": {**type, **schema}}}
-    named = {"json_schema": schema} if schema else {}
-    return {**inputs, "response_format": {**type, **named}}
+        functions = [function_object(tool) for tool in toolbox.tools]
+        if api == "chat":
+            functions = [{"function": function} for function in functions]
+        inputs["tools"] = [{"type": "function", **function} for function in functions]
+    if format:
+        schema = {k: v for k, v in format._asdict().items() if v != ""}
+        schema = schema if format.name else {}
+        type = {"type": "json_schema" if schema else "json_object"}
+        if api == "responses":  # openai/gpt-5-structured has its own name for it
+            inputs["json_schema"] = {"format": {**type, **schema}}
+        else:
+            named = {"json_schema": schema} if schema else {}
+            inputs["response_format"] = {**type, **named}
+    return inputs
 
 
 def plain_history(messages: Messages) -> Messages:
@@ -1477,7 +1445,7 @@ def plain_history(messages: Messages) -> Messages:
     for are_results, group in by_kind:
         if not are_results:
             for message in group:
-                calls = message.get("tool_calls") or []
+                calls = message.get("tool_calls", [])
                 names |= {call["id"]: call["function"]["name"] for call in calls}
                 plain.append(render_calls(message))
             continue
@@ -1485,18 +1453,19 @@ def plain_history(messages: Messages) -> Messages:
         for message in group:
             text = render_result(message, names)
             parts += with_attachments("\n" + text if parts else text, message)
-        plain.append({"role": "user", "content": plain_content(parts)})
+        plain.append({"role": "user", "content": join_texts(parts)})
     return plain
 
 
 def render_calls(message: Json) -> Json:
-    functions = [call["function"] for call in message.get("tool_calls") or []]
-    content = message.get("content") or ""
-    if not functions:
-        return {**message, "content": content}
-    lines = [text_of(content)] if text_of(content) else []
-    parts = with_attachments("\n".join([*lines, *map(render_call, functions)]), message)
-    return {"role": message["role"], "content": plain_content(parts)}
+    """The message with its calls as text in its content."""
+    if not message.get("tool_calls"):
+        return message
+    lines = [render_call(call["function"]) for call in message["tool_calls"]]
+    if text := text_of(message["content"]):
+        lines.insert(0, text)
+    parts = with_attachments("\n".join(lines), message)
+    return {"role": message["role"], "content": join_texts(parts)}
 
 
 def render_call(function: Json) -> str:
@@ -1515,17 +1484,10 @@ def render_result(message: Json, names: Mapping[str, str]) -> str:
 
 def with_attachments(text: str, message: Json) -> list[Json]:
     """A text in place of the message's own, and what is attached to the message."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
+    content = message["content"]
+    parts = [] if isinstance(content, str) else content
     attached = [part for part in parts if part["type"] not in WORDS]
     return [{"type": "text", "text": text}, *attached]
-
-
-def plain_content(content: str | list[Json]) -> str | list[Json]:
-    """A string where nothing is attached, as every model knows one."""
-    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
-        return text_of(content)
-    return [without_nulls(part) for part in content]
 
 
 Turns = list[tuple[str, str]]  # each a role and a text
@@ -1629,12 +1591,10 @@ render_llama_4 = partial(
 
 def render_messages(messages: Messages, system: str, _: str) -> Json:
     """The model takes messages: they are only brought to the roles that all know."""
-    given = [
-        {**without_nulls(message), "content": plain_content(message["content"])}
-        for message in messages
-    ]
     roles = {"developer": system, "system": system}
-    return {"messages": [{**m, "role": roles.get(m["role"], m["role"])} for m in given]}
+    return {
+        "messages": [{**m, "role": roles.get(m["role"], m["role"])} for m in messages]
+    }
 
 
 def render_response_items(messages: Messages, system: str, _: str) -> Json:
@@ -1648,7 +1608,7 @@ def render_response_items(messages: Messages, system: str, _: str) -> Json:
             result = {"type": "function_call_output", "output": text}
             items.append({**result, "call_id": message["tool_call_id"]})
             continue
-        calls = message.get("tool_calls") or []
+        calls = message.get("tool_calls", [])
         if text or not calls:
             items.append({"role": message["role"], "content": text})
         items += [
@@ -1941,7 +1901,7 @@ ACCEPTED = {
 }
 
 NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
-DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
+DOCUMENTED = {*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI
 
 JSON_TYPES = {
     "string": STRING,
@@ -2237,16 +2197,23 @@ class PredictionInput(NamedTuple):
     seed: Field | None = None  # the input that choices differ in: the client named it
 
 
-def with_wanted(body: Json, family: Family, wanted: Wanted) -> Json:
+def with_tools_and_format(
+    body: Json, family: Family, toolbox: Toolbox | None, format: ResponseFormat | None
+) -> Json:
     """The body with tools, format, calls and results as the family takes them."""
-    toolbox, format = wanted
+    inputs: Json = {}
+    messages = body["messages"]
+    texts = []
     if family.native:
-        inputs, messages = native_inputs(family.native, wanted), body["messages"]
-        texts = [native_tool_instructions(toolbox)] if toolbox else []
+        inputs = native_inputs(family.native, toolbox, format)
+        if toolbox:
+            texts = [native_tool_instructions(toolbox)]
     else:
-        inputs, messages = {}, plain_history(body["messages"])
-        texts = [tool_instructions(toolbox)] if toolbox else []
-        texts += [json_instructions(format)] if format else []
+        messages = plain_history(messages)
+        if toolbox:
+            texts.append(tool_instructions(toolbox))
+        if format:
+            texts.append(json_instructions(format))
     first = [{"role": "system", "content": text} for text in texts if text]
     return {
         **body,
@@ -2345,7 +2312,10 @@ def place_attachments(
         return messages, placed
     moved = {kind for kind, slot in family.slots.items() if slot.name}
     rest = [
-        {**message, "content": [p for p in content if p["type"] not in moved]}
+        {
+            **message,
+            "content": join_texts([p for p in content if p["type"] not in moved]),
+        }
         if isinstance(content := message["content"], list)
         else message
         for message in messages
@@ -5976,14 +5946,15 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
     chosen = find_model(proxy.models.current(), body["model"])
     kinds = {kind for kind, _ in attachments(body["messages"])}
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
-    wanted = Wanted(parse_toolbox(body), parse_response_format(body))
-    body = with_wanted(body, family, wanted)
+    toolbox, format = parse_toolbox(body), parse_response_format(body)
+    body = with_tools_and_format(body, family, toolbox, format)
     generation = Generation(
         proxy,
         request,
         body,
         [build_chat_input(body, chosen, family)],
-        *wanted,
+        toolbox,
+        format,
         partial(build_retry_input, body, chosen, family),
     )
     return generation.respond("chatcmpl-", chat_completion, chat_stream)
