@@ -711,8 +711,6 @@ NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
 
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
 
-ALL_CHOICES = "All choices are returned, with n."
-
 STREAM_OPTIONS = {
     "include_usage": Param(BOOLEAN, default=False),
     "include_obfuscation": Param(BOOLEAN),
@@ -745,34 +743,31 @@ SAMPLING = {
     "replicate": Param(OBJECT, default={}),  # into the input, over all else
 }
 
-PART = {
-    "type": Param(
-        STRING,
-        required=True,
-        choices=("text", "refusal", "image_url", "input_audio", "file"),
-    ),
-    "text": Param(STRING, by_type=True),
-    "refusal": Param(STRING, by_type=True),
-    "image_url": Param(
-        OBJECT, by_type=True, each={"url": Param(STRING, 1, required=True)}
-    ),
-    "input_audio": Param(
-        OBJECT,
-        by_type=True,
-        each={
-            "data": Param(STRING, 1, required=True),
-            "format": Param(STRING, required=True, choices=("wav", "mp3")),
-        },
-    ),
-    "file": Param(
-        OBJECT,
-        by_type=True,
-        each={
-            "file_id": Param(refused="No files are kept here. Send it as file_data."),
-            "file_data": Param(STRING, 1, required=True),
-        },
-    ),
+
+def one_of(*others: str, **rows: Param) -> dict[str, Param]:
+    """What an object holds whose `type` names the parameter that it needs, or none."""
+    type = Param(STRING, required=True, choices=(*others, *rows))
+    needed = {name: row._replace(by_type=True) for name, row in rows.items()}
+    return {"type": type, **needed}
+
+
+INPUT_AUDIO = {
+    "data": Param(STRING, 1, required=True),
+    "format": Param(STRING, required=True, choices=("wav", "mp3")),
 }
+
+FILE = {
+    "file_id": Param(refused="No files are kept here. Send it as file_data."),
+    "file_data": Param(STRING, 1, required=True),
+}
+
+PART = one_of(
+    text=Param(STRING),
+    refusal=Param(STRING),
+    image_url=Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
+    input_audio=Param(OBJECT, each=INPUT_AUDIO),
+    file=Param(OBJECT, each=FILE),
+)
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 
@@ -783,15 +778,13 @@ FUNCTION = {
     "strict": Param(BOOLEAN),
 }
 
-TOOL = {
-    "type": Param(STRING, required=True, choices=("function", "custom")),
-    "function": Param(OBJECT, by_type=True, each=FUNCTION),
-    "custom": Param(
-        by_type=True,
+TOOL = one_of(
+    function=Param(OBJECT, each=FUNCTION),
+    custom=Param(
         refused="Replicate's models can't be given custom tools. Use one of type "
-        "'function'.",
+        "'function'."
     ),
-}
+)
 
 NAME_ONLY = {"name": Param(STRING, 1, required=True)}
 
@@ -805,11 +798,10 @@ ALLOWED_TOOLS = {
     "tools": Param(ARRAY, 1, required=True, items=OBJECT, each=NAMED_TOOL),
 }
 
-TOOL_CHOICE = {
-    "type": Param(STRING, required=True, choices=("function", "allowed_tools")),
-    "function": Param(OBJECT, by_type=True, each=NAME_ONLY),
-    "allowed_tools": Param(OBJECT, by_type=True, each=ALLOWED_TOOLS),
-}
+TOOL_CHOICE = one_of(
+    function=Param(OBJECT, each=NAME_ONLY),
+    allowed_tools=Param(OBJECT, each=ALLOWED_TOOLS),
+)
 
 FUNCTION_CALL = {**NAME_ONLY, "arguments": Param(STRING, required=True)}
 
@@ -838,12 +830,9 @@ JSON_SCHEMA = {
     "strict": Param(BOOLEAN, default=False),
 }
 
-RESPONSE_FORMAT = {
-    "type": Param(
-        STRING, required=True, choices=("text", "json_object", "json_schema")
-    ),
-    "json_schema": Param(OBJECT, by_type=True, each=JSON_SCHEMA),
-}
+RESPONSE_FORMAT = one_of(
+    "text", "json_object", json_schema=Param(OBJECT, each=JSON_SCHEMA)
+)
 
 CHAT = {
     **SAMPLING,
@@ -874,7 +863,7 @@ COMPLETION = {
         refused="Replicate's models don't fill in the middle.", choices=("",)
     ),
     "logprobs": Param(refused=NO_LOGPROBS),
-    "best_of": Param(refused=ALL_CHOICES, choices=(1,)),
+    "best_of": Param(refused="All choices are returned, with n.", choices=(1,)),
 }
 
 IGNORED = {
