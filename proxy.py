@@ -481,10 +481,6 @@ class Models:
     configs: Mapping[str, ModelConfig]
     created: int = 0  # when the file was last written: Unix seconds
 
-    def model(self, id: str, ref: str, *, is_default: bool = False) -> Model:
-        config = self.configs.get(ref) or self.configs.get(without_version(ref))
-        return Model(id, ref, config or ModelConfig(), is_default)
-
 
 def without_version(ref: str) -> str:
     return ref.partition(":")[0]
@@ -602,18 +598,17 @@ class ModelsFile:
 
 def find_model(models: Models, id: str) -> Model:
     """Find by mapping, else by the form of a ref, else the default; raise 404."""
-    if id in models.mappings:
-        return models.model(id, models.mappings[id])
-    if REF.fullmatch(id):
-        return models.model(id, id)
-    if models.default_model:
-        return models.model(id, models.default_model, is_default=True)
-    raise APIError(
-        404,
-        f"The model `{id}` does not exist or you do not have access to it. Use a name "
-        "that GET /v1/models lists, or a model of Replicate as owner/name.",
-        code="model_not_found",
-    )
+    known = models.mappings.get(id) or (id if REF.fullmatch(id) else None)
+    ref = known or models.default_model
+    if not ref:
+        raise APIError(
+            404,
+            f"The model `{id}` does not exist or you do not have access to it. Use a "
+            "name that GET /v1/models lists, or a model of Replicate as owner/name.",
+            code="model_not_found",
+        )
+    config = models.configs.get(ref) or models.configs.get(without_version(ref))
+    return Model(id, ref, config or ModelConfig(), is_default=not known)
 
 
 # ==== 2. REQUESTS =============================================================
