@@ -1752,12 +1752,14 @@ def claude(pattern: str, least: int, most: int, slots: Mapping[str, Slot]) -> Fa
     return Family(pattern, fields, system="system_prompt", slots=slots)
 
 
-def gemini(pattern: str, effort: Field, slots: Mapping[str, Slot]) -> Family:
-    temperature, limit = (
+def gemini(pattern: str, efforts: str, slots: Mapping[str, Slot]) -> Family:
+    budget = Field("thinking_budget", 0, 24576, type="integer")
+    fields = inputs_of(
+        "top_p",
         Field("temperature", 0, 2),
         Field("max_output_tokens", 1, 65535),
+        levels("thinking_level", efforts) if efforts else budget,
     )
-    fields = inputs_of("top_p", temperature, limit, effort)
     return Family(pattern, fields, system="system_instruction", slots=slots)
 
 
@@ -1799,20 +1801,10 @@ FAMILIES = {
     "claude-3.5": claude(r"anthropic/claude-(3\.5-|4\.5-haiku).*", 1, 8192, {}),
     "claude": claude(r"anthropic/claude-.*", 1024, 64000, ONE_IMAGE),
     "gemini-3.1": gemini(
-        r"google/gemini-3\.1-(pro|flash)",
-        levels("thinking_level", "low medium high"),
-        IMAGES_AND_SOUND,
+        r"google/gemini-3\.1-(pro|flash)", "low medium high", IMAGES_AND_SOUND
     ),
-    "gemini-3": gemini(
-        r"google/gemini-3-(pro|flash)",
-        levels("thinking_level", "low high"),
-        IMAGES_AND_SOUND,
-    ),
-    "gemini": gemini(
-        r"google/gemini-2\.5-flash",
-        Field("thinking_budget", 0, 24576, type="integer"),
-        IMAGES,
-    ),
+    "gemini-3": gemini(r"google/gemini-3-(pro|flash)", "low high", IMAGES_AND_SOUND),
+    "gemini": gemini(r"google/gemini-2\.5-flash", "", IMAGES),
     "granite": Family(
         r"ibm-granite/granite-3\.[012]-.*-instruct", LLAMA, system="system_prompt"
     ),
