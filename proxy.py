@@ -1677,14 +1677,13 @@ class Slot(NamedTuple):
 
 class Family(NamedTuple):
     pattern: str = ""
-    fields: Mapping[str, Field] = {}  # by OpenAI's parameter
+    fields: Mapping[str, Field] = {}  # by OpenAI's parameter, or their own names
     render: Callable[[Messages, str, str], Json] = render_transcript
     system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
     slots: Mapping[str, Slot] = {}  # by the type of part
     always: Json = {}  # inputs that go with every prompt
     native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
-    others: Mapping[str, Field] = {}  # inputs that OpenAI has no name for
     required: tuple[str, ...] = ()  # inputs without which it does not run
     is_language: bool = True
 
@@ -1989,7 +1988,8 @@ def read_family(document: Any) -> Family | None:
         slots |= IN_PLACE
     named = {*DOCUMENTED, *(field.name for field in fields.values()), messages, prompt}
     others = {n: read_field(n, row) for n, row in known.items() if n not in named}
-    return family._replace(fields=fields, slots=slots, others=others, required=needed)
+    fields = {**others, **fields}
+    return family._replace(fields=fields, slots=slots, required=needed)
 
 
 def has_levels(schema: Json, scale: Sequence[str]) -> bool:
@@ -2050,14 +2050,10 @@ def merge(row: Family, read: Family | None) -> Family:
     if read is None:
         return row
     taken = {field.name for field in row.fields.values()}
-    others = {name: f for name, f in read.others.items() if name not in taken}
+    fields = {key: f for key, f in read.fields.items() if f.name not in taken}
     in_place = row.render is render_messages and not row.native
     slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
-    return row._replace(
-        fields={**read.fields, **row.fields},
-        slots={**slots, **row.slots},
-        others={**others, **row.others},
-    )
+    return row._replace(fields={**fields, **row.fields}, slots={**slots, **row.slots})
 
 
 @dataclass
@@ -2307,7 +2303,7 @@ def build_input(
     short_enough = len(prompt.encode()) <= LONGEST
     param = "messages" if "messages" in body else "prompt"
     require(short_enough, too_long, code="context_length_exceeded", param=param)
-    fields = {**family.others, **family.fields}
+    fields = family.fields
     asked = read_asked(body, fields, model.config)
     inputs: Json = {}
     for parameter, row in fields.items():
