@@ -2042,7 +2042,6 @@ RETRY_AFTER = 60  # … and for one that could not be
 MOST_SCHEMAS = 1000
 
 OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
-DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
 def merge(row: Family, read: Family | None) -> Family:
@@ -2084,29 +2083,27 @@ class SchemaCache:
 
     def find(self, ref: str) -> Family | None:
         """The last family that was read, or None: no schema, or not in time."""
-        if not (OWNED.fullmatch(ref) or DEPLOYED.fullmatch(ref)):
+        if "/" not in ref:
             return None  # Replicate tells nothing of a version without its model
         with self.lock:
             entry = self.entries.get(ref)
             if entry is None or self.clock() >= entry.expires:
-                entry = self.refresh(ref, entry)
+                expires = self.clock() + RETRY_AFTER
+                entry = SchemaEntry(entry.family if entry else None, expires)
+                thread = threading.Thread(
+                    target=self.fill, args=(ref, entry), daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # none to be had: the next request tries again
+                    return entry.family
+                self.entries.pop(ref, None)
+                self.entries[ref] = entry
+                if len(self.entries) > MOST_SCHEMAS:
+                    del self.entries[next(iter(self.entries))]
         if entry.family is None:
             entry.done.wait(self.limit)
         return entry.family
-
-    def refresh(self, ref: str, last: SchemaEntry | None) -> SchemaEntry:
-        """Look it up in a thread, as the last family may serve in the meantime."""
-        entry = SchemaEntry(last.family if last else None, self.clock() + RETRY_AFTER)
-        try:
-            threading.Thread(target=self.fill, args=(ref, entry), daemon=True).start()
-        except RuntimeError:  # no thread to be had: the next request tries again
-            entry.done.set()
-            return entry
-        self.entries.pop(ref, None)
-        self.entries[ref] = entry
-        if len(self.entries) > MOST_SCHEMAS:
-            del self.entries[next(iter(self.entries))]
-        return entry
 
     def fill(self, ref: str, entry: SchemaEntry) -> None:
         try:
@@ -2119,8 +2116,9 @@ class SchemaCache:
 
     def read(self, ref: str) -> Family | None:
         """Of a deployment: the row of the model that it runs, or that one's schema."""
-        if deployed := DEPLOYED.fullmatch(ref):
-            ref = self.release_of(deployed[1], deployed[2])
+        if ref.startswith("deployments/"):
+            _, owner, name = ref.split("/")
+            ref = self.release_of(owner, name)
             row = row_of(without_version(ref))
             if row is not PLAIN:
                 return merge(row, self.find(ref))
