@@ -244,10 +244,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
 def as_object(value: Any) -> Json:
     return value if isinstance(value, dict) else {}
 
@@ -501,7 +497,7 @@ def is_range(value: Any) -> bool:
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, what is expected
 
-AN_OBJECT: Rule = (is_object, "an object")
+AN_OBJECT: Rule = (lambda v: isinstance(v, dict), "an object")
 
 A_REF: Rule = (is_ref, "owner/name")
 
@@ -1820,12 +1816,6 @@ FAMILIES = {
 PLAIN = Family()
 
 
-def find_family(model: Model) -> Family:
-    if model.config.family:
-        return FAMILIES[model.config.family]
-    return row_of(model.owner_and_name)
-
-
 @lru_cache(1000)  # every request looks for one
 def row_of(name: str) -> Family:
     matching = (
@@ -2130,7 +2120,8 @@ def family_for(
     model: Model, body: Json, attached: set[str], schemas: SchemaCache
 ) -> Family:
     """Its row if that says all that is needed, so that a known model costs no GET."""
-    row = find_family(model)
+    named = model.config.family
+    row = FAMILIES[named] if named else row_of(model.owner_and_name)
     known = {*DOCUMENTED, *row.fields, *(field.name for field in row.fields.values())}
     known |= {*SYSTEM_NAMES} if "messages" in body else set()
     sent = {name for name, value in body.items() if value is not None}
@@ -2278,8 +2269,6 @@ def place_attachments(
         )
         if slot.name:
             placed[slot.name] = found if slot.as_list else found[0]
-    if not placed:
-        return messages, placed
     moved = {kind for kind, slot in family.slots.items() if slot.name}
     rest = [
         {
