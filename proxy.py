@@ -971,9 +971,9 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
 #
 # Checks of messages that tables can't express, and the form that all code below
 # reads: no field is null, content is a string unless something is attached, an
-# attachment is a link or a plain data: URL, calls are tool_calls, and results have
-# the role `tool`. To add a type of part: a row in
-# PART, and one in ATTACHABLE.
+# attachment has a `url` that is a link or a plain data: URL, calls are tool_calls,
+# and results have the role `tool`. To add a type of part: a row in PART, and one in
+# ATTACHABLE.
 
 
 Messages = list[Json]
@@ -1038,20 +1038,15 @@ ATTACHABLE = {  # the field with its URL or data, what to send, the code of an e
 }
 
 
-def url_of(part: Json) -> str:
-    """The URL of an attachment; data without one becomes a data: URL."""
-    held, (key, *_) = part[part["type"]], ATTACHABLE[part["type"]]
-    begin = f"data:audio/{held['format']};base64," if key == "data" else ""
-    return f"{begin}{held[key]}"
-
-
 def parse_part(part: Json, path: str) -> Json:
     """Bring the URL of an attachment to a form that any model reads; or raise 400."""
     kind = part["type"]
     if kind in WORDS:
         return without_nulls(part)
     key, expected, code = ATTACHABLE[kind]
-    path, url = f"{path}.{kind}.{key}", url_of(part).strip()
+    path, url = f"{path}.{kind}.{key}", part[kind][key].strip()
+    if kind == "input_audio":
+        url = f"data:audio/{part[kind]['format']};base64,{url}"
     if not LINK.fullmatch(url):
         attached = read_data_url(url)
         if attached is None:
@@ -1061,8 +1056,8 @@ def parse_part(part: Json, path: str) -> Json:
             media_type = image_type(attached)
             require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
             attached = attached._replace(kind=media_type)
-        url = attached.base64 if key == "data" else attached.url
-    return without_nulls({**part, kind: {**part[kind], key: url}})
+        url = attached.url
+    return without_nulls({**part, kind: {**part[kind], "url": url}})
 
 
 def read_data_url(url: str) -> Attachment | None:
@@ -1090,7 +1085,7 @@ def image_type(attached: Attachment) -> str:
 def attachments(messages: Messages) -> list[tuple[str, str]]:
     """The types and URLs of all parts that are not text, in order."""
     return [
-        (part["type"], url_of(part))
+        (part["type"], part[part["type"]]["url"])
         for message in messages
         if isinstance(message["content"], list)
         for part in message["content"]
@@ -1356,12 +1351,6 @@ def when_to_call(toolbox: Toolbox) -> str:
     *others, tool = toolbox.tools
     which = "one of these tools" if others else f"the tool {tool.name}"
     return f"You must call {which} now: write the call and nothing else."
-
-
-def native_tool_instructions(toolbox: Toolbox) -> str:
-    """What is left to say to a model that takes the tools as an input."""
-    texts = [when_to_call(toolbox)] if toolbox.must_call else []
-    return " ".join([*texts, *([] if toolbox.parallel else [ONE_CALL])])
 
 
 def retry_call_instructions(toolbox: Toolbox, why: str) -> str:
@@ -2163,12 +2152,13 @@ def with_tools_and_format(
 ) -> Json:
     """The body with tools, format, calls and results as the family takes them."""
     inputs: Json = {}
-    messages = body["messages"]
-    texts = []
-    if family.native:
+    messages, texts = body["messages"], []
+    if family.native:  # what is left to say to a model that takes them as inputs
         inputs = native_inputs(family.native, toolbox, format)
         if toolbox:
-            texts = [native_tool_instructions(toolbox)]
+            when = [when_to_call(toolbox)] if toolbox.must_call else []
+            how_many = [] if toolbox.parallel else [ONE_CALL]
+            texts = [" ".join([*when, *how_many])]
     else:
         messages = plain_history(messages)
         if toolbox:
@@ -2253,9 +2243,9 @@ def place_attachments(
 
     Raise 400 for what the model does not take, or not so much of.
     """
-    urls: dict[str, list[str]] = {}
+    urls = defaultdict(list)
     for kind, url in attachments(messages):
-        urls.setdefault(kind, []).append(url)
+        urls[kind].append(url)
     placed: Json = {}
     for kind, found in urls.items():
         slot = family.slots.get(kind, Slot("", 0))
@@ -2270,15 +2260,12 @@ def place_attachments(
         if slot.name:
             placed[slot.name] = found if slot.as_list else found[0]
     moved = {kind for kind, slot in family.slots.items() if slot.name}
-    rest = [
-        {
-            **message,
-            "content": join_texts([p for p in content if p["type"] not in moved]),
-        }
-        if isinstance(content := message["content"], list)
-        else message
-        for message in messages
-    ]
+    rest = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            content = join_texts([p for p in content if p["type"] not in moved])
+        rest.append({**message, "content": content})
     return rest, placed
 
 
