@@ -499,8 +499,6 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, what is ex
 
 AN_OBJECT: Rule = (lambda v: isinstance(v, dict), "an object")
 
-A_REF: Rule = (is_ref, "owner/name")
-
 ROOT_RULES = {
     "default_model": (lambda v: v is None or is_ref(v), "owner/name"),
     "mappings": AN_OBJECT,
@@ -544,7 +542,7 @@ def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models
     root = check_object(value, ROOT_RULES, "$")
     mappings = root.get("mappings", {})
     for name, ref in mappings.items():
-        check_rule(ref, A_REF, f'$.mappings["{name}"]')
+        check_rule(ref, (is_ref, "owner/name"), f'$.mappings["{name}"]')
     rules = config_rules(families)
     configs = {
         ref: ModelConfig(**check_object(row, rules, f'$.model_configs["{ref}"]'))
@@ -687,19 +685,13 @@ class Param(NamedTuple):
 
 
 STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dict,)
-
 NUMBER = (int, float)
 
-MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
-
 INT64 = (-(2**63), 2**63 - 1)
-
+MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-
 VERBOSITIES = ("low", "medium", "high")
-
 NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
-
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
 
 STREAM_OPTIONS = {
@@ -1412,17 +1404,17 @@ def plain_history(messages: Messages) -> Messages:
     names: dict[str, str] = {}  # of the functions, by the id of a call
     by_kind = groupby(messages, key=lambda message: message["role"] == "tool")
     for are_results, group in by_kind:
-        if not are_results:
-            for message in group:
+        parts: list[Json] = []  # of one message with all results in a row
+        for message in group:
+            if are_results:
+                text = render_result(message, names)
+                parts += with_attachments("\n" + text if parts else text, message)
+            else:
                 calls = message.get("tool_calls", [])
                 names |= {call["id"]: call["function"]["name"] for call in calls}
                 plain.append(render_calls(message))
-            continue
-        parts: list[Json] = []
-        for message in group:
-            text = render_result(message, names)
-            parts += with_attachments("\n" + text if parts else text, message)
-        plain.append({"role": "user", "content": join_texts(parts)})
+        if parts:
+            plain.append({"role": "user", "content": join_texts(parts)})
     return plain
 
 
@@ -1473,11 +1465,8 @@ LLAMA_TOKENS = re.compile(  # of Llama 3 and of Llama 4
 def split_system(messages: Messages) -> tuple[str, Turns]:
     """Part the system's first words from the turns; later ones are turns too."""
     turns = merge_turns(
-        (
-            "system" if message["role"] == "developer" else message["role"],
-            text_of(message["content"]),
-        )
-        for message in messages
+        ("system" if m["role"] == "developer" else m["role"], text_of(m["content"]))
+        for m in messages
     )
     if turns[0][0] != "system":
         return "", turns
@@ -2120,9 +2109,12 @@ def family_for(
         family = row
     else:
         family = merge(row, schemas.find(model.ref))
-    no_text = "is not a language model: what it makes is not text. Use one that is."
-    is_language = family.is_language
-    require(is_language, f"The model `{model.id}` {no_text}", param="model")
+    require(
+        family.is_language,
+        f"The model `{model.id}` is not a language model: what it makes is not text. "
+        "Use one that is.",
+        param="model",
+    )
     return family
 
 
