@@ -1160,20 +1160,21 @@ def functions_as_tools(messages: Messages) -> Messages:
     translated: Messages = []
     open_call = ""  # the id of a call that has no result yet
     for index, message in enumerate(messages):
-        id = f"call_{index}"
+        call = {"id": f"call_{index}", "type": "function"}
         function = message.pop("function_call", None)
         if message["role"] == "function":
-            function = {"name": message.pop("name", ""), "arguments": "{}"}
+            name = message.pop("name", "")
             if not open_call:
-                calls = [{"id": id, "type": "function", "function": function}]
-                call = {"role": "assistant", "content": "", "tool_calls": calls}
-                translated.append(call)
-            message |= {"role": "tool", "tool_call_id": open_call or id}
+                calls = [{**call, "function": {"name": name, "arguments": "{}"}}]
+                translated.append(
+                    {"role": "assistant", "content": "", "tool_calls": calls}
+                )
+            message |= {"role": "tool", "tool_call_id": open_call or call["id"]}
             open_call = ""
         elif function:
-            call = {"id": id, "type": "function", "function": function}
-            message["tool_calls"] = [*message.get("tool_calls", []), call]
-            open_call = id
+            calls = [*message.get("tool_calls", []), {**call, "function": function}]
+            message["tool_calls"] = calls
+            open_call = call["id"]
         translated.append(message)
     return translated
 
