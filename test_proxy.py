@@ -930,12 +930,12 @@ def saying(content, role="user"):
 MISSING, UNSUPPORTED = "missing_required_parameter", "unsupported_parameter"
 TEXT = {"type": "text", "text": "What is it?"}
 CALLED_WHAT = "messages[0].tool_calls[0].function"
-CALLED = {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1"}]}
+BAD_CALLER = {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1"}]}
 IN_PARTS, FORMAT = "messages[0].content", "response_format"
 INCLUDE, NESTED = "include_usage", "stream_options.include_usage"
 
 
-CHAT_PATH, TEXT_PATH = "/v1/chat/completions", "/v1/completions"
+TEXT_PATH = "/v1/completions"
 
 
 def ask(server, body, path=CHAT_PATH):
@@ -1013,7 +1013,7 @@ def test_it_is_said_why_a_body_is_no_json_object(server, body, why):
         ("true is not 1", {"n": True}, "invalid_type", "n"),
         ("0 is not false", {"logprobs": 0}, UNSUPPORTED, "logprobs"),
         ("sound", {"modalities": ["text", "audio"]}, UNSUPPORTED, "modalities"),
-        ("a call of nothing", {"messages": [CALLED]}, MISSING, CALLED_WHAT),
+        ("a call of nothing", {"messages": [BAD_CALLER]}, MISSING, CALLED_WHAT),
     ],
 )
 def test_a_wrong_chat_is_refused(fake, server, given, code, param):
@@ -7926,19 +7926,16 @@ TEDIOUS_AFTER = [  # how it begins, and what it repeats
 
 
 def work_of_filters(text, cut):
-    """CPU seconds that all filters of a call take for a text: the least of three."""
-    times = []
-    for _ in range(3):
-        began = time.thread_time()
-        events = proxy.split_reasoning(script(cut(text)), starts_inside=False)
-        events = proxy.extract_tool_calls(events, BOX)
-        events = proxy.extract_json(events, OBJECT)
-        list(proxy.stop_at(events, ["</tool_call>", "<<<"]))
-        times.append(time.thread_time() - began)
-    return min(times)
+    """CPU seconds that all filters of a call take for a text."""
+    began = time.thread_time()
+    events = proxy.split_reasoning(script(cut(text)), starts_inside=False)
+    events = proxy.extract_tool_calls(events, BOX)
+    events = proxy.extract_json(events, OBJECT)
+    list(proxy.stop_at(events, ["</tool_call>", "<<<"]))
+    return time.thread_time() - began
 
 
-SHORT, LONGER = 1_500, 6_000
+A_LENGTH, FOUR_TIMES = 1_500, 6_000
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
@@ -7946,8 +7943,15 @@ SHORT, LONGER = 1_500, 6_000
     ("begin", "piece"), [*((why, "", piece) for why, piece in TEDIOUS), *TEDIOUS_AFTER]
 )
 def test_the_work_is_linear_in_the_length_of_a_text(begin, piece, cut):
-    once, more = (begin + (piece * n)[:n] for n in (SHORT, LONGER))
-    assert work_of_filters(more, cut) < max(6 * work_of_filters(once, cut), 0.1)
+    """Quadratic work would be 16 times as much; the least of some tries is no noise."""
+    once, more = (begin + (piece * n)[:n] for n in (A_LENGTH, FOUR_TIMES))
+    least_once = least_more = float("inf")
+    for _ in range(10):
+        least_once = min(least_once, work_of_filters(once, cut))
+        least_more = min(least_more, work_of_filters(more, cut))
+        if least_more < max(6 * least_once, 0.1):
+            return
+    pytest.fail(f"{least_once} s, and for four times the text {least_more} s")
 
 
 # ==== 6. OBJECTS ==============================================================
@@ -10116,7 +10120,7 @@ class Person(pydantic.BaseModel):
 
 
 LADY = '{"name": "Ada", "age": 36}'
-ADA = f"Sure! Here it is:\n```json\n{LADY}\n```\nAnything else?"
+ADA_IN_PROSE = f"Sure! Here it is:\n```json\n{LADY}\n```\nAnything else?"
 WRONG = '{"name": "Ada", "age": "old"}'
 
 
@@ -10132,7 +10136,7 @@ def cut_small(text):
 
 @pytest.fixture
 def writer(fake, replicate):
-    row = replace(SCENARIOS["hello"], text=writing(ADA, ADA))
+    row = replace(SCENARIOS["hello"], text=writing(ADA_IN_PROSE, ADA_IN_PROSE))
     replicate.scenarios["writer"] = row
     yield "fake/writer"
     del replicate.scenarios["writer"]
@@ -10158,7 +10162,7 @@ def test_openai_streams_the_json_alone(client, writer):
 
 
 def test_json_that_does_not_fit_is_asked_for_once_more(client, writer, fake, replicate):
-    row = replace(SCENARIOS["hello"], text=writing(WRONG, ADA))
+    row = replace(SCENARIOS["hello"], text=writing(WRONG, ADA_IN_PROSE))
     replicate.scenarios["writer"] = row
     answer = client.chat.completions.parse(
         model=writer, messages=HI, response_format=Person
@@ -10186,7 +10190,7 @@ def test_json_that_does_not_fit_again_is_told_as_it_came(
     assert "event=retry" in caplog.text
 
 
-QUESTION = "What is the weather in Paris?"
+WEATHER_QUESTION = "What is the weather in Paris?"
 SUNNY = "In Paris it is sunny."
 
 # The ways in which a Llama writes a call, whatever it was taught.
@@ -10205,7 +10209,7 @@ def play_llama(call, input):
     if told := re.search(r'<tools>\\n{"name":"(\w+)"', prompt):
         given = '{"city": "Paris"}' if told[1] == "get_weather" else LADY
         return cut_small("Let me look.\n" + call.format(told[1], given))
-    return cut_small(ADA if "JSON" in prompt else "I know no tools.")
+    return cut_small(ADA_IN_PROSE if "JSON" in prompt else "I know no tools.")
 
 
 @pytest.fixture(params=LLAMAS)
@@ -10222,7 +10226,7 @@ def get_weather(city: str) -> str:
 
 
 def test_openai_asks_calls_and_answers(client, llama, fake):
-    asked = [{"role": "user", "content": QUESTION}]
+    asked = [{"role": "user", "content": WEATHER_QUESTION}]
     answer = client.chat.completions.create(model=llama, messages=asked, tools=TOOLS)
     [choice] = answer.choices
     [made] = choice.message.tool_calls
@@ -10245,7 +10249,7 @@ WEATHER_TOOL = openai.pydantic_function_tool(
 
 
 def test_openai_parses_calls_and_answers(client, llama, fake):
-    messages = [{"role": "user", "content": QUESTION}]
+    messages = [{"role": "user", "content": WEATHER_QUESTION}]
 
     def ask():
         answer = client.chat.completions.parse(
@@ -10273,7 +10277,7 @@ def test_the_demonstration_recites_no_call(client, fake):
 def test_openai_streams_calls(client, llama, fake):
     with client.chat.completions.stream(
         model=llama,
-        messages=[{"role": "user", "content": QUESTION}],
+        messages=[{"role": "user", "content": WEATHER_QUESTION}],
         tools=[WEATHER_TOOL],
     ) as stream:
         seen = {event.type: event for event in stream}
@@ -10293,7 +10297,7 @@ def test_openai_streams_calls_asynchronously(server, llama):
             async_client_of(server) as client,
             client.chat.completions.stream(
                 model=llama,
-                messages=[{"role": "user", "content": QUESTION}],
+                messages=[{"role": "user", "content": WEATHER_QUESTION}],
                 tools=[WEATHER_TOOL],
             ) as stream,
         ):
@@ -10446,7 +10450,7 @@ def test_openai_raises_for_an_error_in_mid_stream(client):
         list(stream)
 
 
-RETRIES = [
+CLIENT_RETRIES = [
     ("busy-once", 2, None),
     ("interrupted", 2, openai.InternalServerError),
     ("failed", 1, openai.InternalServerError),
@@ -10457,7 +10461,9 @@ RETRIES = [
 ]
 
 
-@pytest.mark.parametrize(("scenario", "creates", "error"), RETRIES, ids=whys(RETRIES))
+@pytest.mark.parametrize(
+    ("scenario", "creates", "error"), CLIENT_RETRIES, ids=whys(CLIENT_RETRIES)
+)
 def test_openai_tries_again_where_it_helps(fake, server, scenario, creates, error):
     expected = pytest.raises(error) if error else closing(fake.servers[0].socket.dup())
     with client_of(server, retries=1) as client, expected:
@@ -10528,12 +10534,12 @@ def test_langchain_asks_calls_and_answers(langchain, fake, invoke):
 
     weather = tool(get_weather)
     model = langchain.bind_tools([weather])
-    asked = invoke(model, [("user", QUESTION)])
+    asked = invoke(model, [("user", WEATHER_QUESTION)])
     [made] = asked.tool_calls
     assert (made["name"], made["args"]) == ("get_weather", {"city": "Paris"})
     assert asked.content == "Let me look."
     assert asked.response_metadata["finish_reason"] == "tool_calls"
-    answer = invoke(model, [("user", QUESTION), asked, weather.invoke(made)])
+    answer = invoke(model, [("user", WEATHER_QUESTION), asked, weather.invoke(made)])
     assert answer.content == SUNNY
     assert answer.response_metadata["finish_reason"] == "stop"
     assert len(fake.creates()) == 2
@@ -10621,7 +10627,7 @@ def pydantic_ai(server, llama):
 
 
 async def run_whole(agent):
-    return (await agent.run(QUESTION)).output
+    return (await agent.run(WEATHER_QUESTION)).output
 
 
 async def run_streamed(agent):
@@ -10631,11 +10637,11 @@ async def run_streamed(agent):
         async for _ in events:
             pass
 
-    return (await agent.run(QUESTION, event_stream_handler=watch)).output
+    return (await agent.run(WEATHER_QUESTION, event_stream_handler=watch)).output
 
 
 async def stream_the_output(agent):
-    async with agent.run_stream(QUESTION) as run:
+    async with agent.run_stream(WEATHER_QUESTION) as run:
         return [output async for output in run.stream_output()][-1]
 
 
