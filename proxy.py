@@ -1968,26 +1968,9 @@ def has_levels(schema: Json, scale: Sequence[str]) -> bool:
 
 
 def read_field(name: str, schema: Json, parameter: str = "") -> Field:
+    """What an input takes: of integers, between whole bounds."""
     type = json_type(schema)
-    choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
-    default = schema.get("default")
-    is_short = is_bound(default) and 0 < default < LONG
-    return Field(
-        name,
-        *read_bounds(schema, is_whole=type == "integer"),
-        default=LONG if parameter == "max_tokens" and is_short else None,
-        choices=tuple(choices),
-        type=type,
-    )
-
-
-def is_bound(value: Any) -> TypeGuard[float]:
-    return is_number(value) and abs(value) < 2**64
-
-
-def read_bounds(schema: Json, is_whole: bool) -> tuple[float | None, float | None]:
-    """The least and the most that a field takes: of an integer, whole ones."""
-    step = 1 if is_whole else 0.01  # inwards from a bound that is left out
+    step = 1 if type == "integer" else 0.01  # inwards from a bound that is left out
 
     def bounds(keyword: str, step: float = 0) -> list[float]:
         bound = schema.get(keyword)
@@ -1996,7 +1979,17 @@ def read_bounds(schema: Json, is_whole: bool) -> tuple[float | None, float | Non
     lows = bounds("minimum") + bounds("exclusiveMinimum", step)
     highs = bounds("maximum") + bounds("exclusiveMaximum", -step)
     low, high = max(lows, default=None), min(highs, default=None)
-    return (low and ceil(low), high and floor(high)) if is_whole else (low, high)
+    if type == "integer":
+        low, high = low and ceil(low), high and floor(high)
+    choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
+    default = schema.get("default")
+    is_short = is_bound(default) and 0 < default < LONG
+    longer = LONG if parameter == "max_tokens" and is_short else None
+    return Field(name, low, high, longer, tuple(choices), type)
+
+
+def is_bound(value: Any) -> TypeGuard[float]:
+    return is_number(value) and abs(value) < 2**64
 
 
 def read_slot(name: str, schema: Json) -> Slot:
