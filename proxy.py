@@ -23,6 +23,7 @@ Each section uses only names from those above it.
 
     1. Ground
         Errors              OpenAI's error objects, as one exception
+        Values              JSON values of any shape, and numbers
         Settings            what the operator chooses, read once from the environment
         Models              which models there are, read from models.json
     2. Requests
@@ -231,6 +232,79 @@ def quoted(value: Any) -> str:
     return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
+# -- Values --------------------------------------------------------------------
+#
+# JSON values of any shape, and numbers.
+
+
+KINDS: dict[type, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a decimal",
+    bool: "a boolean",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def as_object(value: Any) -> Json:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def without(object: Json, names: Collection[str]) -> Json:
+    return {name: value for name, value in object.items() if name not in names}
+
+
+def without_nulls(message: Json) -> Json:
+    return {name: value for name, value in message.items() if value is not None}
+
+
+def wrap(value: Any, low: float | None, high: float | None) -> Any:
+    """Bring a seed into bounds, so that different seeds stay different."""
+    if low is None or high is None:
+        return clamp(value, low, high)
+    return low + (value - low) % (high - low + 1)
+
+
+def clamp(value: Any, low: float | None, high: float | None) -> Any:
+    raised = value if low is None else max(value, low)
+    return raised if high is None else min(raised, high)
+
+
+def reject_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def finite_float(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def parsed(text: str) -> Any:
+    """The value of a JSON text, None if it is not one."""
+    try:
+        return json.loads(
+            text, parse_constant=reject_constant, parse_float=finite_float
+        )
+    except (ValueError, RecursionError):
+        return None
+
+
+# One encoder for all: json.dumps makes a new one for each value.
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 # -- Settings ------------------------------------------------------------------
 #
 # Nothing else reads the environment, except for HTTPS_PROXY. To add a setting: a
@@ -373,7 +447,7 @@ def parse_env_file(text: str) -> dict[str, str]:
 #
 # models.json says which model a name stands for. It is read again when it has
 # changed. To add a model: a row in models.json. To add a key: a field of
-# ModelConfig, and a row in `models_rules`.
+# ModelConfig, and a row in `config_rules`.
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -411,21 +485,9 @@ class Models:
     configs: Mapping[str, ModelConfig]
     created: int = 0  # when the file was last written: Unix seconds
 
-    def model(self, id: str, ref: str, *, is_default: bool = False) -> Model:
-        config = self.configs.get(ref) or self.configs.get(without_version(ref))
-        return Model(id, ref, config or ModelConfig(), is_default)
-
 
 def without_version(ref: str) -> str:
     return ref.partition(":")[0]
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_object(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def is_ref(value: Any) -> bool:
@@ -441,65 +503,60 @@ def is_range(value: Any) -> bool:
     )
 
 
-class Rule(NamedTuple):
-    """What a value in models.json has to be."""
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, what is expected
 
-    is_valid: Callable[[Any], bool]
-    expected: str
-    keys: Mapping[str, Rule] = {}  # the only keys that an object may have
-    each: Rule | None = None  # what every value of an object is, whatever its key
+AN_OBJECT: Rule = (lambda v: isinstance(v, dict), "an object")
+
+ROOT_RULES = {
+    "default_model": (lambda v: v is None or is_ref(v), "owner/name"),
+    "mappings": AN_OBJECT,
+    "model_configs": AN_OBJECT,
+}
 
 
-def models_rules(families: Iterable[str]) -> Rule:
+def config_rules(families: Sequence[str]) -> dict[str, Rule]:
     names = ["", *families]
-    ref = Rule(is_ref, "owner/name")
-    config = {
-        "max_tokens": Rule(
-            lambda v: type(v) is int and v >= 1, "a whole number from 1"
-        ),
-        "temperature_range": Rule(is_range, "two numbers, the lower one first"),
-        "supports_streaming": Rule(lambda v: isinstance(v, bool), "true or false"),
-        "family": Rule(lambda v: v in names, f"one of {', '.join(names[1:])}"),
-        "input": Rule(is_object, "an object"),
+    return {
+        "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+        "temperature_range": (is_range, "two numbers, the lower one first"),
+        "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
+        "family": (lambda v: v in names, f"one of {', '.join(families)}"),
+        "input": AN_OBJECT,
     }
-    row = Rule(is_object, "an object", keys=config)
-    root = {
-        "default_model": Rule(lambda v: v is None or is_ref(v), "owner/name"),
-        "mappings": Rule(is_object, "an object", each=ref),
-        "model_configs": Rule(is_object, "an object", each=row),
-    }
-    return Rule(is_object, "an object", keys=root)
 
 
-def check_rule(value: Any, rule: Rule, path: str = "$") -> None:
+def check_rule(value: Any, rule: Rule, path: str) -> None:
+    is_valid, expected = rule
+    if not is_valid(value):
+        raise ConfigError(f"{path}: expected {expected}.")
+
+
+def check_object(value: Any, rules: Mapping[str, Rule], path: str) -> Json:
+    """Return an object without its comments; raise ConfigError if it breaks a rule."""
+    check_rule(value, AN_OBJECT, path)
+    row = {key: item for key, item in value.items() if not key.startswith("_")}
+    unknown = (lambda _: False, f"one of {', '.join(rules)}")
+    for key, item in row.items():
+        check_rule(item, rules.get(key, unknown), f"{path}.{key}")
+    return row
+
+
+def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models:
     """Raise ConfigError with the JSON path of what is wrong and what was expected."""
-    if not rule.is_valid(value):
-        raise ConfigError(f"{path}: expected {rule.expected}.")
-    if rule.each:
-        for name, item in value.items():
-            check_rule(item, rule.each, f'{path}["{name}"]')
-    if rule.keys:
-        for key, item in without_comments(value).items():
-            if key not in rule.keys:
-                names = ", ".join(rule.keys)
-                raise ConfigError(f"{path}.{key}: expected one of {names}.")
-            check_rule(item, rule.keys[key], f"{path}.{key}")
-
-
-def without_comments(row: Json) -> Json:
-    return {key: value for key, value in row.items() if not key.startswith("_")}
-
-
-def parse_models(text: str, families: Iterable[str], created: int = 0) -> Models:
-    """Raise ConfigError if it is not JSON, or breaks a rule of `models_rules`."""
     try:
-        root = json.loads(text.removeprefix("\ufeff"))
+        value = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not JSON: {error}") from None
-    check_rule(root, models_rules(families))
-    rows = root.get("model_configs", {}).items()
-    configs = {ref: ModelConfig(**without_comments(row)) for ref, row in rows}
-    return Models(root.get("mappings", {}), root.get("default_model"), configs, created)
+    root = check_object(value, ROOT_RULES, "$")
+    mappings = root.get("mappings", {})
+    for name, ref in mappings.items():
+        check_rule(ref, (is_ref, "owner/name"), f'$.mappings["{name}"]')
+    rules = config_rules(families)
+    configs = {
+        ref: ModelConfig(**check_object(row, rules, f'$.model_configs["{ref}"]'))
+        for ref, row in root.get("model_configs", {}).items()
+    }
+    return Models(mappings, root.get("default_model"), configs, created)
 
 
 class ModelsFile:
@@ -543,22 +600,17 @@ class ModelsFile:
 
 def find_model(models: Models, id: str) -> Model:
     """Find by mapping, else by the form of a ref, else the default; raise 404."""
-    if id in models.mappings:
-        return models.model(id, models.mappings[id])
-    if REF.fullmatch(id):
-        return models.model(id, id)
-    if models.default_model:
-        return models.model(id, models.default_model, is_default=True)
-    raise unknown_model(id)
-
-
-def unknown_model(id: str, why: str = "") -> APIError:
-    message = f"The model `{id}` does not exist or you do not have access to it."
-    remedy = (
-        "Use a name that GET /v1/models lists, or a model of Replicate as owner/name."
-    )
-    text = " ".join(filter(None, [message, why, remedy]))
-    return APIError(404, text, code="model_not_found")
+    known = models.mappings.get(id) or (id if REF.fullmatch(id) else None)
+    ref = known or models.default_model
+    if not ref:
+        raise APIError(
+            404,
+            f"The model `{id}` does not exist or you do not have access to it. Use a "
+            "name that GET /v1/models lists, or a model of Replicate as owner/name.",
+            code="model_not_found",
+        )
+    config = models.configs.get(ref) or models.configs.get(without_version(ref))
+    return Model(id, ref, config or ModelConfig(), is_default=not known)
 
 
 # ==== 2. REQUESTS =============================================================
@@ -621,22 +673,14 @@ def parse_json_body(data: bytes, content_type: str) -> Json:
     except ValueError as error:
         why = f"it holds {error}"
     if "json" not in content_type:
-        raise unsupported_content_type(content_type)
+        raise APIError(
+            400,
+            f"Unsupported content type: '{content_type}'. This API method only accepts "
+            "'application/json' requests. Please send one with the header "
+            "'Content-Type: application/json'.",
+            code="unsupported_content_type",
+        )
     raise APIError(400, f"{NOT_JSON}{why}.")
-
-
-def unsupported_content_type(content_type: str) -> APIError:
-    return APIError(
-        400,
-        f"Unsupported content type: '{content_type}'. This API method only accepts "
-        "'application/json' requests. Please send one with the header "
-        "'Content-Type: application/json'.",
-        code="unsupported_content_type",
-    )
-
-
-def reject_constant(name: str) -> NoReturn:
-    raise ValueError(name)
 
 
 def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
@@ -647,13 +691,6 @@ def reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> Json:
         twice = next(name for name, after in pairwise(names) if name == after)
         raise ValueError(f"the key {json.dumps(twice)} twice")
     return object
-
-
-def finite_float(text: str) -> float:
-    number = float(text)
-    if not isfinite(number):
-        raise ValueError(text)
-    return number
 
 
 class Param(NamedTuple):
@@ -671,32 +708,14 @@ class Param(NamedTuple):
 
 
 STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dict,)
-
 NUMBER = (int, float)
 
-KINDS: dict[type, str] = {
-    str: "a string",
-    int: "an integer",
-    float: "a decimal",
-    bool: "a boolean",
-    list: "an array",
-    dict: "an object",
-    type(None): "null",
-}
-
-MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
-
 INT64 = (-(2**63), 2**63 - 1)
-
+MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-
 VERBOSITIES = ("low", "medium", "high")
-
 NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
-
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
-
-ALL_CHOICES = "All choices are returned, with n."
 
 STREAM_OPTIONS = {
     "include_usage": Param(BOOLEAN, default=False),
@@ -730,34 +749,31 @@ SAMPLING = {
     "replicate": Param(OBJECT, default={}),  # into the input, over all else
 }
 
-PART = {
-    "type": Param(
-        STRING,
-        required=True,
-        choices=("text", "refusal", "image_url", "input_audio", "file"),
-    ),
-    "text": Param(STRING, by_type=True),
-    "refusal": Param(STRING, by_type=True),
-    "image_url": Param(
-        OBJECT, by_type=True, each={"url": Param(STRING, 1, required=True)}
-    ),
-    "input_audio": Param(
-        OBJECT,
-        by_type=True,
-        each={
-            "data": Param(STRING, 1, required=True),
-            "format": Param(STRING, required=True, choices=("wav", "mp3")),
-        },
-    ),
-    "file": Param(
-        OBJECT,
-        by_type=True,
-        each={
-            "file_id": Param(refused="No files are kept here. Send it as file_data."),
-            "file_data": Param(STRING, 1, required=True),
-        },
-    ),
+
+def one_of(*others: str, **rows: Param) -> dict[str, Param]:
+    """What an object holds whose `type` names the parameter that it needs, or none."""
+    type = Param(STRING, required=True, choices=(*others, *rows))
+    needed = {name: row._replace(by_type=True) for name, row in rows.items()}
+    return {"type": type, **needed}
+
+
+INPUT_AUDIO = {
+    "data": Param(STRING, 1, required=True),
+    "format": Param(STRING, required=True, choices=("wav", "mp3")),
 }
+
+FILE = {
+    "file_id": Param(refused="No files are kept here. Send it as file_data."),
+    "file_data": Param(STRING, 1, required=True),
+}
+
+PART = one_of(
+    text=Param(STRING),
+    refusal=Param(STRING),
+    image_url=Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
+    input_audio=Param(OBJECT, each=INPUT_AUDIO),
+    file=Param(OBJECT, each=FILE),
+)
 
 TOOL_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 
@@ -768,15 +784,13 @@ FUNCTION = {
     "strict": Param(BOOLEAN),
 }
 
-TOOL = {
-    "type": Param(STRING, required=True, choices=("function", "custom")),
-    "function": Param(OBJECT, by_type=True, each=FUNCTION),
-    "custom": Param(
-        by_type=True,
+TOOL = one_of(
+    function=Param(OBJECT, each=FUNCTION),
+    custom=Param(
         refused="Replicate's models can't be given custom tools. Use one of type "
-        "'function'.",
+        "'function'."
     ),
-}
+)
 
 NAME_ONLY = {"name": Param(STRING, 1, required=True)}
 
@@ -790,11 +804,10 @@ ALLOWED_TOOLS = {
     "tools": Param(ARRAY, 1, required=True, items=OBJECT, each=NAMED_TOOL),
 }
 
-TOOL_CHOICE = {
-    "type": Param(STRING, required=True, choices=("function", "allowed_tools")),
-    "function": Param(OBJECT, by_type=True, each=NAME_ONLY),
-    "allowed_tools": Param(OBJECT, by_type=True, each=ALLOWED_TOOLS),
-}
+TOOL_CHOICE = one_of(
+    function=Param(OBJECT, each=NAME_ONLY),
+    allowed_tools=Param(OBJECT, each=ALLOWED_TOOLS),
+)
 
 FUNCTION_CALL = {**NAME_ONLY, "arguments": Param(STRING, required=True)}
 
@@ -823,12 +836,9 @@ JSON_SCHEMA = {
     "strict": Param(BOOLEAN, default=False),
 }
 
-RESPONSE_FORMAT = {
-    "type": Param(
-        STRING, required=True, choices=("text", "json_object", "json_schema")
-    ),
-    "json_schema": Param(OBJECT, by_type=True, each=JSON_SCHEMA),
-}
+RESPONSE_FORMAT = one_of(
+    "text", "json_object", json_schema=Param(OBJECT, each=JSON_SCHEMA)
+)
 
 CHAT = {
     **SAMPLING,
@@ -859,23 +869,21 @@ COMPLETION = {
         refused="Replicate's models don't fill in the middle.", choices=("",)
     ),
     "logprobs": Param(refused=NO_LOGPROBS),
-    "best_of": Param(refused=ALL_CHOICES, choices=(1,)),
+    "best_of": Param(refused="All choices are returned, with n.", choices=(1,)),
 }
 
-IGNORED = frozenset(
-    (
-        "user",
-        "safety_identifier",
-        "store",
-        "metadata",
-        "service_tier",
-        "prediction",
-        "moderation",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-    )
-)
+IGNORED = {
+    "user",
+    "safety_identifier",
+    "store",
+    "metadata",
+    "service_tier",
+    "prediction",
+    "moderation",
+    "prompt_cache_key",
+    "prompt_cache_options",
+    "prompt_cache_retention",
+}
 
 
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
@@ -897,26 +905,35 @@ def missing_parameter(path: str) -> APIError:
 
 
 def check_param(path: str, value: Any, param: Param) -> Any:
+    """Return a value in the form that code below reads; raise 400 if it is wrong."""
     if value is None:
         raise missing_parameter(path)
     if param.refused:
-        check_refused(path, value, param)
+        message = (
+            f"Unsupported parameter: '{path}' is not supported here. {param.refused}"
+        )
+        harmless = any(type(value) is type(c) and value == c for c in param.choices)
+        require(harmless, message, code="unsupported_parameter", param=path)
         return param.default
     check_kind(path, value, param.kinds)
     if isinstance(value, str) and param.items == STRING:
         value = [value]  # one string stands for an array of one
-    if isinstance(value, NUMBER):
+    if is_number(value):
         check_number(path, value, param)
     if isinstance(value, (str, list)):
         check_length(path, value, param)
     if param.choices and not isinstance(value, dict):
-        check_choice(path, value, param.choices)
-    if isinstance(value, str) and param.pattern:
-        check_pattern(path, value, param.pattern)
-    return check_inside(path, value, param)
-
-
-def check_inside(path: str, value: Any, param: Param) -> Any:
+        *some, last = [f"'{choice}'" for choice in param.choices]
+        listed = f"{', '.join(some)}, and {last}" if some else last
+        message = f"Invalid value: '{value}'. Supported values are: {listed}."
+        require(value in param.choices, message, code="invalid_value", param=path)
+    if param.pattern and isinstance(value, str):
+        message = (
+            f"Invalid '{path}': string does not match pattern. Expected a string that "
+            f"matches the pattern '^{param.pattern}$'."
+        )
+        matches = re.fullmatch(param.pattern, value)
+        require(matches, message, code="invalid_value", param=path)
     if isinstance(value, list):
         for index, item in enumerate(value):
             check_kind(f"{path}[{index}]", item, param.items)
@@ -927,12 +944,6 @@ def check_inside(path: str, value: Any, param: Param) -> Any:
     return value
 
 
-def check_refused(path: str, value: Any, param: Param) -> None:
-    message = f"Unsupported parameter: '{path}' is not supported here. {param.refused}"
-    asks_for_nothing = any(type(value) is type(c) and value == c for c in param.choices)
-    require(asks_for_nothing, message, code="unsupported_parameter", param=path)
-
-
 def check_kind(path: str, value: Any, kinds: tuple[type, ...]) -> None:
     if type(value) in kinds:
         return
@@ -941,22 +952,6 @@ def check_kind(path: str, value: Any, kinds: tuple[type, ...]) -> None:
     got = f"expected {expected}, but got {KINDS[type(value)]} instead."
     message = f"Invalid type for '{path}': {got}"
     raise APIError(400, message, code="invalid_type", param=path)
-
-
-def check_choice(path: str, value: str, choices: Sequence[str]) -> None:
-    if value in choices:
-        return
-    *some, last = [f"'{choice}'" for choice in choices]
-    listed = f"{', '.join(some)}, and {last}" if some else last
-    message = f"Invalid value: '{value}'. Supported values are: {listed}."
-    raise APIError(400, message, code="invalid_value", param=path)
-
-
-def check_pattern(path: str, value: str, pattern: str) -> None:
-    expected = f"Expected a string that matches the pattern '^{pattern}$'."
-    message = f"Invalid '{path}': string does not match pattern. {expected}"
-    matches = re.fullmatch(pattern, value)
-    require(matches, message, code="invalid_value", param=path)
 
 
 def check_number(path: str, value: float, param: Param) -> None:
@@ -987,40 +982,13 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
         raise APIError(400, message, code=f"{noun}_above_max_length", param=path)
 
 
-def as_object(value: Any) -> Json:
-    return value if isinstance(value, dict) else {}
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def without(object: Json, names: Collection[str]) -> Json:
-    return {name: value for name, value in object.items() if name not in names}
-
-
-def wrap(value: Any, low: float | None, high: float | None) -> Any:
-    """Bring a seed into bounds, so that different seeds stay different."""
-    if low is None or high is None:
-        return clamp(value, low, high)
-    return low + (value - low) % (high - low + 1)
-
-
-def clamp(value: Any, low: float | None, high: float | None) -> Any:
-    raised = value if low is None else max(value, low)
-    return raised if high is None else min(raised, high)
-
-
-# One encoder for all: json.dumps makes a new one for each value.
-compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-
-
 # -- Messages ------------------------------------------------------------------
 #
 # Checks of messages that tables can't express, and the form that all code below
-# reads: content is never null, an attachment is a link or a plain data: URL, calls
-# are tool_calls, and results have the role `tool`. To add a type of part: a row in
-# PART, and one in ATTACHABLE.
+# reads: no field is null, content is a string unless something is attached, an
+# attachment has a `url` that is a link or a plain data: URL, calls are tool_calls,
+# and results have the role `tool`. To add a type of part: a row in PART, and one in
+# ATTACHABLE.
 
 
 Messages = list[Json]
@@ -1033,6 +1001,11 @@ def text_of(content: str | list[Json]) -> str:
     if isinstance(content, str):
         return content
     return "".join(part[part["type"]] for part in content if part["type"] in WORDS)
+
+
+def join_texts(parts: list[Json]) -> str | list[Json]:
+    """A string where nothing is attached, as every model knows one."""
+    return text_of(parts) if all(part["type"] in WORDS for part in parts) else parts
 
 
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
@@ -1080,20 +1053,15 @@ ATTACHABLE = {  # the field with its URL or data, what to send, the code of an e
 }
 
 
-def url_of(part: Json) -> str:
-    """The URL of an attachment; data without one becomes a data: URL."""
-    held, (key, *_) = part[part["type"]], ATTACHABLE[part["type"]]
-    begin = f"data:audio/{held['format']};base64," if key == "data" else ""
-    return f"{begin}{held[key]}"
-
-
 def parse_part(part: Json, path: str) -> Json:
     """Bring the URL of an attachment to a form that any model reads; or raise 400."""
     kind = part["type"]
     if kind in WORDS:
-        return part
+        return without_nulls(part)
     key, expected, code = ATTACHABLE[kind]
-    path, url = f"{path}.{kind}.{key}", url_of(part).strip()
+    path, url = f"{path}.{kind}.{key}", part[kind][key].strip()
+    if kind == "input_audio":
+        url = f"data:audio/{part[kind]['format']};base64,{url}"
     if not LINK.fullmatch(url):
         attached = read_data_url(url)
         if attached is None:
@@ -1103,8 +1071,8 @@ def parse_part(part: Json, path: str) -> Json:
             media_type = image_type(attached)
             require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
             attached = attached._replace(kind=media_type)
-        url = attached.base64 if key == "data" else attached.url
-    return {**part, kind: {**part[kind], key: url}}
+        url = attached.url
+    return without_nulls({**part, kind: {**part[kind], "url": url}})
 
 
 def read_data_url(url: str) -> Attachment | None:
@@ -1132,7 +1100,7 @@ def image_type(attached: Attachment) -> str:
 def attachments(messages: Messages) -> list[tuple[str, str]]:
     """The types and URLs of all parts that are not text, in order."""
     return [
-        (part["type"], url_of(part))
+        (part["type"], part[part["type"]]["url"])
         for message in messages
         if isinstance(message["content"], list)
         for part in message["content"]
@@ -1157,11 +1125,10 @@ def parse_messages(messages: list[Json]) -> Messages:
             if not may_lack.get(message["role"]):
                 raise missing_parameter(path)
         if isinstance(content, list):
-            content = [
-                parse_part(part, f"{path}[{n}]") for n, part in enumerate(content)
-            ]
+            parts = [parse_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
+            content = join_texts(parts)
         named = {"content": content or "", "name": message["name"] or None}
-        parsed.append({**without(message, ["refusal"]), **named})
+        parsed.append(without_nulls({**message, "refusal": None, **named}))
     check_pairing(parsed)
     return functions_as_tools(parsed)
 
@@ -1179,9 +1146,9 @@ def check_pairing(messages: Messages) -> None:
         where = f"messages.[{index}]"
         if message["role"] != "tool":
             check_answered(results, index)
-            results = {call["id"]: -1 for call in message["tool_calls"] or []}
+            results = {call["id"]: -1 for call in message.get("tool_calls", [])}
             continue
-        id = message["tool_call_id"]
+        id = message.get("tool_call_id")
         if not id:
             raise missing_parameter(f"messages[{index}].tool_call_id")
         require(results, NO_CALL_BEFORE, param=f"{where}.role")
@@ -1216,31 +1183,23 @@ def functions_as_tools(messages: Messages) -> Messages:
     translated: Messages = []
     open_call = ""  # the id of a call that has no result yet
     for index, message in enumerate(messages):
-        function = message["function_call"]
-        message = without(message, ["function_call"])
+        call = {"id": f"call_{index}", "type": "function"}
+        function = message.pop("function_call", None)
         if message["role"] == "function":
+            name = message.pop("name", "")
             if not open_call:
-                function = {"name": message["name"] or "", "arguments": "{}"}
-                open_call = f"call_{index}"
+                calls = [{**call, "function": {"name": name, "arguments": "{}"}}]
                 translated.append(
-                    {
-                        "role": "assistant",
-                        "content": "",
-                        "tool_calls": [tool_call(open_call, function)],
-                    }
+                    {"role": "assistant", "content": "", "tool_calls": calls}
                 )
-            message |= {"role": "tool", "tool_call_id": open_call, "name": None}
+            message |= {"role": "tool", "tool_call_id": open_call or call["id"]}
             open_call = ""
         elif function:
-            open_call = f"call_{index}"
-            calls = [*(message["tool_calls"] or []), tool_call(open_call, function)]
+            calls = [*message.get("tool_calls", []), {**call, "function": function}]
             message["tool_calls"] = calls
+            open_call = call["id"]
         translated.append(message)
     return translated
-
-
-def tool_call(id: str, function: Json) -> Json:
-    return {"id": id, "type": "function", "function": function}
 
 
 # -- Tools ---------------------------------------------------------------------
@@ -1357,13 +1316,6 @@ def parse_response_format(body: Json) -> ResponseFormat | None:
     return ResponseFormat(**{key: asked["json_schema"][key] for key in JSON_SCHEMA})
 
 
-class Wanted(NamedTuple):
-    """What an answer has to be besides text."""
-
-    toolbox: Toolbox | None = None
-    format: ResponseFormat | None = None
-
-
 # ==== 3. INPUTS ===============================================================
 
 
@@ -1417,12 +1369,6 @@ def when_to_call(toolbox: Toolbox) -> str:
     return f"You must call {which} now: write the call and nothing else."
 
 
-def native_tool_instructions(toolbox: Toolbox) -> str:
-    """What is left to say to a model that takes the tools as an input."""
-    texts = [when_to_call(toolbox)] if toolbox.must_call else []
-    return " ".join([*texts, *([] if toolbox.parallel else [ONE_CALL])])
-
-
 def retry_call_instructions(toolbox: Toolbox, why: str) -> str:
     return (
         f"That was not a call that works: {why} {when_to_call(toolbox)} Write "
@@ -1454,38 +1400,26 @@ def function_object(tool: Tool) -> Json:
     return {name: value for name, value in fields.items() if value not in ("", {})}
 
 
-def native_inputs(api: str, wanted: Wanted) -> Json:
+def native_inputs(
+    api: str, toolbox: Toolbox | None, format: ResponseFormat | None
+) -> Json:
     """Tools and format as `chat` completions have them, or the API of `responses`."""
     inputs: Json = {}
-    toolbox, format = wanted
     if toolbox:
-        functions = map(function_object, toolbox.tools)
-        inputs["tools"] = [
-            {"type": "function", **({"function": f} if api == "chat" else f)}
-            for f in functions
-        ]
-    if not format:
-        return inputs
-    schema: Json = {}
-    if format.name:
-        about = {"description": format.description} if format.description else {}
-        schema = {"name": format.name, **about}
-        schema |= {"schema": format.schema, "strict": format.strict}
-    type = {"type": "json_schema" if schema else "json_object"}
-    if api == "responses":  # openai/gpt-5-structured has its own name for it
-        return {**inputs, "json_schema": {"format": {**type, **schema}}}
-    named = {"json_schema": schema} if schema else {}
-    return {**inputs, "response_format": {**type, **named}}
-
-
-def parsed(text: str) -> Any:
-    """The value of a JSON text, None if it is not one."""
-    try:
-        return json.loads(
-            text, parse_constant=reject_constant, parse_float=finite_float
-        )
-    except (ValueError, RecursionError):
-        return None
+        functions = [function_object(tool) for tool in toolbox.tools]
+        if api == "chat":
+            functions = [{"function": function} for function in functions]
+        inputs["tools"] = [{"type": "function", **function} for function in functions]
+    if format:
+        schema = {k: v for k, v in format._asdict().items() if v != ""}
+        schema = schema if format.name else {}
+        type = {"type": "json_schema" if schema else "json_object"}
+        if api == "responses":  # openai/gpt-5-structured has its own name for it
+            inputs["json_schema"] = {"format": {**type, **schema}}
+        else:
+            named = {"json_schema": schema} if schema else {}
+            inputs["response_format"] = {**type, **named}
+    return inputs
 
 
 def plain_history(messages: Messages) -> Messages:
@@ -1494,28 +1428,29 @@ def plain_history(messages: Messages) -> Messages:
     names: dict[str, str] = {}  # of the functions, by the id of a call
     by_kind = groupby(messages, key=lambda message: message["role"] == "tool")
     for are_results, group in by_kind:
-        if not are_results:
-            for message in group:
-                calls = message.get("tool_calls") or []
+        parts: list[Json] = []  # of one message with all results in a row
+        for message in group:
+            if are_results:
+                text = render_result(message, names)
+                parts += with_attachments("\n" + text if parts else text, message)
+            else:
+                calls = message.get("tool_calls", [])
                 names |= {call["id"]: call["function"]["name"] for call in calls}
                 plain.append(render_calls(message))
-            continue
-        parts: list[Json] = []
-        for message in group:
-            text = render_result(message, names)
-            parts += with_attachments("\n" + text if parts else text, message)
-        plain.append({"role": "user", "content": plain_content(parts)})
+        if parts:
+            plain.append({"role": "user", "content": join_texts(parts)})
     return plain
 
 
 def render_calls(message: Json) -> Json:
-    functions = [call["function"] for call in message.get("tool_calls") or []]
-    content = message.get("content") or ""
-    if not functions:
-        return {**message, "content": content}
-    lines = [text_of(content)] if text_of(content) else []
-    parts = with_attachments("\n".join([*lines, *map(render_call, functions)]), message)
-    return {"role": message["role"], "content": plain_content(parts)}
+    """The message with its calls as text in its content."""
+    if not message.get("tool_calls"):
+        return message
+    lines = [render_call(call["function"]) for call in message["tool_calls"]]
+    if text := text_of(message["content"]):
+        lines.insert(0, text)
+    parts = with_attachments("\n".join(lines), message)
+    return {"role": message["role"], "content": join_texts(parts)}
 
 
 def render_call(function: Json) -> str:
@@ -1534,21 +1469,10 @@ def render_result(message: Json, names: Mapping[str, str]) -> str:
 
 def with_attachments(text: str, message: Json) -> list[Json]:
     """A text in place of the message's own, and what is attached to the message."""
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
+    content = message["content"]
+    parts = [] if isinstance(content, str) else content
     attached = [part for part in parts if part["type"] not in WORDS]
     return [{"type": "text", "text": text}, *attached]
-
-
-def plain_content(content: str | list[Json]) -> str | list[Json]:
-    """A string where nothing is attached, as every model knows one."""
-    if isinstance(content, str) or all(part["type"] in WORDS for part in content):
-        return text_of(content)
-    return [without_nulls(part) for part in content]
-
-
-def without_nulls(message: Json) -> Json:
-    return {name: value for name, value in message.items() if value is not None}
 
 
 Turns = list[tuple[str, str]]  # each a role and a text
@@ -1565,11 +1489,8 @@ LLAMA_TOKENS = re.compile(  # of Llama 3 and of Llama 4
 def split_system(messages: Messages) -> tuple[str, Turns]:
     """Part the system's first words from the turns; later ones are turns too."""
     turns = merge_turns(
-        (
-            "system" if message["role"] == "developer" else message["role"],
-            text_of(message["content"]),
-        )
-        for message in messages
+        ("system" if m["role"] == "developer" else m["role"], text_of(m["content"]))
+        for m in messages
     )
     if turns[0][0] != "system":
         return "", turns
@@ -1652,12 +1573,10 @@ render_llama_4 = partial(
 
 def render_messages(messages: Messages, system: str, _: str) -> Json:
     """The model takes messages: they are only brought to the roles that all know."""
-    given = [
-        {**without_nulls(message), "content": plain_content(message["content"])}
-        for message in messages
-    ]
     roles = {"developer": system, "system": system}
-    return {"messages": [{**m, "role": roles.get(m["role"], m["role"])} for m in given]}
+    return {
+        "messages": [{**m, "role": roles.get(m["role"], m["role"])} for m in messages]
+    }
 
 
 def render_response_items(messages: Messages, system: str, _: str) -> Json:
@@ -1671,7 +1590,7 @@ def render_response_items(messages: Messages, system: str, _: str) -> Json:
             result = {"type": "function_call_output", "output": text}
             items.append({**result, "call_id": message["tool_call_id"]})
             continue
-        calls = message.get("tool_calls") or []
+        calls = message.get("tool_calls", [])
         if text or not calls:
             items.append({"role": message["role"], "content": text})
         items += [
@@ -1756,14 +1675,13 @@ class Slot(NamedTuple):
 
 class Family(NamedTuple):
     pattern: str = ""
-    fields: Mapping[str, Field] = {}  # by OpenAI's parameter
+    fields: Mapping[str, Field] = {}  # by OpenAI's parameter, or their own names
     render: Callable[[Messages, str, str], Json] = render_transcript
     system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
     slots: Mapping[str, Slot] = {}  # by the type of part
     always: Json = {}  # inputs that go with every prompt
     native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
-    others: Mapping[str, Field] = {}  # inputs that OpenAI has no name for
     required: tuple[str, ...] = ()  # inputs without which it does not run
     is_language: bool = True
 
@@ -1831,12 +1749,14 @@ def claude(pattern: str, least: int, most: int, slots: Mapping[str, Slot]) -> Fa
     return Family(pattern, fields, system="system_prompt", slots=slots)
 
 
-def gemini(pattern: str, effort: Field, slots: Mapping[str, Slot]) -> Family:
-    temperature, limit = (
+def gemini(pattern: str, efforts: str, slots: Mapping[str, Slot]) -> Family:
+    budget = Field("thinking_budget", 0, 24576, type="integer")
+    fields = inputs_of(
+        "top_p",
         Field("temperature", 0, 2),
         Field("max_output_tokens", 1, 65535),
+        levels("thinking_level", efforts) if efforts else budget,
     )
-    fields = inputs_of("top_p", temperature, limit, effort)
     return Family(pattern, fields, system="system_instruction", slots=slots)
 
 
@@ -1878,20 +1798,10 @@ FAMILIES = {
     "claude-3.5": claude(r"anthropic/claude-(3\.5-|4\.5-haiku).*", 1, 8192, {}),
     "claude": claude(r"anthropic/claude-.*", 1024, 64000, ONE_IMAGE),
     "gemini-3.1": gemini(
-        r"google/gemini-3\.1-(pro|flash)",
-        levels("thinking_level", "low medium high"),
-        IMAGES_AND_SOUND,
+        r"google/gemini-3\.1-(pro|flash)", "low medium high", IMAGES_AND_SOUND
     ),
-    "gemini-3": gemini(
-        r"google/gemini-3-(pro|flash)",
-        levels("thinking_level", "low high"),
-        IMAGES_AND_SOUND,
-    ),
-    "gemini": gemini(
-        r"google/gemini-2\.5-flash",
-        Field("thinking_budget", 0, 24576, type="integer"),
-        IMAGES,
-    ),
+    "gemini-3": gemini(r"google/gemini-3-(pro|flash)", "low high", IMAGES_AND_SOUND),
+    "gemini": gemini(r"google/gemini-2\.5-flash", "", IMAGES),
     "granite": Family(
         r"ibm-granite/granite-3\.[012]-.*-instruct", LLAMA, system="system_prompt"
     ),
@@ -1906,12 +1816,6 @@ FAMILIES = {
 }
 
 PLAIN = Family()
-
-
-def find_family(model: Model) -> Family:
-    if model.config.family:
-        return FAMILIES[model.config.family]
-    return row_of(model.owner_and_name)
 
 
 @lru_cache(1000)  # every request looks for one
@@ -1964,7 +1868,7 @@ ACCEPTED = {
 }
 
 NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
-DOCUMENTED = frozenset({*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI)
+DOCUMENTED = {*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI
 
 JSON_TYPES = {
     "string": STRING,
@@ -2076,7 +1980,8 @@ def read_family(document: Any) -> Family | None:
         slots |= IN_PLACE
     named = {*DOCUMENTED, *(field.name for field in fields.values()), messages, prompt}
     others = {n: read_field(n, row) for n, row in known.items() if n not in named}
-    return family._replace(fields=fields, slots=slots, others=others, required=needed)
+    fields = {**others, **fields}
+    return family._replace(fields=fields, slots=slots, required=needed)
 
 
 def has_levels(schema: Json, scale: Sequence[str]) -> bool:
@@ -2086,26 +1991,9 @@ def has_levels(schema: Json, scale: Sequence[str]) -> bool:
 
 
 def read_field(name: str, schema: Json, parameter: str = "") -> Field:
+    """What an input takes: of integers, between whole bounds."""
     type = json_type(schema)
-    choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
-    default = schema.get("default")
-    is_short = is_bound(default) and 0 < default < LONG
-    return Field(
-        name,
-        *read_bounds(schema, is_whole=type == "integer"),
-        default=LONG if parameter == "max_tokens" and is_short else None,
-        choices=tuple(choices),
-        type=type,
-    )
-
-
-def is_bound(value: Any) -> TypeGuard[float]:
-    return is_number(value) and abs(value) < 2**64
-
-
-def read_bounds(schema: Json, is_whole: bool) -> tuple[float | None, float | None]:
-    """The least and the most that a field takes: of an integer, whole ones."""
-    step = 1 if is_whole else 0.01  # inwards from a bound that is left out
+    step = 1 if type == "integer" else 0.01  # inwards from a bound that is left out
 
     def bounds(keyword: str, step: float = 0) -> list[float]:
         bound = schema.get(keyword)
@@ -2114,7 +2002,17 @@ def read_bounds(schema: Json, is_whole: bool) -> tuple[float | None, float | Non
     lows = bounds("minimum") + bounds("exclusiveMinimum", step)
     highs = bounds("maximum") + bounds("exclusiveMaximum", -step)
     low, high = max(lows, default=None), min(highs, default=None)
-    return (low and ceil(low), high and floor(high)) if is_whole else (low, high)
+    if type == "integer":
+        low, high = low and ceil(low), high and floor(high)
+    choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
+    default = schema.get("default")
+    is_short = is_bound(default) and 0 < default < LONG
+    longer = LONG if parameter == "max_tokens" and is_short else None
+    return Field(name, low, high, longer, tuple(choices), type)
+
+
+def is_bound(value: Any) -> TypeGuard[float]:
+    return is_number(value) and abs(value) < 2**64
 
 
 def read_slot(name: str, schema: Json) -> Slot:
@@ -2129,7 +2027,6 @@ RETRY_AFTER = 60  # … and for one that could not be
 MOST_SCHEMAS = 1000
 
 OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
-DEPLOYED = re.compile(rf"deployments/({NAME})/({NAME})")
 
 
 def merge(row: Family, read: Family | None) -> Family:
@@ -2137,14 +2034,10 @@ def merge(row: Family, read: Family | None) -> Family:
     if read is None:
         return row
     taken = {field.name for field in row.fields.values()}
-    others = {name: f for name, f in read.others.items() if name not in taken}
+    fields = {key: f for key, f in read.fields.items() if f.name not in taken}
     in_place = row.render is render_messages and not row.native
     slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
-    return row._replace(
-        fields={**read.fields, **row.fields},
-        slots={**slots, **row.slots},
-        others={**others, **row.others},
-    )
+    return row._replace(fields={**fields, **row.fields}, slots={**slots, **row.slots})
 
 
 @dataclass
@@ -2175,29 +2068,27 @@ class SchemaCache:
 
     def find(self, ref: str) -> Family | None:
         """The last family that was read, or None: no schema, or not in time."""
-        if not (OWNED.fullmatch(ref) or DEPLOYED.fullmatch(ref)):
+        if "/" not in ref:
             return None  # Replicate tells nothing of a version without its model
         with self.lock:
             entry = self.entries.get(ref)
             if entry is None or self.clock() >= entry.expires:
-                entry = self.refresh(ref, entry)
+                expires = self.clock() + RETRY_AFTER
+                entry = SchemaEntry(entry.family if entry else None, expires)
+                thread = threading.Thread(
+                    target=self.fill, args=(ref, entry), daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # none to be had: the next request tries again
+                    return entry.family
+                self.entries.pop(ref, None)
+                self.entries[ref] = entry
+                if len(self.entries) > MOST_SCHEMAS:
+                    del self.entries[next(iter(self.entries))]
         if entry.family is None:
             entry.done.wait(self.limit)
         return entry.family
-
-    def refresh(self, ref: str, last: SchemaEntry | None) -> SchemaEntry:
-        """Look it up in a thread, as the last family may serve in the meantime."""
-        entry = SchemaEntry(last.family if last else None, self.clock() + RETRY_AFTER)
-        try:
-            threading.Thread(target=self.fill, args=(ref, entry), daemon=True).start()
-        except RuntimeError:  # no thread to be had: the next request tries again
-            entry.done.set()
-            return entry
-        self.entries.pop(ref, None)
-        self.entries[ref] = entry
-        if len(self.entries) > MOST_SCHEMAS:
-            del self.entries[next(iter(self.entries))]
-        return entry
 
     def fill(self, ref: str, entry: SchemaEntry) -> None:
         try:
@@ -2210,8 +2101,9 @@ class SchemaCache:
 
     def read(self, ref: str) -> Family | None:
         """Of a deployment: the row of the model that it runs, or that one's schema."""
-        if deployed := DEPLOYED.fullmatch(ref):
-            ref = self.release_of(deployed[1], deployed[2])
+        if ref.startswith("deployments/"):
+            _, owner, name = ref.split("/")
+            ref = self.release_of(owner, name)
             row = row_of(without_version(ref))
             if row is not PLAIN:
                 return merge(row, self.find(ref))
@@ -2223,7 +2115,8 @@ def family_for(
     model: Model, body: Json, attached: set[str], schemas: SchemaCache
 ) -> Family:
     """Its row if that says all that is needed, so that a known model costs no GET."""
-    row = find_family(model)
+    named = model.config.family
+    row = FAMILIES[named] if named else row_of(model.owner_and_name)
     known = {*DOCUMENTED, *row.fields, *(field.name for field in row.fields.values())}
     known |= {*SYSTEM_NAMES} if "messages" in body else set()
     sent = {name for name, value in body.items() if value is not None}
@@ -2233,9 +2126,12 @@ def family_for(
         family = row
     else:
         family = merge(row, schemas.find(model.ref))
-    no_text = "is not a language model: what it makes is not text. Use one that is."
-    is_language = family.is_language
-    require(is_language, f"The model `{model.id}` {no_text}", param="model")
+    require(
+        family.is_language,
+        f"The model `{model.id}` is not a language model: what it makes is not text. "
+        "Use one that is.",
+        param="model",
+    )
     return family
 
 
@@ -2260,16 +2156,24 @@ class PredictionInput(NamedTuple):
     seed: Field | None = None  # the input that choices differ in: the client named it
 
 
-def with_wanted(body: Json, family: Family, wanted: Wanted) -> Json:
+def with_tools_and_format(
+    body: Json, family: Family, toolbox: Toolbox | None, format: ResponseFormat | None
+) -> Json:
     """The body with tools, format, calls and results as the family takes them."""
-    toolbox, format = wanted
-    if family.native:
-        inputs, messages = native_inputs(family.native, wanted), body["messages"]
-        texts = [native_tool_instructions(toolbox)] if toolbox else []
+    inputs: Json = {}
+    messages, texts = body["messages"], []
+    if family.native:  # what is left to say to a model that takes them as inputs
+        inputs = native_inputs(family.native, toolbox, format)
+        if toolbox:
+            when = [when_to_call(toolbox)] if toolbox.must_call else []
+            how_many = [] if toolbox.parallel else [ONE_CALL]
+            texts = [" ".join([*when, *how_many])]
     else:
-        inputs, messages = {}, plain_history(body["messages"])
-        texts = [tool_instructions(toolbox)] if toolbox else []
-        texts += [json_instructions(format)] if format else []
+        messages = plain_history(messages)
+        if toolbox:
+            texts.append(tool_instructions(toolbox))
+        if format:
+            texts.append(json_instructions(format))
     first = [{"role": "system", "content": text} for text in texts if text]
     return {
         **body,
@@ -2348,9 +2252,9 @@ def place_attachments(
 
     Raise 400 for what the model does not take, or not so much of.
     """
-    urls: dict[str, list[str]] = {}
+    urls = defaultdict(list)
     for kind, url in attachments(messages):
-        urls.setdefault(kind, []).append(url)
+        urls[kind].append(url)
     placed: Json = {}
     for kind, found in urls.items():
         slot = family.slots.get(kind, Slot("", 0))
@@ -2364,15 +2268,13 @@ def place_attachments(
         )
         if slot.name:
             placed[slot.name] = found if slot.as_list else found[0]
-    if not placed:
-        return messages, placed
     moved = {kind for kind, slot in family.slots.items() if slot.name}
-    rest = [
-        {**message, "content": [p for p in content if p["type"] not in moved]}
-        if isinstance(content := message["content"], list)
-        else message
-        for message in messages
-    ]
+    rest = []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, list):
+            content = join_texts([p for p in content if p["type"] not in moved])
+        rest.append({**message, "content": content})
     return rest, placed
 
 
@@ -2384,7 +2286,7 @@ def build_input(
     short_enough = len(prompt.encode()) <= LONGEST
     param = "messages" if "messages" in body else "prompt"
     require(short_enough, too_long, code="context_length_exceeded", param=param)
-    fields = {**family.others, **family.fields}
+    fields = family.fields
     asked = read_asked(body, fields, model.config)
     inputs: Json = {}
     for parameter, row in fields.items():
@@ -5858,14 +5760,15 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
     chosen = find_model(proxy.models.current(), body["model"])
     kinds = {kind for kind, _ in attachments(body["messages"])}
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
-    wanted = Wanted(parse_toolbox(body), parse_response_format(body))
-    body = with_wanted(body, family, wanted)
+    toolbox, format = parse_toolbox(body), parse_response_format(body)
+    body = with_tools_and_format(body, family, toolbox, format)
     generation = Generation(
         proxy,
         request,
         body,
         [build_chat_input(body, chosen, family)],
-        *wanted,
+        toolbox,
+        format,
         partial(build_retry_input, body, chosen, family),
     )
     return generation.respond("chatcmpl-", chat_completion, chat_stream)
