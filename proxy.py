@@ -209,7 +209,7 @@ def overloaded(why: str) -> APIError:
 
 
 def as_api_error(error: Exception) -> APIError:
-    """Give what a client is told of any exception: of an internal one, no details."""
+    """Convert any exception; an internal one is logged, and its details are hidden."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
@@ -1204,8 +1204,8 @@ def functions_as_tools(messages: Messages) -> Messages:
 
 # -- Tools ---------------------------------------------------------------------
 #
-# Which tools a model may call. How it is told of them is in Tool prompts, and how
-# its calls are read in Tool calls.
+# Which tools a model may call. "Chat templates" describes them to the model, and
+# "Tool calls" reads its calls.
 
 
 class Tool(NamedTuple):
@@ -1240,7 +1240,7 @@ def parse_toolbox(body: Json) -> Toolbox | None:
     """Return what may be called, None for nothing; `body` has passed the tables.
 
     The older `functions` and `function_call` are translated: code below sees only
-    the flag `legacy`, by which an answer is told in the older form."""
+    the flag `legacy`, by which the answer has the older form."""
     for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
         message = (
             f"Invalid value for '{param}': "
@@ -1290,7 +1290,7 @@ def properties_of(tool: Tool | None) -> Json:
 
 # -- Output formats ------------------------------------------------------------
 #
-# Which JSON a client wants. Any schema is accepted: the model is told all of it, and
+# Which JSON a client wants. Any schema is accepted: the model sees all of it, and
 # an answer is checked as far as the schema can be.
 
 
@@ -1321,7 +1321,7 @@ def parse_response_format(body: Json) -> ResponseFormat | None:
 
 # -- Chat templates ------------------------------------------------------------
 #
-# What a model reads: messages, what it is told of tools and formats, and the
+# What a model reads: messages, descriptions of tools and formats, and the
 # calls and results of its conversation. To add a template: a function from
 # messages, the input (or role) for system text and the input for the prompt.
 #
@@ -3025,12 +3025,12 @@ class ReplicateAPI:
         self.client.close()
         self.pool.close()
 
-    def create(self, asked: PredictionInput, wait: bool) -> Json:
+    def create(self, prediction_input: PredictionInput, wait: bool) -> Json:
         """Create a prediction, of a community model by its newest version."""
-        ref = asked.model.ref
+        ref = prediction_input.model.ref
         known = self.versions.get(ref, ref)
         try:
-            return self.create_as(known, asked, wait)
+            return self.create_as(known, prediction_input, wait)
         except APIError as error:  # was refused, so there is no prediction
             owned = OWNED.fullmatch(ref)
             if error.code != "model_not_found" or not owned or owned[3]:
@@ -3041,10 +3041,15 @@ class ReplicateAPI:
             if newest in (None, known):
                 raise
         self.versions[ref] = newest
-        return self.create_as(newest, asked, wait)
+        return self.create_as(newest, prediction_input, wait)
 
-    def create_as(self, ref: str, asked: PredictionInput, wait: bool) -> Json:
-        given: Json = {"input": asked.input, "cancel_after": f"{self.time_limit}s"}
+    def create_as(
+        self, ref: str, prediction_input: PredictionInput, wait: bool
+    ) -> Json:
+        given: Json = {
+            "input": prediction_input.input,
+            "cancel_after": f"{self.time_limit}s",
+        }
         if wait:
             given["prefer"] = f"wait={self.timeouts.wait}"
         send: Callable[..., Any]
@@ -3054,13 +3059,13 @@ class ReplicateAPI:
         else:
             send = self.client.predictions.with_raw_response.create
             given["version"] = ref
-        return parse_prediction(self.send(send, "id", asked, **given))
+        return parse_prediction(self.send(send, "id", prediction_input, **given))
 
     def send(
         self,
         method: Callable[..., Any],
         needs: str = "",
-        asked: PredictionInput | None = None,
+        prediction_input: PredictionInput | None = None,
         cancellation: Cancellation | None = None,
         **given: Any,
     ) -> Json:
@@ -3072,7 +3077,7 @@ class ReplicateAPI:
         try:
             return parse_object(method(**given, extra_headers=NO_TELEMETRY), needs)
         except APIStatusError as error:
-            raise refusal(error, asked, self.token) from None
+            raise refusal(error, prediction_input, self.token) from None
         except (ReplicateError, BadResponse) as error:
             cause = error.__cause__
             failed = isinstance(error, APIConnectionError)
@@ -3221,7 +3226,7 @@ def parse_prediction(record: Json) -> Json:
 
 
 def refusal(
-    error: APIStatusError, asked: PredictionInput | None, secret: str
+    error: APIStatusError, prediction_input: PredictionInput | None, secret: str
 ) -> APIError:
     status, body = error.status_code, as_object(error.body)
     detail = str(body.get("detail") or body.get("title") or "").strip()
@@ -3237,16 +3242,16 @@ def refusal(
         row.status,
         f"{row.message} {why}".replace(secret, "…"),
         code=row.code,
-        param=invalid_param(invalid, asked) if status == 422 else None,
+        param=invalid_param(invalid, prediction_input) if status == 422 else None,
         headers=headers,
     )
 
 
-def invalid_param(invalid: Any, asked: PredictionInput | None) -> str | None:
+def invalid_param(invalid: Any, prediction_input: PredictionInput | None) -> str | None:
     """OpenAI's name of the first input that Replicate refused."""
     with suppress(LookupError, TypeError, AttributeError):
         name = str(invalid[0]["field"]).removeprefix("input.")
-        return asked.names.get(name, name) if asked else name
+        return prediction_input.names.get(name, name) if prediction_input else name
     return None
 
 
@@ -3419,22 +3424,26 @@ class UploadCache:
 
 
 def upload_large_files(
-    asked: PredictionInput, cache: UploadCache, cancellation: Cancellation
+    prediction_input: PredictionInput, cache: UploadCache, cancellation: Cancellation
 ) -> PredictionInput:
     """Replace the largest data: URLs of an input by links, so that the rest is small.
 
     A data: URL in the prompt's text stays as it is. Raise APIError.
     """
-    strings = (leaf for leaf in leaves(asked.input) if isinstance(leaf, str))
+    strings = (leaf for leaf in leaves(prediction_input.input) if isinstance(leaf, str))
     urls = [text for text in strings if DATA_URL.match(text)]
-    by_size = sorted((url for url in urls if url not in asked.prompt), key=len)
+    by_size = sorted(
+        (url for url in urls if url not in prediction_input.prompt), key=len
+    )
     sizes = zip(by_size, accumulate(map(len, by_size)), strict=True)
     large = {url for url, total in sizes if total > INLINE_DATA}
-    check_size(replace_strings(asked.input, dict.fromkeys(large, "")))
+    check_size(replace_strings(prediction_input.input, dict.fromkeys(large, "")))
     if not large:
-        return asked
+        return prediction_input
     links = cache.link_all(large, cancellation)
-    return asked._replace(input=replace_strings(asked.input, links))
+    return prediction_input._replace(
+        input=replace_strings(prediction_input.input, links)
+    )
 
 
 def leaves(value: Any) -> list[Any]:
@@ -3493,7 +3502,7 @@ class Upstream:
 
     def create(
         self,
-        asked: PredictionInput,
+        prediction_input: PredictionInput,
         cancellation: Cancellation,
         request_log: RequestLog,
         *,
@@ -3505,8 +3514,10 @@ class Upstream:
         APIError, or the cancellation's cause.
         """
         cancellation.check()
-        record = self.api.create(asked, wait)
-        prediction = Prediction(self, asked, cancellation, request_log, record, wait)
+        record = self.api.create(prediction_input, wait)
+        prediction = Prediction(
+            self, prediction_input, cancellation, request_log, record, wait
+        )
         request_log.predictions.append(prediction.id)
         if cancellation.cause:
             prediction.cancel()
@@ -3552,7 +3563,7 @@ class Prediction:
     """A prediction: its record as last fetched, and what was delivered of it."""
 
     upstream: Upstream
-    asked: PredictionInput
+    prediction_input: PredictionInput
     cancellation: Cancellation
     request_log: RequestLog
     record: Json
@@ -3584,7 +3595,7 @@ class Prediction:
         """Where it streams text; "" if it does not, or not where the token may go."""
         url = str(self.record["urls"].get("stream") or "")
         is_text = "/v1/files/" not in url  # which is a file's bytes
-        streams = self.asked.model.config.supports_streaming
+        streams = self.prediction_input.model.config.supports_streaming
         return url if streams and is_text and self.api.may_stream_from(url) else ""
 
     def events(self) -> Events:
@@ -3612,10 +3623,10 @@ class Prediction:
                 break
             self.is_late = True
             self.cancellation.sleep(self.timeouts.poll)
-        if self.asked.model.config.supports_streaming:
+        if self.prediction_input.model.config.supports_streaming:
             yield from self.rest()
         for _ in self.polls():
-            if self.asked.model.config.supports_streaming:
+            if self.prediction_input.model.config.supports_streaming:
                 yield from self.rest()
         yield from self.rest(at_end=True)
 
@@ -3748,7 +3759,7 @@ class Prediction:
                 headers=NO_RETRY,
             )
         usage = read_usage(self.record)
-        return Done(finish_reason(usage, self.asked.limit), usage)
+        return Done(finish_reason(usage, self.prediction_input.limit), usage)
 
     def cancel(self) -> None:
         """Stop the bill unless it is over, in a thread of its own: nobody waits."""
@@ -3984,8 +3995,8 @@ def split_harmony(held: str, events: Events) -> Events:
 # -- JSON Schema ---------------------------------------------------------------
 #
 # As much of JSON Schema as says what programs want of an answer. What a keyword says
-# is checked if the keyword and the form of it are known here; all else is told to
-# the model, and not checked: nothing that OpenAI accepts is refused for its schema.
+# is checked if the keyword and the form of it are known here; all else is shown to
+# the model and not checked: nothing that OpenAI accepts is refused for its schema.
 # A schema is a stranger's program, so checking a value takes so many steps at most.
 
 
@@ -4223,7 +4234,7 @@ class JSONReader:
         self.is_done = self.is_broken = False
 
     def take(self) -> str:
-        """What can be told of what was not taken yet."""
+        """What is safe to emit and was not taken yet."""
         if self.is_broken:
             pieces, at = self.sound
             text = "".join([*self.json[:pieces], "".join(self.raw)[at:]])
@@ -4406,7 +4417,7 @@ def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
 
 # A brace in prose begins no JSON unless a key and a colon follow it, nor does a
 # bracket without an item. Until that is clear, text is held. What has nothing in its
-# brackets, or keys without quotes, can't be told from prose before the end.
+# brackets, or keys without quotes, can't be distinguished from prose before the end.
 GAPS = r"\s{0,20}"
 QUOTED = r"""(?:"(?:[^"\\]|\\.){0,100}"|'(?:[^'\\]|\\.){0,100}')"""
 SCALAR = r"(?:-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?|true|false|null)"
@@ -4463,8 +4474,8 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
                 rest: str | None = event.text
                 if not reader.is_done:
                     rest = reader.feed(event.text)
-                    if told := reader.take():
-                        yield Text(told)
+                    if ready := reader.take():
+                        yield Text(ready)
                 epilogue += len(rest or "") if reader.is_done else 0
                 if epilogue > LONGEST_EPILOGUE:
                     yield Done("stop")
@@ -4474,8 +4485,8 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
                 if not (reader.is_done or reader.is_broken):
                     reader.is_broken = event.finish_reason == "length"
                     reader.finish()
-                if told := reader.take():
-                    yield Text(told)
+                if ready := reader.take():
+                    yield Text(ready)
                 if reader.is_done:  # what was cut off after it was no part of it
                     event = Done("stop", event.usage)
             yield event
@@ -4540,11 +4551,11 @@ def lone_value(text: str, format: ResponseFormat, types: set[str]) -> str:
 
 # -- Tool calls ----------------------------------------------------------------
 #
-# Calls as models write them in their text: whatever they were told, each writes what
+# Calls as models write them in their text: whatever the prompt says, each writes what
 # it was trained on. A call is one opening or several, then an object that names a
 # tool, or arguments if an opening holds the name, and what closes the openings. To
 # add a format: a row in FORMAT_ROWS. A call is held until its end and parsed
-# once; only arguments that are JSON as it stands are told while they are written.
+# once; only arguments that are JSON as it stands are streamed while they are written.
 # Cut into single characters, a text gives the same.
 
 
@@ -4887,20 +4898,20 @@ class ToolCallParser:
                 yield from events
         self.events = []
 
-    def tell_text(self, length: int) -> None:
+    def emit_text(self, length: int) -> None:
         if text := self.held[:length]:
             self.is_fresh = False
             self.events.append(Text(text))
             self.held = self.held[length:]
 
-    def tell_call(self, name: str, arguments: str = "") -> None:
+    def emit_call(self, name: str, arguments: str = "") -> None:
         if not self.calls or self.toolbox.parallel:
             self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
         self.calls += 1
         self.is_fresh = True
-        self.tell_arguments(arguments)
+        self.emit_arguments(arguments)
 
-    def tell_arguments(self, text: str) -> None:
+    def emit_arguments(self, text: str) -> None:
         if text and (self.calls == 1 or self.toolbox.parallel):
             self.events.append(Arguments(self.calls - 1, text))
 
@@ -4910,7 +4921,7 @@ class ToolCallParser:
         After a long look, `length` characters are text: none is read often."""
         self.openings = []
         first = len(self.held) - len(self.held.lstrip()) + 1
-        self.tell_text(length if length > LONGEST_HEAD else first)
+        self.emit_text(length if length > LONGEST_HEAD else first)
 
     def drop(self) -> None:
         """It was cut off in what would have been a call."""
@@ -4926,7 +4937,7 @@ class ToolCallParser:
             if not open_before:
                 start = START.search(self.held)
                 end = start.start() if start else len(self.held)
-                self.tell_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
+                self.emit_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
             self.openings = [*open_before]
             found = self.read_openings()
             if found:
@@ -5007,7 +5018,7 @@ class ToolCallParser:
                     arguments.feed(head[:begin])
                     arguments.take()
                 if begin and arguments.is_strict:
-                    self.tell_call(name)
+                    self.emit_call(name)
                     self.held = text[at + begin :]
                     depth = len(arguments.closers)
                     return (yield from self.read_arguments(arguments, depth))
@@ -5027,7 +5038,7 @@ class ToolCallParser:
         is_call = known or (is_sure and not self.strict)
         if reader.is_done and length <= LONGEST_CALL and calls and is_call:
             for call in calls:
-                self.tell_call(*call)
+                self.emit_call(*call)
             self.held = rest or ""
         else:
             self.held = text
@@ -5051,7 +5062,7 @@ class ToolCallParser:
             return self.refuse()
         if "```" in lead:
             self.openings.append(ToolCallFormat("object", "```", "```"))
-        self.tell_call(name)
+        self.emit_call(name)
         self.held = self.held[at + len(lead) :]
         yield from self.read_arguments(JSONReader(), 0)
 
@@ -5061,16 +5072,16 @@ class ToolCallParser:
         while rest is None:
             text, self.held = self.held, ""
             rest = reader.feed(text, depth)
-            told = reader.take()
+            ready = reader.take()
             if reader.is_broken:
-                self.held = told
+                self.held = ready
                 return (yield from self.read_broken_arguments())
-            self.tell_arguments(told)
+            self.emit_arguments(ready)
             if rest is None and not (yield from self.more()):
                 self.was_cut |= reader.is_cut()
                 if not self.was_cut:
                     reader.finish(depth)
-                    self.tell_arguments(reader.take())
+                    self.emit_arguments(reader.take())
                 return
         while depth and (rest := reader.feed(rest)) is None:
             if not (yield from self.more()):
@@ -5085,10 +5096,10 @@ class ToolCallParser:
         while not ends:
             ends = [self.held.find(c) for c in closings if c in self.held]
             end = min(ends) if ends else len(self.held) - overhang(self.held, closings)
-            self.tell_arguments(self.held[:end])
+            self.emit_arguments(self.held[:end])
             self.held = self.held[end:]
             if not ends and not (yield from self.more()):
-                self.tell_arguments(self.held)
+                self.emit_arguments(self.held)
                 self.held = ""
                 return
 
@@ -5110,7 +5121,7 @@ class ToolCallParser:
         if end > LONGEST_CALL:
             return self.refuse(LONGEST_CALL)
         arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
-        self.tell_call(name, compact(arguments))
+        self.emit_call(name, compact(arguments))
         self.held = self.held[end:]
 
     def read_python(self, name: str, at: int) -> Events:
@@ -5135,7 +5146,7 @@ class ToolCallParser:
             arguments = python_arguments(f"({text[begin:at]}", tool)
         if arguments is None:
             return self.refuse(at if not depth else len(text))
-        self.tell_call(name, compact(arguments))
+        self.emit_call(name, compact(arguments))
         self.openings.pop()
         self.held = self.held[at:]
 
