@@ -4752,7 +4752,7 @@ LONGEST_CALL = 200_000  # characters that are held
 LONGEST_PIECE = 1000  # characters that are looked at together
 LONGEST_LEAD = 80  # characters
 LEAD = re.compile(  # what may stand between a name and its arguments
-    r"\s*(\d{1,3}\s*)?((<\|\w{1,30}\|>\s*((commentary|analysis)\s*)?|```)?(json|code)?\s*){0,4}"
+    r"\s*(?:\d{1,3}\s*)?(?:(?:<\|\w{1,30}\|>|commentary|analysis|```|json|code)\s*){0,9}"
 )
 TAG_BEGINS = re.compile(r"<(?:｜DSML｜|antml:)?parameter")
 TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
@@ -5058,7 +5058,7 @@ class ToolCallParser:
                 if LEAD.fullmatch(lead) or (self.was_cut and self.is_sure()):
                     return self.drop()
                 return self.refuse()
-        if not brace or not LEAD.fullmatch(lead):
+        if not brace or len(lead) > LONGEST_LEAD or not LEAD.fullmatch(lead):
             return self.refuse()
         if "```" in lead:
             self.openings.append(ToolCallFormat("object", "```", "```"))

@@ -7910,6 +7910,7 @@ TEDIOUS = [
     ("calls", '<tool_call>{"name":"get_time","arguments":{}}</tool_call>\n'),
     ("harmony", "<|channel|>commentary to=functions.get_time<|message|>{"),
     ("reasoning", "<think>"),
+    ("a call that never begins", "<function=get_weather>" + " " * 70 + "x {"),
     ("a value", '{"a": '),
     ("values", '{"a": 1}, ['),
     ("commas", '["a",\n'),
