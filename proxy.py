@@ -5928,6 +5928,8 @@ def answer_preflight(proxy: Proxy, request: Request) -> Response:
         "access-control-max-age": "86400",
         "vary": "access-control-request-headers",
     }
+    if "access-control-request-private-network" in request.headers:
+        allow["access-control-allow-private-network"] = "true"
     return Response(None, 204, allow)
 
 
