@@ -8906,6 +8906,10 @@ def test_any_origin_may_ask_with_any_header(server):
     assert (
         answer.headers["access-control-allow-methods"] == "GET, POST, DELETE, OPTIONS"
     )
+    assert "access-control-allow-private-network" not in answer.headers
+    headers = {"access-control-request-private-network": "true"}
+    answer = send(server, "OPTIONS", "/v1/any", headers=headers)
+    assert answer.headers["access-control-allow-private-network"] == "true"
 
 
 # -- HTTP ----------------------------------------------------------------------
