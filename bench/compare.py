@@ -75,6 +75,49 @@ class Intended(NamedTuple):
 
 # Frames that are divided otherwise, wherever it is: Intended(r".*/frames", "...").
 INTENDED: tuple[Intended, ...] = (
+    Intended(
+        "(a_pattern_.*|a_schema_that_.*|a_schema_is_refused.*|a_value_fits.*)/.*",
+        "any schema is accepted, and what is not checked costs no second prediction",
+    ),
+    Intended(
+        "(read_toolbox_refuses|a_format_is_refused)/.*",
+        "tools, choices and formats are held to tables, in OpenAI's words",
+    ),
+    Intended(
+        "(broken_json_is_mended|only_the_json_is_told.*)/.*",
+        "broken JSON is repaired, or else left as it was",
+    ),
+    Intended(
+        "(what_is_no_json_object.*|hostile_json.*|EXTRA/a form).*",
+        "an error in JSON says where and what it is",
+    ),
+    Intended(
+        "(what_is_no_image.*|an_image_is_kept.*)/.*",
+        "the first bytes of an image say what it is",
+    ),
+    Intended(
+        "history_becomes_plain/the old functions.*",
+        "calls of functions have ids from the door on",
+    ),
+    Intended(
+        "an_output_has_its_text.*/items of the Responses API.*",
+        "calls beside the text are written with spaces",
+    ),
+    Intended(
+        "a_prediction_has_its_types.*",
+        "the words of an error, which comes before any chunk",
+    ),
+    Intended(
+        "(signs_are_defused.*/parts that make|large_texts.*/tokens).*",
+        "text reaches a model as it was written",
+    ),
+    Intended(
+        "a_wrong_config.*/several families/start", "the sentence lists the families"
+    ),
+    Intended(
+        "(text_does_not_wait.*|twice_the_text.*)/.*",
+        "a call without a sure sign is held until it is one",
+    ),
     Intended(r".*/frames", "texts that came together are one delta"),
     Intended(
         r"(each_sign_of_each_family_is_defused.*|signs_are_defused.*|history_.*"
