@@ -219,26 +219,6 @@ def no_release(owner, name):
     raise proxy.APIError(404, "There is no such deployment.", code="model_not_found")
 
 
-class FakeUpstream:
-    """Plays events, raises what is an exception among them, and remembers."""
-
-    def __init__(self, *script):
-        self.schemas = proxy.SchemaCache(lambda *where: {}, no_release)
-        self.script = script
-        self.asked = []
-        self.closed = 0
-
-    def run(self, order, cancellation, *, wait):
-        self.asked.append((order, wait))
-        try:
-            for event in self.script:
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-        finally:
-            self.closed += 1
-
-
 @contextmanager
 def serving(settings, timeouts=TIMEOUTS):
     server = proxy.make_server(settings, timeouts)
@@ -332,21 +312,8 @@ def api(settings):
         yield api
 
 
-@pytest.fixture
-def offline(settings):
-    """A proxy whose Upstream is a script."""
-    models = proxy.ModelsFile(settings.models_path, proxy.FAMILIES)
-    return lambda *script: proxy.Proxy(settings, models, FakeUpstream(*script))
-
-
-def call(method, target, body=None, headers=AUTHORIZATION):
-    path = proxy.path_of(target)
-    return proxy.Request(method, path, headers, json.dumps(body).encode())
-
-
-def order(ref):
-    config = proxy.ModelConfig(supports_streaming=ref != "fake/unstreamed")
-    model = proxy.Model("a-model", ref, config)
+def asking(ref):
+    model = proxy.Model("a-model", ref)
     return proxy.PredictionInput(model, {"prompt": "Hi"}, {}, "Hi", None, None)
 
 
@@ -368,15 +335,8 @@ def fronting(fake, timeouts=QUICK, **changes):
         "shutdown_grace": 0,
         **changes,
     }
-    server = proxy.make_server(proxy.Settings(**given), timeouts)
-    thread = threading.Thread(target=server.serve_forever, args=[0.01])
-    thread.start()
-    try:
+    with serving(proxy.Settings(**given), timeouts) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -1578,9 +1538,6 @@ comes in the next message, in <tool_response>. Never make up a result."""
 def test_instructions_teach_one_format(fake, server):
     [system, _] = messages_to_model(fake, server, HI, tools=TOOLS)
     assert system["content"] == GOLDEN
-
-
-ONE = Toolbox(BOX.tools[:1], must_call=True)
 
 
 def test_a_retry_says_what_was_wrong(fake, server):
@@ -6012,7 +5969,7 @@ def test_a_prediction_can_be_waited_for_without_its_text(fake, api, name):
     upstream, request_log = proxy.Upstream(api, TIMEOUTS), proxy.RequestLog()
     cancellation = proxy.Cancellation()
     prediction = upstream.create(
-        order(f"fake/{name}"), cancellation, request_log, wait=True
+        asking(f"fake/{name}"), cancellation, request_log, wait=True
     )
     assert request_log.predictions == [prediction.id]
     if name == "hello":
@@ -6741,7 +6698,6 @@ def ask_for_json(server, fake, said, **body):
     return answer, [json.dumps(seen.body["input"]) for seen in fake.creates()]
 
 
-ADA = '{"name": "Ada", "age": 36}'
 NAMED = {"name": "person", "schema": PERSON}
 ARRAY = proxy.ResponseFormat({"type": "array"}, "list")
 STRING_OF_JSON = proxy.ResponseFormat({"type": "string"}, "word")
@@ -7964,7 +7920,6 @@ def test_the_work_is_linear_in_the_length_of_a_text(begin, piece, cut):
 # -- Objects -------------------------------------------------------------------
 
 DONE = Done("stop", Usage(3, 2, 1))
-SCRIPT = (Text("Hello"), Done("stop", Usage(1, 1)))
 USAGE = {
     "prompt_tokens": 1,
     "completion_tokens": 1,
