@@ -118,7 +118,7 @@ INTENDED: tuple[Intended, ...] = (
         "(text_does_not_wait.*|twice_the_text.*)/.*",
         "a call without a sure sign is held until it is one",
     ),
-    Intended(r".*/frames", "texts that came together are one delta"),
+    Intended(r"(?s).*/frames", "texts that came together are one delta"),
     Intended(
         r"(each_sign_of_each_family_is_defused.*|signs_are_defused.*|history_.*"
         r"|tools_are_given.*)/.*/upstream",
