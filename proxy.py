@@ -2935,7 +2935,7 @@ def parse_event(block: bytes) -> ServerSentEvent | None:
 
 # -- Replicate -----------------------------------------------------------------
 #
-# Replicate's API through its SDK, which nothing else here imports; what Replicate
+# Replicate's API through its SDK, which no other section calls; what Replicate
 # refuses, in the client's terms; and what the record of a prediction says. To add a
 # refusal: a row in REFUSALS. To add a way for a prediction to fail: a row in FAILURES.
 
@@ -3570,7 +3570,7 @@ class Prediction:
     is_late: bool  # to its stream, which may have begun without us
     delivered: list[str] = field(default_factory=list)
     unseen_since: float | None = None  # since when its record can't be fetched
-    said_done: bool = False
+    stream_done: bool = False
     is_cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -3632,7 +3632,7 @@ class Prediction:
 
     def polls(self) -> Iterator[None]:
         """Fetch its record until it is over or its time is up; yield each time."""
-        pause = self.timeouts.after_done if self.said_done else self.timeouts.poll
+        pause = self.timeouts.after_done if self.stream_done else self.timeouts.poll
         while not self.is_over and self.has_time:
             self.cancellation.sleep(pause)
             pause = min(pause * 1.5, self.timeouts.poll_most)
@@ -3676,7 +3676,7 @@ class Prediction:
                 yield self.deliver(text)
             if done is not None:
                 if "reason" not in done:  # its record may lag behind, not for long
-                    self.said_done = True
+                    self.stream_done = True
                     self.deadline = time.monotonic() + self.timeouts.grace
                 self.refresh()  # while the stream's last bytes arrive
                 return False
@@ -3720,7 +3720,7 @@ class Prediction:
             self.unseen_since = self.unseen_since or now
             if (
                 now - self.unseen_since > self.timeouts.lost_after
-                and not self.said_done
+                and not self.stream_done
             ):
                 message = f"Replicate says no more of the prediction: {error}"
                 raise lost(message) from None
@@ -3730,7 +3730,7 @@ class Prediction:
         text = remainder(self.output, "".join(self.delivered))
         if text is None and at_end:
             self.log_event("differs", "from its stream", logging.WARNING)
-            if not self.said_done:
+            if not self.stream_done:
                 raise lost(
                     "Replicate's stream broke, and what it said is not the output."
                 )
@@ -3750,7 +3750,7 @@ class Prediction:
             raise failure(self.record["error"], self.api.token)
         if self.record.get("data_removed") and not self.delivered:
             raise failure("Its output was removed before it was seen.", self.api.token)
-        if status != "succeeded" and not self.said_done:
+        if status != "succeeded" and not self.stream_done:
             raise APIError(
                 504,
                 "Replicate ended the prediction before it had finished. It may take "
@@ -3763,7 +3763,7 @@ class Prediction:
 
     def cancel(self) -> None:
         """Stop the bill unless it is over, in a thread of its own: nobody waits."""
-        if not (self.is_over or self.said_done or self.is_cancelled):
+        if not (self.is_over or self.stream_done or self.is_cancelled):
             self.is_cancelled = True
             self.upstream.in_background(self.send_cancel)
 
@@ -4294,13 +4294,13 @@ class JSONReader:
         elif HALF_ESCAPE.match(text, at):
             return at
         elif c == "\\" and text[at + 1] in "'`":
-            self.mend(text[at + 1])
+            self.repair(text[at + 1])
             return at + 2
         else:  # an unknown escape stands for its backslash
-            self.mend(json.dumps(c)[1:-1])
+            self.repair(json.dumps(c)[1:-1])
         return at + 1
 
-    def mend(self, instead: str = "") -> None:
+    def repair(self, instead: str = "") -> None:
         self.is_strict = False
         self.json.append(instead)
 
@@ -4310,7 +4310,7 @@ class JSONReader:
         elif kind == "space":
             self.json.append(token if self.keeps_space else "")
         elif kind == "comment":
-            self.mend()
+            self.repair()
         elif kind == "bad":
             self.is_broken = True
         elif token == ":":
@@ -4323,16 +4323,16 @@ class JSONReader:
                 self.comma = ","
                 self.place = KEY if self.is_in_object() else VALUE
             else:  # nothing stands before it
-                self.mend()
+                self.repair()
         elif token in ("}", "]"):  # closes what is open in it as well
             closers = ("}", "") if token == "}" else ("]",)
             depths = [i for i, closer in enumerate(self.closers) if closer in closers]
             if depths:
                 self.close(depths[-1])
             else:  # it closes nothing
-                self.mend()
+                self.repair()
         elif token == "{" and self.place == KEY and not self.comma:  # {{ for {
-            self.mend()
+            self.repair()
             self.closers.append("")
         else:
             self.begin_item(kind, token)
@@ -4344,7 +4344,7 @@ class JSONReader:
     def begin_item(self, kind: str, token: str) -> None:
         """Begin a key or a value, after the comma that it needs."""
         if self.place == NEXT and not self.after_string and kind in ("quote", "mark"):
-            self.mend(",")
+            self.repair(",")
             self.place = KEY if self.is_in_object() else VALUE
         is_key = self.place == KEY
         self.is_broken |= self.place not in (KEY, VALUE) or (is_key and kind == "mark")
@@ -4366,17 +4366,17 @@ class JSONReader:
         else:
             self.is_broken |= bool(NO_NUMBER.fullmatch(token))
             value = compact(token)
-            self.mend(value if is_key else JSON_WORDS.get(token, value))
+            self.repair(value if is_key else JSON_WORDS.get(token, value))
 
     def end_item(self) -> None:
         """Put what is missing where a key or a value ends."""
         if self.place == COLON:
             self.is_broken |= self.key != "quote"
-            self.mend(":null")
+            self.repair(":null")
         elif self.place == VALUE and self.is_in_object():
-            self.mend("null")
+            self.repair("null")
         elif self.comma:
-            self.mend(self.comma[1:] if self.keeps_space else "")
+            self.repair(self.comma[1:] if self.keeps_space else "")
             self.comma = ""
 
     def close(self, depth: int = 0) -> None:
