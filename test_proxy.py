@@ -30,7 +30,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -8489,13 +8488,15 @@ def test_json_that_is_deep_is_run_or_refused(lasting, depth, status):
 
 
 def test_a_lack_of_threads_is_told_as_overload(lasting, monkeypatch):
-    class NoThread(threading.Thread):
-        def start(self):
+    start = threading.Thread.start
+
+    def start_unless_in_a_pool(thread):
+        if thread.name.startswith("ThreadPoolExecutor"):
             raise RuntimeError("can't start new thread")
+        start(thread)
 
     fake, server = lasting
-    without = SimpleNamespace(**{**vars(threading), "Thread": NoThread})
-    monkeypatch.setattr(proxy, "threading", without)
+    monkeypatch.setattr(threading.Thread, "start", start_unless_in_a_pool)
     fake.seen.clear()
     answer = post_json(server, CHAT_PATH, model="fake/hello", messages=HI, n=2)
     assert (answer.status, answer.error["code"]) == (503, "overloaded")
