@@ -2390,8 +2390,8 @@ def require_inputs(model: Model, family: Family, input: Json) -> None:
 #
 # What a prediction says, as events: Reasoning, Texts and ToolCalls (each followed
 # by its Arguments), then one Done; an APIError cuts them short. A function that
-# shapes an answer takes events and yields events, and closes those it reads when it
-# is closed itself: that cancels the prediction.
+# shapes an answer takes events and yields events. It may end before those it reads
+# do: whoever has created the prediction cancels it.
 
 
 class Usage(NamedTuple):
@@ -3602,23 +3602,20 @@ class Prediction:
         return url if streams and is_text and self.api.may_stream_from(url) else ""
 
     def events(self) -> Events:
-        """Its Texts as they come, then Done. Raise APIError; cancel if closed early."""
+        """Yield its Texts as they come, then Done. Raise APIError."""
+        while not self.is_over and self.stream_url and self.has_time:
+            if not (yield from self.follow_stream()):
+                break
+            self.is_late = True
+            self.cancellation.sleep(self.timeouts.poll)
         streams = self.prediction_input.model.config.supports_streaming
-        try:
-            while not self.is_over and self.stream_url and self.has_time:
-                if not (yield from self.follow_stream()):
-                    break
-                self.is_late = True
-                self.cancellation.sleep(self.timeouts.poll)
+        if streams:
+            yield from self.rest()
+        for _ in self.polls():
             if streams:
                 yield from self.rest()
-            for _ in self.polls():
-                if streams:
-                    yield from self.rest()
-            yield from self.rest(at_end=True)
-            yield self.end()
-        finally:
-            self.cancel()
+        yield from self.rest(at_end=True)
+        yield self.end()
 
     def wait_until_done(self) -> Any:
         """Its output, when it has succeeded. Raise APIError; cancel if interrupted."""
@@ -3783,10 +3780,10 @@ def lost(message: str) -> APIError:
 
 # -- Stop and reasoning --------------------------------------------------------
 #
-# Each filter is a generator from events to events, and closes the events that it
-# reads when it ends. Reasoning models write what they think between <think> and
-# </think>, before the answer; the chat templates of some have written the first tag
-# themselves. It becomes Reasoning events, for the field reasoning_content.
+# Each filter is a generator from events to events. Reasoning models write what they
+# think between <think> and </think>, before the answer; the chat templates of some
+# have written the first tag themselves. It becomes Reasoning events, for the field
+# reasoning_content.
 
 
 CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
@@ -3795,28 +3792,27 @@ CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
 def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
     """End before the stop string that is complete first, however the text is cut."""
     held, reason = "", "stop"
-    with closing(events):
-        for event in events:
-            if isinstance(event, Text):
-                held += event.text
-                ends = [(held.find(s) + len(s), -len(s)) for s in stops if s in held]
-                if ends:
-                    end = min(ends)[0]
-                    starts = [at + size for at, size in ends if at == end]
-                    if text := held[: min(starts)]:
-                        yield Text(text)
-                    yield Done(reason)
-                    return
-                safe = len(held) - overhang(held, stops)
-                if safe:
-                    yield Text(held[:safe])
-                held = held[safe:]
-                continue
-            if held and isinstance(event, (ToolCall, Done)):
-                yield Text(held)
-                held = ""
-            reason = called if isinstance(event, ToolCall) else reason
-            yield event
+    for event in events:
+        if isinstance(event, Text):
+            held += event.text
+            ends = [(held.find(s) + len(s), -len(s)) for s in stops if s in held]
+            if ends:
+                end = min(ends)[0]
+                starts = [at + size for at, size in ends if at == end]
+                if text := held[: min(starts)]:
+                    yield Text(text)
+                yield Done(reason)
+                return
+            safe = len(held) - overhang(held, stops)
+            if safe:
+                yield Text(held[:safe])
+            held = held[safe:]
+            continue
+        if held and isinstance(event, (ToolCall, Done)):
+            yield Text(held)
+            held = ""
+        reason = called if isinstance(event, ToolCall) else reason
+        yield event
 
 
 def overhang(text: str, stops: Sequence[str]) -> int:
@@ -3828,25 +3824,23 @@ def overhang(text: str, stops: Sequence[str]) -> int:
 def cut_after(events: Events, tokens: int) -> Events:
     """End after so many tokens, by estimate: for models that refuse so low a limit."""
     room = tokens * CHARACTERS_PER_TOKEN
-    with closing(events):
-        for event in events:
-            if isinstance(event, Text):
-                if len(event.text) > room:
-                    yield Text(event.text[:room])
-                    yield Done("length")
-                    return
-                room -= len(event.text)
-            yield event
+    for event in events:
+        if isinstance(event, Text):
+            if len(event.text) > room:
+                yield Text(event.text[:room])
+                yield Done("length")
+                return
+            room -= len(event.text)
+        yield event
 
 
 def echo(events: Events, prompt: str) -> Events:
     """Put the prompt before the answer, once there is one."""
-    with closing(events):
-        for event in events:
-            if prompt:
-                yield Text(prompt)
-                prompt = ""
-            yield event
+    for event in events:
+        if prompt:
+            yield Text(prompt)
+            prompt = ""
+        yield event
 
 
 def with_usage(
@@ -3854,24 +3848,21 @@ def with_usage(
 ) -> Events:
     """Estimate the tokens that Replicate did not count, and add all to `usages`."""
     length = 0
-    with closing(events):
-        for event in events:
-            if isinstance(event, (Reasoning, Text, Arguments)):
-                length += len(event.text)
-            elif isinstance(event, Done):
-                asked, answered, reasoned, _ = event.usage
-                usage = Usage(
-                    -(-len(prompt) // CHARACTERS_PER_TOKEN) if asked is None else asked,
-                    -(-length // CHARACTERS_PER_TOKEN)
-                    if answered is None
-                    else answered,
-                    reasoned,
-                    is_estimate=asked is None or answered is None,
-                )
-                event = Done(event.finish_reason, usage)
-                if usages is not None:
-                    usages.append(usage)
-            yield event
+    for event in events:
+        if isinstance(event, (Reasoning, Text, Arguments)):
+            length += len(event.text)
+        elif isinstance(event, Done):
+            asked, answered, reasoned, _ = event.usage
+            usage = Usage(
+                -(-len(prompt) // CHARACTERS_PER_TOKEN) if asked is None else asked,
+                -(-length // CHARACTERS_PER_TOKEN) if answered is None else answered,
+                reasoned,
+                is_estimate=asked is None or answered is None,
+            )
+            event = Done(event.finish_reason, usage)
+            if usages is not None:
+                usages.append(usage)
+        yield event
 
 
 THINKERS = re.compile(r"(?i).*(deepseek-r1|thinking|reasoner|qwq|magistral).*")
@@ -3896,50 +3887,49 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
     tag ends that, it was the answer after all, and is given as text, too."""
     state, held = "before", ""
     thoughts: list[str] = []
-    with closing(events):
-        for event in events:
-            if isinstance(event, Text):
-                held += event.text
-                if state == "before":
-                    begun = held.lstrip()
-                    is_far = len(held) - len(begun) > LONGEST_SPACE
-                    tags = () if is_far else (THINK, *HARMONY)
-                    if begun.startswith(tags[:1]):
-                        held, state = begun[len(THINK) :], "inside"
-                        starts_inside = False
-                    elif begun.startswith(tags):
-                        yield from split_harmony(begun, events)
-                        return
-                    elif any(tag.startswith(begun) for tag in tags):
-                        continue
-                    else:
-                        state = "inside" if starts_inside else "after"
-                if state == "inside":
-                    thought, tag, rest = held.partition(THINK_END)
-                    if not tag:
-                        end = len(held) - overhang(held, [THINK_END])
-                        thought, rest = held[:end], held[end:]
-                    if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
-                        yield Reasoning(thought)
-                        thoughts.append(thought)
-                    elif not tag:
-                        continue  # space alone is no reasoning
-                    held, state = rest, "between" if tag else state
-                if state == "between":  # the lines there belong to neither
-                    held = held.lstrip()
-                    state = "after" if held else state
-                if state == "after":
-                    yield Text(held)
-                    break
-                continue
-            if isinstance(event, Done):
-                if held:
-                    yield Reasoning(held) if state == "inside" else Text(held)
-                is_answer = starts_inside and event.finish_reason != "length"
-                if state == "inside" and is_answer:
-                    yield Text("".join(thoughts) + held)
-            yield event
-        yield from events
+    for event in events:
+        if isinstance(event, Text):
+            held += event.text
+            if state == "before":
+                begun = held.lstrip()
+                is_far = len(held) - len(begun) > LONGEST_SPACE
+                tags = () if is_far else (THINK, *HARMONY)
+                if begun.startswith(tags[:1]):
+                    held, state = begun[len(THINK) :], "inside"
+                    starts_inside = False
+                elif begun.startswith(tags):
+                    yield from split_harmony(begun, events)
+                    return
+                elif any(tag.startswith(begun) for tag in tags):
+                    continue
+                else:
+                    state = "inside" if starts_inside else "after"
+            if state == "inside":
+                thought, tag, rest = held.partition(THINK_END)
+                if not tag:
+                    end = len(held) - overhang(held, [THINK_END])
+                    thought, rest = held[:end], held[end:]
+                if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
+                    yield Reasoning(thought)
+                    thoughts.append(thought)
+                elif not tag:
+                    continue  # space alone is no reasoning
+                held, state = rest, "between" if tag else state
+            if state == "between":  # the lines there belong to neither
+                held = held.lstrip()
+                state = "after" if held else state
+            if state == "after":
+                yield Text(held)
+                break
+            continue
+        if isinstance(event, Done):
+            if held:
+                yield Reasoning(held) if state == "inside" else Text(held)
+            is_answer = starts_inside and event.finish_reason != "length"
+            if state == "inside" and is_answer:
+                yield Text("".join(thoughts) + held)
+        yield event
+    yield from events
 
 
 def split_harmony(held: str, events: Events) -> Events:
@@ -5608,9 +5598,11 @@ class Generation(NamedTuple):
             prediction = upstream.create(
                 prediction_input, cancellation, log, wait=not self.body["stream"]
             )
+            events = prediction.events()
             try:
-                yield self.shape(prediction.events(), prediction_input)
+                yield self.shape(events, prediction_input)
             finally:
+                events.close()
                 prediction.cancel()
 
     def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
