@@ -8389,7 +8389,7 @@ def slow_creates():
 
     with FakeReplicate() as fake, fronting(fake) as server:
         gated = replace(fake.scenarios["endless"], text=text)
-        fails = fake_replicate.Fault(fake_replicate.BROKEN, times=1)
+        fails = fake_replicate.Fault(fake_replicate.BROKEN, wait=0.5, times=1)
         fake.scenarios["gated"] = gated
         fake.scenarios["one-fails"] = replace(gated, on_create=fails)
         try:
