@@ -31,6 +31,7 @@ Each section uses only names from those above it.
         Messages            the parts of a message, and what is attached to it
         Tools               which tools a model may call
         Output formats      which JSON an answer has to be
+        Response items      a request for a response in the terms of chat
     3. Inputs
         Chat templates      how a conversation becomes what a model reads
         Families            the inputs of each kind of model: one row per family
@@ -51,6 +52,7 @@ Each section uses only names from those above it.
     6. Objects
         Chat                events as a chat completion, whole or in chunks
         Completions         events as a text completion
+        Responses           events as a response, whole or as its own events
         Model objects       rows of models.json as OpenAI's models
     7. Serving
         Generation          n choices, retries, and the response made of them
@@ -112,6 +114,7 @@ from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, groupby, islice, pairwise, repeat, takewhile
 from math import ceil, floor, isfinite
+from mimetypes import guess_type
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
@@ -1314,6 +1317,460 @@ def parse_response_format(body: Json) -> ResponseFormat | None:
     if asked["type"] == "json_object":
         return ANY_OBJECT
     return ResponseFormat(**{key: asked["json_schema"][key] for key in JSON_SCHEMA})
+
+
+# -- Response items ------------------------------------------------------------
+#
+# What a request for a response says, in the terms of chat: its items become
+# messages and its tools functions, which chat's tables check. What can't run here
+# (hosted tools, and what a history tells of them) is left out. To add a type of
+# item: a row in ITEMS; a type of tool: a case in `Tools.add`.
+
+
+NO_FILE_ID = FILE["file_id"]
+
+RESPONSE = {
+    "model": Param(STRING, 1, 256),
+    "stream": Param(BOOLEAN, default=False),
+    "previous_response_id": Param(STRING),
+    "input": Param((str, list), required=True, items=(dict,)),
+    "instructions": Param(STRING, default=""),
+    "max_output_tokens": Param(INTEGER, 1, INT64[1]),
+    "text": Param(
+        OBJECT,
+        default={},
+        each={
+            "format": Param(OBJECT),
+            "verbosity": Param(STRING, choices=VERBOSITIES),
+        },
+    ),
+    "reasoning": Param(
+        OBJECT, default={}, each={"effort": Param(STRING, choices=EFFORTS)}
+    ),
+    "tools": Param(ARRAY, default=[], items=OBJECT),
+    "tool_choice": Param((str, dict), choices=("none", "auto", "required")),
+    "parallel_tool_calls": Param(BOOLEAN, default=True),
+    "include": Param(ARRAY, default=[], items=STRING),
+    "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
+    "background": Param(
+        refused="A response is made while you wait. Use 'stream'.", choices=(False,)
+    ),
+    "prompt": Param(refused="No prompts are stored here. Send its text as 'input'."),
+    "conversation": Param(
+        refused="No conversations are stored here. Send what was said in 'input'."
+    ),
+}
+
+RESPONSE_IGNORED = {
+    "access_programs",
+    "background_options",
+    "client_metadata",  # Codex sends it
+    "context_management",
+    "image",
+    "max_tool_calls",  # of hosted tools
+    "stream_options",  # a stream always tells its usage
+    "truncation",
+}
+
+# Chat's parameters that mean nothing here; those of sampling do, with one answer.
+CHAT_ONLY = CHAT.keys() - SAMPLING.keys() | {"n"}
+
+RESPONSE_PARTS: dict[str, dict[str, Param]] = {
+    **dict.fromkeys(
+        ("input_text", "output_text", "text", "summary_text", "reasoning_text"),
+        {"text": Param(STRING, required=True)},
+    ),
+    "refusal": {"refusal": Param(STRING, required=True)},
+    "input_image": {
+        "file_id": NO_FILE_ID,
+        "image_url": Param(STRING, 1, required=True),
+    },
+    "input_file": {
+        "file_id": NO_FILE_ID,
+        "file_data": Param(STRING, 1),
+        "file_url": Param(STRING, 1),
+        "filename": Param(STRING, default=""),
+    },
+    "input_audio": {"input_audio": Param(OBJECT, required=True)},
+}
+
+CALL_ITEM = {
+    "call_id": Param(STRING, 1, required=True),
+    "name": Param(STRING, 1, required=True),
+    "namespace": Param(STRING, default=""),
+}
+
+OUTPUT_ITEM = {
+    "call_id": Param(STRING, 1, required=True),
+    "output": Param((str, list), required=True, items=OBJECT),
+}
+
+NAMESPACE = {**NAME_ONLY, "tools": Param(ARRAY, required=True, items=OBJECT)}
+
+TOOL_TYPES = ("function", "custom")  # that can be called here
+
+ALLOWED = {
+    "mode": Param(STRING, required=True, choices=("auto", "required")),
+    "tools": Param(ARRAY, 1, required=True, items=OBJECT),
+}
+
+ITEMS: dict[str, dict[str, Param]] = {
+    "message": {
+        "role": Param(
+            STRING, required=True, choices=("user", "assistant", "system", "developer")
+        ),
+        "content": Param((str, list), required=True, items=OBJECT),
+    },
+    "function_call": {**CALL_ITEM, "arguments": Param(STRING, required=True)},
+    "function_call_output": OUTPUT_ITEM,
+    "custom_tool_call": {**CALL_ITEM, "input": Param(STRING, required=True)},
+    "custom_tool_call_output": OUTPUT_ITEM,
+    "additional_tools": {"tools": Param(ARRAY, required=True, items=OBJECT)},
+    # Tools of OpenAI's that a client runs: the model sees what was called and came.
+    "local_shell_call": {"action": Param(OBJECT, required=True)},
+    "local_shell_call_output": {"output": Param((str, list), required=True)},
+    "shell_call": {"action": Param(OBJECT, required=True)},
+    "shell_call_output": {"output": Param((str, list), required=True)},
+    "apply_patch_call": {"operation": Param(OBJECT, required=True)},
+    "apply_patch_call_output": {"output": Param((str, list), default="")},
+}
+
+OPENAIS_OWN = ("local_shell", "shell", "apply_patch")
+
+LEFT_OUT = re.compile(
+    r"reasoning|(web_search|file_search|code_interpreter|image_generation)_call"
+    r"|computer_call(_output)?|mcp_\w+|tool_search_\w+|program(_output)?"
+    r"|\w*compaction\w*|configuration_update"
+)
+
+CUSTOM_ARGUMENT = "input"  # of the function that a model gets for a custom tool
+
+
+class ToolName(NamedTuple):
+    """What a client calls a tool that its model knows by another name, or form."""
+
+    name: str
+    namespace: str = ""
+    is_custom: bool = False  # called with a text, not with JSON
+
+    @property
+    def flat(self) -> str:
+        """The name that the model knows. `functions` is what models call them all."""
+        is_bare = self.namespace in ("", "functions")
+        return self.name if is_bare else f"{self.namespace}__{self.name}"[-64:]
+
+
+class ChatRequest(NamedTuple):
+    """A request for a response in the terms of chat, and the way back."""
+
+    body: Json  # to be checked against CHAT
+    tool_names: Mapping[str, ToolName]  # by the name that the model knows
+    messages: Sequence[str]  # the path of the item that each message is of …
+    tools: Sequence[str]  # … and of each tool
+
+    def param(self, chats: str) -> str:
+        """The name of what chat calls so."""
+        for pattern, paths in (
+            (r"messages\.?\[(\d+)\]", self.messages),
+            (r"tools\[(\d+)\](?:\.function)?", self.tools),
+        ):
+            if match := re.match(pattern, chats):
+                rest = chats[match.end() :].replace(".image_url.url", ".image_url")
+                return paths[int(match[1])] + rest.replace(".file.", ".")
+        name = re.match(r"response_format\.json_schema|\w*", chats)
+        assert name
+        return RESPONSE_NAMES.get(name[0], name[0]) + chats[name.end() :]
+
+
+RESPONSE_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
+    "response_format": "text.format",
+    "response_format.json_schema": "text.format",
+}
+
+
+def parse_response_request(asked: Json) -> ChatRequest:
+    """Raise 400 for what is wrong by its own table; chat's tables see the rest."""
+    body = check(asked, RESPONSE)
+    require(
+        "message.output_text.logprobs" not in body["include"],
+        f"Unsupported value: 'message.output_text.logprobs'. {NO_LOGPROBS}",
+        code="unsupported_value",
+        param="include",
+    )
+    items = read_items(body)
+    tools = Tools()
+    tools.add_all(body["tools"], "tools")
+    for index, item in enumerate(items):
+        if item["type"] == "additional_tools":
+            tools.add_all(item["tools"], f"input[{index}].tools", is_newer=True)
+    messages = build_messages(items)
+    if body["instructions"]:
+        system = {"role": "system", "content": body["instructions"]}
+        messages.insert(0, ("instructions", system))
+    format = body["text"].get("format")
+    if format and format.get("type") == "json_schema":
+        schema = without(format, ("type",))
+        format = {"type": "json_schema", "json_schema": schema}
+    passed_on = without(body, {*RESPONSE, *RESPONSE_IGNORED, *CHAT_ONLY})
+    chat = {
+        **passed_on,
+        "model": body["model"],
+        "stream": body["stream"],
+        "messages": [message for _, message in messages],
+        "tools": [tool for _, tool in tools.rows],
+        "tool_choice": tools.choice(body["tool_choice"]),
+        "parallel_tool_calls": body["parallel_tool_calls"],
+        "response_format": format,
+        "verbosity": body["text"].get("verbosity"),
+        "reasoning_effort": body["reasoning"].get("effort"),
+    }
+    if body["max_output_tokens"]:
+        chat["max_completion_tokens"] = body["max_output_tokens"]
+    return ChatRequest(
+        chat,
+        tools.names,
+        [path for path, _ in messages],
+        [path for path, _ in tools.rows],
+    )
+
+
+def read_items(body: Json) -> list[Json]:
+    """The items of a request, each of a known type and with what its type needs.
+
+    Nothing is stored: an item or a response that is only named can't be found."""
+    id = body["previous_response_id"]
+    require(
+        not id,
+        f"Previous response with id '{id}' not found. Responses are not stored here: "
+        "send the whole conversation as 'input'.",
+        code="previous_response_not_found",
+        param="previous_response_id",
+    )
+    given = body["input"]
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    items = []
+    for index, item in enumerate(given):
+        path = f"input[{index}]"
+        is_named = "id" in item and "role" not in item
+        kind = item.get("type") or ("item_reference" if is_named else "message")
+        require(
+            kind != "item_reference",
+            f"Item with id '{item.get('id')}' not found. Items are not stored here: "
+            "send the item itself, or have your client do so by setting 'store' to "
+            "false.",
+            param=f"{path}.id",
+        )
+        if isinstance(kind, str) and LEFT_OUT.fullmatch(kind):
+            items.append({"type": "left_out"})
+            continue
+        if kind not in [*ITEMS] and {"role", "content"} <= item.keys():
+            kind = "message"
+        require(
+            kind in [*ITEMS],
+            f"Invalid value: '{kind}'. Supported values are: {', '.join(ITEMS)}.",
+            code="invalid_value",
+            param=f"{path}.type",
+        )
+        items.append({**check(item, ITEMS[kind], f"{path}."), "type": kind})
+    return items
+
+
+@dataclass
+class Turn:
+    """A message that is being made of items, with the results of its calls."""
+
+    path: str
+    message: Json
+    results: list[tuple[str, Json]] = field(default_factory=list)
+
+    @property
+    def takes_calls(self) -> bool:
+        return self.message["role"] == "assistant" and not self.results
+
+
+def build_messages(items: list[Json]) -> list[tuple[str, Json]]:
+    """Make messages of items, each with the path of the (first) item it is of.
+
+    Calls in a row are one message, and results follow it, wherever they stood."""
+    turns: list[Turn] = []
+    callers: dict[str, tuple[Turn, str]] = {}  # and the id of the call, by both ids
+    unanswered: dict[str, str] = {}  # the path of each call, by its id
+    for index, item in enumerate(items):
+        path, kind = f"input[{index}]", item["type"]
+        if kind == "message":
+            content = chat_content(item["content"], f"{path}.content")
+            turns.append(Turn(path, {"role": item["role"], "content": content}))
+        elif kind.endswith("_call"):
+            if not (turns and turns[-1].takes_calls):
+                turns.append(Turn(path, {"role": "assistant", "content": ""}))
+            call = chat_call(item)
+            turns[-1].message.setdefault("tool_calls", []).append(call)
+            unanswered[call["id"]] = path
+            for id in (item.get("id"), call["id"]):
+                callers[str(id)] = turns[-1], call["id"]
+        elif kind.endswith("_output"):
+            id = str(item.get("call_id") or item.get("id"))
+            unknown = f"No tool call found for function call output with call_id {id}."
+            require(id in callers, unknown, param=path)
+            turn, id = callers[id]
+            unanswered.pop(id, None)
+            output = item["output"]
+            if kind.startswith(OPENAIS_OWN) and not isinstance(output, str):
+                output = compact(output)
+            result = {"content": chat_content(output, f"{path}.output")}
+            turn.results.append((path, {"role": "tool", "tool_call_id": id, **result}))
+    for id, path in unanswered.items():
+        message = f"No tool output found for function call {id}."
+        raise APIError(400, message, param=path)
+    if not turns:  # as programs send it that try whether we are there
+        turns.append(Turn("input", {"role": "user", "content": ""}))
+    return [row for turn in turns for row in [(turn.path, turn.message), *turn.results]]
+
+
+def chat_call(item: Json) -> Json:
+    """A call as one of a message's `tool_calls`."""
+    kind, name = item["type"], item.get("name", item["type"].removesuffix("_call"))
+    if kind == "function_call":
+        arguments = item["arguments"]
+    elif kind == "custom_tool_call":
+        arguments = compact({CUSTOM_ARGUMENT: item["input"]})
+    else:
+        arguments = compact(item.get("action", item.get("operation")))
+    return {
+        "id": str(item.get("call_id") or item.get("id")),
+        "type": "function",
+        "function": {
+            "name": ToolName(name, item.get("namespace", "")).flat,
+            "arguments": arguments,
+        },
+    }
+
+
+def chat_content(content: str | list[Json], path: str) -> str | list[Json]:
+    if isinstance(content, str):
+        return content
+    return [chat_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
+
+
+def chat_part(part: Json, path: str) -> Json:
+    kind = part.get("type")
+    if kind is None:
+        raise missing_parameter(f"{path}.type")
+    require(
+        kind in [*RESPONSE_PARTS],
+        f"Invalid value: '{kind}'. Supported values are: {', '.join(RESPONSE_PARTS)}.",
+        code="invalid_value",
+        param=f"{path}.type",
+    )
+    part = check(part, RESPONSE_PARTS[kind], f"{path}.")
+    if kind == "input_image":
+        return {"type": "image_url", "image_url": {"url": part["image_url"]}}
+    if kind == "input_file":
+        data = part["file_url"] or part["file_data"]
+        if not data:
+            raise missing_parameter(f"{path}.file_data")
+        if not re.match("(?i)data:|https?:", data):
+            media_type = guess_type(part["filename"])[0] or "application/pdf"
+            data = f"data:{media_type};base64,{data}"
+        return {"type": "file", "file": {"file_data": data}}
+    if kind in ("refusal", "input_audio"):
+        return {"type": kind, kind: part[kind]}
+    return {"type": "text", "text": part["text"]}
+
+
+class Tools:
+    """The tools of a request as chat's functions."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, Json]] = []  # each with its path in the request
+        self.names: dict[str, ToolName] = {}  # by the name that the model knows
+        self.are_dropped = False
+
+    def add_all(
+        self,
+        tools: list[Json],
+        path: str,
+        *,
+        namespace: str = "",
+        is_newer: bool = False,  # and takes the place of one that has its name
+    ) -> None:
+        for index, tool in enumerate(tools):
+            self.add(tool, f"{path}[{index}]", namespace, is_newer)
+
+    def add(self, tool: Json, path: str, namespace: str, is_newer: bool) -> None:
+        kind = tool.get("type")
+        if kind is None:
+            raise missing_parameter(f"{path}.type")
+        if kind not in (*TOOL_TYPES, "namespace"):
+            log.info("event=tool_dropped type=%s", quoted(kind))
+            self.are_dropped = True
+            return
+        if kind == "namespace":
+            tool = check(tool, NAMESPACE, f"{path}.")
+            self.add_all(
+                tool["tools"],
+                f"{path}.tools",
+                namespace=tool["name"],
+                is_newer=is_newer,
+            )
+            return
+        check(tool, NAME_ONLY, f"{path}.")
+        name = ToolName(tool["name"], namespace, kind == "custom")
+        function = custom_function(tool) if name.is_custom else without(tool, ["type"])
+        function["name"] = name.flat
+        if is_newer:
+            self.rows = [r for r in self.rows if r[1]["function"]["name"] != name.flat]
+        self.rows.append((path, {"type": "function", "function": function}))
+        self.names[name.flat] = name
+
+    def choice(self, asked: Any) -> Any:
+        """What is to be called, as chat has it. Raise 400 if that can't run here."""
+        kind = asked.get("type") if isinstance(asked, dict) else asked
+        if kind in ("function", "custom"):
+            check(asked, NAME_ONLY, "tool_choice.")
+            name = ToolName(asked["name"], str(asked.get("namespace") or ""))
+            return {"type": "function", "function": {"name": name.flat}}
+        if kind == "allowed_tools":
+            among = check(asked, ALLOWED, "tool_choice.")
+            known = [t for t in among["tools"] if t.get("type") in TOOL_TYPES]
+            choices = [self.choice(tool) for tool in known]
+            if choices or among["mode"] == "required":
+                allowed = {"mode": among["mode"], "tools": choices}
+                return {"type": "allowed_tools", "allowed_tools": allowed}
+            return "none"
+        if kind in (None, "none", "auto"):
+            return kind
+        message = "The tools that have to be called are OpenAI's own: none runs here."
+        wants_dropped = kind != "required" or self.are_dropped
+        require(
+            self.rows or not wants_dropped,
+            message,
+            code="unsupported_value",
+            param="tool_choice",
+        )
+        return asked if kind == "required" else "auto"
+
+
+def custom_function(tool: Json) -> Json:
+    """A tool that is called with a text, as a function with that one argument."""
+    format = as_object(tool.get("format"))
+    grammar = format.get("definition")
+    rules = f" It has to fit this {format.get('syntax')} grammar:\n{grammar}"
+    text = f"The whole text.{rules if grammar else ''}"
+    return {
+        "description": tool.get("description"),
+        "parameters": {
+            "type": "object",
+            "properties": {CUSTOM_ARGUMENT: {"type": "string", "description": text}},
+            "required": [CUSTOM_ARGUMENT],
+        },
+    }
 
 
 # ==== 3. INPUTS ===============================================================
@@ -5409,6 +5866,376 @@ def text_stream(
     return completion_stream(events, chunk, choice_of, [], info.include_usage)
 
 
+# -- Responses -----------------------------------------------------------------
+#
+# Events as a response of OpenAI's API of that name, whole or as its events. Both are
+# made by one builder, so they say the same. Clients break over an order or an id:
+# items come one after another, and an id never changes. To add a type of item: a row
+# in ITEM_TYPES, and a case in `ModelResponse.add`.
+
+
+class ItemType(NamedTuple):
+    """How the text of an item is told."""
+
+    prefix: str  # of its id
+    event: str  # the first part of the events with its text
+    key: str  # of the text in the event that ends it
+    place: Json = {}  # of the text in the item
+    more: Json = {}  # what stands beside the text
+    part: str = ""  # the type of the part that holds it, if any …
+    part_event: str = ""  # … and the first part of the events about that
+
+
+ITEM_TYPES = {
+    "reasoning": ItemType(
+        "rs_",
+        "response.reasoning_summary_text",
+        "text",
+        place={"summary_index": 0},
+        part="summary_text",
+        part_event="response.reasoning_summary_part",
+    ),
+    "message": ItemType(
+        "msg_",
+        "response.output_text",
+        "text",
+        place={"content_index": 0},
+        more={"logprobs": []},
+        part="output_text",
+        part_event="response.content_part",
+    ),
+    "function_call": ItemType("fc_", "response.function_call_arguments", "arguments"),
+    "custom_tool_call": ItemType("ctc_", "response.custom_tool_call_input", "input"),
+}
+
+Changes = list[tuple[str, Json]]  # types of events, with what else they say
+
+
+def response_object(asked: Json) -> Json:
+    """A response that has just begun: what it was asked for, and what is to come.
+
+    Everything in it has the type that OpenAI's schema names, whatever was asked."""
+
+    def echo(name: str, kinds: tuple[type, ...], default: Any) -> Any:
+        return asked[name] if type(asked.get(name)) in kinds else default
+
+    text, reasoning = (echo(name, OBJECT, {}) for name in ("text", "reasoning"))
+    return {
+        "id": hex_id("resp_"),
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "frequency_penalty": echo("frequency_penalty", NUMBER, 0.0),
+        "incomplete_details": None,
+        "instructions": echo("instructions", STRING, None),
+        "max_output_tokens": echo("max_output_tokens", INTEGER, None),
+        "max_tool_calls": echo("max_tool_calls", INTEGER, None),
+        "model": asked["model"],
+        "output": [],
+        "parallel_tool_calls": echo("parallel_tool_calls", BOOLEAN, True),
+        "presence_penalty": echo("presence_penalty", NUMBER, 0.0),
+        "previous_response_id": None,
+        "prompt_cache_key": echo("prompt_cache_key", STRING, None),
+        "reasoning": {
+            "effort": reasoning.get("effort"),
+            "summary": reasoning.get("summary"),
+        },
+        "safety_identifier": echo("safety_identifier", STRING, None),
+        "service_tier": "default",
+        "store": False,
+        "temperature": echo("temperature", NUMBER, 1.0),
+        "text": {
+            "format": text.get("format") or {"type": "text"},
+            "verbosity": text.get("verbosity") or "medium",
+        },
+        "tool_choice": echo("tool_choice", (str, dict), "auto"),
+        "tools": echo("tools", ARRAY, []),
+        "top_logprobs": 0,
+        "top_p": echo("top_p", NUMBER, 1.0),
+        "truncation": echo("truncation", STRING, "disabled"),
+        "usage": None,
+        "user": echo("user", STRING, None),
+        "metadata": echo("metadata", OBJECT, {}),
+    }
+
+
+def response_usage(usage: Usage) -> Json:
+    asked, answered = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    return {
+        "input_tokens": asked,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": answered,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": asked + answered,
+    }
+
+
+def hex_id(prefix: str) -> str:
+    return prefix + secrets.token_hex(24)
+
+
+CUSTOM_BEGIN = re.compile(rf'\s*\{{\s*"{CUSTOM_ARGUMENT}"\s*:\s*"')
+
+JSON_CHARACTERS = re.compile(  # the two halves of a surrogate pair as one
+    r"""(?: [^"\\\x00-\x1f] | \\["\\/bfnrt] | \\u(?![dD][89abAB])[0-9a-fA-F]{4}
+    | \\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2} )*""",
+    re.VERBOSE,
+)
+
+
+class CustomInput:
+    """The text that a custom tool is called with, out of a function's arguments."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.held = ""
+        self.is_begun = False
+        self.decoded: list[str] = []
+
+    def decode(self, piece: str) -> str:
+        """What is sure of the text with one more piece of the arguments."""
+        self.pieces.append(piece)
+        self.held += piece
+        if not self.is_begun:
+            if not (begin := CUSTOM_BEGIN.match(self.held)):
+                return ""
+            self.held, self.is_begun = self.held[begin.end() :], True
+        sure = JSON_CHARACTERS.match(self.held)
+        assert sure
+        self.held = self.held[sure.end() :]
+        text: str = json.loads(f'"{sure[0]}"')
+        self.decoded.append(text)
+        return text
+
+    def rest(self) -> str:
+        """What is left of it at the end. Any other arguments are the text."""
+        text, decoded = "".join(self.pieces), "".join(self.decoded)
+        value = parsed(text)
+        strings = [v for v in as_object(value).values() if isinstance(v, str)]
+        if isinstance(as_object(value).get(CUSTOM_ARGUMENT), str):
+            text = value[CUSTOM_ARGUMENT]
+        elif len(strings) == 1:
+            text = strings[0]
+        return text[len(decoded) :] if text.startswith(decoded) else ""
+
+
+# Codes of a failed response with which Codex does not try again; also
+# `invalid_prompt`, for which it shows the message (Codex 0.171).
+FINAL_CODES = ("context_length_exceeded", "insufficient_quota")
+
+
+class ModelResponse:
+    """A response, as far as its prediction's events have come."""
+
+    def __init__(self, object: Json, tool_names: Mapping[str, ToolName]) -> None:
+        self.object = object
+        self.output: list[Json] = object["output"]
+        self.tool_names = tool_names
+        self.item: Json = {}  # the one being written, the last of the output
+        self.type = ITEM_TYPES["message"]  # of it
+        self.place: Json = {}  # of its text
+        self.texts: list[str] = []  # of it
+        self.custom: CustomInput | None = None
+
+    def add(self, event: Event) -> Changes:
+        """Put an event in; return what a stream says of that."""
+        match event:
+            case Text(text) | Reasoning(text):
+                type = "message" if isinstance(event, Text) else "reasoning"
+                if not text:
+                    return []
+                if self.item.get("type") == type:
+                    return [self.write(text)]
+                return [*self.open(type), self.write(text)]
+            case ToolCall(_, call_id, known):
+                name = self.tool_names.get(known) or ToolName(known)
+                call = {"call_id": call_id, "name": name.name}
+                if name.namespace:
+                    call["namespace"] = name.namespace
+                type = "custom_tool_call" if name.is_custom else "function_call"
+                changes = self.open(type, call)
+                self.custom = CustomInput() if name.is_custom else None
+                return changes
+            case Arguments(_, text):
+                text = self.custom.decode(text) if self.custom else text
+                return [self.write(text)] if text else []
+            case Done(reason, usage):
+                return self.finish(reason, usage)
+
+    def open(self, type: str, call: Json | None = None) -> Changes:
+        changes = self.close()
+        self.type = row = ITEM_TYPES[type]
+        self.item = {"id": hex_id(row.prefix), "type": type, "status": "in_progress"}
+        if call:
+            self.item |= {row.key: "", **call}
+        elif type == "message":
+            self.item |= {"role": "assistant", "content": []}
+        else:
+            self.item |= {"summary": []}
+        index = len(self.output)
+        self.output.append(self.item)
+        self.texts = []
+        self.place = {"item_id": self.item["id"], "output_index": index, **row.place}
+        added = {"output_index": index, "item": self.item.copy()}
+        changes.append(("response.output_item.added", added))
+        if row.part:
+            part = {**self.place, "part": self.part("")}
+            changes.append((f"{row.part_event}.added", part))
+        return changes
+
+    def write(self, text: str) -> tuple[str, Json]:
+        self.texts.append(text)
+        return f"{self.type.event}.delta", {
+            **self.place,
+            "delta": text,
+            **self.type.more,
+        }
+
+    def part(self, text: str) -> Json:
+        """The part of an item that holds its text."""
+        if self.type.part == "output_text":
+            return {
+                "type": "output_text",
+                "annotations": [],
+                "logprobs": [],
+                "text": text,
+            }
+        return {"type": self.type.part, "text": text}
+
+    def close(self, status: str = "completed") -> Changes:
+        """End the item that is being written, if there is one."""
+        if not self.item:
+            return []
+        changes, row = [], self.type
+        if self.custom and (rest := self.custom.rest()):
+            changes.append(self.write(rest))
+        if not (self.texts or row.part):  # clients want arguments in a delta
+            changes.append(self.write("" if self.custom else "{}"))
+        text = "".join(self.texts)
+        done = {**self.place, row.key: text, **row.more}
+        if row.part:
+            part = self.part(text)
+            key = "content" if "content" in self.item else "summary"
+            self.item |= {"status": status, key: [part]}
+            part_done = {**self.place, "part": part}
+            changes += [
+                (f"{row.event}.done", done),
+                (f"{row.part_event}.done", part_done),
+            ]
+        else:
+            self.item |= {"status": status, row.key: text}
+            if not self.custom:
+                done["name"] = self.item["name"]
+            changes.append((f"{row.event}.done", done))
+        item_done = {"output_index": self.place["output_index"], "item": self.item}
+        changes.append(("response.output_item.done", item_done))
+        self.item, self.custom = {}, None
+        return changes
+
+    def finish(self, reason: str, usage: Usage) -> Changes:
+        status = "incomplete" if reason == "length" else "completed"
+        changes = [] if self.output else self.open("message")
+        changes += self.close(status)
+        details = {"reason": "max_output_tokens"} if reason == "length" else None
+        self.object |= {
+            "status": status,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "incomplete_details": details,
+            "usage": response_usage(usage),
+        }
+        return [*changes, (f"response.{status}", {"response": self.object})]
+
+    def fail(self, error: APIError) -> Changes:
+        """End it, so that all clients notice, and none tries again what was paid for.
+
+        Some see the first of these events only, Codex the second; it tries again unless
+        it knows the code."""
+        details = error.body["error"]
+        code = error.code
+        if error.status >= 500:
+            code = "server_error"
+        elif code not in ("rate_limit_exceeded", *FINAL_CODES):
+            code = "invalid_prompt"
+        if self.item:
+            self.close("incomplete")
+        failure = {"code": code, "message": str(error)}
+        self.object |= {"status": "failed", "error": failure}
+        flat = without(details, ["type"])
+        return [
+            ("error", {**flat, "error": details}),
+            ("response.failed", {"response": self.object}),
+        ]
+
+
+class ModelResponseStream:
+    """A response as a stream of events, each with its number."""
+
+    def __init__(self, response: ModelResponse) -> None:
+        self.response = response
+        self.number = 0
+        # Held from an event's number until it is written: the watcher writes, too.
+        self.lock = threading.Lock()
+        self.around = "", b"", b""  # a delta: of which item, and what is constant
+
+    def frames(self, events: IndexedEvents) -> Iterator[bytes]:
+        """Yield what is to be written for each event; the first waits for an event."""
+        for _, event in events:
+            with self.lock:
+                yield self.start() + b"".join(
+                    [self.frame(*change) for change in self.response.add(event)]
+                )
+
+    def start(self) -> bytes:
+        """The first two events, once."""
+        if self.number:
+            return b""
+        return self.frame("response.created", {"response": self.response.object}) + (
+            self.in_progress()
+        )
+
+    def in_progress(self) -> bytes:
+        # without the items so far, which clients have from their own events
+        object = {**self.response.object, "output": []}
+        return self.frame("response.in_progress", {"response": object})
+
+    def keep_alive(self) -> bytes:
+        """What is written in silence: an event, as comments keep no Codex alive."""
+        if not self.lock.acquire(blocking=False):  # its request is about to write
+            return b""
+        try:
+            return self.start() or self.in_progress()
+        finally:
+            self.lock.release()
+
+    def fail(self, error: APIError) -> bytes:
+        begin = self.start()
+        changes = self.response.fail(error)
+        return begin + b"".join([self.frame(*change) for change in changes])
+
+    def frame(self, type: str, data: Json) -> bytes:
+        """A frame with the next number. What is constant in deltas is encoded once."""
+        number = b',"sequence_number":%d}\n\n' % self.number
+        self.number += 1
+        if "delta" not in data:
+            return event_frame(type, data) + number
+        item, before, after = self.around
+        if item != data["item_id"]:
+            mark = random_id("", 20)
+            marked = event_frame(type, {**data, "delta": mark})
+            before, _, after = marked.partition(encode_json(mark))
+            self.around = data["item_id"], before, after
+        return before + encode_json(data["delta"]) + after + number
+
+
+def event_frame(type: str, data: Json) -> bytes:
+    """A frame but for its end, which is of one number more."""
+    named = encode_json({"type": type, **data})
+    return b"event: %b\ndata: %b" % (type.encode(), named[:-1])
+
+
 # -- Model objects -------------------------------------------------------------
 
 
@@ -5428,6 +6255,8 @@ def model_object(id: str, ref: str, created: int) -> Json:
 # of it was sent.
 
 MAX_PARALLEL_PREDICTIONS = 8  # of one request
+
+KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
 
 
 class Proxy(NamedTuple):
@@ -5455,6 +6284,7 @@ class EventStream(NamedTuple):
 
     run: Callable[[Callable[[bytes], None]], None]  # with the writer's `write`
     error: Callable[[APIError], bytes]  # the last frames of one that fails
+    keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE  # what is sent in silence
 
 
 class Response(NamedTuple):
@@ -5488,10 +6318,6 @@ class Generation(NamedTuple):
             include_usage=bool(self.body["stream_options"].get("include_usage")),
             legacy=bool(self.toolbox and self.toolbox.legacy),
         )
-        model = self.inputs[0].model
-        self.request.log.ref = (
-            f"{model.ref}; default" if model.is_default else model.ref
-        )
 
         def run(write: Callable[[bytes], None]) -> None:
             with self.start() as events:
@@ -5510,7 +6336,10 @@ class Generation(NamedTuple):
     @contextmanager
     def start(self) -> Iterator[IndexedEvents]:
         """Create the predictions; inside, their events come; after, none runs on."""
-        cancellation = self.request.cancellation
+        cancellation, model = self.request.cancellation, self.inputs[0].model
+        self.request.log.ref = (
+            f"{model.ref}; default" if model.is_default else model.ref
+        )
         uploaded = [self.upload(each, cancellation) for each in self.inputs]
         jobs = [(each, i) for each in uploaded for i in range(self.body["n"])]
         if len(jobs) == 1:
@@ -5726,13 +6555,19 @@ def retrieve_model(proxy: Proxy, request: Request, id: str) -> Response:
 
 def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
     body = parse_body(request, CHAT, model)
+    generation = generate_chat(proxy, request, body)
+    return generation.respond("chatcmpl-", chat_completion, chat_stream)
+
+
+def generate_chat(proxy: Proxy, request: Request, body: Json) -> Generation:
+    """What is to be run for a body that has passed chat's table."""
     body["messages"] = parse_messages(body["messages"])
     chosen = find_model(proxy.models.current(), body["model"])
     kinds = {kind for kind, _ in attachments(body["messages"])}
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
     toolbox, format = parse_toolbox(body), parse_response_format(body)
     body = with_tools_and_format(body, family, toolbox, format)
-    generation = Generation(
+    return Generation(
         proxy,
         request,
         body,
@@ -5741,7 +6576,6 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
         format,
         partial(build_retry_input, body, chosen, family),
     )
-    return generation.respond("chatcmpl-", chat_completion, chat_stream)
 
 
 def create_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
@@ -5767,13 +6601,65 @@ def check_count(predictions: int) -> None:
     require(few, message, code="array_above_max_length", param="prompt")
 
 
-def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
+def create_response(proxy: Proxy, request: Request) -> Response:
+    asked = read_body(request)
+    chat = parse_response_request(asked)
+    failing = partial(response_errors, request, chat)
+    with failing():
+        generation = generate_chat(proxy, request, check(chat.body, CHAT))
+    response = ModelResponse(response_object(asked), chat.tool_names)
+    stream = ModelResponseStream(response)
+
+    def run(write: Callable[[bytes], None]) -> None:
+        with failing(), generation.start() as events:
+            for frames in stream.frames(events):
+                write(frames)
+
+    if generation.body["stream"]:
+        return Response(EventStream(run, stream.fail, stream.keep_alive))
+    with failing(), generation.start() as events:
+        for _, event in events:
+            response.add(event)
+    return Response(response.object)
+
+
+@contextmanager
+def response_errors(request: Request, chat: ChatRequest) -> Iterator[None]:
+    """Raise errors in the terms of a request for a response.
+
+    Codex sends a request 30 times that is answered with any 5xx, and does not know
+    x-should-retry: what may have cost money, or won't get better, is a 400 (0.171).
+    """
+    try:
+        yield
+    except ClientDisconnected:
+        raise
+    except Exception as caught:
+        error = as_api_error(caught)
+        message, status = str(error), error.status
+        param = chat.param(error.param) if error.param else None
+        if param:
+            message = message.replace(f"'{error.param}", f"'{param}")
+        is_final = error.headers.get("x-should-retry") == "false"
+        if status >= 500 and (request.log.predictions or is_final):
+            status = 400
+        raise APIError(
+            status, message, code=error.code, param=param, headers=error.headers
+        ) from None
+
+
+def read_body(request: Request, model: str = "") -> Json:
     content_type = request.headers.get("content-type", "application/json")
     body = parse_json_body(request.body, content_type)
     if model:
         body["model"] = model
     require(body.get("model"), "you must provide a model parameter")
     request.log.model = str(body["model"])
+    return body
+
+
+def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
+    body = read_body(request, model)
     checked = check(body, params)
     only_streamed = (
         "The 'stream_options' parameter is only allowed when 'stream' is enabled."
@@ -5796,6 +6682,7 @@ ENDPOINTS = [
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
+    Endpoint("POST", "/responses", create_response),
     Endpoint("POST", "/engines/*/chat/completions", create_chat_completion),
     Endpoint("POST", "/engines/*/completions", create_completion),
 ]
@@ -6050,24 +6937,27 @@ STREAM_HEADERS = {
     "x-accel-buffering": "no",  # or nginx would hold the tokens back
 }
 
-KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
-
 
 class EventStreamWriter:
-    """Writes a stream to a client: frames by its request, comments by the watcher.
+    """Writes a stream to a client: by its request, and in silence by the watcher.
 
     The status line waits for the first frame, so that a failure before it can have a
     status of its own, but no longer than `Timeouts.silent_start`.
     """
 
     def __init__(
-        self, sock: socket.socket, head: Callable[[], bytes], is_chunked: bool
+        self,
+        sock: socket.socket,
+        head: Callable[[], bytes],
+        is_chunked: bool,
+        keep_alive_frame: Callable[[], bytes] = lambda: KEEP_ALIVE,
     ) -> None:
         self.sock = sock
         self.head = head
         self.is_chunked = is_chunked
+        self.keep_alive_frame = keep_alive_frame
         self.lock = threading.Lock()
-        self.unsent = b""  # the rest of a comment
+        self.unsent = b""  # the rest of what the watcher has begun to send
         self.is_open = False  # the status line is sent
         self.is_watched = True
         self.last_write = time.monotonic()
@@ -6093,14 +6983,14 @@ class EventStreamWriter:
                 send_all(self.sock, self.unsent + b"0\r\n\r\n")
 
     def keep_alive(self, timeouts: Timeouts) -> None:
-        """Send a comment if it is time, and no more of it than goes at once."""
+        """Send a sign of life if it is time, and no more of it than goes at once."""
         limit = timeouts.keep_alive if self.is_open else timeouts.silent_start
         is_due = time.monotonic() - self.last_write >= limit
         if not is_due or not self.lock.acquire(blocking=False):  # its request writes
             return
         try:
-            if self.is_watched:
-                self.unsent = self.take(KEEP_ALIVE)
+            if self.is_watched and (frame := self.keep_alive_frame()):
+                self.unsent = self.take(frame)
                 sent = self.sock.send(self.unsent, DONT_WAIT)
                 self.unsent = self.unsent[sent:]
         except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
@@ -6309,7 +7199,7 @@ class Handler(BaseHTTPRequestHandler):
         is_chunked = self.request_version == "HTTP/1.1"
         coding = {"transfer-encoding": "chunked"} if is_chunked else {}
         head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
-        writer = EventStreamWriter(self.connection, head, is_chunked)
+        writer = EventStreamWriter(self.connection, head, is_chunked, stream.keep_alive)
         try:
             with self.server.watcher.keeping_alive(writer):
                 stream.run(writer.write)
