@@ -6178,15 +6178,28 @@ class ModelResponseStream:
         self.number = 0
         # Held from an event's number until it is written: the watcher writes, too.
         self.lock = threading.Lock()
-        self.around = "", b"", b""  # a delta: of which item, and what is constant
+        # Around the text of a delta, and of which item that is constant.
+        self.before, self.after, self.item_id = b"", b"", ""
 
     def frames(self, events: IndexedEvents) -> Iterator[bytes]:
-        """Yield what is to be written for each event; the first waits for an event."""
+        """Yield what is to be written for each event; the first waits for an event.
+
+        A text that goes on costs the encoding of that text."""
+        response = self.response
+        last: type[Event] = Done
+        item: Json = {}  # that the text of the last event is of
         for _, event in events:
             with self.lock:
-                yield self.start() + b"".join(
-                    [self.frame(*change) for change in self.response.add(event)]
-                )
+                if isinstance(event, (Text, Reasoning)) and (
+                    response.item is item and type(event) is last
+                ):
+                    response.texts.append(event.text)
+                    yield self.delta(event.text)
+                    continue
+                begin, changes = self.start(), response.add(event)
+                yield begin + b"".join([self.frame(*change) for change in changes])
+                last = type(event)
+                item = response.item if changes else {}
 
     def start(self) -> bytes:
         """The first two events, once."""
@@ -6217,23 +6230,25 @@ class ModelResponseStream:
 
     def frame(self, type: str, data: Json) -> bytes:
         """A frame with the next number. What is constant in deltas is encoded once."""
-        number = b',"sequence_number":%d}\n\n' % self.number
+        if "delta" in data:
+            if self.item_id != data["item_id"]:
+                mark = random_id("", 20)
+                marked = self.encode(type, {**data, "delta": mark})
+                self.before, _, self.after = marked.partition(encode_json(mark))
+                self.item_id = data["item_id"]
+            return self.delta(data["delta"])
         self.number += 1
-        if "delta" not in data:
-            return event_frame(type, data) + number
-        item, before, after = self.around
-        if item != data["item_id"]:
-            mark = random_id("", 20)
-            marked = event_frame(type, {**data, "delta": mark})
-            before, _, after = marked.partition(encode_json(mark))
-            self.around = data["item_id"], before, after
-        return before + encode_json(data["delta"]) + after + number
+        return self.encode(type, data) + b"%d}\n\n" % (self.number - 1)
 
+    def delta(self, text: str) -> bytes:
+        self.number += 1
+        end = b"%d}\n\n" % (self.number - 1)
+        return self.before + encode_json(text) + self.after + end
 
-def event_frame(type: str, data: Json) -> bytes:
-    """A frame but for its end, which is of one number more."""
-    named = encode_json({"type": type, **data})
-    return b"event: %b\ndata: %b" % (type.encode(), named[:-1])
+    def encode(self, type: str, data: Json) -> bytes:
+        """A frame up to its number."""
+        named = encode_json({"type": type, **data})
+        return b'event: %b\ndata: %b,"sequence_number":' % (type.encode(), named[:-1])
 
 
 # -- Model objects -------------------------------------------------------------
