@@ -1400,10 +1400,9 @@ CALL_ITEM = {
     "namespace": Param(STRING, default=""),
 }
 
-OUTPUT_ITEM = {
-    "call_id": Param(STRING, 1, required=True),
-    "output": Param((str, list), required=True, items=OBJECT),
-}
+OUTPUT = {"output": Param((str, list), required=True, items=OBJECT)}
+
+OUTPUT_ITEM = {"call_id": Param(STRING, 1, required=True), **OUTPUT}
 
 NAMESPACE = {**NAME_ONLY, "tools": Param(ARRAY, required=True, items=OBJECT)}
 
@@ -1428,11 +1427,11 @@ ITEMS: dict[str, dict[str, Param]] = {
     "additional_tools": {"tools": Param(ARRAY, required=True, items=OBJECT)},
     # Tools of OpenAI's that a client runs: the model sees what was called and came.
     "local_shell_call": {"action": Param(OBJECT, required=True)},
-    "local_shell_call_output": {"output": Param((str, list), required=True)},
+    "local_shell_call_output": OUTPUT,
     "shell_call": {"action": Param(OBJECT, required=True)},
-    "shell_call_output": {"output": Param((str, list), required=True)},
+    "shell_call_output": OUTPUT,
     "apply_patch_call": {"operation": Param(OBJECT, required=True)},
-    "apply_patch_call_output": {"output": Param((str, list), default="")},
+    "apply_patch_call_output": {"output": Param(STRING, default="")},
 }
 
 OPENAIS_OWN = ("local_shell", "shell", "apply_patch")
@@ -1470,16 +1469,18 @@ class ChatRequest(NamedTuple):
 
     def param(self, chats: str) -> str:
         """The name of what chat calls so."""
-        for pattern, paths in (
-            (r"messages\.?\[(\d+)\]", self.messages),
-            (r"tools\[(\d+)\](?:\.function)?", self.tools),
-        ):
-            if match := re.match(pattern, chats):
-                rest = chats[match.end() :].replace(".image_url.url", ".image_url")
-                return paths[int(match[1])] + rest.replace(".file.", ".")
-        name = re.match(r"response_format\.json_schema|\w*", chats)
-        assert name
-        return RESPONSE_NAMES.get(name[0], name[0]) + chats[name.end() :]
+        if match := re.match(r"messages\.?\[(\d+)\]", chats):
+            index, rest = int(match[1]), chats[match.end() :]
+            if self.body["messages"][index]["role"] == "tool":
+                rest = rest.replace(".content", ".output", 1)
+            rest = rest.replace(".image_url.url", ".image_url").replace(".file.", ".")
+            return self.messages[index] + rest
+        if match := re.match(r"tools\[(\d+)\](?:\.function)?", chats):
+            return self.tools[int(match[1])] + chats[match.end() :]
+        name, rest = chats, ""
+        if match := re.match(r"response_format(\.json_schema)?", chats):
+            name, rest = "response_format", chats[match.end() :]
+        return RESPONSE_NAMES.get(name, name) + rest
 
 
 RESPONSE_NAMES = {
@@ -1489,7 +1490,6 @@ RESPONSE_NAMES = {
     "reasoning_effort": "reasoning.effort",
     "verbosity": "text.verbosity",
     "response_format": "text.format",
-    "response_format.json_schema": "text.format",
 }
 
 

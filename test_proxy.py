@@ -2066,6 +2066,751 @@ def test_a_schema_of_any_shape_is_no_error_of_ours(fake, server, odd):
         assert ask(server, body).status == 200
 
 
+# -- Response items ------------------------------------------------------------
+
+RESPONSES_PATH = "/v1/responses"
+NATIVE = "ibm-granite/granite-3.3-8b-instruct"  # takes messages and tools as they are
+
+
+def respond(server, model, given="Hi", **body):
+    return post_json(server, RESPONSES_PATH, model=model, input=given, **body)
+
+
+def input_for(lasting, model=NATIVE, given="Hi", **body):
+    """What reaches the model of a request for a response."""
+    fake, server = lasting
+    fake.seen.clear()
+    answer = respond(server, model, given, **body)
+    assert answer.status == 200, answer.body
+    return fake.creates()[0].body["input"]
+
+
+def call_item(id, name="get_time", arguments="{}", **more):
+    row = {"type": "function_call", "call_id": id, "name": name}
+    return {**row, "arguments": arguments, **more}
+
+
+def output_item(id, output="9:00", type="function_call_output"):
+    return {"type": type, "call_id": id, "output": output}
+
+
+def custom_item(id, input, **more):
+    row = {"type": "custom_tool_call", "call_id": id, "name": "exec"}
+    return {**row, "input": input, **more}
+
+
+def calling(content, *calls):
+    """An assistant's message with calls: each an id, a name and arguments."""
+    rows = [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": given}}
+        for id, name, given in calls
+    ]
+    return {"role": "assistant", "content": content, "tool_calls": rows}
+
+
+def result(id, content="9:00"):
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+TEXT_PART = {"type": "input_text", "text": "Hi"}
+ITEM_ROWS = [  # input, the messages that reach the model
+    ("a text", "Hi", HI),
+    ("an empty text", "", [says("user", "")]),
+    ("nothing, as Codex probes", [], [says("user", "")]),
+    ("an easy message", [says("user", "Hi")], HI),
+    ("a message", [{"type": "message", **says("user", "Hi")}], HI),
+    ("parts", [says("user", [TEXT_PART, TEXT_PART])], [says("user", "HiHi")]),
+    (
+        "an answer of ours, as clients send it back",
+        [
+            {
+                "id": "msg_1",
+                "type": "message",
+                "status": "completed",
+                "phase": "final_answer",
+                "role": "assistant",
+                "content": [
+                    {
+                        "type": "output_text",
+                        "annotations": [],
+                        "logprobs": [],
+                        "text": "Hello",
+                    }
+                ],
+            },
+            *HI,
+        ],
+        [says("assistant", "Hello"), *HI],
+    ),
+    (
+        "a refusal",
+        [says("assistant", [{"type": "refusal", "refusal": "No."}])],
+        [says("assistant", "No.")],
+    ),
+    (
+        "a call and its result",
+        [*HI, call_item("c1"), output_item("c1")],
+        [*HI, calling("", ("c1", "get_time", "{}")), result("c1")],
+    ),
+    (
+        "calls in a row, after a text",
+        [
+            says("assistant", "Let me"),
+            call_item("c1"),
+            call_item("c2", "f", '{"a":1}'),
+            output_item("c2", "two"),
+            output_item("c1", "one"),
+        ],
+        [
+            calling("Let me", ("c1", "get_time", "{}"), ("c2", "f", '{"a":1}')),
+            result("c2", "two"),
+            result("c1", "one"),
+        ],
+    ),
+    (
+        "a call after a result",
+        [call_item("c1"), output_item("c1"), call_item("c2"), output_item("c2")],
+        [
+            calling("", ("c1", "get_time", "{}")),
+            result("c1"),
+            calling("", ("c2", "get_time", "{}")),
+            result("c2"),
+        ],
+    ),
+    (
+        "a result that comes late",
+        [call_item("c1"), says("user", "Well?"), output_item("c1")],
+        [
+            calling("", ("c1", "get_time", "{}")),
+            result("c1"),
+            says("user", "Well?"),
+        ],
+    ),
+    (
+        "an id that is used again",
+        [call_item("c"), output_item("c", "1"), call_item("c"), output_item("c", "2")],
+        [
+            calling("", ("c", "get_time", "{}")),
+            result("c", "1"),
+            calling("", ("c", "get_time", "{}")),
+            result("c", "2"),
+        ],
+    ),
+    (
+        "a result of parts",
+        [call_item("c1"), output_item("c1", [TEXT_PART, TEXT_PART])],
+        [calling("", ("c1", "get_time", "{}")), result("c1", "HiHi")],
+    ),
+    (
+        "a call in a namespace",
+        [call_item("c1", "f", namespace="ns"), output_item("c1")],
+        [calling("", ("c1", "ns__f", "{}")), result("c1")],
+    ),
+    (
+        "a call of a custom tool",
+        [
+            custom_item("c1", 'say "ä"\n', namespace="functions"),
+            output_item("c1", [TEXT_PART], "custom_tool_call_output"),
+        ],
+        [
+            calling("", ("c1", "exec", '{"input":"say \\"ä\\"\\n"}')),
+            result("c1", "Hi"),
+        ],
+    ),
+    (
+        "tools of OpenAI's that a client has run",
+        [
+            {"type": "local_shell_call", "id": "l1", "action": {"command": ["ls"]}},
+            {"type": "local_shell_call_output", "id": "l1", "output": "a"},
+            {"type": "shell_call", "call_id": "s1", "action": {"commands": ["ls"]}},
+            {"type": "shell_call_output", "call_id": "s1", "output": [{"stdout": "b"}]},
+            {"type": "apply_patch_call", "call_id": "p1", "operation": {"path": "x"}},
+            {"type": "apply_patch_call_output", "call_id": "p1", "status": "completed"},
+        ],
+        [
+            calling("", ("l1", "local_shell", '{"command":["ls"]}')),
+            result("l1", "a"),
+            calling("", ("s1", "shell", '{"commands":["ls"]}')),
+            result("s1", '[{"stdout":"b"}]'),
+            calling("", ("p1", "apply_patch", '{"path":"x"}')),
+            result("p1", ""),
+        ],
+    ),
+    (
+        "what hosted tools have done, and reasoning",
+        [
+            {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": ""},
+            {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+            {"type": "mcp_list_tools", "id": "mcp_1", "tools": []},
+            {"type": "computer_call_output", "call_id": "c9", "output": {}},
+            {"type": "compaction", "encrypted_content": "x"},
+            *HI,
+        ],
+        HI,
+    ),
+    (
+        "a message of a type unheard of",
+        [{"type": "agent_message", **says("user", "Hi")}],
+        HI,
+    ),
+    (
+        "several messages of developers, in the middle too",
+        [says("developer", "A"), says("user", "Hi"), says("developer", "B")],
+        [says("system", "A"), says("user", "Hi"), says("system", "B")],
+    ),
+]
+
+
+@table("given, messages", ITEM_ROWS)
+def test_items_become_messages(lasting, given, messages):
+    assert input_for(lasting, given=given)["messages"] == messages
+
+
+def test_instructions_come_first(lasting):
+    given = [says("developer", "B"), says("user", "Hi")]
+    asked = input_for(lasting, given=given, instructions="A")
+    assert asked["messages"] == [says("system", "A"), says("system", "B"), *HI]
+
+
+PDF = b64encode(b"%PDF-1.4").decode()
+ITEM_PARTS = [  # a part, the input that it goes to, what reaches that
+    (
+        "an image",
+        {"type": "input_image", "image_url": data_url()},
+        "image",
+        data_url(),
+    ),
+    (
+        "a link to one",
+        {"type": "input_image", "image_url": "https://x.test/a.png", "detail": "auto"},
+        "image",
+        "https://x.test/a.png",
+    ),
+    (
+        "a file as base64",
+        {"type": "input_file", "filename": "a.txt", "file_data": PDF},
+        "pdf",
+        f"data:text/plain;base64,{PDF}",
+    ),
+    (
+        "a file as base64, without a name",
+        {"type": "input_file", "file_data": PDF},
+        "pdf",
+        f"data:application/pdf;base64,{PDF}",
+    ),
+    (
+        "a file as a data: URL",
+        {"type": "input_file", "filename": "a.pdf", "file_data": data_url(b"x", "a/b")},
+        "pdf",
+        data_url(b"x", "a/b"),
+    ),
+    (
+        "a link to a file",
+        {"type": "input_file", "file_url": "https://x.test/a.pdf", "file_id": None},
+        "pdf",
+        "https://x.test/a.pdf",
+    ),
+    (
+        "sound",
+        {"type": "input_audio", "input_audio": {"data": PDF, "format": "mp3"}},
+        "audio",
+        f"data:audio/mp3;base64,{PDF}",
+    ),
+]
+
+
+@table("part, name, expected", ITEM_PARTS)
+def test_parts_of_items_go_where_the_model_takes_them(lasting, part, name, expected):
+    lasting[0].models["me/ears"] = EARS
+    given = [says("user", [TEXT_PART, part])]
+    assert input_for(lasting, "me/ears", given)[name] == expected
+    given = [call_item("c1"), output_item("c1", [TEXT_PART, part])]
+    assert input_for(lasting, "me/ears", given)[name] == expected
+
+
+FLAT_TOOLS = [
+    {"type": "function", "strict": None, **WEATHER},
+    {"type": "function", "strict": False, **TIME},
+]
+CUSTOM = {"type": "custom", "name": "exec", "description": "Runs JavaScript."}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: WORD"}
+HOSTED = [
+    {"type": "web_search", "external_web_access": False},
+    {"type": "mcp", "server_label": "x"},
+    {"type": "of_tomorrow"},
+]
+
+
+def text_tool(name, description, rules=""):
+    about = {"type": "string", "description": f"The whole text.{rules}"}
+    schema = {"type": "object", "properties": {"input": about}, "required": ["input"]}
+    described = {"description": description} if description else {}
+    return {"name": name, **described, "parameters": schema}
+
+
+RESPONSE_TOOLS = [  # body, the functions that the model gets
+    ("functions", {"tools": FLAT_TOOLS}, [WEATHER, TIME]),
+    ("hosted tools are dropped", {"tools": [*HOSTED, FLAT_TOOLS[1]]}, [TIME]),
+    ("nothing but hosted tools", {"tools": HOSTED}, None),
+    ("no tools", {"tools": [], "tool_choice": "auto"}, None),
+    (
+        "a namespace",
+        {
+            "tools": [
+                {
+                    "type": "namespace",
+                    "name": "agents",
+                    "description": "",
+                    "tools": [FLAT_TOOLS[1], CUSTOM, HOSTED[0]],
+                }
+            ]
+        },
+        [
+            {"name": "agents__get_time"},
+            text_tool("agents__exec", "Runs JavaScript."),
+        ],
+    ),
+    (
+        "the namespace that models use themselves",
+        {"tools": [{"type": "namespace", "name": "functions", "tools": [CUSTOM]}]},
+        [text_tool("exec", "Runs JavaScript.")],
+    ),
+    (
+        "a custom tool with a grammar",
+        {"tools": [{"type": "custom", "name": "exec", "format": GRAMMAR}]},
+        [text_tool("exec", "", " It has to fit this lark grammar:\nstart: WORD")],
+    ),
+    (
+        "a choice",
+        {"tools": FLAT_TOOLS, "tool_choice": {"type": "function", "name": "get_time"}},
+        [TIME],
+    ),
+    (
+        "a choice of a custom tool",
+        {
+            "tools": [*FLAT_TOOLS, CUSTOM],
+            "tool_choice": {"type": "custom", "name": "exec"},
+        },
+        [text_tool("exec", "Runs JavaScript.")],
+    ),
+    (
+        "some of them",
+        {
+            "tools": FLAT_TOOLS,
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "mcp"}, {"type": "function", "name": "get_time"}],
+            },
+        },
+        [TIME],
+    ),
+    (
+        "some that are not here",
+        {
+            "tools": FLAT_TOOLS,
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "web_search"}],
+            },
+        },
+        None,
+    ),
+    (
+        "a hosted one, beside others",
+        {"tools": [*HOSTED, *FLAT_TOOLS], "tool_choice": {"type": "web_search"}},
+        [WEATHER, TIME],
+    ),
+    ("none", {"tools": FLAT_TOOLS, "tool_choice": "none"}, None),
+    (
+        "in the input, where the newest counts",
+        {
+            "tools": [{"type": "function", "name": "get_time", "description": "Old."}],
+            "given": [
+                {
+                    "type": "additional_tools",
+                    "role": "developer",
+                    "tools": [FLAT_TOOLS[1], CUSTOM],
+                },
+                *HI,
+                {"type": "additional_tools", "role": "developer", "tools": [CUSTOM]},
+            ],
+        },
+        [TIME, text_tool("exec", "Runs JavaScript.")],
+    ),
+]
+
+
+@table("body, functions", RESPONSE_TOOLS)
+def test_tools_become_functions(lasting, body, functions):
+    given = input_for(lasting, **body).get("tools")
+    rows = [{"type": "function", "function": row} for row in functions or []]
+    assert given == (rows or None)
+
+
+def test_a_hosted_tool_is_dropped_with_a_line_in_the_log(lasting, caplog):
+    caplog.set_level("INFO", "proxy")
+    input_for(lasting, tools=HOSTED)
+    dropped = [line for line in caplog.messages if "event=tool_dropped" in line]
+    assert [line.split("type=")[1] for line in dropped] == [t["type"] for t in HOSTED]
+
+
+SCHEMA_FORMAT = {"type": "json_schema", "name": "person", "schema": PERSON}
+RESPONSE_FIELDS = [  # body, model, what reaches it
+    ("a limit", {"max_output_tokens": 7}, NATIVE, {"max_completion_tokens": 7}),
+    (
+        "sampling, and what is not OpenAI's",
+        {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "stop": ["END"],
+            "presence_penalty": 1,
+            "frequency_penalty": 0.5,
+            "top_k": 9,
+        },
+        "ibm-granite/granite-3.1-8b-instruct",
+        {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "presence_penalty": 1,
+            "frequency_penalty": 0.5,
+            "top_k": 9,
+        },
+    ),
+    ("a seed", {"seed": 7}, "meta/llama-2-7b-chat", {"seed": 7}),
+    ("an effort", {"reasoning": {"effort": "low"}}, "openai/gpt-5", "reasoning_effort"),
+    (
+        "no effort, as Codex asks",
+        {"reasoning": {"summary": "auto", "context": "auto"}},
+        "openai/gpt-5",
+        {"reasoning_effort": None},
+    ),
+    ("a verbosity", {"text": {"verbosity": "low"}}, "openai/gpt-5", "verbosity"),
+    ("no word on text", {"text": {}}, "openai/gpt-5", {"verbosity": None}),
+    (
+        "a schema",
+        {"text": {"format": {**SCHEMA_FORMAT, "strict": True}}},
+        NATIVE,
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"schema": PERSON, "name": "person", "strict": True},
+            }
+        },
+    ),
+    (
+        "any object",
+        {"text": {"format": {"type": "json_object"}}},
+        NATIVE,
+        {"response_format": {"type": "json_object"}},
+    ),
+    (
+        "text",
+        {"text": {"format": {"type": "text"}}},
+        NATIVE,
+        {"response_format": None},
+    ),
+    (
+        "Replicate's own",
+        {"replicate": {"top_k": 3, "x": "y"}},
+        NATIVE,
+        {"top_k": 3, "x": "y"},
+    ),
+    (
+        "what has no meaning here",
+        {
+            "metadata": {"a": "b"},
+            "user": "u",
+            "store": True,
+            "include": ["reasoning.encrypted_content"],
+            "truncation": "auto",
+            "service_tier": "auto",
+            "safety_identifier": "s",
+            "prompt_cache_key": "k",
+            "client_metadata": {"a": "b"},
+            "context_management": [],
+            "max_tool_calls": 3,
+            "stream_options": {"include_obfuscation": False},
+            "background": False,
+            "conversation": None,
+            "prompt": None,
+            "previous_response_id": None,
+            "top_logprobs": 0,
+            "messages": "no",
+            "functions": "no",
+            "n": 5,
+            "x_unheard_of": 1,
+        },
+        NATIVE,
+        {"messages": HI, "user": None, "truncation": None, "n": None},
+    ),
+]
+
+
+@table("body, model, expected", RESPONSE_FIELDS)
+def test_fields_reach_the_model(lasting, body, model, expected):
+    if isinstance(expected, str):
+        expected = {expected: "low"}
+    given = input_for(lasting, model, **body)
+    assert {name: given.get(name) for name in expected} == expected
+
+
+def item_error(*items):
+    return {"input": [*items]}
+
+
+LONELY = output_item("c9")
+CHOICE = {"type": "function", "name": "x"}
+REFUSED_RESPONSES = [  # body, param, code, words of the message
+    ("no input", {"input": None}, "input", "missing_required_parameter", "'input'"),
+    ("a number", {"input": 5}, "input", "invalid_type", "a string or an array"),
+    ("no object", item_error("Hi"), "input[0]", "invalid_type", "an object"),
+    (
+        "neither a role nor a type",
+        item_error({}),
+        "input[0].role",
+        "missing_required_parameter",
+        "'input[0].role'",
+    ),
+    (
+        "a type unheard of",
+        item_error(*HI, {"type": "zzz"}),
+        "input[1].type",
+        "invalid_value",
+        "'zzz'",
+    ),
+    ("a type that is none", item_error({"type": [1]}), "input[0].type", None, "[1]"),
+    ("a role", item_error(says("boss", "x")), "input[0].role", "invalid_value", "boss"),
+    (
+        "no content",
+        item_error({"role": "user"}),
+        "input[0].content",
+        "missing_required_parameter",
+        "'input[0].content'",
+    ),
+    (
+        "a part's type",
+        item_error(says("user", [{"type": "image"}])),
+        "input[0].content[0].type",
+        "invalid_value",
+        "input_image",
+    ),
+    (
+        "a part without one",
+        item_error(says("user", [{"text": "Hi"}])),
+        "input[0].content[0].type",
+        "missing_required_parameter",
+        "type",
+    ),
+    (
+        "an image that is none",
+        item_error(says("user", [{"type": "input_image", "image_url": "x"}])),
+        "input[0].content[0].image_url",
+        "invalid_image_url",
+        "'input[0].content[0].image_url'",
+    ),
+    (
+        "a file that is kept",
+        item_error(says("user", [{"type": "input_file", "file_id": "file-1"}])),
+        "input[0].content[0].file_id",
+        "unsupported_parameter",
+        "file_data",
+    ),
+    (
+        "a file that is empty",
+        item_error(says("user", [{"type": "input_file", "filename": "x"}])),
+        "input[0].content[0].file_data",
+        "missing_required_parameter",
+        "file_data",
+    ),
+    (
+        "a part in a result, after instructions",
+        {
+            "instructions": "x",
+            "input": [
+                call_item("c1"),
+                output_item("c1", [{"type": "input_image", "image_url": "x"}]),
+            ],
+        },
+        "input[1].output[0].image_url",
+        "invalid_image_url",
+        "'input[1].output[0].image_url'",
+    ),
+    (
+        "a call without a name",
+        item_error({"type": "function_call", "call_id": "c", "arguments": "{}"}),
+        "input[0].name",
+        "missing_required_parameter",
+        "name",
+    ),
+    ("a result of no call", item_error(LONELY), "input[0]", None, "call_id c9"),
+    (
+        "a call without a result",
+        item_error(*HI, call_item("c7")),
+        "input[1]",
+        None,
+        "No tool output found for function call c7.",
+    ),
+    (
+        "an image for a model that takes none",
+        {
+            **item_error(
+                says("user", [{"type": "input_image", "image_url": data_url()}])
+            ),
+            "model": "meta/llama-2-7b-chat",
+        },
+        "input",
+        "invalid_value",
+        "image_url",
+    ),
+    (
+        "a stored item",
+        item_error({"type": "item_reference", "id": "msg_1"}, *HI),
+        "input[0].id",
+        None,
+        "Item with id 'msg_1' not found.",
+    ),
+    (
+        "a stored item, without its type",
+        item_error({"id": "msg_1"}),
+        "input[0].id",
+        None,
+        "not stored",
+    ),
+    (
+        "a stored response",
+        {"previous_response_id": "resp_1"},
+        "previous_response_id",
+        "previous_response_not_found",
+        "Previous response with id 'resp_1' not found.",
+    ),
+    (
+        "the background",
+        {"background": True},
+        "background",
+        "unsupported_parameter",
+        "stream",
+    ),
+    ("a prompt", {"prompt": {"id": "p"}}, "prompt", "unsupported_parameter", "input"),
+    (
+        "a conversation",
+        {"conversation": "conv_1"},
+        "conversation",
+        "unsupported_parameter",
+        "input",
+    ),
+    (
+        "log probabilities",
+        {"include": ["message.output_text.logprobs"]},
+        "include",
+        "unsupported_value",
+        "log probabilities",
+    ),
+    ("them", {"top_logprobs": 2}, "top_logprobs", "unsupported_parameter", "prob"),
+    (
+        "a limit of none",
+        {"max_output_tokens": 0},
+        "max_output_tokens",
+        "integer_below_min_value",
+        "'max_output_tokens'",
+    ),
+    ("a high fever", {"temperature": 9}, "temperature", "decimal_above_max_value", "2"),
+    (
+        "an effort",
+        {"reasoning": {"effort": "much"}},
+        "reasoning.effort",
+        "invalid_value",
+        "'xhigh'",
+    ),
+    (
+        "a format",
+        {"text": {"format": {"type": "xml"}}},
+        "text.format.type",
+        "invalid_value",
+        "json_schema",
+    ),
+    (
+        "a schema's name",
+        {"text": {"format": {"type": "json_schema", "schema": {}}}},
+        "text.format.name",
+        "missing_required_parameter",
+        "'text.format.name'",
+    ),
+    (
+        "a tool's name, after one that is dropped",
+        {"tools": [HOSTED[0], {"type": "function", "name": "a b"}]},
+        "tools[1].name",
+        "invalid_value",
+        "'tools[1].name'",
+    ),
+    (
+        "a name in a namespace",
+        {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]},
+        "tools[0].tools[0].name",
+        "missing_required_parameter",
+        "name",
+    ),
+    (
+        "a tool as chat has it",
+        {"tools": TOOLS},
+        "tools[0].name",
+        "missing_required_parameter",
+        "'tools[0].name'",
+    ),
+    ("no type", {"tools": [{}]}, "tools[0].type", "missing_required_parameter", "type"),
+    (
+        "two of a name",
+        {"tools": [FLAT_TOOLS[1], FLAT_TOOLS[1]]},
+        "tools",
+        "invalid_value",
+        "twice",
+    ),
+    (
+        "a tool that is not there",
+        {"tools": FLAT_TOOLS, "tool_choice": CHOICE},
+        "tool_choice",
+        "invalid_value",
+        "'x' not found",
+    ),
+    (
+        "a hosted tool alone that has to be called",
+        {"tools": HOSTED, "tool_choice": {"type": "web_search"}},
+        "tool_choice",
+        "unsupported_value",
+        "none runs here",
+    ),
+    (
+        "any of hosted tools",
+        {"tools": HOSTED, "tool_choice": "required"},
+        "tool_choice",
+        "unsupported_value",
+        "none runs here",
+    ),
+    (
+        "too deep a word",
+        {"tool_choice": "must"},
+        "tool_choice",
+        "invalid_value",
+        "must",
+    ),
+]
+
+
+@table("body, param, code, words", REFUSED_RESPONSES)
+def test_a_request_for_a_response_is_refused(lasting, body, param, code, words):
+    fake, server = lasting
+    fake.seen.clear()
+    asked = {"model": "fake/hello", "input": "Hi", **body}
+    answer = post_json(server, RESPONSES_PATH, **asked)
+    assert answer.status == 400
+    assert answer.error["param"] == param
+    assert code in (None, answer.error["code"])
+    assert words in answer.error["message"]
+    assert "messages" not in answer.error["message"]
+    assert not fake.creates()
+
+
 # ==== 3. INPUTS ===============================================================
 
 
