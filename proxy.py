@@ -6163,7 +6163,7 @@ class ModelResponse:
             self.close("incomplete")
         failure = {"code": code, "message": str(error)}
         self.object |= {"status": "failed", "error": failure}
-        flat = without(details, ["type"])
+        flat = {name: details[name] for name in ("code", "message", "param")}
         return [
             ("error", {**flat, "error": details}),
             ("response.failed", {"response": self.object}),

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
@@ -8893,6 +8894,524 @@ def folded(chunks):
             assert index not in ends
             ends[index] = choice["finish_reason"]
     return texts, ends, chunks[-1]["usage"]
+
+
+# -- Responses -----------------------------------------------------------------
+
+IDS = re.compile(rb'"(resp|msg|rs|fc|ctc|call)_\w{20,}"')
+
+
+def masked_response(body):
+    """A response's bytes with what differs from one to the next made equal."""
+    text = IDS.sub(rb'"\1_ID"', body)
+    return re.sub(rb'"(created_at|completed_at)": ?\d+', rb'"\1":1', text)
+
+
+def response_of(model, **more):
+    """A response that has just begun, with all keys in their order."""
+    return {
+        "id": "resp_ID",
+        "object": "response",
+        "created_at": 1,
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "frequency_penalty": 0.0,
+        "incomplete_details": None,
+        "instructions": None,
+        "max_output_tokens": None,
+        "max_tool_calls": None,
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": True,
+        "presence_penalty": 0.0,
+        "previous_response_id": None,
+        "prompt_cache_key": None,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": None,
+        "service_tier": "default",
+        "store": False,
+        "temperature": 1.0,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_logprobs": 0,
+        "top_p": 1.0,
+        "truncation": "disabled",
+        "usage": None,
+        "user": None,
+        "metadata": {},
+        **more,
+    }
+
+
+def events_bytes(*events):
+    """The frames of events, each a type and what else it says."""
+    frames = [
+        f"event: {type}\ndata: "
+        + json.dumps(
+            {"type": type, **data, "sequence_number": number},
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+        + "\n\n"
+        for number, (type, data) in enumerate(events)
+    ]
+    return "".join(frames).encode()
+
+
+def message_item(*parts, status="completed"):
+    row = {"id": "msg_ID", "type": "message", "status": status, "role": "assistant"}
+    return {**row, "content": [*parts]}
+
+
+def output_text(text):
+    return {"type": "output_text", "annotations": [], "logprobs": [], "text": text}
+
+
+def summary_text(text):
+    return {"type": "summary_text", "text": text}
+
+
+def reasoning_item(*parts, status="completed"):
+    row = {"id": "rs_ID", "type": "reasoning", "status": status}
+    return {**row, "summary": [*parts]}
+
+
+def function_call_item(arguments, status="completed", **more):
+    row = {"id": "fc_ID", "type": "function_call", "status": status}
+    named = {"call_id": "call_ID", "name": "get_weather"}
+    return {**row, "arguments": arguments, **named, **more}
+
+
+def custom_call_item(input, status="completed", **more):
+    row = {"id": "ctc_ID", "type": "custom_tool_call", "status": status}
+    return {**row, "input": input, "call_id": "call_ID", "name": "exec", **more}
+
+
+def text_events(at, text, status="completed"):
+    place = {"item_id": "msg_ID", "output_index": at, "content_index": 0}
+    return [
+        (
+            "response.output_item.added",
+            {"output_index": at, "item": message_item(status="in_progress")},
+        ),
+        ("response.content_part.added", {**place, "part": output_text("")}),
+        ("response.output_text.delta", {**place, "delta": text, "logprobs": []}),
+        ("response.output_text.done", {**place, "text": text, "logprobs": []}),
+        ("response.content_part.done", {**place, "part": output_text(text)}),
+        (
+            "response.output_item.done",
+            {
+                "output_index": at,
+                "item": message_item(output_text(text), status=status),
+            },
+        ),
+    ]
+
+
+def reasoning_events(at, text):
+    place = {"item_id": "rs_ID", "output_index": at, "summary_index": 0}
+    name = "response.reasoning_summary"
+    return [
+        (
+            "response.output_item.added",
+            {"output_index": at, "item": reasoning_item(status="in_progress")},
+        ),
+        (f"{name}_part.added", {**place, "part": summary_text("")}),
+        (f"{name}_text.delta", {**place, "delta": text}),
+        (f"{name}_text.done", {**place, "text": text}),
+        (f"{name}_part.done", {**place, "part": summary_text(text)}),
+        (
+            "response.output_item.done",
+            {"output_index": at, "item": reasoning_item(summary_text(text))},
+        ),
+    ]
+
+
+def call_events(at, arguments, **more):
+    place = {"item_id": "fc_ID", "output_index": at}
+    name = "response.function_call_arguments"
+    begun = function_call_item("", "in_progress", **more)
+    done = function_call_item(arguments, **more)
+    return [
+        ("response.output_item.added", {"output_index": at, "item": begun}),
+        (f"{name}.delta", {**place, "delta": arguments}),
+        (f"{name}.done", {**place, "arguments": arguments, "name": done["name"]}),
+        ("response.output_item.done", {"output_index": at, "item": done}),
+    ]
+
+
+def custom_events(at, input, **more):
+    place = {"item_id": "ctc_ID", "output_index": at}
+    name = "response.custom_tool_call_input"
+    begun = custom_call_item("", "in_progress", **more)
+    done = custom_call_item(input, **more)
+    return [
+        ("response.output_item.added", {"output_index": at, "item": begun}),
+        (f"{name}.delta", {**place, "delta": input}),
+        (f"{name}.done", {**place, "input": input}),
+        ("response.output_item.done", {"output_index": at, "item": done}),
+    ]
+
+
+NOW_WORDS = '<tool_call>{"name": "get_time"}</tool_call>'
+IN_SPACE = {"tools": [{"type": "namespace", "name": "ns", "tools": FLAT_TOOLS[:1]}]}
+CUSTOM_WORDS = (
+    '<tool_call>{"name": "exec", "arguments": {"input": "say \\"ä\\"\\n"}}</tool_call>'
+)
+RESPONSES = [  # words, body, events between the first two and the last, its output
+    ("text", "ä\n", {}, text_events(0, "ä\n"), [message_item(output_text("ä\n"))]),
+    (
+        "reasoning",
+        "<think>Hm</think>ä\n",
+        {},
+        [*reasoning_events(0, "Hm"), *text_events(1, "ä\n")],
+        [reasoning_item(summary_text("Hm")), message_item(output_text("ä\n"))],
+    ),
+    (
+        "a call",
+        CALL_WORDS,
+        {"tools": FLAT_TOOLS},
+        call_events(0, '{"city":"x"}'),
+        [function_call_item('{"city":"x"}')],
+    ),
+    (
+        "a text and two calls",
+        "Well. " + NOW_WORDS + CALL_WORDS,
+        {"tools": FLAT_TOOLS},
+        [
+            *text_events(0, "Well."),
+            *call_events(1, "{}", name="get_time"),
+            *call_events(2, '{"city":"x"}'),
+        ],
+        [
+            message_item(output_text("Well.")),
+            function_call_item("{}", name="get_time"),
+            function_call_item('{"city":"x"}'),
+        ],
+    ),
+    (
+        "a call in a namespace",
+        CALL_WORDS.replace("get_weather", "ns__get_weather"),
+        IN_SPACE,
+        call_events(0, '{"city":"x"}', namespace="ns"),
+        [function_call_item('{"city":"x"}', namespace="ns")],
+    ),
+    (
+        "a custom call",
+        CUSTOM_WORDS,
+        {"tools": [CUSTOM]},
+        custom_events(0, 'say "ä"\n'),
+        [custom_call_item('say "ä"\n')],
+    ),
+    (
+        "JSON",
+        '```json\n{"a": 1}\n```',
+        {"text": {"format": {"type": "json_object"}}},
+        text_events(0, '{"a": 1}'),
+        [message_item(output_text('{"a": 1}'))],
+    ),
+]
+
+
+def events_of(answer):
+    """The events of a stream, which have to come as clients need them."""
+    assert answer.status == 200, answer.body
+    *frames, after = answer.body.decode().split("\n\n")
+    assert after == ""
+    events = []
+    for number, frame in enumerate(frames):
+        name, data = frame.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+        assert events[-1]["sequence_number"] == number
+    assert [e["type"] for e in events[:2]] == [
+        "response.created",
+        "response.in_progress",
+    ]
+    return events
+
+
+def response_in(answer):
+    """The response in the last event of a stream; those before have to agree."""
+    events = events_of(answer)
+    last = events[-1]["response"]
+    assert events[-1]["type"] == f"response.{last['status']}"
+    items, texts = [], []
+    for event in events[2:-1]:
+        if event["type"] == "response.in_progress":
+            assert event["response"]["id"] == last["id"]
+        elif event["type"] == "response.output_item.added":
+            assert event["output_index"] == len(items)
+            assert event["item"]["status"] == "in_progress"
+            items.append(event["item"])
+            texts.append("")
+        elif event["type"] == "response.output_item.done":
+            assert event["output_index"] == len(items) - 1
+            assert event["item"] == last["output"][event["output_index"]]
+            assert text_of_item(event["item"]) == texts[-1]
+        elif event["type"] != "error":
+            assert event["output_index"] == len(items) - 1
+            assert event["item_id"] == items[-1]["id"]
+            texts[-1] += event.get("delta", "")
+    assert [item["id"] for item in items] == [item["id"] for item in last["output"]]
+    return last
+
+
+def text_of_item(item):
+    parts = item.get("content") or item.get("summary") or []
+    return item.get("arguments", item.get("input", "".join(p["text"] for p in parts)))
+
+
+@table("words, body, events, output", RESPONSES)
+def test_a_response_has_openais_keys_in_their_order(
+    lasting, words, body, events, output
+):
+    fake, server = lasting
+    model = model_saying(fake, words)
+    whole = json.loads(masked_response(respond(server, model, **body).body))
+    usage = whole.pop("usage")
+    assert list(usage) == [
+        "input_tokens",
+        "input_tokens_details",
+        "output_tokens",
+        "output_tokens_details",
+        "total_tokens",
+    ]
+    begun = response_of(model, **body)
+    begun["text"] = {**response_of(model)["text"], **body.get("text", {})}
+    end = {"status": "completed", "completed_at": 1, "output": output, "usage": usage}
+    assert {**whole, "usage": usage} == {**begun, **end}
+    assert list(whole) == [name for name in begun if name != "usage"]
+    streamed = respond(server, model, **body, stream=True)
+    assert masked_response(streamed.body) == events_bytes(
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        *events,
+        ("response.completed", {"response": {**begun, **end}}),
+    )
+
+
+LEAST_LIMIT = "prompt* str; max_tokens int [1024..64000]"
+
+
+def test_a_response_that_reaches_its_limit_is_incomplete(lasting):
+    fake, server = lasting
+    model = model_saying(fake, "Hello")
+    fake.models[model] = make_model(model, LEAST_LIMIT)
+    asked = {"max_output_tokens": 1}
+    streamed = respond(server, model, **asked, stream=True)
+    whole = json.loads(masked_response(respond(server, model, **asked).body))
+    end = {
+        "status": "incomplete",
+        "incomplete_details": {"reason": "max_output_tokens"},
+        "output": [message_item(output_text("Hell"), status="incomplete")],
+        "usage": whole["usage"],
+    }
+    begun = response_of(model, **asked)
+    assert whole == {**begun, **end}
+    assert masked_response(streamed.body) == events_bytes(
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        *text_events(0, "Hell", "incomplete"),
+        ("response.incomplete", {"response": {**begun, **end}}),
+    )
+
+
+def test_a_response_that_fails_in_the_middle_says_so_twice(lasting):
+    """As some clients see the first of these events only, and Codex the second."""
+    fake, server = lasting
+    model = model_saying(fake, "Hel", "lo", after=1, end="failed", error="it broke")
+    streamed = respond(server, model, stream=True)
+    message = "The prediction failed. The model says: it broke"
+    error = {"code": "prediction_failed", "message": message, "param": None}
+    begun = response_of(model)
+    failed = {
+        "status": "failed",
+        "error": {"code": "invalid_prompt", "message": message},
+        "output": [message_item(output_text("Hel"), status="incomplete")],
+    }
+    nested = {"message": message, "type": "invalid_request_error"}
+    nested |= {"param": None, "code": "prediction_failed"}
+    assert masked_response(streamed.body) == events_bytes(
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        *text_events(0, "Hel")[:3],
+        ("error", {**error, "error": nested}),
+        ("response.failed", {"response": {**begun, **failed}}),
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_answer_is_an_empty_message(lasting, stream):
+    fake, server = lasting
+    answer = respond(server, model_saying(fake), stream=stream)
+    told = response_in(answer) if stream else answer.json
+    assert [text_of_item(item) for item in told["output"]] == [""]
+    assert told["output"][0]["content"] == [output_text("")]
+
+
+def test_a_response_repeats_what_it_was_asked_for(lasting):
+    fake, server = lasting
+    asked = {
+        "instructions": "Be brief.",
+        "max_output_tokens": 50,
+        "max_tool_calls": 2,
+        "parallel_tool_calls": False,
+        "prompt_cache_key": "k",
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "safety_identifier": "s",
+        "temperature": 0.5,
+        "text": {
+            "format": {
+                "type": "json_schema",
+                "name": "x",
+                "schema": {},
+                "strict": True,
+            },
+            "verbosity": "low",
+        },
+        "tool_choice": {"type": "function", "name": "get_time"},
+        "tools": [*HOSTED, *FLAT_TOOLS],
+        "top_p": 0.5,
+        "truncation": "auto",
+        "user": "u",
+        "metadata": {"a": "b"},
+        "presence_penalty": 1,
+        "frequency_penalty": 0.5,
+    }
+    told = respond(server, model_saying(fake, NOW_WORDS), **asked).json
+    assert {name: told[name] for name in asked} == asked
+    told = respond(server, "fake/hello", metadata="no", user=5, truncation=[]).json
+    assert told == told | {"metadata": {}, "user": None, "truncation": "disabled"}
+
+
+RESPONSE_TEXTS = [
+    ("text", ["Hello", " there"], {}),
+    ("reasoning", ["<think>Hm", "m</think>", "\n\nHello"], {}),
+    ("reasoning alone", ["<think>Hm"], {}),
+    ("a call", [CALL_WORDS], {"tools": FLAT_TOOLS}),
+    (
+        "text, calls and text",
+        ["A ", NOW_WORDS, CALL_WORDS, " B"],
+        {"tools": FLAT_TOOLS},
+    ),
+    ("a call that stops early", [CALL_WORDS[:60]], {"tools": FLAT_TOOLS}),
+    ("to a stop string", ["Hello END", " there"], {"stop": "END"}),
+    (
+        "JSON in prose",
+        ['Sure: {"name": "Ada", "age": 36,}. Right?'],
+        {"text": {"format": SCHEMA_FORMAT}},
+    ),
+    ("half a surrogate pair", ["a\ud800b"], {}),
+    ("a custom call", [CUSTOM_WORDS], {"tools": [CUSTOM]}),
+    (
+        "a custom call with a text",
+        ['<tool_call>{"name": "exec", "arguments": "ls"}</tool_call>'],
+        {"tools": [CUSTOM]},
+    ),
+    (
+        "a custom call with more",
+        [CUSTOM_WORDS.replace('{"input"', '{"a": 1, "input"')],
+        {"tools": [CUSTOM]},
+    ),
+    (
+        "characters beyond the first plane",
+        [CUSTOM_WORDS.replace("ä", "\\ud83d\\ude00 \\u00e4 \\\\ \\ud83d")],
+        {"tools": [CUSTOM]},
+    ),
+]
+RETRIED_TEXTS = [  # once more, if not streamed
+    ("a call of no tool", [CALL_WORDS.replace("weather", "x")], {"tools": FLAT_TOOLS}),
+    (
+        "a custom call with other arguments",
+        [CUSTOM_WORDS.replace('"input"', '"code"')],
+        {"tools": [CUSTOM]},
+    ),
+    (
+        "a custom call without any",
+        ['<tool_call>{"name": "exec"}</tool_call>'],
+        {"tools": [CUSTOM]},
+    ),
+]
+
+
+def essence(response):
+    """What a response says, without its ids."""
+    keep = ("status", "incomplete_details", "output", "usage")
+    text = json.dumps({name: response[name] for name in keep})
+    return json.loads(IDS.sub(rb'"\1_ID"', text.encode()))
+
+
+@table("texts, body", RESPONSE_TEXTS)
+def test_a_stream_and_a_whole_response_say_the_same(lasting, texts, body):
+    fake, server = lasting
+    model = model_saying(fake, *texts)
+    whole = respond(server, model, **body).json
+    assert essence(response_in(respond(server, model, **body, stream=True))) == essence(
+        whole
+    )
+
+
+@table("texts, body", RESPONSE_TEXTS + RETRIED_TEXTS)
+def test_a_response_cut_into_characters_says_the_same(lasting, texts, body):
+    fake, server = lasting
+    one = respond(server, model_saying(fake, *texts), **body, stream=True)
+    model = model_saying(fake, *"".join(texts), wire=fake_replicate.byte_by_byte)
+    many = essence(response_in(respond(server, model, **body, stream=True)))
+    expected = essence(response_in(one))
+    assert (many["status"], many["output"]) == (expected["status"], expected["output"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@table("texts, body", RESPONSE_TEXTS + RETRIED_TEXTS)
+def test_chat_and_responses_say_the_same(lasting, texts, body, stream):
+    fake, server = lasting
+    model = model_saying(fake, *texts)
+    answer = respond(server, model, **body, stream=stream)
+    told = response_in(answer) if stream else answer.json
+    asked = {name: value for name, value in body.items() if name != "text"}
+    if "tools" in body:
+        tools = [proxy.custom_function(t) if t is CUSTOM else t for t in body["tools"]]
+        functions = [
+            {**{k: v for k, v in tool.items() if k != "type"}, "name": row["name"]}
+            for tool, row in zip(tools, body["tools"], strict=True)
+        ]
+        asked["tools"] = [{"type": "function", "function": f} for f in functions]
+    if "text" in body:
+        schema = {"name": "person", "schema": PERSON}
+        asked["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if stream:
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    chatted = post_json(server, CHAT_PATH, model=model, messages=HI, **asked)
+    said = {"message": "", "reasoning": ""}
+    calls = []
+    for item in told["output"]:
+        if item["type"] in said:
+            said[item["type"]] += text_of_item(item)
+        else:
+            calls.append((item["name"], text_of_item(item)))
+    message = chatted.message
+    assert said == {"message": message.content, "reasoning": message.reasoning}
+    if CUSTOM in body.get("tools", []):
+        assert [name for name, _ in calls] == [name for name, _ in message.calls]
+    else:
+        assert tuple(calls) == message.calls
+    usage = told["usage"]
+    whole = chatted.chunks[-1] if stream else chatted.json
+    assert (usage["input_tokens"], usage["output_tokens"]) == counts(whole["usage"])[:2]
+
+
+@thoroughly
+@given(text=st.text(), ascii=st.booleans(), cuts=st.sets(st.integers(0, 60)))
+def test_the_input_of_a_custom_tool_is_decoded_as_it_comes(text, ascii, cuts):
+    arguments = json.dumps({"input": text}, ensure_ascii=ascii)
+    ends = [0, *sorted(c for c in cuts if c < len(arguments)), len(arguments)]
+    decoder = proxy.CustomInput()
+    pieces = [decoder.decode(arguments[a:b]) for a, b in pairwise(ends)]
+    assert "".join(pieces) + decoder.rest() == text
 
 
 # ==== 7. SERVING ==============================================================
