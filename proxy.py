@@ -6161,7 +6161,10 @@ class ModelResponse:
             code = "invalid_prompt"
         if self.item:
             self.close("incomplete")
-        failure = {"code": code, "message": str(error)}
+        message = str(error)
+        if code == "rate_limit_exceeded" and "retry-after" in error.headers:
+            message += f" Try again in {error.headers['retry-after']}s."
+        failure = {"code": code, "message": message}
         self.object |= {"status": "failed", "error": failure}
         flat = {name: details[name] for name in ("code", "message", "param")}
         return [

@@ -10130,6 +10130,81 @@ def test_any_origin_may_ask_with_any_header(server):
     assert answer.headers["access-control-allow-private-network"] == "true"
 
 
+MONEY = [  # a scenario, status, code, what OpenAI's clients are told about a retry
+    ("failed", 400, "prediction_failed", "false"),
+    ("e001", 400, "prediction_failed", "false"),
+    ("e003", 400, "upstream_unavailable", "true"),
+    ("interrupted", 400, "upstream_unavailable", "true"),
+    ("flagged", 400, "content_policy_violation", None),
+    ("too-long", 400, "context_length_exceeded", None),
+    ("aborted", 400, "prediction_timeout", "false"),
+    ("reset-after", 400, "upstream_unavailable", "false"),
+    ("bad-input", 400, "invalid_value", None),
+    ("unauthenticated", 400, "upstream_authentication", "false"),
+    ("no-version", 404, "model_not_found", None),
+    ("out-of-credit", 429, "insufficient_quota", "false"),
+    ("throttled-header", 429, "rate_limit_exceeded", None),
+    ("busy-503", 502, "upstream_unavailable", None),  # nothing was created
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("scenario", "status", "code", "retry"), MONEY, ids=whys(MONEY)
+)
+def test_what_may_have_cost_money_is_no_5xx_of_responses(
+    server, fake, scenario, status, code, retry, stream
+):
+    asked = {"model": f"fake/{scenario}", "input": "Hi", "stream": stream}
+    answer = send(server, "POST", RESPONSES_PATH, asked)
+    assert (answer.status, answer.error["code"]) == (status, code)
+    assert answer.headers.get("x-should-retry") == retry
+    assert len(fake.creates()) <= 2  # the other one by the id of a version
+
+
+def test_a_fault_of_ours_is_no_5xx_once_something_runs(lasting, monkeypatch, caplog):
+    fake, server = lasting
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(proxy, "response_usage", fail)
+    answer = respond(server, "fake/hello")
+    assert (answer.status, answer.error["code"]) == (400, "internal_error")
+    assert "ZeroDivisionError" in caplog.text
+
+
+LATE = [  # a scenario, the code of the failed response, which Codex tries again or not
+    ("failed", "invalid_prompt"),
+    ("flagged", "invalid_prompt"),
+    ("e003", "invalid_prompt"),
+    ("too-long", "context_length_exceeded"),
+    ("out-of-credit", "insufficient_quota"),
+    ("throttled-header", "rate_limit_exceeded"),
+    ("busy-503", "server_error"),
+]
+
+
+@pytest.mark.parametrize(("scenario", "code"), LATE, ids=whys(LATE))
+def test_a_response_that_fails_late_says_whether_to_try_again(watched, scenario, code):
+    fake, server = watched
+    row = fake.scenarios[scenario]
+    if row.on_create.reply:
+        row = replace(row, on_create=row.on_create._replace(wait=0.7))
+    fake.scenarios["late"] = replace(row, boot=0.7)
+    answer = respond(server, "fake/late", stream=True)
+    *_, error, last = events_of(answer)
+    assert (last["type"], last["response"]["error"]["code"]) == (
+        "response.failed",
+        code,
+    )
+    assert error["type"] == "error"
+    assert error["error"]["message"] == error["message"]
+    assert last["response"]["error"]["message"].startswith(error["message"])
+    waits = "Try again in 7s." in last["response"]["error"]["message"]
+    assert waits is (scenario == "throttled-header")
+
+
 # -- HTTP ----------------------------------------------------------------------
 
 
@@ -10581,6 +10656,70 @@ def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices(caplog):
             wait_until(lambda: len(log_lines(caplog, "error=client_gone")) == 2, 15)
             assert len(fake.cancels) == 1  # the other was at its end
     assert answer.count(b": keep-alive\n\n") >= 3
+
+
+def start_response(server, model, **more):
+    return start_call(server, model, path=RESPONSES_PATH, input="Hi", **more)
+
+
+def test_who_hangs_up_on_a_response_stops_the_bill(watched):
+    fake, server = watched
+    socks = [
+        start_response(server, "fake/endless", stream=True),
+        start_response(server, "fake/endless"),
+        start_response(server, "fake/very-cold", stream=True),
+    ]
+    read_until(socks[0], b"output_text.delta")
+    read_until(socks[2], b"response.in_progress")
+    fake.wait_for(lambda: len(fake.predictions) == 3)
+    left = time.monotonic()
+    for sock in socks:
+        sock.close()
+    fake.wait_for(lambda: len(fake.cancels) == 3)
+    assert fake.seen[-1].at - left < 1.5
+    assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
+def test_a_response_keeps_alive_by_events(watched):
+    """Numbered like all others: Codex does not count comments."""
+    fake, server = watched
+    answer = respond(server, "fake/cool", stream=True)
+    assert b": keep-alive" not in answer.body
+    kinds = Counter(event["type"] for event in events_of(answer))
+    assert kinds["response.created"] == 1
+    assert kinds["response.in_progress"] >= 3
+    said = text_of_item(response_in(answer)["output"][0])
+    assert said == "".join(fake.scenarios["cool"].text)
+
+
+def test_a_response_keeps_alive_in_the_middle(watched):
+    fake, server = watched
+    fake.scenarios["pauses"] = replace(SCENARIOS["hello"], pace=0.3)
+    answer = respond(server, "fake/pauses", stream=True)
+    kinds = [event["type"] for event in events_of(answer)]
+    first = kinds.index("response.output_text.delta")
+    assert "response.in_progress" in kinds[first:]
+    assert response_in(answer)["status"] == "completed"
+
+
+def test_no_number_of_an_event_is_written_twice_or_late():
+    """By the watcher, while its request is about to write: one of them waits."""
+    object = proxy.response_object({"model": "m"})
+    stream = proxy.ModelResponseStream(proxy.ModelResponse(object, {}))
+    texts = [(0, Text("a")), (0, Text("b")), (0, Done("stop"))]
+    frames = stream.frames(texts)
+    written = [stream.keep_alive(), next(frames), stream.keep_alive(), next(frames)]
+    assert written[2] == b""  # as the request is between a number and its bytes
+    written += [stream.keep_alive(), *frames, stream.keep_alive()]
+    answer = Answer(200, {}, b"".join(written[:-1]))
+    assert [e["type"] for e in events_of(answer)][-1] == "response.completed"
+
+
+@pytest.mark.parametrize("scenario", ["cut-3", "cut-live-3", "timeout-408", "no-done"])
+def test_a_response_of_a_broken_stream_is_complete(watched, scenario):
+    fake, server = watched
+    told = response_in(respond(server, f"fake/{scenario}", stream=True))
+    assert text_of_item(told["output"][0]) == "".join(fake_replicate.SIX)
 
 
 # -- Server --------------------------------------------------------------------
