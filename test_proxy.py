@@ -46,6 +46,13 @@ from hypothesis import strategies as st
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.responses import (
+    ResponseCustomToolCall,
+    ResponseFunctionToolCall,
+    ResponseOutputMessage,
+    ResponseReasoningItem,
+    ResponseStreamEvent,
+)
 
 import fake_replicate
 import proxy
@@ -10694,8 +10701,8 @@ def test_a_response_keeps_alive_by_events(watched):
 
 def test_a_response_keeps_alive_in_the_middle(watched):
     fake, server = watched
-    fake.scenarios["pauses"] = replace(SCENARIOS["hello"], pace=0.3)
-    answer = respond(server, "fake/pauses", stream=True)
+    model = model_saying(fake, "a", "b", pace=0.4)
+    answer = respond(server, model, stream=True)
     kinds = [event["type"] for event in events_of(answer)]
     first = kinds.index("response.output_text.delta")
     assert "response.in_progress" in kinds[first:]
@@ -11608,8 +11615,10 @@ def play_llama(call, input):
     if "sunny" in prompt:  # which the tool has said
         return cut_small(SUNNY)
     if told := re.search(r'<tools>\\n{"name":"(\w+)"', prompt):
-        given = '{"city": "Paris"}' if told[1] == "get_weather" else LADY
-        return cut_small("Let me look.\n" + call.format(told[1], given))
+        given = {"get_weather": '{"city": "Paris"}', "transfer_to_expert": "{}"}
+        return cut_small(
+            "Let me look.\n" + call.format(told[1], given.get(told[1], LADY))
+        )
     return cut_small(ADA_IN_PROSE if "JSON" in prompt else "I know no tools.")
 
 
@@ -11664,6 +11673,107 @@ def test_openai_parses_calls_and_answers(client, llama, fake):
     messages.append({"role": "tool", "tool_call_id": made.id, "content": result})
     assert ask().content == SUNNY
     assert len(fake.creates()) == 2
+
+
+WEATHER_FUNCTION = {"type": "function", **WEATHER_TOOL["function"]}
+
+
+def test_openai_makes_a_response(client):
+    made = client.responses.create(model="gpt-4o", input="Hi", instructions="Be brief.")
+    assert made.output_text == HELLO
+    assert made.usage.output_tokens == sum(map(bool, fake_replicate.HELLO))
+
+
+def test_openai_streams_a_response(client, lasting):
+    fake, _ = lasting
+    with client.responses.stream(model="fake/thinking", input="Hi") as stream:
+        events = list(stream)
+        made = stream.get_final_response()
+    texts = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert made.output_text == "".join(texts) == "Hello."
+    assert made.output[0].summary[0].text == "They greet me.\n"
+
+
+def test_openai_asks_calls_and_answers_by_responses(client, llama, fake):
+    given = [{"role": "user", "content": WEATHER_QUESTION}]
+    asked = {"model": llama, "tools": [WEATHER_FUNCTION]}
+    made = client.responses.parse(**asked, input=given)
+    assert made.output_text == "Let me look."
+    call = made.output[-1]
+    assert call.parsed_arguments == {"city": "Paris"}
+    given += made.output
+    result = get_weather(**json.loads(call.arguments))
+    given.append(output_item(call.call_id, result))
+    with client.responses.stream(**asked, input=given) as stream:
+        assert stream.get_final_response().output_text == SUNNY
+    assert len(fake.creates()) == 2
+
+
+def test_openai_calls_a_custom_tool(client, writer, fake, replicate):
+    words = CUSTOM_WORDS.replace("say", "say " * 60)
+    row = replace(SCENARIOS["hello"], text=cut_small(words), pace=0.01)
+    replicate.scenarios["writer"] = row
+    with client.responses.stream(model=writer, input="Hi", tools=[CUSTOM]) as stream:
+        deltas = [e.delta for e in stream if e.type.endswith("input.delta")]
+        [call] = stream.get_final_response().output
+    assert call.input == "".join(deltas) == "say " * 60 + ' "ä"\n'
+    assert len(deltas) > 1  # it is streamed as it is written
+    output = output_item(call.call_id, "ok", "custom_tool_call_output")
+    given = [call.model_dump(exclude_none=True), output]
+    client.responses.create(model=writer, input=given, tools=[CUSTOM])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_parses_a_response(client, writer, stream):
+    asked = {"model": writer, "input": "Hi", "text_format": Person}
+    if stream:
+        with client.responses.stream(**asked) as events:
+            made = events.get_final_response()
+    else:
+        made = client.responses.parse(**asked)
+    assert made.output_parsed == Person(name="Ada", age=36)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_openai_raises_for_a_response_that_fails_in_the_middle(client, raw):
+    asked = {"model": "fake/failed-late", "input": "Hi"}
+    with pytest.raises(openai.APIError, match="it broke"):
+        if raw:
+            list(client.responses.create(**asked, stream=True))
+        else:
+            with client.responses.stream(**asked) as stream:
+                stream.until_done()
+
+
+def test_openai_does_not_pay_twice_for_a_response(fake, server):
+    with client_of(server, retries=2) as client, pytest.raises(openai.BadRequestError):
+        client.responses.create(model="fake/failed", input="Hi")
+    assert len(fake.creates()) == 1
+
+
+def test_responses_are_of_openai_types_to_the_letter(lasting):
+    fake, server = lasting
+    words = f"<think>Hm</think>A {CALL_WORDS}{CUSTOM_WORDS}"
+    asked = {"tools": [FLAT_TOOLS[0], CUSTOM], "stream": True}
+    events = events_of(respond(server, model_saying(fake, words), **asked))
+    adapter = pydantic.TypeAdapter(ResponseStreamEvent)
+    for event in events:
+        read = adapter.validate_python(event)
+        assert read.type == event["type"]
+        extra = {"name"} if event["type"].endswith("arguments.done") else set()
+        assert (read.model_extra or {}).keys() == extra
+    for item, kind in zip(
+        events[-1]["response"]["output"],
+        (
+            ResponseReasoningItem,
+            ResponseOutputMessage,
+            ResponseFunctionToolCall,
+            ResponseCustomToolCall,
+        ),
+        strict=True,
+    ):
+        extra = kind.model_validate(item, strict=True).model_extra
+        assert set(extra or {}) <= {"status"}
 
 
 def test_the_demonstration_recites_no_call(client, fake):
@@ -11953,62 +12063,79 @@ def test_langchain_makes_the_object(langchain, fake, method):
     assert len(fake.creates()) == 1
 
 
-@pytest.fixture
-def instructor():
-    import instructor
+@pytest.mark.parametrize("invoke", [invoke_whole, invoke_streamed])
+def test_langchain_asks_calls_and_answers_by_responses(langchain, fake, invoke):
+    from langchain_core.tools import tool
 
-    return instructor
-
-
-@pytest.mark.parametrize("mode", ["TOOLS", "JSON", "JSON_SCHEMA", "MD_JSON"])
-def test_instructor_makes_the_object(instructor, client, llama, fake, mode):
-    person = instructor.from_openai(client, mode=instructor.Mode[mode]).create(
-        model=llama, messages=HI, response_model=Person, max_retries=0
-    )
-    assert person.model_dump() == {"name": "Ada", "age": 36}
-    assert len(fake.creates()) == 1
-
-
-@pytest.mark.parametrize("mode", ["TOOLS", "JSON", "JSON_SCHEMA"])
-def test_instructor_streams_the_object(instructor, client, llama, fake, mode):
-    partials = instructor.from_openai(
-        client, mode=instructor.Mode[mode]
-    ).create_partial(model=llama, messages=HI, response_model=Person, max_retries=0)
-    grown = [partial.model_dump() for partial in partials]
-    assert any(partial["age"] is None for partial in grown)  # it grows
-    assert grown[-1] == {"name": "Ada", "age": 36}
-    assert len(fake.creates()) == 1
-
-
-class WholeName(Person):
-    @pydantic.field_validator("name")
-    @classmethod
-    def check(cls, name):
-        if " " not in name:
-            raise ValueError("it is wrong: the surname is missing")
-        return name
-
-
-REPEATED = [
-    ("by the proxy, as it breaks the schema", Person, WRONG, 0),
-    ("by instructor, for what no schema says", WholeName, LADY, 1),
-]
-WRITTEN = {"TOOLS": LLAMAS["tagged"].format, "JSON_SCHEMA": "A {}: {}".format}
-
-
-@pytest.mark.parametrize("mode", WRITTEN)
-@table(("type", "wrong", "retries"), REPEATED)
-def test_instructor_has_a_wrong_object_asked_for_again(
-    instructor, client, writer, fake, replicate, mode, type, wrong, retries
-):
-    name, right = type.__name__, '{"name": "Ada Lovelace", "age": 36}'
-    text = writing(WRITTEN[mode](name, wrong), WRITTEN[mode](name, right))
-    replicate.scenarios["writer"] = replace(SCENARIOS["hello"], text=text)
-    person = instructor.from_openai(client, mode=instructor.Mode[mode]).create(
-        model=writer, messages=HI, response_model=type, max_retries=retries
-    )
-    assert person.model_dump() == {"name": "Ada Lovelace", "age": 36}
+    weather = tool(get_weather)
+    langchain = langchain.model_copy(update={"use_responses_api": True})
+    model = langchain.bind_tools([weather])
+    asked = invoke(model, [("user", WEATHER_QUESTION)])
+    [made] = asked.tool_calls
+    assert (made["name"], made["args"]) == ("get_weather", {"city": "Paris"})
+    assert asked.text == "Let me look."
+    answer = invoke(model, [("user", WEATHER_QUESTION), asked, weather.invoke(made)])
+    assert answer.text == SUNNY
+    assert answer.usage_metadata["output_tokens"] > 0
     assert len(fake.creates()) == 2
+
+
+def test_langchain_makes_the_object_by_responses(langchain, fake):
+    langchain = langchain.model_copy(update={"use_responses_api": True})
+    model = langchain.with_structured_output(Person)
+    assert model.invoke("Who wrote the first program?") == Person(name="Ada", age=36)
+    assert len(fake.creates()) == 1
+
+
+@pytest.fixture
+def agents(server):
+    """Run an agent of OpenAI's SDK, which speaks the Responses API, to its end."""
+    import agents
+
+    async def run(agent, question, stream):
+        async with async_client_of(server) as client:
+            provider = agents.OpenAIProvider(openai_client=client)
+            config = agents.RunConfig(model_provider=provider, tracing_disabled=True)
+            if not stream:
+                return await agents.Runner.run(agent, question, run_config=config)
+            running = agents.Runner.run_streamed(agent, question, run_config=config)
+            async for _ in running.stream_events():
+                pass
+            return running
+
+    return lambda agent, question, stream: asyncio.run(run(agent, question, stream))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_asks_calls_and_answers(agents, llama, fake, stream):
+    from agents import Agent, function_tool
+
+    tools = [function_tool(get_weather)]
+    agent = Agent(name="A", instructions="Be nice.", model=llama, tools=tools)
+    assert agents(agent, WEATHER_QUESTION, stream).final_output == SUNNY
+    assert len(fake.creates()) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_makes_the_object(agents, llama, fake, stream):
+    from agents import Agent
+
+    agent = Agent(name="A", model=llama, output_type=Person)
+    person = agents(agent, "Who wrote the first program?", stream).final_output
+    assert person == Person(name="Ada", age=36)
+    assert len(fake.creates()) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_hands_off_to_another(agents, llama, fake, stream):
+    from agents import Agent, function_tool
+
+    tools = [function_tool(get_weather)]
+    expert = Agent(name="expert", model=llama, tools=tools)
+    agent = Agent(name="A", model=llama, handoffs=[expert])
+    result = agents(agent, WEATHER_QUESTION, stream)
+    assert (result.last_agent.name, result.final_output) == ("expert", SUNNY)
+    assert len(fake.creates()) == 3
 
 
 @pytest.fixture
