@@ -1508,6 +1508,8 @@ def parse_response_request(asked: Json) -> ChatRequest:
     for index, item in enumerate(items):
         if item["type"] == "additional_tools":
             tools.add_all(item["tools"], f"input[{index}].tools", is_newer=True)
+    if tools.dropped:
+        log.info("event=tools_dropped types=%s", quoted(", ".join(tools.dropped)))
     messages = build_messages(items)
     if body["instructions"]:
         system = {"role": "system", "content": body["instructions"]}
@@ -1522,7 +1524,7 @@ def parse_response_request(asked: Json) -> ChatRequest:
         "model": body["model"],
         "stream": body["stream"],
         "messages": [message for _, message in messages],
-        "tools": [tool for _, tool in tools.rows],
+        "tools": [tool for _, tool in tools.rows.values()],
         "tool_choice": tools.choice(body["tool_choice"]),
         "parallel_tool_calls": body["parallel_tool_calls"],
         "response_format": format,
@@ -1535,7 +1537,7 @@ def parse_response_request(asked: Json) -> ChatRequest:
         chat,
         tools.names,
         [path for path, _ in messages],
-        [path for path, _ in tools.rows],
+        [path for path, _ in tools.rows.values()],
     )
 
 
@@ -1688,9 +1690,9 @@ class Tools:
     """The tools of a request as chat's functions."""
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, Json]] = []  # each with its path in the request
+        self.rows: dict[str, tuple[str, Json]] = {}  # with its path in the request
         self.names: dict[str, ToolName] = {}  # by the name that the model knows
-        self.are_dropped = False
+        self.dropped: set[str] = set()  # types
 
     def add_all(
         self,
@@ -1708,8 +1710,7 @@ class Tools:
         if kind is None:
             raise missing_parameter(f"{path}.type")
         if kind not in (*TOOL_TYPES, "namespace"):
-            log.info("event=tool_dropped type=%s", quoted(kind))
-            self.are_dropped = True
+            self.dropped.add(str(kind))
             return
         if kind == "namespace":
             tool = check(tool, NAMESPACE, f"{path}.")
@@ -1724,9 +1725,9 @@ class Tools:
         name = ToolName(tool["name"], namespace, kind == "custom")
         function = custom_function(tool) if name.is_custom else without(tool, ["type"])
         function["name"] = name.flat
-        if is_newer:
-            self.rows = [r for r in self.rows if r[1]["function"]["name"] != name.flat]
-        self.rows.append((path, {"type": "function", "function": function}))
+        is_second = name.flat in self.rows and not is_newer  # which chat refuses
+        key = path if is_second else name.flat
+        self.rows[key] = path, {"type": "function", "function": function}
         self.names[name.flat] = name
 
     def choice(self, asked: Any) -> Any:
@@ -1747,7 +1748,7 @@ class Tools:
         if kind in (None, "none", "auto"):
             return kind
         message = "The tools that have to be called are OpenAI's own: none runs here."
-        wants_dropped = kind != "required" or self.are_dropped
+        wants_dropped = kind != "required" or self.dropped
         require(
             self.rows or not wants_dropped,
             message,
@@ -6222,7 +6223,8 @@ class ModelResponseStream:
         if not self.lock.acquire(blocking=False):  # its request is about to write
             return b""
         try:
-            return self.start() or self.in_progress()
+            is_over = self.response.object["status"] != "in_progress"
+            return b"" if is_over else self.start() or self.in_progress()
         finally:
             self.lock.release()
 
