@@ -12197,6 +12197,141 @@ def test_pydantic_ai_streams_text(pydantic_ai):
     assert "".join(texts) == SUNNY and len(texts) > 1
 
 
+@pytest.fixture(scope="module")
+def npm(tmp_path_factory):
+    """A folder with Codex CLI and the AI SDK."""
+    folder = tmp_path_factory.mktemp("npm")
+    packages = ["@openai/codex@0.171.0", "ai@7.0.173", "@ai-sdk/openai@4.0.118"]
+    command = ["npm", "install", "--no-audit", "--no-fund", *packages, "zod@4"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codex(npm):
+    """Have Codex CLI do a turn; return what it says."""
+
+    def run(server, model, prompt, *resume):
+        (npm / "config.toml").write_text(
+            f"""
+            model = "{model}"
+            model_provider = "replicate"
+            [model_providers.replicate]
+            name = "Replicate"
+            base_url = "{server.url}/v1"
+            env_key = "KEY"
+            wire_api = "responses"
+            """
+        )
+        command = [npm / "node_modules/.bin/codex", "exec", *resume]
+        command += [
+            "--skip-git-repo-check",
+            "--dangerously-bypass-approvals-and-sandbox",
+        ]
+        done = subprocess.run(
+            [*command, prompt],
+            cwd=npm,
+            env={**os.environ, "CODEX_HOME": str(npm), "KEY": "key"},
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=120,
+        )
+        return done.stdout + done.stderr
+
+    return run
+
+
+def play_shell(input):
+    """A model that asks the shell, by the tool that it is offered, and believes it."""
+    said = str(input).partition("</tools>")[2]
+    if "MARK-42" in said:
+        return cut_small("It says MARK-42.")
+    name, arguments = "exec_command", {"cmd": "echo MARK-$((40+2))"}
+    if '"name":"exec_command"' not in str(input).replace("\\", ""):
+        script = f"text((await tools.exec_command({json.dumps(arguments)})).output)"
+        name, arguments = "exec", {"input": script}
+    call = json.dumps({"name": name, "arguments": arguments})
+    return cut_small(f"I look. <tool_call>{call}</tool_call>")
+
+
+@pytest.mark.npm
+@pytest.mark.parametrize("model", ["fake/shell", "gpt-5.6-sol"])
+def test_codex_calls_its_shell_and_goes_on(codex, model):
+    """For a name of OpenAI's it sends a custom tool, in a namespace, in the input."""
+    with FakeReplicate(default="shell") as fake, fronting(fake) as server:
+        fake.scenarios["shell"] = replace(SCENARIOS["hello"], text=play_shell)
+        told = codex(server, model, "Which mark does the shell print?")
+        assert "I look." in told
+        assert "It says MARK-42." in told
+        assert len(fake.creates()) == 2
+        told = codex(server, model, "And again?", "resume", "--last")
+        assert "It says MARK-42." in told
+        assert len(fake.creates()) == 3
+
+
+PAID = [
+    *("failed", "failed-late", "e001", "e003", "e004", "interrupted", "director"),
+    *("flagged", "nsfw", "oom", "too-long", "aborted", "canceled", "deadline"),
+    *("reset-after", "out-of-credit", "unauthenticated", "bad-input", "no-version"),
+    *("cold failed", "cold flagged", "cold too-long", "cold e003"),
+]
+
+
+@pytest.mark.npm
+@pytest.mark.parametrize("scenario", PAID)
+def test_codex_pays_for_no_prediction_twice(codex, scenario):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        name = scenario.removeprefix("cold ")
+        boot = 1 if name != scenario else SCENARIOS[name].boot
+        fake.scenarios["row"] = replace(SCENARIOS[name], boot=boot)
+        codex(server, "fake/row", "Hi")
+        assert len(fake.predictions) <= 1
+        assert 1 <= len(fake.creates()) <= 2  # the other one by the id of a version
+
+
+AI_SDK = """
+import { generateText, streamText, tool, isStepCount } from 'ai'
+import { createOpenAI } from '@ai-sdk/openai'
+import { z } from 'zod'
+
+const provider = createOpenAI({ baseURL: process.argv[2] + '/v1', apiKey: 'key' })
+const common = {
+  model: provider('fake/llama'),
+  tools: {
+    get_weather: tool({
+      description: 'Tell the weather in a city.',
+      inputSchema: z.object({ city: z.string() }),
+      execute: async ({ city }) => (city === 'Paris' ? 'sunny' : 'unknown'),
+    }),
+  },
+  stopWhen: isStepCount(3),
+  maxRetries: 0,
+  providerOptions: { openai: { store: false } },
+}
+const question = { role: 'user', content: 'What is the weather in Paris?' }
+const whole = await generateText({ ...common, messages: [question] })
+const stream = streamText({ ...common, messages: [question] })
+let text = ''
+for await (const piece of stream.textStream) text += piece
+const messages = [question, ...(await stream.response).messages]
+messages.push({ role: 'user', content: 'Sure?' })
+const second = await generateText({ ...common, messages })
+console.log(JSON.stringify([whole.text, text, second.text]))
+"""
+
+
+@pytest.mark.npm
+def test_the_ai_sdk_calls_answers_and_goes_on(npm):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        text = partial(play_llama, LLAMAS["as-taught"])
+        fake.scenarios["llama"] = replace(SCENARIOS["hello"], text=text)
+        (npm / "program.mjs").write_text(AI_SDK)
+        command = ["node", "program.mjs", server.url]
+        done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
+    assert json.loads(done.stdout) == [SUNNY, f"Let me look.{SUNNY}", SUNNY], done
+
+
 # -- Workers -------------------------------------------------------------------
 
 
