@@ -1321,10 +1321,10 @@ def parse_response_format(body: Json) -> ResponseFormat | None:
 
 # -- Response items ------------------------------------------------------------
 #
-# What a request for a response says, in the terms of chat: its items become
-# messages and its tools functions, which chat's tables check. What can't run here
-# (hosted tools, and what a history tells of them) is left out. To add a type of
-# item: a row in ITEMS; a type of tool: a case in `Tools.add`.
+# A request for a response in the terms of chat: its items become messages, and its
+# tools functions, which chat's tables then check. What can't run here is left out:
+# hosted tools, and the items of a history that are about them. To add a type of item:
+# a row in ITEMS, and a case in `build_messages`.
 
 
 NO_FILE_ID = FILE["file_id"]
@@ -1408,7 +1408,7 @@ NAMESPACE = {**NAME_ONLY, "tools": Param(ARRAY, required=True, items=OBJECT)}
 
 TOOL_TYPES = ("function", "custom")  # that can be called here
 
-ALLOWED = {
+ALLOWED_HERE = {
     "mode": Param(STRING, required=True, choices=("auto", "required")),
     "tools": Param(ARRAY, 1, required=True, items=OBJECT),
 }
@@ -1446,7 +1446,7 @@ CUSTOM_ARGUMENT = "input"  # of the function that a model gets for a custom tool
 
 
 class ToolName(NamedTuple):
-    """What a client calls a tool that its model knows by another name, or form."""
+    """A client's name for a tool that the model may know by another."""
 
     name: str
     namespace: str = ""
@@ -1454,7 +1454,7 @@ class ToolName(NamedTuple):
 
     @property
     def flat(self) -> str:
-        """The name that the model knows. `functions` is what models call them all."""
+        """The name that the model knows. Models take all tools to be in `functions`."""
         is_bare = self.namespace in ("", "functions")
         return self.name if is_bare else f"{self.namespace}__{self.name}"[-64:]
 
@@ -1468,7 +1468,7 @@ class ChatRequest(NamedTuple):
     tools: Sequence[str]  # … and of each tool
 
     def param(self, chats: str) -> str:
-        """The name of what chat calls so."""
+        """Return the Responses' name of a parameter of chat's, for an error."""
         if match := re.match(r"messages\.?\[(\d+)\]", chats):
             index, rest = int(match[1]), chats[match.end() :]
             if self.body["messages"][index]["role"] == "tool":
@@ -1502,7 +1502,7 @@ def parse_response_request(asked: Json) -> ChatRequest:
         code="unsupported_value",
         param="include",
     )
-    items = read_items(body)
+    items = check_items(resolve_items(body))
     tools = Tools()
     tools.add_all(body["tools"], "tools")
     for index, item in enumerate(items):
@@ -1541,10 +1541,10 @@ def parse_response_request(asked: Json) -> ChatRequest:
     )
 
 
-def read_items(body: Json) -> list[Json]:
-    """The items of a request, each of a known type and with what its type needs.
+def resolve_items(body: Json) -> list[Json]:
+    """Return all items of a conversation: a reference is an item by its id alone.
 
-    Nothing is stored: an item or a response that is only named can't be found."""
+    Nothing is stored here: raise OpenAI's errors for what is only named."""
     id = body["previous_response_id"]
     require(
         not id,
@@ -1554,38 +1554,44 @@ def read_items(body: Json) -> list[Json]:
         param="previous_response_id",
     )
     given = body["input"]
-    if isinstance(given, str):
-        given = [{"role": "user", "content": given}]
-    items = []
-    for index, item in enumerate(given):
-        path = f"input[{index}]"
-        is_named = "id" in item and "role" not in item
-        kind = item.get("type") or ("item_reference" if is_named else "message")
-        require(
-            kind != "item_reference",
-            f"Item with id '{item.get('id')}' not found. Items are not stored here: "
-            "send the item itself, or have your client do so by setting 'store' to "
-            "false.",
-            param=f"{path}.id",
-        )
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    for index, item in enumerate(items):
+        is_bare = item.keys() <= {"type", "id"} and item.get("type") is None
+        if item.get("type") == "item_reference" or (item and is_bare):
+            raise APIError(
+                400,
+                f"Item with id '{item.get('id')}' not found. Items are not stored "
+                "here: send the item itself, or have your client do so by setting "
+                "'store' to false.",
+                param=f"input[{index}].id",
+            )
+    return items
+
+
+def check_items(items: list[Json]) -> list[Json]:
+    """Check each item by the table of its type. Raise 400."""
+    checked = []
+    for index, item in enumerate(items):
+        path, kind = f"input[{index}]", item.get("type") or "message"
         if isinstance(kind, str) and LEFT_OUT.fullmatch(kind):
-            items.append({"type": "left_out"})
+            checked.append({"type": "left_out"})
             continue
         if kind not in [*ITEMS] and {"role", "content"} <= item.keys():
             kind = "message"
-        require(
-            kind in [*ITEMS],
-            f"Invalid value: '{kind}'. Supported values are: {', '.join(ITEMS)}.",
-            code="invalid_value",
-            param=f"{path}.type",
-        )
-        items.append({**check(item, ITEMS[kind], f"{path}."), "type": kind})
-    return items
+        if kind not in [*ITEMS]:
+            raise APIError(
+                400,
+                f"Invalid value: '{kind}'. Supported values are: {', '.join(ITEMS)}.",
+                code="invalid_value",
+                param=f"{path}.type",
+            )
+        checked.append({**check(item, ITEMS[kind], f"{path}."), "type": kind})
+    return checked
 
 
 @dataclass
 class Turn:
-    """A message that is being made of items, with the results of its calls."""
+    """A message that is built of items, and the results of its calls."""
 
     path: str
     message: Json
@@ -1597,9 +1603,9 @@ class Turn:
 
 
 def build_messages(items: list[Json]) -> list[tuple[str, Json]]:
-    """Make messages of items, each with the path of the (first) item it is of.
+    """Build messages, each with the path of the first item that it is made of.
 
-    Calls in a row are one message, and results follow it, wherever they stood."""
+    Calls in a row are one message, and their results follow it, wherever they are."""
     turns: list[Turn] = []
     callers: dict[str, tuple[Turn, str]] = {}  # and the id of the call, by both ids
     unanswered: dict[str, str] = {}  # the path of each call, by its id
@@ -1731,14 +1737,14 @@ class Tools:
         self.names[name.flat] = name
 
     def choice(self, asked: Any) -> Any:
-        """What is to be called, as chat has it. Raise 400 if that can't run here."""
+        """Build chat's `tool_choice`. Raise 400 if what is chosen can't run here."""
         kind = asked.get("type") if isinstance(asked, dict) else asked
         if kind in ("function", "custom"):
             check(asked, NAME_ONLY, "tool_choice.")
             name = ToolName(asked["name"], str(asked.get("namespace") or ""))
             return {"type": "function", "function": {"name": name.flat}}
         if kind == "allowed_tools":
-            among = check(asked, ALLOWED, "tool_choice.")
+            among = check(asked, ALLOWED_HERE, "tool_choice.")
             known = [t for t in among["tools"] if t.get("type") in TOOL_TYPES]
             choices = [self.choice(tool) for tool in known]
             if choices or among["mode"] == "required":
@@ -1759,7 +1765,7 @@ class Tools:
 
 
 def custom_function(tool: Json) -> Json:
-    """A tool that is called with a text, as a function with that one argument."""
+    """Describe a tool that is called with a text as a function of one argument."""
     format = as_object(tool.get("format"))
     grammar = format.get("definition")
     rules = f" It has to fit this {format.get('syntax')} grammar:\n{grammar}"
@@ -5869,22 +5875,22 @@ def text_stream(
 
 # -- Responses -----------------------------------------------------------------
 #
-# Events as a response of OpenAI's API of that name, whole or as its events. Both are
-# made by one builder, so they say the same. Clients break over an order or an id:
-# items come one after another, and an id never changes. To add a type of item: a row
-# in ITEM_TYPES, and a case in `ModelResponse.add`.
+# Events as a response of the Responses API, whole or as a stream of that API's own
+# events. One builder makes both, so they agree. Clients depend on the order: an item
+# ends before the next begins, and no id ever changes. To add a type of item: a row in
+# ITEM_TYPES, and a case in `ModelResponse.add`.
 
 
 class ItemType(NamedTuple):
-    """How the text of an item is told."""
+    """How an item of the output is streamed."""
 
     prefix: str  # of its id
-    event: str  # the first part of the events with its text
-    key: str  # of the text in the event that ends it
-    place: Json = {}  # of the text in the item
-    more: Json = {}  # what stands beside the text
-    part: str = ""  # the type of the part that holds it, if any …
-    part_event: str = ""  # … and the first part of the events about that
+    event: str  # the name of the events with its text, without .delta and .done
+    key: str  # of the whole text in the event that ends it
+    place: Json = {}  # where in the item the text is
+    more: Json = {}  # what stands beside the text in its events
+    part: str = ""  # the type of the part that holds the text, if any …
+    part_event: str = ""  # … and the name of its events, without .added and .done
 
 
 ITEM_TYPES = {
@@ -5909,20 +5915,20 @@ ITEM_TYPES = {
     "custom_tool_call": ItemType("ctc_", "response.custom_tool_call_input", "input"),
 }
 
-Changes = list[tuple[str, Json]]  # types of events, with what else they say
+ResponseEvents = list[tuple[str, Json]]  # the type of each, and its other fields
 
 
 def response_object(asked: Json) -> Json:
-    """A response that has just begun: what it was asked for, and what is to come.
+    """Build the object of a response that has just begun; `asked` is the body.
 
-    Everything in it has the type that OpenAI's schema names, whatever was asked."""
+    Every field has the type that OpenAI's schema says, whatever was asked for."""
 
     def echo(name: str, kinds: tuple[type, ...], default: Any) -> Any:
         return asked[name] if type(asked.get(name)) in kinds else default
 
     text, reasoning = (echo(name, OBJECT, {}) for name in ("text", "reasoning"))
     return {
-        "id": hex_id("resp_"),
+        "id": random_id("resp_", 48),
         "object": "response",
         "created_at": int(time.time()),
         "status": "in_progress",
@@ -5974,10 +5980,6 @@ def response_usage(usage: Usage) -> Json:
     }
 
 
-def hex_id(prefix: str) -> str:
-    return prefix + secrets.token_hex(24)
-
-
 CUSTOM_BEGIN = re.compile(rf'\s*\{{\s*"{CUSTOM_ARGUMENT}"\s*:\s*"')
 
 JSON_CHARACTERS = re.compile(  # the two halves of a surrogate pair as one
@@ -5988,7 +5990,7 @@ JSON_CHARACTERS = re.compile(  # the two halves of a surrogate pair as one
 
 
 class CustomInput:
-    """The text that a custom tool is called with, out of a function's arguments."""
+    """Decodes what a custom tool is called with from the arguments of a function."""
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
@@ -5997,7 +5999,7 @@ class CustomInput:
         self.decoded: list[str] = []
 
     def decode(self, piece: str) -> str:
-        """What is sure of the text with one more piece of the arguments."""
+        """Add a piece of the arguments; return what is certain of the text by now."""
         self.pieces.append(piece)
         self.held += piece
         if not self.is_begun:
@@ -6012,7 +6014,9 @@ class CustomInput:
         return text
 
     def rest(self) -> str:
-        """What is left of it at the end. Any other arguments are the text."""
+        """Return what is left of the text at the end.
+
+        Arguments in another form are the text themselves."""
         text, decoded = "".join(self.pieces), "".join(self.decoded)
         value = parsed(text)
         strings = [v for v in as_object(value).values() if isinstance(v, str)]
@@ -6023,13 +6027,13 @@ class CustomInput:
         return text[len(decoded) :] if text.startswith(decoded) else ""
 
 
-# Codes of a failed response with which Codex does not try again; also
-# `invalid_prompt`, for which it shows the message (Codex 0.171).
+# Codex 0.171 does not try again after these codes, nor after `invalid_prompt`, with
+# which it shows the message.
 FINAL_CODES = ("context_length_exceeded", "insufficient_quota")
 
 
 class ModelResponse:
-    """A response, as far as its prediction's events have come."""
+    """A response, as far as the events of its prediction have come."""
 
     def __init__(self, object: Json, tool_names: Mapping[str, ToolName]) -> None:
         self.object = object
@@ -6041,8 +6045,8 @@ class ModelResponse:
         self.texts: list[str] = []  # of it
         self.custom: CustomInput | None = None
 
-    def add(self, event: Event) -> Changes:
-        """Put an event in; return what a stream says of that."""
+    def add(self, event: Event) -> ResponseEvents:
+        """Add an event; return the events of the stream that follow from it."""
         match event:
             case Text(text) | Reasoning(text):
                 type = "message" if isinstance(event, Text) else "reasoning"
@@ -6066,10 +6070,14 @@ class ModelResponse:
             case Done(reason, usage):
                 return self.finish(reason, usage)
 
-    def open(self, type: str, call: Json | None = None) -> Changes:
+    def open(self, type: str, call: Json | None = None) -> ResponseEvents:
         changes = self.close()
         self.type = row = ITEM_TYPES[type]
-        self.item = {"id": hex_id(row.prefix), "type": type, "status": "in_progress"}
+        self.item = {
+            "id": random_id(row.prefix, 48),
+            "type": type,
+            "status": "in_progress",
+        }
         if call:
             self.item |= {row.key: "", **call}
         elif type == "message":
@@ -6106,7 +6114,7 @@ class ModelResponse:
             }
         return {"type": self.type.part, "text": text}
 
-    def close(self, status: str = "completed") -> Changes:
+    def close(self, status: str = "completed") -> ResponseEvents:
         """End the item that is being written, if there is one."""
         if not self.item:
             return []
@@ -6136,7 +6144,7 @@ class ModelResponse:
         self.item, self.custom = {}, None
         return changes
 
-    def finish(self, reason: str, usage: Usage) -> Changes:
+    def finish(self, reason: str, usage: Usage) -> ResponseEvents:
         status = "incomplete" if reason == "length" else "completed"
         changes = [] if self.output else self.open("message")
         changes += self.close(status)
@@ -6149,11 +6157,11 @@ class ModelResponse:
         }
         return [*changes, (f"response.{status}", {"response": self.object})]
 
-    def fail(self, error: APIError) -> Changes:
-        """End it, so that all clients notice, and none tries again what was paid for.
+    def fail(self, error: APIError) -> ResponseEvents:
+        """End it in a way that every client notices; return the last two events.
 
-        Some see the first of these events only, Codex the second; it tries again unless
-        it knows the code."""
+        OpenAI's clients read the first of them only, and Codex the second. Codex tries
+        again unless it knows the code: what was paid for gets one that it knows."""
         details = error.body["error"]
         code = error.code
         if error.status >= 500:
@@ -6186,9 +6194,9 @@ class ModelResponseStream:
         self.before, self.after, self.item_id = b"", b"", ""
 
     def frames(self, events: IndexedEvents) -> Iterator[bytes]:
-        """Yield what is to be written for each event; the first waits for an event.
+        """Yield the frames of each event; the first of all wait for an event.
 
-        A text that goes on costs the encoding of that text."""
+        A text that goes on costs no more than its encoding."""
         response = self.response
         last: type[Event] = Done
         item: Json = {}  # that the text of the last event is of
@@ -6214,12 +6222,12 @@ class ModelResponseStream:
         )
 
     def in_progress(self) -> bytes:
-        # without the items so far, which clients have from their own events
+        # without the output so far, which clients have from other events
         object = {**self.response.object, "output": []}
         return self.frame("response.in_progress", {"response": object})
 
     def keep_alive(self) -> bytes:
-        """What is written in silence: an event, as comments keep no Codex alive."""
+        """Return what to send in silence: an event, as Codex counts no comments."""
         if not self.lock.acquire(blocking=False):  # its request is about to write
             return b""
         try:
@@ -6234,7 +6242,7 @@ class ModelResponseStream:
         return begin + b"".join([self.frame(*change) for change in changes])
 
     def frame(self, type: str, data: Json) -> bytes:
-        """A frame with the next number. What is constant in deltas is encoded once."""
+        """Encode an event with its number; what is constant in deltas only once."""
         if "delta" in data:
             if self.item_id != data["item_id"]:
                 mark = random_id("", 20)
@@ -6251,7 +6259,7 @@ class ModelResponseStream:
         return self.before + encode_json(text) + self.after + end
 
     def encode(self, type: str, data: Json) -> bytes:
-        """A frame up to its number."""
+        """Encode an event up to its number."""
         named = encode_json({"type": type, **data})
         return b'event: %b\ndata: %b,"sequence_number":' % (type.encode(), named[:-1])
 
