@@ -5927,6 +5927,14 @@ def response_object(asked: Json) -> Json:
         return asked[name] if type(asked.get(name)) in kinds else default
 
     text, reasoning = (echo(name, OBJECT, {}) for name in ("text", "reasoning"))
+    format = text.get("format") or {"type": "text"}
+    if format["type"] == "json_schema":
+        format = {"description": None, "strict": False, **without_nulls(format)}
+    unset = dict.fromkeys(("description", "parameters", "strict"))
+    tools = [
+        {"type": "function", **unset, **tool} if tool["type"] == "function" else tool
+        for tool in echo("tools", ARRAY, [])
+    ]
     return {
         "id": random_id("resp_", 48),
         "object": "response",
@@ -5954,12 +5962,9 @@ def response_object(asked: Json) -> Json:
         "service_tier": "default",
         "store": False,
         "temperature": echo("temperature", NUMBER, 1.0),
-        "text": {
-            "format": text.get("format") or {"type": "text"},
-            "verbosity": text.get("verbosity") or "medium",
-        },
+        "text": {"format": format, "verbosity": text.get("verbosity") or "medium"},
         "tool_choice": echo("tool_choice", (str, dict), "auto"),
-        "tools": echo("tools", ARRAY, []),
+        "tools": tools,
         "top_logprobs": 0,
         "top_p": echo("top_p", NUMBER, 1.0),
         "truncation": echo("truncation", STRING, "disabled"),

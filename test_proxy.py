@@ -9173,6 +9173,13 @@ def text_of_item(item):
     return item.get("arguments", item.get("input", "".join(p["text"] for p in parts)))
 
 
+def with_all_fields(tool):
+    """A tool as a response repeats it."""
+    unset = dict.fromkeys(("description", "parameters", "strict"))
+    is_function = tool["type"] == "function"
+    return {"type": "function", **unset, **tool} if is_function else tool
+
+
 @table("words, body, events, output", RESPONSES)
 def test_a_response_has_openais_keys_in_their_order(
     lasting, words, body, events, output
@@ -9190,6 +9197,7 @@ def test_a_response_has_openais_keys_in_their_order(
     ]
     begun = response_of(model, **body)
     begun["text"] = {**response_of(model)["text"], **body.get("text", {})}
+    begun["tools"] = [with_all_fields(tool) for tool in body.get("tools", [])]
     end = {"status": "completed", "completed_at": 1, "output": output, "usage": usage}
     assert {**whole, "usage": usage} == {**begun, **end}
     assert list(whole) == [name for name in begun if name != "usage"]
@@ -9291,6 +9299,8 @@ def test_a_response_repeats_what_it_was_asked_for(lasting):
         "frequency_penalty": 0.5,
     }
     told = respond(server, model_saying(fake, NOW_WORDS), **asked).json
+    asked["tools"] = [with_all_fields(tool) for tool in asked["tools"]]
+    asked["text"]["format"] |= {"description": None}
     assert {name: told[name] for name in asked} == asked
     told = respond(server, "fake/hello", metadata="no", user=5, truncation=[]).json
     assert told == told | {"metadata": {}, "user": None, "truncation": "disabled"}
