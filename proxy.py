@@ -39,6 +39,7 @@ Each section uses only names from those above it.
     4. Predictions
         Events              what is seen of a prediction, and the log of a request
         Cancellation        how a request in progress is made to stop
+        HTTP messages       heads and bodies, read strictly, a client's or Replicate's
         HTTP client         connections to Replicate's hosts, and event streams
         Replicate           its API, what it refuses, and the records it keeps
         Uploads             large data put into Replicate's files
@@ -55,7 +56,6 @@ Each section uses only names from those above it.
     7. Serving
         Generation          n choices, retries, and the response made of them
         Endpoints           one row per method and path, one function per operation
-        HTTP                requests as they come over a socket, read strictly
         Server              connections, hang-ups, silences and the end
         Workers             several servers on one port, each a process
         Command line        the program
@@ -68,7 +68,6 @@ import argparse
 import ast
 import gc
 import http.client
-import io
 import json
 import logging
 import os
@@ -111,7 +110,7 @@ from hmac import compare_digest
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, groupby, islice, pairwise, takewhile
-from math import ceil, floor, isfinite
+from math import ceil, floor, inf, isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
@@ -2512,156 +2511,187 @@ class Cancellation:
                 self.callbacks.remove(callback)
 
 
-# -- HTTP client ---------------------------------------------------------------
+# -- HTTP messages -------------------------------------------------------------
 #
-# Connections to Replicate's hosts, kept for the next request, and event streams. The
-# SDK's requests go over them too: httpx's own pool is quadratic in its connections.
-# http.client connects; its response parser takes four times the CPU of this one, and
-# gives each chunk alone, where here tokens that came together stay together.
-# What can be read in two ways is refused, of a client's request as well.
+# How both sides read HTTP/1.1. http.server and http.client take bare line feeds,
+# folded lines and two lengths, behind which one message could hide another: here,
+# what can be read in two ways is refused. They also take four times the CPU, and
+# give each chunk alone, where here tokens that came together stay together.
 
 
 MAX_HEAD = 65536  # bytes
-MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
-READ_SIZE = 8192  # bytes
-MAX_IDLE = 100  # connections to one host
 
+EMPTY_LINE = re.compile(rb"\r?\n\r?\n")
 HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
 SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization")
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: .*)?")
 
 # A line end before a chunk ends the chunk before it; the first chunk is given one.
-CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
-LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
-PARTIAL_CHUNK_HEAD = re.compile(
-    rb"\r?\Z|\r\n[0-9A-Fa-f]*[ \t]*(?:;.*)?\r?\Z|\r\n0+[ \t]*(?:;.*)?\r\n"
-)
+CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;[ -~]*)?\r\n")
+LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[ -~]*)?(?=\r\n)")
+
+CHUNKED = -1  # as the length of a body
 
 
-class BadHead(http.client.HTTPException):
-    """What is wrong with a message's head, as the end of a sentence."""
+class BadMessage(http.client.HTTPException):
+    """What is wrong with a message, as the end of a sentence, and a status for it."""
+
+    def __init__(self, why: str, status: int = 400) -> None:
+        super().__init__(why)
+        self.status = status
 
 
-def parse_headers(lines: Iterable[bytes]) -> dict[str, str]:
-    """Names in lower case; the values of a repeated name are joined. Raise BadHead."""
-    text = b"".join(line + b"\r\n" for line in lines)
-    if not HEADERS.fullmatch(text):
-        raise BadHead("a header is not of the form Name: value")
+def parse_headers(lines: bytes) -> dict[str, str]:
+    """Names in lower case; the values of a repeated name are joined."""
+    if not HEADERS.fullmatch(lines):
+        raise BadMessage("a header is not of the form Name: value")
     headers: dict[str, str] = {}
-    for line in text.decode("latin-1").split("\r\n")[:-1]:
+    for line in lines.decode("latin-1").split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers and name in SINGLE_HEADERS:
-            raise BadHead(f"it has two headers {name}")
+            raise BadMessage(f"it has two headers {name}")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
-def parse_content_length(headers: Mapping[str, str]) -> int | None:
-    length = headers.get("content-length")
-    if length is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,18}", length):
-        raise BadHead("its Content-Length is not a number")
-    return int(length)
+def parse_body_length(headers: Mapping[str, str]) -> int | None:
+    """In bytes, or CHUNKED; None if it is not given."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+        raise BadMessage("its Content-Length is not a number")
+    if coding is None:
+        return None if length is None else int(length)
+    if length is not None:
+        raise BadMessage("its length is given in two ways")
+    if coding.lower() != "chunked":
+        raise BadMessage("its Transfer-Encoding is not just chunked", 501)
+    return CHUNKED
 
 
-BodyPieces = Generator[bytes, None, bytes]  # returns what follows the body
+def body_too_large(size: int, limit: float) -> APIError:
+    message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
+    return APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
-def unchunked(pieces: Iterable[bytes]) -> BodyPieces:
-    """Yield what is in the chunks, together what was received together."""
-    data, left = b"\r\n", 0  # bytes to come of the chunk
-    for piece in pieces:
-        data, at, content = data + piece, 0, []
-        while at < len(data):
-            if not left:
-                if not (head := CHUNK_HEAD.match(data, at)):
-                    break
-                at, left = head.end(), int(head[1], 16)
-            content.append(data[at : at + left])
-            at += len(content[-1])
-            left -= len(content[-1])
-        if content:
-            yield b"".join(content)
-        data = data[at:]
-        if left:
-            continue
-        if last := LAST_CHUNK.match(data):
-            return data[last.end() :]
-        if not PARTIAL_CHUNK_HEAD.match(data) or len(data) > MAX_HEAD:
-            raise BadHead("a chunk has no size")
-    raise http.client.IncompleteRead(data)
+class MessageReader:
+    """Reads messages, one after another. Raise BadMessage, or what `receive` raises."""
+
+    def __init__(self, receive: Callable[[], bytes]) -> None:
+        self.receive = receive  # gives b"" at the end
+        self.data = b""  # received, and not read yet
+        self.is_done = False  # the message has been read to its end
+
+    def fill(self) -> None:
+        if not (piece := self.receive()):
+            raise BadMessage("it stops early")
+        self.data += piece
+
+    def read_head(self) -> tuple[bytes, dict[str, str]]:
+        """Read the first line and the headers."""
+        self.is_done, searched = False, 0
+        while not (end := EMPTY_LINE.search(self.data, searched, MAX_HEAD)):
+            if len(self.data) >= MAX_HEAD:
+                raise BadMessage(f"its head is larger than {MAX_HEAD} bytes", 431)
+            searched = max(len(self.data) - 3, 0)
+            self.fill()
+        if end[0] != b"\r\n\r\n":
+            raise BadMessage("a line of its head does not end in CR LF")
+        head, self.data = self.data[: end.start() + 2], self.data[end.end() :]
+        first, _, lines = head.partition(b"\r\n")
+        return first, parse_headers(lines)
+
+    def read_body(self, length: int | None, limit: float = inf) -> Iterator[bytes]:
+        """Yield what comes; without a length, that is all until the connection ends."""
+        self.is_done = length == 0
+        if length == CHUNKED:
+            return self.read_chunks(limit)
+        return self.read_all() if length is None else self.read_bytes(length)
+
+    def read_all(self) -> Iterator[bytes]:
+        yield self.data
+        while piece := self.receive():
+            yield piece
+
+    def read_bytes(self, length: int) -> Iterator[bytes]:
+        while length:
+            if not self.data:
+                self.fill()
+            piece, self.data = self.data[:length], self.data[length:]
+            length -= len(piece)
+            self.is_done = length == 0
+            yield piece
+
+    def read_chunks(self, limit: float) -> Iterator[bytes]:
+        """Yield what is in the chunks, together what was received together.
+
+        Raise 413 for a chunk that would go beyond the limit.
+        """
+        data, left, total = b"\r\n" + self.data, 0, 0  # `left` to come of a chunk
+        while not (last := LAST_CHUNK.match(data)):
+            at, content = 0, []
+            while at < len(data):
+                if not left:
+                    if not (head := CHUNK_HEAD.match(data, at)):
+                        break
+                    at, left = head.end(), int(head[1], 16)
+                    total += left
+                    if total > limit:
+                        raise body_too_large(total, limit)
+                content.append(data[at : at + left])
+                at += len(content[-1])
+                left -= len(content[-1])
+            if content:
+                yield b"".join(content)
+                data = data[at:]
+                continue
+            if data.count(b"\n") > 1 or len(data) > MAX_HEAD:
+                raise BadMessage("a chunk has no size")
+            if not (piece := self.receive()):
+                raise BadMessage("it stops early")
+            data += piece
+        self.data = data[last.end() :]
+        self.read_head()  # the trailers, behind a first line that is empty
+        self.is_done = True
 
 
-def first_bytes(pieces: Iterable[bytes], length: int) -> BodyPieces:
-    """Yield the first `length` bytes."""
-    for piece in pieces:
-        yield piece[:length]
-        length -= len(piece)
-        if length <= 0:
-            return piece[len(piece) + length :]
-    raise http.client.IncompleteRead(b"", length)
+# -- HTTP client ---------------------------------------------------------------
+#
+# Connections to Replicate's hosts, kept for the next request, and event streams. The
+# SDK's requests go over them too: httpx's own pool is quadratic in its connections.
 
+
+MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
+READ_SIZE = 8192  # bytes
+MAX_IDLE = 100  # connections to one host
+
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: .*)?")
 
 Origin = tuple[str, str]  # scheme, and host with port
 
 
-class ServerResponse:
+class HTTPResponse:
     """A response of Replicate's: its head was read, and `body` yields the rest."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.buffer = memoryview(bytearray(READ_SIZE))  # new ones would leave holes
-        head, rest = self.receive_head(b"")
-        while head.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # an interim response
-            head, rest = self.receive_head(rest)
-        first, *lines = head.split(b"\r\n")
-        if not (status := STATUS_LINE.fullmatch(first)):
-            raise http.client.BadStatusLine(repr(first[:80]))
-        self.status = int(status[2])
-        self.headers = parse_headers(lines)
+        self.reader = MessageReader(self.receive)
+        self.status = 100
+        while self.status < 200:  # an interim response
+            first, self.headers = self.reader.read_head()
+            if not (match := STATUS_LINE.fullmatch(first)):
+                raise BadMessage(f"its first line is {first[:80]!r}")
+            version, self.status = match[1], int(match[2])
         closes = "close" in self.headers.get("connection", "").lower()
-        self.is_reusable = status[1] == b"1" and not closes
-        self.is_complete = False
-        self.body = self.read_body(rest)
+        self.keeps_alive = version == b"1" and not closes
+        length = 0 if self.status in (204, 304) else parse_body_length(self.headers)
+        self.body = self.reader.read_body(length)
 
     def receive(self) -> bytes:
         try:
             return bytes(self.buffer[: self.sock.recv_into(self.buffer)])
         except BlockingIOError:  # see set_timeout
             raise TimeoutError("nothing came in time") from None
-
-    def receive_head(self, data: bytes) -> tuple[bytes, bytes]:
-        while b"\r\n\r\n" not in data:
-            piece = self.receive()
-            if not piece and not data:
-                raise http.client.RemoteDisconnected("it ended without a response")
-            if not piece or len(data) > MAX_HEAD:
-                raise http.client.BadStatusLine(repr(data[:80]))
-            data += piece
-        head, _, rest = data.partition(b"\r\n\r\n")
-        return head, rest
-
-    def receive_all(self, piece: bytes) -> Iterator[bytes]:
-        yield piece
-        while piece := self.receive():
-            yield piece
-
-    def read_body(self, rest: bytes) -> Iterator[bytes]:
-        pieces, coding = self.receive_all(rest), self.headers.get("transfer-encoding")
-        length = parse_content_length(self.headers)
-        if coding and (coding.lower() != "chunked" or length is not None):
-            raise BadHead("its length is given in two ways, or in an unknown one")
-        if coding:
-            beyond = yield from unchunked(pieces)
-        elif length is not None or self.status in (204, 304):
-            beyond = yield from first_bytes(pieces, length or 0)
-        else:
-            yield from pieces
-            beyond = b"the connection has ended"
-        self.is_complete = True
-        self.is_reusable = self.is_reusable and not beyond
 
 
 class NotConnected(OSError):
@@ -2686,7 +2716,7 @@ class ConnectionPool:
         message: bytes,
         timeout: float,
         cancellation: Cancellation,
-    ) -> Iterator[ServerResponse]:
+    ) -> Iterator[HTTPResponse]:
         """Send a message; inside, its response can be read.
 
         Raise NotConnected if nothing was sent, else OSError or HTTPException, or the
@@ -2694,12 +2724,12 @@ class ConnectionPool:
         sent again; a POST never is.
         """
 
-        def send(sock: socket.socket) -> ServerResponse:
+        def send(sock: socket.socket) -> HTTPResponse:
             try:
                 with cancellation.on_cancel(partial(shut, sock)):
                     set_timeout(sock, socket.SO_RCVTIMEO, timeout)
                     sock.sendall(message)
-                    return ServerResponse(sock)
+                    return HTTPResponse(sock)
             except BaseException:
                 sock.close()
                 cancellation.check()
@@ -2758,15 +2788,16 @@ class ConnectionPool:
         set_timeout(connection.sock, socket.SO_SNDTIMEO, self.timeouts.create)
         return cast(socket.socket, connection.sock)
 
-    def release(self, origin: Origin, response: ServerResponse) -> None:
+    def release(self, origin: Origin, response: HTTPResponse) -> None:
         """Keep the connection if the last bytes of its response are here already."""
-        sock = response.sock
+        sock, reader = response.sock, response.reader
         with suppress(OSError, http.client.HTTPException):
-            if not response.is_complete:
+            if not reader.is_done:
                 sock.settimeout(0.001)
                 for _ in islice(response.body, 2):  # a little, and then its end
                     pass
-            if response.is_complete and response.is_reusable and not self.is_closed:
+            is_at_end = reader.is_done and not reader.data
+            if is_at_end and response.keeps_alive and not self.is_closed:
                 idle = self.idle[origin]
                 idle.append((time.monotonic(), sock))
                 self.trim(idle)
@@ -5933,11 +5964,11 @@ def answer_preflight(proxy: Proxy, request: Request) -> Response:
     return Response(None, 204, allow)
 
 
-# -- HTTP ----------------------------------------------------------------------
+# -- Server --------------------------------------------------------------------
 #
-# Requests as they come over a socket. http.server takes bare line feeds, folded
-# lines and two lengths, behind which one request could hide another: here, what
-# can be read in two ways is refused.
+# A thread per connection, as http.server has them, and one more that watches all
+# clients: threads that follow predictions may simply block, since a client that
+# hangs up has its request cancelled, and a stream that is silent is kept alive.
 
 
 SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the connection
@@ -5946,109 +5977,9 @@ REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
 
 ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
 
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(;[ -~]*)?\r\n")
-
-
-def bad_request(message: str, status: int = 400) -> APIError:
-    return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
-
-
-class DeadlineReader(io.RawIOBase):
-    """What a client sends, with a deadline for all of it and not for each byte."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.deadline = 0.0
-
-    def set_deadline(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Raise ClientDisconnected, or 408 after the deadline."""
-        left = max(self.deadline - time.monotonic(), 0.001)
-        try:
-            set_timeout(self.sock, socket.SO_RCVTIMEO, left)
-            return self.sock.recv_into(buffer)
-        except (TimeoutError, BlockingIOError):
-            raise bad_request("it came too slowly", 408) from None
-        except OSError as error:
-            raise ClientDisconnected from error
-
-    def drain(self, seconds: float) -> None:
-        """Read what the client still sends; closing now would lose our response."""
-        with suppress(OSError, APIError, ClientDisconnected):
-            self.sock.shutdown(socket.SHUT_WR)
-            self.set_deadline(seconds)
-            while self.readinto(bytearray(SMALL_BODY)):
-                pass
-
 
 def path_of(target: str) -> str:
     return ORIGIN.sub("", target, count=1).partition("?")[0]
-
-
-def read_head_lines(stream: io.BufferedIOBase) -> list[bytes]:
-    """Read the lines up to the empty one; empty lines before the first are skipped."""
-    lines: list[bytes] = []
-    left = MAX_HEAD
-    while line := stream.readline(left + 1):
-        left -= len(line)
-        if left < 0:
-            raise bad_request(f"its head is larger than {MAX_HEAD} bytes", 431)
-        if not line.endswith(b"\r\n"):
-            raise bad_request("a line of its head does not end in CR LF")
-        if line != b"\r\n":
-            lines.append(line[:-2])
-        elif lines:
-            return lines
-    raise bad_request("its head has no end")
-
-
-def parse_body_length(headers: Mapping[str, str], version: str) -> int | None:
-    """In bytes; None if it comes in chunks. Raise APIError, or BadHead."""
-    length, coding = parse_content_length(headers), headers.get("transfer-encoding")
-    if coding is None:
-        return length or 0
-    if length is not None or version == "HTTP/1.0":
-        raise bad_request("its length is told in two ways, or in one it may not use")
-    if coding.lower() != "chunked":
-        raise bad_request("its Transfer-Encoding is not just chunked", 501)
-    return None
-
-
-def read_exactly(stream: io.BufferedIOBase, length: int) -> bytes:
-    data = stream.read(length)
-    if len(data) < length:
-        raise bad_request("its body stops early")
-    return data
-
-
-def read_chunks(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes]:
-    total = 0
-    while True:
-        if not (match := CHUNK_SIZE.fullmatch(stream.readline(1024))):
-            raise bad_request("a chunk has no size")
-        if not (size := int(match[1], 16)):
-            break
-        total += size
-        check_body_size(total, limit)
-        yield read_exactly(stream, size)
-        if read_exactly(stream, 2) != b"\r\n":
-            raise bad_request("a chunk is longer than it says")
-    left = MAX_HEAD
-    while (line := stream.readline(left)) != b"\r\n":
-        left -= len(line)
-        if not line.endswith(b"\r\n") or left <= 0:
-            raise bad_request("its trailers have no end")
-
-
-def check_body_size(size: int, limit: int) -> None:
-    if size > limit:
-        message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
-        raise APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -6057,13 +5988,6 @@ def send_all(sock: socket.socket, data: bytes) -> None:
         sock.sendall(data)
     except OSError as error:
         raise ClientDisconnected from error
-
-
-# -- Server --------------------------------------------------------------------
-#
-# A thread per connection, as http.server has them, and one more that watches all
-# clients: threads that follow predictions may simply block, since a client that
-# hangs up has its request cancelled, and a stream that is silent is kept alive.
 
 
 spaced_json = json.JSONEncoder(ensure_ascii=False).encode
@@ -6206,8 +6130,9 @@ class Watcher(threading.Thread):
             for key, _ in selector.select(self.timeouts.watch_interval):
                 # What a client sends now is its next request: from then on a hang-up
                 # can't be seen, and its request is no longer watched.
-                self.clients.pop(key.data, None)
-                if not peek(cast(socket.socket, key.fileobj)):
+                if (sent := peek(cast(socket.socket, key.fileobj))) is not None:
+                    self.clients.pop(key.data, None)
+                if sent == b"":
                     key.data.cancel(ClientDisconnected())
 
     def stop(self) -> None:
@@ -6229,8 +6154,22 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.setblocking(True)  # a Mac's is as the one that listens
         limit = self.server.proxy.settings.write_timeout
         set_timeout(self.connection, socket.SO_SNDTIMEO, limit)
-        self.reader = DeadlineReader(self.connection)
-        self.rfile = self.stream = io.BufferedReader(self.reader)
+        self.reader = MessageReader(self.receive)
+        self.body = self.reader.read_body(0)
+
+    def set_deadline(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+
+    def receive(self) -> bytes:
+        """Raise 408 after the deadline, which is one for many pieces."""
+        left = max(self.deadline - time.monotonic(), 0.001)
+        try:
+            set_timeout(self.connection, socket.SO_RCVTIMEO, left)
+            return bytes(self.connection.recv(SMALL_BODY))
+        except (TimeoutError, BlockingIOError):
+            raise BadMessage("it came too slowly", 408) from None
+        except OSError as error:
+            raise ClientDisconnected from error
 
     def handle_one_request(self) -> None:
         """Serve a request, from its first byte to its line in the log."""
@@ -6240,94 +6179,88 @@ class Handler(BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.id = f"req_{secrets.token_hex(16)}"
         self.api_request = Request("-", "-", {})
-        # Bytes of the body before the next request; None if nothing may follow it.
-        self.unread: int | None = None
         self.status = 0  # once it is sent
         try:
-            self.parse_request()
-            self.respond()
+            try:
+                self.respond()
+            except ClientDisconnected:
+                raise
+            except Exception as error:
+                failure = self.failure(error)
+                self.send(Response(failure.body, failure.status, failure.headers))
         except ClientDisconnected:
             self.close_connection = True
             self.api_request.log.error = "client_gone"
-        except Exception as error:
-            failure = self.failure(error)
-            with suppress(ClientDisconnected):
-                self.send(Response(failure.body, failure.status, failure.headers))
         finally:
-            self.log_line()
             self.server.release(self.api_request)
-        if self.close_connection and self.unread != 0:
-            self.reader.drain(self.server.timeouts.drain_input)
-        elif self.unread:
-            try:
-                read_exactly(self.stream, self.unread)
-            except (APIError, ClientDisconnected):
-                self.close_connection = True
+            self.log_line()
+        if self.close_connection and not self.reader.is_done:
+            self.drain()
 
     def await_request(self) -> bool:
         """Wait for its first byte; from then on, the client has to hurry."""
-        server, timeouts = self.server, self.server.timeouts
-        self.reader.set_deadline(
-            timeouts.drain if server.is_stopping else timeouts.idle
-        )
-        has_come = False
-        server.idle.add(self.connection)
-        with suppress(APIError, ClientDisconnected):
-            has_come = bool(self.stream.peek(1))
-        server.idle.discard(self.connection)
-        self.reader.set_deadline(timeouts.head)
-        return has_come
-
-    def parse_request(self) -> bool:
-        """Read the head. Raise APIError for one that could be read in two ways."""
-        first, *lines = read_head_lines(self.stream)
-        if not (match := REQUEST_LINE.fullmatch(first)):
-            raise bad_request("the request line is not METHOD target HTTP/1.1")
-        method, target, version = (part.decode("latin-1") for part in match.groups())
-        self.request_version = version
-        try:
-            headers = parse_headers(lines)
-            self.api_request = Request(method, path_of(target), headers)
-            self.body_length = parse_body_length(headers, version)
-        except BadHead as error:
-            raise bad_request(str(error)) from None
-        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
-        length = self.body_length
-        is_small = length is not None and length <= SMALL_BODY
-        if length == 0 or (is_small and not self.awaits_continue):
-            self.unread = length
-        keeps = "close" not in headers.get("connection", "").lower()
-        self.close_connection = version == "HTTP/1.0" or not keeps
-        return True
+        server, timeouts, reader = self.server, self.server.timeouts, self.reader
+        self.set_deadline(timeouts.drain if server.is_stopping else timeouts.idle)
+        server.connections[self.connection] = True
+        with suppress(BadMessage, ClientDisconnected):
+            for _ in self.body:  # of the request before, if nobody has read it
+                pass
+            while not reader.data.removeprefix(b"\r\n"):  # an empty line may come first
+                reader.fill()
+        server.connections[self.connection] = False
+        reader.data = reader.data.removeprefix(b"\r\n")
+        self.set_deadline(timeouts.head)
+        return bool(reader.data)
 
     def respond(self) -> None:
-        """Read the body of one who may ask, if there is room, and run its operation."""
+        """Run the operation of a request, while its client is watched."""
+        try:
+            operation = self.read_request()
+        except BadMessage as error:
+            message = f"This is not HTTP as the proxy reads it: {error}."
+            raise APIError(error.status, message) from None
         server, request = self.server, self.api_request
-        operation = find_operation(
-            server.proxy, request.method, request.path, request.headers
-        )
-        if request.method == "POST":
-            request.body = self.read_body()
         with server.watcher.watching(self.connection, request.cancellation):
             self.send(operation(server.proxy, request))
 
-    def read_body(self) -> bytes:
-        server, length = self.server, self.body_length
-        limit = server.proxy.settings.max_body_bytes
-        if length == 0 and "content-length" not in self.api_request.headers:
-            raise bad_request("a body needs a Content-Length", 411)
-        check_body_size(length or 0, limit)
-        server.admit(self.api_request)
-        self.reader.set_deadline(server.timeouts.body)
-        if self.awaits_continue:
-            send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.unread = None
-        if length is None:
-            body = b"".join(read_chunks(self.stream, limit))
-        else:
-            body = read_exactly(self.stream, length)
-        self.unread = 0
-        return body
+    def read_request(self) -> Callable[[Proxy, Request], Response]:
+        """Read the head, and the body of one who may ask, if there is room for it."""
+        server, limit = self.server, self.server.proxy.settings.max_body_bytes
+        first, headers = self.reader.read_head()
+        if not (match := REQUEST_LINE.fullmatch(first)):
+            raise BadMessage("the request line is not METHOD target HTTP/1.1")
+        method, target, version = (part.decode("latin-1") for part in match.groups())
+        length = parse_body_length(headers)
+        self.request_version = version
+        self.api_request = request = Request(method, path_of(target), headers)
+        self.body = self.reader.read_body(length or 0, limit)
+        closes = "close" in headers.get("connection", "").lower()
+        closes = closes or version == "HTTP/1.0"
+        awaits_continue = headers.get("expect", "").lower() == "100-continue"
+        is_small = 0 <= (length or 0) <= SMALL_BODY and not awaits_continue
+        self.close_connection = closes or not (is_small or self.reader.is_done)
+        operation = find_operation(server.proxy, method, request.path, headers)
+        if method == "POST":
+            if length is None:
+                raise BadMessage("a body needs a Content-Length", 411)
+            if length > limit:
+                raise body_too_large(length, limit)
+            server.admit(request)
+            self.set_deadline(server.timeouts.body)
+            if awaits_continue:
+                send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.close_connection = True
+            request.body = b"".join(self.body)
+            self.close_connection = closes
+        return operation
+
+    def drain(self) -> None:
+        """Read what the client still sends; closing now would lose our response."""
+        with suppress(OSError, BadMessage, ClientDisconnected):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.set_deadline(self.server.timeouts.drain_input)
+            while self.receive():
+                pass
 
     def send(self, response: Response) -> None:
         body, headers = response.body or b"", dict(response.headers)
@@ -6339,8 +6272,6 @@ class Handler(BaseHTTPRequestHandler):
             headers["content-type"] = "application/json"
         if response.status != 204:
             headers["content-length"] = str(len(body))
-        if self.unread is None:
-            self.close_connection = True
         head = self.head(response.status, headers)
         is_head = self.api_request.method == "HEAD"
         send_all(self.connection, head if is_head else head + body)
@@ -6442,9 +6373,9 @@ class Server(ThreadingHTTPServer):
         self.timeouts = timeouts
         self.api = ReplicateAPI(settings, timeouts)
         self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
-        self.changed = threading.Condition()  # of the sets below
-        self.connections: set[socket.socket] = set()  # from when they are accepted
-        self.idle: set[socket.socket] = set()  # those between two requests
+        self.changed = threading.Condition()  # of those below
+        # From when they are accepted; whether they are between two requests.
+        self.connections: dict[socket.socket, bool] = {}
         self.requests: set[Request] = set()  # in flight
         self.is_stopping = False  # no connection is kept …
         self.is_over = False  # … and no request begun
@@ -6466,7 +6397,7 @@ class Server(ThreadingHTTPServer):
 
         Where many come at once, each would wait for all threads before it.
         """
-        self.connections.add(request)
+        self.connections[request] = False
         work = (self.process_request_thread, (request, client_address))
         try:
             _thread.start_new_thread(*work)
@@ -6480,7 +6411,7 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
         with self.changed:
-            self.connections.discard(request)
+            self.connections.pop(request, None)
             self.changed.notify_all()
 
     def admit(self, request: Request) -> None:
@@ -6517,8 +6448,9 @@ class Server(ThreadingHTTPServer):
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
         self.wait_until_empty(self.connections, drain)
-        for connection in list(self.idle):
-            shut(connection)
+        for connection, is_idle in self.connections.copy().items():
+            if is_idle:
+                shut(connection)
         self.wait_until_empty(self.connections, grace - drain)
         with self.changed:
             self.is_over = True
