@@ -710,7 +710,7 @@ STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dic
 NUMBER = (int, float)
 
 INT64 = (-(2**63), 2**63 - 1)
-MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
+MAX_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
@@ -5818,7 +5818,14 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
 
 def create_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
     body = parse_body(request, COMPLETION, model)
-    check_count(len(body["prompt"]) * body["n"])
+    predictions = len(body["prompt"]) * body["n"]  # each of which is paid for
+    require(
+        predictions <= MAX_PREDICTIONS,
+        f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
+        f"call may make {MAX_PREDICTIONS}. Send fewer prompts at once.",
+        code="array_above_max_length",
+        param="prompt",
+    )
     chosen = find_model(proxy.models.current(), body["model"])
     family = family_for(chosen, body, set(), proxy.upstream.schemas)
     inputs = [
@@ -5829,16 +5836,6 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
     return generation.respond("cmpl-", text_completion, text_stream)
 
 
-def check_count(predictions: int) -> None:
-    """Each prompt and each choice of it is a prediction, and they are paid for."""
-    message = (
-        f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
-        f"call may make {MOST_PREDICTIONS}. Send fewer prompts at once."
-    )
-    few = predictions <= MOST_PREDICTIONS
-    require(few, message, code="array_above_max_length", param="prompt")
-
-
 def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
     content_type = request.headers.get("content-type", "application/json")
     body = parse_json_body(request.body, content_type)
@@ -5847,11 +5844,11 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
     require(body.get("model"), "you must provide a model parameter")
     request.log.model = str(body["model"])
     checked = check(body, params)
-    only_streamed = (
-        "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+    require(
+        checked["stream"] or body.get("stream_options") is None,
+        "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+        param="stream_options",
     )
-    allowed = checked["stream"] or body.get("stream_options") is None
-    require(allowed, only_streamed, param="stream_options")
     return checked
 
 
@@ -5880,9 +5877,9 @@ def find_operation(
     if method == "OPTIONS":
         return answer_preflight
     endpoint, ids = find_endpoint(method, path)
-    is_optional = endpoint.key == "optional" and given_key(headers) is None
-    if endpoint.key != "none" and not is_optional:
-        authorize(headers, proxy.settings.api_keys)
+    key = given_key(headers)
+    if endpoint.key == "required" or (endpoint.key == "optional" and key is not None):
+        authorize(key, proxy.settings.api_keys)
     return lambda proxy, request: endpoint.operation(proxy, request, *ids)
 
 
@@ -5890,50 +5887,24 @@ def find_operation(
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
     wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
-    found = [
-        (endpoint, match.groups())
-        for endpoint in ENDPOINTS
-        if (match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted))
-    ]
-    if not found:
+    allowed = set()
+    for endpoint in ENDPOINTS:
+        if match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted):
+            if endpoint.method == ("GET" if method == "HEAD" else method):
+                return endpoint, match.groups()
+            allowed.add(endpoint.method)
+    if not allowed:
         message = (
             f"Unknown request URL: {method} {path}. Please check the URL for typos."
         )
         raise APIError(404, message, code="unknown_url")
-    for endpoint, ids in found:
-        if endpoint.method == ("GET" if method == "HEAD" else method):
-            return endpoint, ids
-    allowed = ", ".join(sorted({endpoint.method for endpoint, _ in found}))
+    methods = ", ".join(sorted(allowed))
     raise APIError(
         405,
-        f"Not allowed to {method} on {path}. Only {allowed} requests are accepted.",
+        f"Not allowed to {method} on {path}. Only {methods} requests are accepted.",
         code="method_not_supported",
-        headers={"allow": allowed},
+        headers={"allow": methods},
     )
-
-
-WHOSE_KEY = (
-    "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
-)
-
-
-def authorize(headers: Mapping[str, str], keys: Iterable[str]) -> None:
-    given = given_key(headers)
-    if given is None:
-        raise APIError(
-            401,
-            "You didn't provide an API key. You need to provide it in an Authorization "
-            "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
-            f"{WHOSE_KEY}",
-        )
-    matches = [compare_digest(given.encode(), key.encode()) for key in keys]
-    if not any(matches):
-        raise APIError(
-            401,
-            "Incorrect API key provided. It has to be one of the proxy's own keys, "
-            f"{WHOSE_KEY}",
-            code="invalid_api_key",
-        )
 
 
 def given_key(headers: Mapping[str, str]) -> str | None:
@@ -5941,6 +5912,27 @@ def given_key(headers: Mapping[str, str]) -> str | None:
     if scheme:
         return key.strip() if scheme.lower() == "bearer" else ""
     return headers.get("api-key")
+
+
+WHOSE_KEY = (
+    "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
+)
+
+
+def authorize(given: str | None, keys: Iterable[str]) -> None:
+    if given is None:
+        raise APIError(
+            401,
+            "You didn't provide an API key. You need to provide it in an Authorization "
+            "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
+            f"{WHOSE_KEY}",
+        )
+    if not any([compare_digest(given.encode(), key.encode()) for key in keys]):
+        message = (
+            "Incorrect API key provided. It has to be one of the proxy's own keys, "
+            f"{WHOSE_KEY}"
+        )
+        raise APIError(401, message, code="invalid_api_key")
 
 
 CORS = {
@@ -5994,17 +5986,8 @@ spaced_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def encode_readable_json(body: Json) -> bytes:
-    """Put each key, and each item of a list, on a line of its own.
-
-    json's `indent` would do more of it, by an encoder that is not in C.
-    """
-
-    def encode(value: Any) -> str:
-        if not isinstance(value, list) or not value:
-            return spaced_json(value)
-        return "[\n    " + ",\n    ".join(map(spaced_json, value)) + "\n  ]"
-
-    lines = [f'"{name}": {encode(value)}' for name, value in body.items()]
+    """Put each key on a line of its own: json's `indent` has an encoder not in C."""
+    lines = [f'"{name}": {spaced_json(value)}' for name, value in body.items()]
     text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
     return text.encode("utf-8", "replace")
 
@@ -6495,9 +6478,7 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 # in each, but only the parent looks at them.
 
 
-MIN_UPTIME = 10  # seconds a worker lives if it was not its start that failed
-
-MAX_BACKOFF = 30.0  # seconds before one that dies at its start is started again
+PAUSE = 1.0  # seconds before a worker takes the place of one that died
 
 
 def handle_signals(handler: Callable[[int, Any], None]) -> None:
@@ -6515,26 +6496,19 @@ def run_workers(
 
     Each gives its exit code, and is given the end of a pipe that tells it to stop."""
     pipe = os.pipe()
-    workers: dict[int, float] = {}  # when each was started, by its id
-    backoff, due = 0.0, 0.0
+    workers: set[int] = set()  # their ids
+    due = 0.0
     while not signals:
-        now = time.monotonic()
         try:
-            while now >= due and len(workers) < count:
-                workers[fork(work, pipe)] = now
+            while time.monotonic() >= due and len(workers) < count:
+                workers.add(fork(work, pipe))
         except OSError as error:  # no memory, or too many processes
             log.error("event=worker_not_started error=%s", quoted(error))
-            due = now + 1
+            due = time.monotonic() + PAUSE
         time.sleep(0.1)
-        if died := reap(workers):
-            shortest = min(now - workers.pop(pid) for pid in died)
-            is_early = shortest < MIN_UPTIME
-            backoff = min(2 * backoff or 0.5, MAX_BACKOFF) if is_early else 0.0
-            due = now + backoff
-            for pid, code in died.items():
-                log.error(
-                    "event=worker_died pid=%d code=%d pause=%g", pid, code, backoff
-                )
+        for pid, code in reap(workers).items():
+            log.error("event=worker_died pid=%d code=%d", pid, code)
+            due = time.monotonic() + PAUSE
     listener.close()
     os.close(pipe[1])
     exit_code = 0
@@ -6543,9 +6517,8 @@ def run_workers(
             for pid in workers:
                 os.kill(pid, signal.SIGKILL)
             return 128 + signals[1]
-        for pid, code in reap(workers).items():
-            del workers[pid]
-            exit_code = exit_code or int(code != 0)
+        if any(reap(workers).values()):
+            exit_code = 1
         time.sleep(0.1)
     return exit_code
 
@@ -6564,10 +6537,12 @@ def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
         os._exit(code)
 
 
-def reap(workers: Iterable[int]) -> dict[int, int]:
-    """The exit codes of those that have ended."""
-    ends = (os.waitpid(pid, os.WNOHANG) for pid in workers)
-    return {pid: os.waitstatus_to_exitcode(status) for pid, status in ends if pid}
+def reap(workers: set[int]) -> dict[int, int]:
+    """Take those that have ended out of the workers; give their exit codes."""
+    ends = [os.waitpid(pid, os.WNOHANG) for pid in workers]
+    codes = {pid: os.waitstatus_to_exitcode(status) for pid, status in ends if pid}
+    workers.difference_update(codes)
+    return codes
 
 
 # -- Command line --------------------------------------------------------------
@@ -6606,7 +6581,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--env-file", metavar="FILE", help="settings to read instead of .env")
     add("--check", action="store_true", help="say whether the settings work, and exit")
     add("--key", action="store_true", help="print the first key of clients, and exit")
-    add("--reload", action="store_true", help="start again when a file changes")
+    add(
+        "--reload",
+        action="store_true",
+        help="start again when proxy.py or .env changes",
+    )
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(arguments)
 
@@ -6745,16 +6724,20 @@ def check_token(settings: Settings, models: Models, is_demo: bool) -> int:
 
 
 def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int:
-    """Run the program as a child, and anew whenever a file has changed."""
+    """Run the program as a child, and anew when it or its settings have changed.
+
+    The models are read anew by themselves.
+    """
     rest = [argument for argument in arguments if argument != "--reload"]
     command = [sys.executable, str(HERE / "proxy.py"), *rest]
+    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
-        before = modification_times(options)
+        before = modification_times(files)
         with subprocess.Popen(command) as child:
             try:
-                while modification_times(options) == before:
+                while modification_times(files) == before:
                     time.sleep(0.3)
             except KeyboardInterrupt:  # the child has got the signal too
                 return child.wait()
@@ -6765,11 +6748,7 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
             child.terminate()
 
 
-def modification_times(options: argparse.Namespace) -> list[float]:
-    """Those of the program, its settings and its models."""
-    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
-    with suppress(ConfigError):  # the child reports it
-        files.append(Path(read_settings(options).models_path))
+def modification_times(files: Iterable[Path]) -> list[float]:
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 

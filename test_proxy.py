@@ -10807,7 +10807,7 @@ def test_a_worker_that_dies_is_replaced(folder, fake, tmp_path):
         parent.terminate()
         parent.wait(10)
         deaths = re.findall(
-            r" event=worker_died pid=(\d+) code=-9 pause=0.5$",
+            r" event=worker_died pid=(\d+) code=-9$",
             parent.stderr.read(),
             re.M,
         )
@@ -10860,21 +10860,19 @@ def test_one_demonstration_serves_all_workers(folder):
         assert parent.wait(10) == 0
 
 
-def test_a_worker_that_dies_at_its_start_is_started_less_and_less_often(
+def test_a_worker_that_dies_at_its_start_is_started_again_after_a_pause(
     folder, fake, tmp_path
 ):
     models = tmp_path / "models.json"
     shutil.copy(folder / "models.json", models)
-    given = {"MODELS_PATH": str(models)}
-    with started_workers(folder, fake, **given) as (parent, _):
+    with started_workers(folder, fake, MODELS_PATH=str(models)) as (parent, _):
         models.write_text("broken")
         os.kill(worker_ids(parent)[0], signal.SIGKILL)
-        told = iter(parent.stderr.readline, "")
-        deaths = (line for line in told if "worker_died" in line)
-        pauses = []
-        while 2 not in pauses:
-            pauses.append(float(next(deaths).rpartition("=")[2]))
-    assert sorted({*pauses}) == [0.5, 1, 2]
+        deaths = (line for line in parent.stderr if "worker_died" in line)
+        next(deaths)
+        begun = time.monotonic()
+        assert next(deaths) and next(deaths)
+    assert time.monotonic() - begun > 2
 
 
 NO_FORK = """
@@ -11207,12 +11205,11 @@ def test_the_line_to_try_finds_the_key_in_the_env_file(folder, replicate, tmp_pa
 
 def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    (copy / "models.json").rename(copy / "other.json")
-    (copy / ".env").write_text(f"MODELS_PATH={copy / 'other.json'}")
+    (copy / ".env").write_text("")
     environ = settings_for(replicate)
     with started(copy, "--reload", environ=environ) as (program, (url, line)):
         assert "${PROXY_API_KEY%%,*}" in line and KEY not in line
-        for name in ("other.json", "proxy.py"):
+        for name in (".env", "proxy.py"):
             assert is_healthy(url)
             with (copy / name).open("a") as file:
                 file.write("\n")
