@@ -2770,11 +2770,11 @@ class ConnectionPool:
         host, port, is_tls = url.hostname or "", url.port, url.scheme == "https"
         proxy = find_proxy(host) if is_tls else urlsplit("")
         address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
-        connection = (
-            http.client.HTTPSConnection(*address, timeout=timeout, context=self.tls)
-            if is_tls
-            else http.client.HTTPConnection(*address, timeout=timeout)
-        )
+        connection = http.client.HTTPConnection(*address, timeout=timeout)
+        if is_tls:
+            connection = http.client.HTTPSConnection(
+                *address, timeout=timeout, context=self.tls
+            )
         if proxy.hostname:
             user = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
             basic = f"Basic {b64encode(user.encode()).decode()}"
@@ -6175,7 +6175,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.api_request.log.error = "client_gone"
         finally:
-            self.server.release(self.api_request)
+            self.server.requests.discard(self.api_request)
             self.log_line()
         if self.close_connection and not self.reader.is_done:
             self.drain()
@@ -6356,10 +6356,11 @@ class Server(ThreadingHTTPServer):
         self.timeouts = timeouts
         self.api = ReplicateAPI(settings, timeouts)
         self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
-        self.changed = threading.Condition()  # of those below
         # From when they are accepted; whether they are between two requests.
         self.connections: dict[socket.socket, bool] = {}
+        self.disconnected = threading.Condition()
         self.requests: set[Request] = set()  # in flight
+        self.admission = threading.Lock()
         self.is_stopping = False  # no connection is kept …
         self.is_over = False  # … and no request begun
         self.watcher = Watcher(timeouts)
@@ -6393,13 +6394,13 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        with self.changed:
+        with self.disconnected:
             self.connections.pop(request, None)
-            self.changed.notify_all()
+            self.disconnected.notify_all()
 
     def admit(self, request: Request) -> None:
         """Raise 503 if there is no room for it."""
-        with self.changed:
+        with self.admission:
             if self.is_over:
                 raise overloaded("is being stopped")
             if len(self.requests) >= self.proxy.settings.max_concurrent_calls:
@@ -6408,20 +6409,17 @@ class Server(ThreadingHTTPServer):
                 )
             self.requests.add(request)
 
-    def release(self, request: Request) -> None:
-        with self.changed:
-            self.requests.discard(request)
-            self.changed.notify_all()
-
-    def wait_until_empty(self, those: Collection[object], seconds: float) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: not those, seconds)
+    def await_disconnects(self, seconds: float) -> None:
+        with self.disconnected:
+            self.disconnected.wait_for(lambda: not self.connections, seconds)
 
     def server_close(self) -> None:
         """Stop listening, let the requests finish that have come, cancel the rest.
 
         Whoever holds an idle connection may have a request under way on it, which a
-        close would lose: it is closed when none has come for a moment.
+        close would lose: it is closed when none has come for a moment. A prediction
+        that Replicate takes longer than `Timeouts.abort` to create is not cancelled:
+        its Cancel-After ends it.
         """
         if self.is_stopping:
             return
@@ -6430,18 +6428,17 @@ class Server(ThreadingHTTPServer):
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
-        self.wait_until_empty(self.connections, drain)
+        self.await_disconnects(drain)
         for connection, is_idle in self.connections.copy().items():
             if is_idle:
                 shut(connection)
-        self.wait_until_empty(self.connections, grace - drain)
-        with self.changed:
+        self.await_disconnects(grace - drain)
+        with self.admission:
             self.is_over = True
-            unfinished = list(self.requests)
-        for request in unfinished:
+        for request in self.requests.copy():
             request.cancellation.cancel(overloaded("is being stopped"))
         until = time.monotonic() + self.timeouts.abort
-        self.wait_until_empty(self.requests, self.timeouts.abort)
+        self.await_disconnects(self.timeouts.abort)
         self.proxy.upstream.await_runs(until - time.monotonic())
         self.watcher.stop()
         self.api.close()
