@@ -100,6 +100,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     closing,
     contextmanager,
+    nullcontext,
     suppress,
 )
 from contextvars import ContextVar
@@ -2706,7 +2707,6 @@ class ConnectionPool:
         self.tls = tls
         self.keep = 60.0  # seconds that a connection may be idle
         self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
-        self.is_closed = False
 
     @contextmanager
     def request(
@@ -2735,14 +2735,13 @@ class ConnectionPool:
                 cancellation.check()
                 raise
 
-        response, kept = None, self.take(origin)
-        if kept:
-            try:
-                response = send(kept)
-            except (OSError, http.client.HTTPException) as error:
-                if method != "GET" or isinstance(error, TimeoutError):
-                    raise
-        response = response or send(self.connect(origin))
+        kept = self.take(origin)
+        try:
+            response = send(kept or self.connect(origin))
+        except (OSError, http.client.HTTPException) as error:
+            if not kept or method != "GET" or isinstance(error, TimeoutError):
+                raise
+            response = send(self.connect(origin))
         try:
             with cancellation.on_cancel(partial(shut, response.sock)):
                 yield response
@@ -2796,8 +2795,7 @@ class ConnectionPool:
                 sock.settimeout(0.001)
                 for _ in islice(response.body, 2):  # a little, and then its end
                     pass
-            is_at_end = reader.is_done and not reader.data
-            if is_at_end and response.keeps_alive and not self.is_closed:
+            if reader.is_done and not reader.data and response.keeps_alive:
                 idle = self.idle[origin]
                 idle.append((time.monotonic(), sock))
                 self.trim(idle)
@@ -2813,7 +2811,7 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Keep none from now on, and none of those that are idle."""
-        self.is_closed, self.keep = True, 0
+        self.keep = 0
         for idle in list(self.idle.values()):
             self.trim(idle)
 
@@ -6606,16 +6604,14 @@ def read_settings(options: argparse.Namespace) -> Settings:
             "REPLICATE_API_TOKEN": "r8_demo",
             "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
             "PROXY_API_KEY": "demo",
+            "WORKERS": "1",
         }
     return Settings.from_environ(values)
 
 
 @contextmanager
-def with_replicate(settings: Settings, is_demo: bool) -> Iterator[Settings]:
-    """Play Replicate in this process if it is a demo; give the settings for it."""
-    if not is_demo:
-        yield settings
-        return
+def play_replicate(settings: Settings) -> Iterator[Settings]:
+    """Play Replicate in this process; give the settings for it."""
     from fake_replicate import FakeReplicate
 
     with FakeReplicate(token=settings.replicate_api_token, default="demo") as fake:
@@ -6639,7 +6635,7 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    work = partial(serve_until, settings, options.demo, listener)
+    work = partial(serve_until, settings, listener)
     if settings.workers > 1:
         signals: list[int] = []
         handle_signals(lambda number, _: signals.append(number))
@@ -6664,22 +6660,19 @@ def stop_on_signals() -> int:
     return pipe
 
 
-def serve_until(
-    settings: Settings, is_demo: bool, listener: socket.socket, pipe: int
-) -> int:
+def serve_until(settings: Settings, listener: socket.socket, pipe: int) -> int:
     """Serve until a pipe ends, and then until all requests are answered."""
-    with with_replicate(settings, is_demo) as settings:
-        server = Server(settings, Timeouts(), listener)
+    server = Server(settings, Timeouts(), listener)
 
-        def stop() -> None:
-            os.read(pipe, 1)
-            server.shutdown()
+    def stop() -> None:
+        os.read(pipe, 1)
+        server.shutdown()
 
-        threading.Thread(target=stop, daemon=True).start()
-        gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
-        server.serve_forever(0.1)
-        log.info("stopping calls=%d", len(server.requests))
-        server.server_close()
+    threading.Thread(target=stop, daemon=True).start()
+    gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
+    server.serve_forever(0.1)
+    log.info("stopping calls=%d", len(server.requests))
+    server.server_close()
     return 0
 
 
@@ -6704,17 +6697,16 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     )
 
 
-def check_token(settings: Settings, models: Models, is_demo: bool) -> int:
+def check_token(settings: Settings, models: Models) -> int:
     """Say what was read, and whether Replicate knows the token."""
-    with with_replicate(settings, is_demo) as settings:
-        print(f"settings  are right: {settings}")
-        print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
-        print(f"and {models.default_model or 'none'} for any other name")
-        with closing(ReplicateAPI(settings, Timeouts())) as api:
-            try:
-                account = api.account()
-            except APIError as error:
-                raise ConfigError(str(error)) from None
+    print(f"settings  are right: {settings}")
+    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
+    print(f"and {models.default_model or 'none'} for any other name")
+    with closing(ReplicateAPI(settings, Timeouts())) as api:
+        try:
+            account = api.account()
+        except APIError as error:
+            raise ConfigError(str(error)) from None
     owner = f"{account.get('type')} {account.get('username')}"
     print(f"token     works: {owner} of Replicate")
     return 0
@@ -6768,10 +6760,12 @@ def main(arguments: Sequence[str]) -> int:
             print(settings.api_keys[0])
             return 0
         models = ModelsFile(settings.models_path, FAMILIES).current()
-        if options.check:
-            return check_token(settings, models, options.demo)
-        log_to_stderr(settings.log_level)
-        return serve(settings, models, options)
+        play = play_replicate if options.demo else nullcontext
+        with play(settings) as settings:
+            if options.check:
+                return check_token(settings, models)
+            log_to_stderr(settings.log_level)
+            return serve(settings, models, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)
