@@ -711,7 +711,7 @@ STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dic
 NUMBER = (int, float)
 
 INT64 = (-(2**63), 2**63 - 1)
-MAX_PREDICTIONS = 128  # of one call; OpenAI's most choices
+MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
@@ -5818,9 +5818,9 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
     body = parse_body(request, COMPLETION, model)
     predictions = len(body["prompt"]) * body["n"]  # each of which is paid for
     require(
-        predictions <= MAX_PREDICTIONS,
+        predictions <= MOST_PREDICTIONS,
         f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
-        f"call may make {MAX_PREDICTIONS}. Send fewer prompts at once.",
+        f"call may make {MOST_PREDICTIONS}. Send fewer prompts at once.",
         code="array_above_max_length",
         param="prompt",
     )
@@ -5968,10 +5968,6 @@ REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
 ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
 
 
-def path_of(target: str) -> str:
-    return ORIGIN.sub("", target, count=1).partition("?")[0]
-
-
 def send_all(sock: socket.socket, data: bytes) -> None:
     """Raise ClientDisconnected, also for one who does not read."""
     try:
@@ -6015,7 +6011,6 @@ class EventStreamWriter:
         self.lock = threading.Lock()
         self.unsent = b""  # the rest of a comment
         self.is_open = False  # the status line is sent
-        self.is_watched = True
         self.last_write = time.monotonic()
 
     def write(self, data: bytes) -> None:
@@ -6038,21 +6033,18 @@ class EventStreamWriter:
             with suppress(ClientDisconnected):
                 send_all(self.sock, self.unsent + b"0\r\n\r\n")
 
-    def keep_alive(self, timeouts: Timeouts) -> None:
-        """Send a comment if it is time, and no more of it than goes at once."""
+    def is_silent(self, timeouts: Timeouts) -> bool:
         limit = timeouts.keep_alive if self.is_open else timeouts.silent_start
-        is_due = time.monotonic() - self.last_write >= limit
-        if not is_due or not self.lock.acquire(blocking=False):  # its request writes
-            return
-        try:
-            if self.is_watched:
-                self.unsent = self.take(KEEP_ALIVE)
-                sent = self.sock.send(self.unsent, DONT_WAIT)
-                self.unsent = self.unsent[sent:]
-        except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
-            pass
-        finally:
-            self.lock.release()
+        return time.monotonic() - self.last_write >= limit
+
+    def send_comment(self) -> None:
+        """Send no more of it than goes at once; the lock is held."""
+        self.unsent = self.take(KEEP_ALIVE)
+        with suppress(
+            OSError
+        ):  # its buffer is full; or it is gone, which others notice
+            sent = self.sock.send(self.unsent, DONT_WAIT)
+            self.unsent = self.unsent[sent:]
 
 
 # To register with poll is no system call, unlike epoll; Windows has only select.
@@ -6085,19 +6077,26 @@ class Watcher(threading.Thread):
         try:
             yield
         finally:
-            self.writers.discard(writer)
             with writer.lock:  # the watcher may be about to write to it
-                writer.is_watched = False
+                self.writers.discard(writer)
 
     def run(self) -> None:
         while not self.is_stopped:
             try:
                 self.wait_for_hang_ups()
-                for writer in list(self.writers):
-                    writer.keep_alive(self.timeouts)
+                for writer in self.writers.copy():
+                    self.keep_alive(writer)
             except Exception:  # all requests depend on this thread
                 log.exception("the watcher failed")
                 time.sleep(self.timeouts.watch_interval)
+
+    def keep_alive(self, writer: EventStreamWriter) -> None:
+        if writer.is_silent(self.timeouts) and writer.lock.acquire(blocking=False):
+            try:
+                if writer in self.writers:
+                    writer.send_comment()
+            finally:
+                writer.lock.release()
 
     def wait_for_hang_ups(self) -> None:
         """Wait until a client sends something or its connection ends, or a while."""
@@ -6211,16 +6210,17 @@ class Handler(BaseHTTPRequestHandler):
         if not (match := REQUEST_LINE.fullmatch(first)):
             raise BadMessage("the request line is not METHOD target HTTP/1.1")
         method, target, version = (part.decode("latin-1") for part in match.groups())
+        path = ORIGIN.sub("", target, count=1).partition("?")[0]
         length = parse_body_length(headers)
         self.request_version = version
-        self.api_request = request = Request(method, path_of(target), headers)
+        self.api_request = request = Request(method, path, headers)
         self.body = self.reader.read_body(length or 0, limit)
-        closes = "close" in headers.get("connection", "").lower()
-        closes = closes or version == "HTTP/1.0"
+        is_last = "close" in headers.get("connection", "").lower()
+        is_last = is_last or version == "HTTP/1.0"
         awaits_continue = headers.get("expect", "").lower() == "100-continue"
         is_small = 0 <= (length or 0) <= SMALL_BODY and not awaits_continue
-        self.close_connection = closes or not (is_small or self.reader.is_done)
-        operation = find_operation(server.proxy, method, request.path, headers)
+        self.close_connection = is_last or not is_small  # if nobody reads its body
+        operation = find_operation(server.proxy, method, path, headers)
         if method == "POST":
             if length is None:
                 raise BadMessage("a body needs a Content-Length", 411)
@@ -6232,7 +6232,7 @@ class Handler(BaseHTTPRequestHandler):
                 send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
             self.close_connection = True
             request.body = b"".join(self.body)
-            self.close_connection = closes
+            self.close_connection = is_last
         return operation
 
     def drain(self) -> None:

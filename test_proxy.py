@@ -9041,8 +9041,7 @@ def test_a_sign_of_life_is_no_more_than_goes_at_once_and_none_of_it_is_lost():
                 fill += ours.send(b"." * 1024)
         ours.setblocking(True)
         for _ in range(3):
-            writer.last_write = 0
-            writer.keep_alive(proxy.Timeouts())
+            writer.send_comment()
         got = b""
         writer = threading.Thread(target=writer.write, args=(b"END",))
         writer.start()
@@ -9082,6 +9081,11 @@ def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices(caplog):
 
 # -- Server --------------------------------------------------------------------
 
+CHUNK_BEGINS = (
+    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
+    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
+    b'"choices":[{"index":0,"delta":'
+)
 WHOLE_STREAM = (
     b"HTTP/1.1 200 OK\r\n"
     b"date: DATE\r\n"
@@ -9097,30 +9101,15 @@ WHOLE_STREAM = (
     b"access-control-allow-origin: *\r\n"
     b"access-control-expose-headers: x-request-id, retry-after, openai-processing-ms,"
     b" x-should-retry, x-replicate-prediction-id, x-replicate-model\r\n"
-    b"connection: close\r\n"
-    b"\r\n"
-    b"23b\r\n"
-    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
-    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
-    b'"choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},'
-    b'"logprobs":null,"finish_reason":null}]}\n\n'
-    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
-    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
-    b'"choices":[{"index":0,"delta":{"content":"word "},'
-    b'"logprobs":null,"finish_reason":null}]}\n\n'
-    b"\r\n"
-    b"102\r\n"
-    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
-    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
-    b'"choices":[{"index":0,"delta":{},'
-    b'"logprobs":null,"finish_reason":"length"}]}\n\n'
-    b"\r\n"
-    b"e\r\n"
-    b"data: [DONE]\n\n"
-    b"\r\n"
-    b"0\r\n"
-    b"\r\n"
-)
+    b"connection: close\r\n\r\n"
+    b"23b\r\n%(begins)b"
+    b'{"role":"assistant","content":"","refusal":null},'
+    b'"logprobs":null,"finish_reason":null}]}\n\n%(begins)b'
+    b'{"content":"word "},"logprobs":null,"finish_reason":null}]}\n\n\r\n'
+    b"102\r\n%(begins)b"
+    b'{},"logprobs":null,"finish_reason":"length"}]}\n\n\r\n'
+    b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+) % {b"begins": CHUNK_BEGINS}
 VARYING = {
     rb"(?<=date: )\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT": b"DATE",
     rb"(?<=processing-ms: )\d+": b"MS",
@@ -10476,13 +10465,6 @@ def start(folder, *arguments, environ, program="proxy.py"):
     )
 
 
-def run(folder, *arguments, environ):
-    """Exit code, stdout and stderr."""
-    with start(folder, *arguments, environ=environ) as program:
-        told = program.communicate(timeout=20)
-        return program.returncode, *told
-
-
 RUNS = """
 import json, os, signal, sys, tempfile
 import proxy
@@ -10511,7 +10493,7 @@ json.dump([run(*row) for row in json.load(sys.stdin)], sys.stdout)
 
 
 def run_each(folder, rows):
-    """As `run`, for rows of arguments and environ: processes of a single start."""
+    """Exit code, stdout and stderr for arguments and environ: forks of one start."""
     given = [(arguments, environment(environ)) for arguments, environ in rows]
     program = subprocess.run(
         [sys.executable, "-c", RUNS],
@@ -10563,14 +10545,12 @@ def free_port():
         return server.getsockname()[1]
 
 
-def test_the_program_tells_its_version_and_how_to_use_it(folder):
-    assert run(folder, "--version", environ={}) == (
-        0,
-        f"proxy.py {proxy.__version__}\n",
-        "",
-    )
-    code, told, _ = run(folder, "--help", environ={})
-    assert code == 0
+def test_the_program_tells_its_version_and_how_to_use_it(capsys):
+    for flag in ("--version", "--help"):
+        with pytest.raises(SystemExit):
+            proxy.main([flag])
+    told = capsys.readouterr().out
+    assert told.partition("\n")[0].endswith(f" {proxy.__version__}")
     for flag in ("--demo", "--check", "--reload", "--env-file FILE", "--port PORT"):
         assert flag in told
 
@@ -10636,17 +10616,6 @@ def test_what_keeps_it_from_starting_is_a_sentence(ended, why, _, __, told):
     assert len(lines) == len(told), err
     for line, start in zip(lines, told, strict=True):
         assert line.startswith(start)
-
-
-def test_wrong_models_are_told_by_their_path(folder, tmp_path):
-    models = tmp_path / "models.json"
-    models.write_text('{"mappings": {"gpt-4o": "gpt-4o"}}')
-    environ = {**SET, "MODELS_PATH": str(models)}
-    _, _, err = run(folder, environ=environ)
-    assert err == (
-        f"proxy.py: {models} can't be used: "
-        '$.mappings["gpt-4o"]: expected owner/name.\n'
-    )
 
 
 @pytest.mark.parametrize(("why", "_", "code", "told"), CHECKS, ids=whys(CHECKS))
