@@ -2628,7 +2628,7 @@ class MessageReader:
         Raise 413 for a chunk that would go beyond the limit.
         """
         data, left, total = b"\r\n" + self.data, 0, 0  # `left` to come of a chunk
-        while not (last := LAST_CHUNK.match(data)):
+        while True:
             at, content = 0, []
             while at < len(data):
                 if not left:
@@ -2644,7 +2644,8 @@ class MessageReader:
             if content:
                 yield b"".join(content)
                 data = data[at:]
-                continue
+            if last := LAST_CHUNK.match(data):
+                break
             if data.count(b"\n") > 1 or len(data) > MAX_HEAD:
                 raise BadMessage("a chunk has no size")
             if not (piece := self.receive()):
