@@ -70,6 +70,7 @@ import gc
 import http.client
 import json
 import logging
+import multiprocessing
 import os
 import re
 import secrets
@@ -6490,55 +6491,40 @@ def run_workers(
 ) -> int:
     """Keep processes at work until a signal, and wait for their end until another.
 
-    Each gives its exit code, and is given the end of a pipe that tells it to stop."""
+    Each gives its exit code, and is given the end of a pipe that tells it to stop.
+    """
     pipe = os.pipe()
-    workers: set[int] = set()  # their ids
+
+    def run() -> None:
+        os.close(pipe[1])
+        os._exit(work(pipe[0]))
+
+    workers: set[multiprocessing.process.BaseProcess] = set()
     due = 0.0
     while not signals:
         try:
             while time.monotonic() >= due and len(workers) < count:
-                workers.add(fork(work, pipe))
+                # The parent has no threads, which a fork would break.
+                process = multiprocessing.get_context("fork").Process(target=run)
+                process.start()
+                workers.add(process)
         except OSError as error:  # no memory, or too many processes
             log.error("event=worker_not_started error=%s", quoted(error))
             due = time.monotonic() + PAUSE
         time.sleep(0.1)
-        for pid, code in reap(workers).items():
-            log.error("event=worker_died pid=%d code=%d", pid, code)
+        for worker in [worker for worker in workers if not worker.is_alive()]:
+            log.error("event=worker_died pid=%d code=%d", worker.pid, worker.exitcode)
+            workers.remove(worker)
             due = time.monotonic() + PAUSE
     listener.close()
     os.close(pipe[1])
-    exit_code = 0
-    while workers:
+    while any([worker.is_alive() for worker in workers]):
         if len(signals) > 1:
-            for pid in workers:
-                os.kill(pid, signal.SIGKILL)
+            for worker in workers:
+                worker.kill()
             return 128 + signals[1]
-        if any(reap(workers).values()):
-            exit_code = 1
         time.sleep(0.1)
-    return exit_code
-
-
-def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
-    """Start a process; the parent has no threads, which a fork would break."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        os.close(pipe[1])
-        code = work(pipe[0])
-    except Exception:
-        log.exception("a worker failed")
-    finally:
-        os._exit(code)
-
-
-def reap(workers: set[int]) -> dict[int, int]:
-    """Take those that have ended out of the workers; give their exit codes."""
-    ends = [os.waitpid(pid, os.WNOHANG) for pid in workers]
-    codes = {pid: os.waitstatus_to_exitcode(status) for pid, status in ends if pid}
-    workers.difference_update(codes)
-    return codes
+    return int(any(worker.exitcode for worker in workers))
 
 
 # -- Command line --------------------------------------------------------------
