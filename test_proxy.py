@@ -10336,9 +10336,7 @@ def test_a_worker_that_dies_is_replaced(folder, fake, tmp_path):
         parent.terminate()
         parent.wait(10)
         deaths = re.findall(
-            r" event=worker_died pid=(\d+) code=-9$",
-            parent.stderr.read(),
-            re.M,
+            r" event=worker_died pid=(\d+) code=-9$", parent.stderr.read(), re.M
         )
     assert sorted(map(int, deaths)) == sorted(before)
 
