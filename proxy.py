@@ -6042,9 +6042,7 @@ class EventStreamWriter:
     def send_comment(self) -> None:
         """Send no more of it than goes at once; the lock is held."""
         self.unsent = self.take(KEEP_ALIVE)
-        with suppress(
-            OSError
-        ):  # its buffer is full; or it is gone, which others notice
+        with suppress(OSError):  # its buffer is full, or it is gone
             sent = self.sock.send(self.unsent, DONT_WAIT)
             self.unsent = self.unsent[sent:]
 
