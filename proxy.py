@@ -6561,11 +6561,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add("--env-file", metavar="FILE", help="settings to read instead of .env")
     add("--check", action="store_true", help="say whether the settings work, and exit")
     add("--key", action="store_true", help="print the first key of clients, and exit")
-    add(
-        "--reload",
-        action="store_true",
-        help="start again when proxy.py or .env changes",
-    )
+    add("--reload", action="store_true", help="start again when a file changes")
     add("--version", action="version", version=f"%(prog)s {__version__}")
     return parser.parse_args(arguments)
 
@@ -6698,13 +6694,14 @@ def check_token(settings: Settings, models: Models) -> int:
 
 
 def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int:
-    """Run the program as a child, and anew when it or its settings have changed.
-
-    The models are read anew by themselves.
-    """
+    """Run the program as a child, and anew whenever a file has changed."""
     rest = [argument for argument in arguments if argument != "--reload"]
     command = [sys.executable, str(HERE / "proxy.py"), *rest]
-    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
+    files = [
+        HERE / "proxy.py",
+        Path(options.env_file or HERE / ".env"),
+        Path(options.models or HERE / "models.json"),
+    ]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:

@@ -10660,11 +10660,10 @@ def test_the_line_to_try_finds_the_key_in_the_env_file(folder, replicate, tmp_pa
 
 def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    (copy / ".env").write_text("")
     environ = settings_for(replicate)
     with started(copy, "--reload", environ=environ) as (program, (url, line)):
         assert "${PROXY_API_KEY%%,*}" in line and KEY not in line
-        for name in (".env", "proxy.py"):
+        for name in ("models.json", "proxy.py"):
             assert is_healthy(url)
             with (copy / name).open("a") as file:
                 file.write("\n")
