@@ -2597,7 +2597,7 @@ class MessageReader:
             searched = max(len(self.data) - 3, 0)
             self.fill()
         if end[0] != b"\r\n\r\n":
-            raise BadMessage("a line of its head does not end in CR LF")
+            raise BadMessage("one of its lines does not end in CR LF")
         head, self.data = self.data[: end.start() + 2], self.data[end.end() :]
         first, _, lines = head.partition(b"\r\n")
         return first, parse_headers(lines)
@@ -2648,7 +2648,7 @@ class MessageReader:
             if last := LAST_CHUNK.match(data):
                 break
             if data.count(b"\n") > 1 or len(data) > MAX_HEAD:
-                raise BadMessage("a chunk has no size")
+                raise BadMessage("the size of a chunk is missing or wrong")
             if not (piece := self.receive()):
                 raise BadMessage("it stops early")
             data += piece
@@ -5982,10 +5982,18 @@ spaced_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def encode_readable_json(body: Json) -> bytes:
-    """Put each key on a line of its own: json's `indent` has an encoder not in C."""
-    lines = [f'"{name}": {spaced_json(value)}' for name, value in body.items()]
-    text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
-    return text.encode("utf-8", "replace")
+    """Put each key, and each item of a list, on a line of its own.
+
+    json's `indent` would do more of it, by an encoder that is not in C.
+    """
+    lines = []
+    for name, value in body.items():
+        if isinstance(value, list) and value:
+            text = "[\n    " + ",\n    ".join(map(spaced_json, value)) + "\n  ]"
+        else:
+            text = spaced_json(value)
+        lines.append(f'  "{name}": {text}')
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "replace")
 
 
 STREAM_HEADERS = {
