@@ -39,6 +39,7 @@ Each section uses only names from those above it.
     4. Predictions
         Events              what is seen of a prediction, and the log of a request
         Cancellation        how a request in progress is made to stop
+        HTTP messages       heads and bodies, read strictly, a client's or Replicate's
         HTTP client         connections to Replicate's hosts, and event streams
         Replicate           its API, what it refuses, and the records it keeps
         Uploads             large data put into Replicate's files
@@ -55,7 +56,6 @@ Each section uses only names from those above it.
     7. Serving
         Generation          n choices, retries, and the response made of them
         Endpoints           one row per method and path, one function per operation
-        HTTP                requests as they come over a socket, read strictly
         Server              connections, hang-ups, silences and the end
         Workers             several servers on one port, each a process
         Command line        the program
@@ -68,9 +68,9 @@ import argparse
 import ast
 import gc
 import http.client
-import io
 import json
 import logging
+import multiprocessing
 import os
 import re
 import secrets
@@ -101,6 +101,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     closing,
     contextmanager,
+    nullcontext,
     suppress,
 )
 from contextvars import ContextVar
@@ -111,7 +112,7 @@ from hmac import compare_digest
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, groupby, islice, pairwise, repeat, takewhile
-from math import ceil, floor, isfinite
+from math import ceil, floor, inf, isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
@@ -2512,156 +2513,188 @@ class Cancellation:
                 self.callbacks.remove(callback)
 
 
-# -- HTTP client ---------------------------------------------------------------
+# -- HTTP messages -------------------------------------------------------------
 #
-# Connections to Replicate's hosts, kept for the next request, and event streams. The
-# SDK's requests go over them too: httpx's own pool is quadratic in its connections.
-# http.client connects; its response parser takes four times the CPU of this one, and
-# gives each chunk alone, where here tokens that came together stay together.
-# What can be read in two ways is refused, of a client's request as well.
+# How both sides read HTTP/1.1. http.server and http.client take bare line feeds,
+# folded lines and two lengths, behind which one message could hide another: here,
+# what can be read in two ways is refused. They also take four times the CPU, and
+# give each chunk alone, where here tokens that came together stay together.
 
 
 MAX_HEAD = 65536  # bytes
-MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
-READ_SIZE = 8192  # bytes
-MAX_IDLE = 100  # connections to one host
 
+EMPTY_LINE = re.compile(rb"\r?\n\r?\n")
 HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
 SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization")
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: .*)?")
 
 # A line end before a chunk ends the chunk before it; the first chunk is given one.
-CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
-LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
-PARTIAL_CHUNK_HEAD = re.compile(
-    rb"\r?\Z|\r\n[0-9A-Fa-f]*[ \t]*(?:;.*)?\r?\Z|\r\n0+[ \t]*(?:;.*)?\r\n"
-)
+CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;[ -~]*)?\r\n")
+LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[ -~]*)?(?=\r\n)")
+
+CHUNKED = -1  # as the length of a body
 
 
-class BadHead(http.client.HTTPException):
-    """What is wrong with a message's head, as the end of a sentence."""
+class BadMessage(http.client.HTTPException):
+    """What is wrong with a message, as the end of a sentence, and a status for it."""
+
+    def __init__(self, why: str, status: int = 400) -> None:
+        super().__init__(why)
+        self.status = status
 
 
-def parse_headers(lines: Iterable[bytes]) -> dict[str, str]:
-    """Names in lower case; the values of a repeated name are joined. Raise BadHead."""
-    text = b"".join(line + b"\r\n" for line in lines)
-    if not HEADERS.fullmatch(text):
-        raise BadHead("a header is not of the form Name: value")
+def parse_headers(lines: bytes) -> dict[str, str]:
+    """Names in lower case; the values of a repeated name are joined."""
+    if not HEADERS.fullmatch(lines):
+        raise BadMessage("a header is not of the form Name: value")
     headers: dict[str, str] = {}
-    for line in text.decode("latin-1").split("\r\n")[:-1]:
+    for line in lines.decode("latin-1").split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers and name in SINGLE_HEADERS:
-            raise BadHead(f"it has two headers {name}")
+            raise BadMessage(f"it has two headers {name}")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
-def parse_content_length(headers: Mapping[str, str]) -> int | None:
-    length = headers.get("content-length")
-    if length is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,18}", length):
-        raise BadHead("its Content-Length is not a number")
-    return int(length)
+def parse_body_length(headers: Mapping[str, str]) -> int | None:
+    """In bytes, or CHUNKED; None if it is not given."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+        raise BadMessage("its Content-Length is not a number")
+    if coding is None:
+        return None if length is None else int(length)
+    if length is not None:
+        raise BadMessage("its length is given in two ways")
+    if coding.lower() != "chunked":
+        raise BadMessage("its Transfer-Encoding is not just chunked", 501)
+    return CHUNKED
 
 
-BodyPieces = Generator[bytes, None, bytes]  # returns what follows the body
+def body_too_large(size: int, limit: float) -> APIError:
+    message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
+    return APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
-def unchunked(pieces: Iterable[bytes]) -> BodyPieces:
-    """Yield what is in the chunks, together what was received together."""
-    data, left = b"\r\n", 0  # bytes to come of the chunk
-    for piece in pieces:
-        data, at, content = data + piece, 0, []
-        while at < len(data):
-            if not left:
-                if not (head := CHUNK_HEAD.match(data, at)):
-                    break
-                at, left = head.end(), int(head[1], 16)
-            content.append(data[at : at + left])
-            at += len(content[-1])
-            left -= len(content[-1])
-        if content:
-            yield b"".join(content)
-        data = data[at:]
-        if left:
-            continue
-        if last := LAST_CHUNK.match(data):
-            return data[last.end() :]
-        if not PARTIAL_CHUNK_HEAD.match(data) or len(data) > MAX_HEAD:
-            raise BadHead("a chunk has no size")
-    raise http.client.IncompleteRead(data)
+class MessageReader:
+    """Reads messages, one after another. Raise BadMessage, or what `receive` raises."""
+
+    def __init__(self, receive: Callable[[], bytes]) -> None:
+        self.receive = receive  # gives b"" at the end
+        self.data = b""  # received, and not read yet
+        self.is_done = False  # the message has been read to its end
+
+    def fill(self) -> None:
+        if not (piece := self.receive()):
+            raise BadMessage("it stops early")
+        self.data += piece
+
+    def read_head(self) -> tuple[bytes, dict[str, str]]:
+        """Read the first line and the headers."""
+        self.is_done, searched = False, 0
+        while not (end := EMPTY_LINE.search(self.data, searched, MAX_HEAD)):
+            if len(self.data) >= MAX_HEAD:
+                raise BadMessage(f"its head is larger than {MAX_HEAD} bytes", 431)
+            searched = max(len(self.data) - 3, 0)
+            self.fill()
+        if end[0] != b"\r\n\r\n":
+            raise BadMessage("one of its lines does not end in CR LF")
+        head, self.data = self.data[: end.start() + 2], self.data[end.end() :]
+        first, _, lines = head.partition(b"\r\n")
+        return first, parse_headers(lines)
+
+    def read_body(self, length: int | None, limit: float = inf) -> Iterator[bytes]:
+        """Yield what comes; without a length, that is all until the connection ends."""
+        self.is_done = length == 0
+        if length == CHUNKED:
+            return self.read_chunks(limit)
+        return self.read_all() if length is None else self.read_bytes(length)
+
+    def read_all(self) -> Iterator[bytes]:
+        yield self.data
+        while piece := self.receive():
+            yield piece
+
+    def read_bytes(self, length: int) -> Iterator[bytes]:
+        while length:
+            if not self.data:
+                self.fill()
+            piece, self.data = self.data[:length], self.data[length:]
+            length -= len(piece)
+            self.is_done = length == 0
+            yield piece
+
+    def read_chunks(self, limit: float) -> Iterator[bytes]:
+        """Yield what is in the chunks, together what was received together.
+
+        Raise 413 for a chunk that would go beyond the limit.
+        """
+        data, left, total = b"\r\n" + self.data, 0, 0  # `left` to come of a chunk
+        while True:
+            at, content = 0, []
+            while at < len(data):
+                if not left:
+                    if not (head := CHUNK_HEAD.match(data, at)):
+                        break
+                    at, left = head.end(), int(head[1], 16)
+                    total += left
+                    if total > limit:
+                        raise body_too_large(total, limit)
+                content.append(data[at : at + left])
+                at += len(content[-1])
+                left -= len(content[-1])
+            if content:
+                yield b"".join(content)
+                data = data[at:]
+            if last := LAST_CHUNK.match(data):
+                break
+            if data.count(b"\n") > 1 or len(data) > MAX_HEAD:
+                raise BadMessage("the size of a chunk is missing or wrong")
+            if not (piece := self.receive()):
+                raise BadMessage("it stops early")
+            data += piece
+        self.data = data[last.end() :]
+        self.read_head()  # the trailers, behind a first line that is empty
+        self.is_done = True
 
 
-def first_bytes(pieces: Iterable[bytes], length: int) -> BodyPieces:
-    """Yield the first `length` bytes."""
-    for piece in pieces:
-        yield piece[:length]
-        length -= len(piece)
-        if length <= 0:
-            return piece[len(piece) + length :]
-    raise http.client.IncompleteRead(b"", length)
+# -- HTTP client ---------------------------------------------------------------
+#
+# Connections to Replicate's hosts, kept for the next request, and event streams. The
+# SDK's requests go over them too: httpx's own pool is quadratic in its connections.
 
+
+MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
+READ_SIZE = 8192  # bytes
+MAX_IDLE = 100  # connections to one host
+
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: .*)?")
 
 Origin = tuple[str, str]  # scheme, and host with port
 
 
-class ServerResponse:
+class HTTPResponse:
     """A response of Replicate's: its head was read, and `body` yields the rest."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.buffer = memoryview(bytearray(READ_SIZE))  # new ones would leave holes
-        head, rest = self.receive_head(b"")
-        while head.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # an interim response
-            head, rest = self.receive_head(rest)
-        first, *lines = head.split(b"\r\n")
-        if not (status := STATUS_LINE.fullmatch(first)):
-            raise http.client.BadStatusLine(repr(first[:80]))
-        self.status = int(status[2])
-        self.headers = parse_headers(lines)
+        self.reader = MessageReader(self.receive)
+        self.status = 100
+        while self.status < 200:  # an interim response
+            first, self.headers = self.reader.read_head()
+            if not (match := STATUS_LINE.fullmatch(first)):
+                raise BadMessage(f"its first line is {first[:80]!r}")
+            version, self.status = match[1], int(match[2])
         closes = "close" in self.headers.get("connection", "").lower()
-        self.is_reusable = status[1] == b"1" and not closes
-        self.is_complete = False
-        self.body = self.read_body(rest)
+        self.keeps_alive = version == b"1" and not closes
+        length = 0 if self.status in (204, 304) else parse_body_length(self.headers)
+        self.body = self.reader.read_body(length)
 
     def receive(self) -> bytes:
         try:
             return bytes(self.buffer[: self.sock.recv_into(self.buffer)])
         except BlockingIOError:  # see set_timeout
             raise TimeoutError("nothing came in time") from None
-
-    def receive_head(self, data: bytes) -> tuple[bytes, bytes]:
-        while b"\r\n\r\n" not in data:
-            piece = self.receive()
-            if not piece and not data:
-                raise http.client.RemoteDisconnected("it ended without a response")
-            if not piece or len(data) > MAX_HEAD:
-                raise http.client.BadStatusLine(repr(data[:80]))
-            data += piece
-        head, _, rest = data.partition(b"\r\n\r\n")
-        return head, rest
-
-    def receive_all(self, piece: bytes) -> Iterator[bytes]:
-        yield piece
-        while piece := self.receive():
-            yield piece
-
-    def read_body(self, rest: bytes) -> Iterator[bytes]:
-        pieces, coding = self.receive_all(rest), self.headers.get("transfer-encoding")
-        length = parse_content_length(self.headers)
-        if coding and (coding.lower() != "chunked" or length is not None):
-            raise BadHead("its length is given in two ways, or in an unknown one")
-        if coding:
-            beyond = yield from unchunked(pieces)
-        elif length is not None or self.status in (204, 304):
-            beyond = yield from first_bytes(pieces, length or 0)
-        else:
-            yield from pieces
-            beyond = b"the connection has ended"
-        self.is_complete = True
-        self.is_reusable = self.is_reusable and not beyond
 
 
 class NotConnected(OSError):
@@ -2676,7 +2709,6 @@ class ConnectionPool:
         self.tls = tls
         self.keep = 60.0  # seconds that a connection may be idle
         self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
-        self.is_closed = False
 
     @contextmanager
     def request(
@@ -2686,7 +2718,7 @@ class ConnectionPool:
         message: bytes,
         timeout: float,
         cancellation: Cancellation,
-    ) -> Iterator[ServerResponse]:
+    ) -> Iterator[HTTPResponse]:
         """Send a message; inside, its response can be read.
 
         Raise NotConnected if nothing was sent, else OSError or HTTPException, or the
@@ -2694,25 +2726,24 @@ class ConnectionPool:
         sent again; a POST never is.
         """
 
-        def send(sock: socket.socket) -> ServerResponse:
+        def send(sock: socket.socket) -> HTTPResponse:
             try:
                 with cancellation.on_cancel(partial(shut, sock)):
                     set_timeout(sock, socket.SO_RCVTIMEO, timeout)
                     sock.sendall(message)
-                    return ServerResponse(sock)
+                    return HTTPResponse(sock)
             except BaseException:
                 sock.close()
                 cancellation.check()
                 raise
 
-        response, kept = None, self.take(origin)
-        if kept:
-            try:
-                response = send(kept)
-            except (OSError, http.client.HTTPException) as error:
-                if method != "GET" or isinstance(error, TimeoutError):
-                    raise
-        response = response or send(self.connect(origin))
+        kept = self.take(origin)
+        try:
+            response = send(kept or self.connect(origin))
+        except (OSError, http.client.HTTPException) as error:
+            if not kept or method != "GET" or isinstance(error, TimeoutError):
+                raise
+            response = send(self.connect(origin))
         try:
             with cancellation.on_cancel(partial(shut, response.sock)):
                 yield response
@@ -2740,11 +2771,11 @@ class ConnectionPool:
         host, port, is_tls = url.hostname or "", url.port, url.scheme == "https"
         proxy = find_proxy(host) if is_tls else urlsplit("")
         address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
-        connection = (
-            http.client.HTTPSConnection(*address, timeout=timeout, context=self.tls)
-            if is_tls
-            else http.client.HTTPConnection(*address, timeout=timeout)
-        )
+        connection = http.client.HTTPConnection(*address, timeout=timeout)
+        if is_tls:
+            connection = http.client.HTTPSConnection(
+                *address, timeout=timeout, context=self.tls
+            )
         if proxy.hostname:
             user = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
             basic = f"Basic {b64encode(user.encode()).decode()}"
@@ -2758,15 +2789,15 @@ class ConnectionPool:
         set_timeout(connection.sock, socket.SO_SNDTIMEO, self.timeouts.create)
         return cast(socket.socket, connection.sock)
 
-    def release(self, origin: Origin, response: ServerResponse) -> None:
+    def release(self, origin: Origin, response: HTTPResponse) -> None:
         """Keep the connection if the last bytes of its response are here already."""
-        sock = response.sock
+        sock, reader = response.sock, response.reader
         with suppress(OSError, http.client.HTTPException):
-            if not response.is_complete:
+            if not reader.is_done:
                 sock.settimeout(0.001)
                 for _ in islice(response.body, 2):  # a little, and then its end
                     pass
-            if response.is_complete and response.is_reusable and not self.is_closed:
+            if reader.is_done and not reader.data and response.keeps_alive:
                 idle = self.idle[origin]
                 idle.append((time.monotonic(), sock))
                 self.trim(idle)
@@ -2782,7 +2813,7 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Keep none from now on, and none of those that are idle."""
-        self.is_closed, self.keep = True, 0
+        self.keep = 0
         for idle in list(self.idle.values()):
             self.trim(idle)
 
@@ -5746,7 +5777,14 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
 
 def create_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
     body = parse_body(request, COMPLETION, model)
-    check_count(len(body["prompt"]) * body["n"])
+    predictions = len(body["prompt"]) * body["n"]  # each of which is paid for
+    require(
+        predictions <= MOST_PREDICTIONS,
+        f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
+        f"call may make {MOST_PREDICTIONS}. Send fewer prompts at once.",
+        code="array_above_max_length",
+        param="prompt",
+    )
     chosen = find_model(proxy.models.current(), body["model"])
     family = family_for(chosen, body, set(), proxy.upstream.schemas)
     inputs = [
@@ -5757,16 +5795,6 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
     return generation.respond("cmpl-", text_completion, text_stream)
 
 
-def check_count(predictions: int) -> None:
-    """Each prompt and each choice of it is a prediction, and they are paid for."""
-    message = (
-        f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
-        f"call may make {MOST_PREDICTIONS}. Send fewer prompts at once."
-    )
-    few = predictions <= MOST_PREDICTIONS
-    require(few, message, code="array_above_max_length", param="prompt")
-
-
 def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
     content_type = request.headers.get("content-type", "application/json")
     body = parse_json_body(request.body, content_type)
@@ -5775,11 +5803,11 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
     require(body.get("model"), "you must provide a model parameter")
     request.log.model = str(body["model"])
     checked = check(body, params)
-    only_streamed = (
-        "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+    require(
+        checked["stream"] or body.get("stream_options") is None,
+        "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+        param="stream_options",
     )
-    allowed = checked["stream"] or body.get("stream_options") is None
-    require(allowed, only_streamed, param="stream_options")
     return checked
 
 
@@ -5808,9 +5836,9 @@ def find_operation(
     if method == "OPTIONS":
         return answer_preflight
     endpoint, ids = find_endpoint(method, path)
-    is_optional = endpoint.key == "optional" and given_key(headers) is None
-    if endpoint.key != "none" and not is_optional:
-        authorize(headers, proxy.settings.api_keys)
+    key = given_key(headers)
+    if endpoint.key == "required" or (endpoint.key == "optional" and key is not None):
+        authorize(key, proxy.settings.api_keys)
     return lambda proxy, request: endpoint.operation(proxy, request, *ids)
 
 
@@ -5818,50 +5846,24 @@ def find_operation(
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
     wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
-    found = [
-        (endpoint, match.groups())
-        for endpoint in ENDPOINTS
-        if (match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted))
-    ]
-    if not found:
+    allowed = set()
+    for endpoint in ENDPOINTS:
+        if match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted):
+            if endpoint.method == ("GET" if method == "HEAD" else method):
+                return endpoint, match.groups()
+            allowed.add(endpoint.method)
+    if not allowed:
         message = (
             f"Unknown request URL: {method} {path}. Please check the URL for typos."
         )
         raise APIError(404, message, code="unknown_url")
-    for endpoint, ids in found:
-        if endpoint.method == ("GET" if method == "HEAD" else method):
-            return endpoint, ids
-    allowed = ", ".join(sorted({endpoint.method for endpoint, _ in found}))
+    methods = ", ".join(sorted(allowed))
     raise APIError(
         405,
-        f"Not allowed to {method} on {path}. Only {allowed} requests are accepted.",
+        f"Not allowed to {method} on {path}. Only {methods} requests are accepted.",
         code="method_not_supported",
-        headers={"allow": allowed},
+        headers={"allow": methods},
     )
-
-
-WHOSE_KEY = (
-    "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
-)
-
-
-def authorize(headers: Mapping[str, str], keys: Iterable[str]) -> None:
-    given = given_key(headers)
-    if given is None:
-        raise APIError(
-            401,
-            "You didn't provide an API key. You need to provide it in an Authorization "
-            "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
-            f"{WHOSE_KEY}",
-        )
-    matches = [compare_digest(given.encode(), key.encode()) for key in keys]
-    if not any(matches):
-        raise APIError(
-            401,
-            "Incorrect API key provided. It has to be one of the proxy's own keys, "
-            f"{WHOSE_KEY}",
-            code="invalid_api_key",
-        )
 
 
 def given_key(headers: Mapping[str, str]) -> str | None:
@@ -5869,6 +5871,27 @@ def given_key(headers: Mapping[str, str]) -> str | None:
     if scheme:
         return key.strip() if scheme.lower() == "bearer" else ""
     return headers.get("api-key")
+
+
+WHOSE_KEY = (
+    "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
+)
+
+
+def authorize(given: str | None, keys: Iterable[str]) -> None:
+    if given is None:
+        raise APIError(
+            401,
+            "You didn't provide an API key. You need to provide it in an Authorization "
+            "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
+            f"{WHOSE_KEY}",
+        )
+    if not any([compare_digest(given.encode(), key.encode()) for key in keys]):
+        message = (
+            "Incorrect API key provided. It has to be one of the proxy's own keys, "
+            f"{WHOSE_KEY}"
+        )
+        raise APIError(401, message, code="invalid_api_key")
 
 
 CORS = {
@@ -5892,11 +5915,11 @@ def answer_preflight(proxy: Proxy, request: Request) -> Response:
     return Response(None, 204, allow)
 
 
-# -- HTTP ----------------------------------------------------------------------
+# -- Server --------------------------------------------------------------------
 #
-# Requests as they come over a socket. http.server takes bare line feeds, folded
-# lines and two lengths, behind which one request could hide another: here, what
-# can be read in two ways is refused.
+# A thread per connection, as http.server has them, and one more that watches all
+# clients: threads that follow predictions may simply block, since a client that
+# hangs up has its request cancelled, and a stream that is silent is kept alive.
 
 
 SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the connection
@@ -5904,110 +5927,6 @@ SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the conne
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
 
 ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
-
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(;[ -~]*)?\r\n")
-
-
-def bad_request(message: str, status: int = 400) -> APIError:
-    return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
-
-
-class DeadlineReader(io.RawIOBase):
-    """What a client sends, with a deadline for all of it and not for each byte."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.deadline = 0.0
-
-    def set_deadline(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Raise ClientDisconnected, or 408 after the deadline."""
-        left = max(self.deadline - time.monotonic(), 0.001)
-        try:
-            set_timeout(self.sock, socket.SO_RCVTIMEO, left)
-            return self.sock.recv_into(buffer)
-        except (TimeoutError, BlockingIOError):
-            raise bad_request("it came too slowly", 408) from None
-        except OSError as error:
-            raise ClientDisconnected from error
-
-    def drain(self, seconds: float) -> None:
-        """Read what the client still sends; closing now would lose our response."""
-        with suppress(OSError, APIError, ClientDisconnected):
-            self.sock.shutdown(socket.SHUT_WR)
-            self.set_deadline(seconds)
-            while self.readinto(bytearray(SMALL_BODY)):
-                pass
-
-
-def path_of(target: str) -> str:
-    return ORIGIN.sub("", target, count=1).partition("?")[0]
-
-
-def read_head_lines(stream: io.BufferedIOBase) -> list[bytes]:
-    """Read the lines up to the empty one; empty lines before the first are skipped."""
-    lines: list[bytes] = []
-    left = MAX_HEAD
-    while line := stream.readline(left + 1):
-        left -= len(line)
-        if left < 0:
-            raise bad_request(f"its head is larger than {MAX_HEAD} bytes", 431)
-        if not line.endswith(b"\r\n"):
-            raise bad_request("a line of its head does not end in CR LF")
-        if line != b"\r\n":
-            lines.append(line[:-2])
-        elif lines:
-            return lines
-    raise bad_request("its head has no end")
-
-
-def parse_body_length(headers: Mapping[str, str], version: str) -> int | None:
-    """In bytes; None if it comes in chunks. Raise APIError, or BadHead."""
-    length, coding = parse_content_length(headers), headers.get("transfer-encoding")
-    if coding is None:
-        return length or 0
-    if length is not None or version == "HTTP/1.0":
-        raise bad_request("its length is told in two ways, or in one it may not use")
-    if coding.lower() != "chunked":
-        raise bad_request("its Transfer-Encoding is not just chunked", 501)
-    return None
-
-
-def read_exactly(stream: io.BufferedIOBase, length: int) -> bytes:
-    data = stream.read(length)
-    if len(data) < length:
-        raise bad_request("its body stops early")
-    return data
-
-
-def read_chunks(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes]:
-    total = 0
-    while True:
-        if not (match := CHUNK_SIZE.fullmatch(stream.readline(1024))):
-            raise bad_request("a chunk has no size")
-        if not (size := int(match[1], 16)):
-            break
-        total += size
-        check_body_size(total, limit)
-        yield read_exactly(stream, size)
-        if read_exactly(stream, 2) != b"\r\n":
-            raise bad_request("a chunk is longer than it says")
-    left = MAX_HEAD
-    while (line := stream.readline(left)) != b"\r\n":
-        left -= len(line)
-        if not line.endswith(b"\r\n") or left <= 0:
-            raise bad_request("its trailers have no end")
-
-
-def check_body_size(size: int, limit: int) -> None:
-    if size > limit:
-        message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
-        raise APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -6018,13 +5937,6 @@ def send_all(sock: socket.socket, data: bytes) -> None:
         raise ClientDisconnected from error
 
 
-# -- Server --------------------------------------------------------------------
-#
-# A thread per connection, as http.server has them, and one more that watches all
-# clients: threads that follow predictions may simply block, since a client that
-# hangs up has its request cancelled, and a stream that is silent is kept alive.
-
-
 spaced_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -6033,15 +5945,14 @@ def encode_readable_json(body: Json) -> bytes:
 
     json's `indent` would do more of it, by an encoder that is not in C.
     """
-
-    def encode(value: Any) -> str:
-        if not isinstance(value, list) or not value:
-            return spaced_json(value)
-        return "[\n    " + ",\n    ".join(map(spaced_json, value)) + "\n  ]"
-
-    lines = [f'"{name}": {encode(value)}' for name, value in body.items()]
-    text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
-    return text.encode("utf-8", "replace")
+    lines = []
+    for name, value in body.items():
+        if isinstance(value, list) and value:
+            text = "[\n    " + ",\n    ".join(map(spaced_json, value)) + "\n  ]"
+        else:
+            text = spaced_json(value)
+        lines.append(f'  "{name}": {text}')
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "replace")
 
 
 STREAM_HEADERS = {
@@ -6069,7 +5980,6 @@ class EventStreamWriter:
         self.lock = threading.Lock()
         self.unsent = b""  # the rest of a comment
         self.is_open = False  # the status line is sent
-        self.is_watched = True
         self.last_write = time.monotonic()
 
     def write(self, data: bytes) -> None:
@@ -6092,21 +6002,16 @@ class EventStreamWriter:
             with suppress(ClientDisconnected):
                 send_all(self.sock, self.unsent + b"0\r\n\r\n")
 
-    def keep_alive(self, timeouts: Timeouts) -> None:
-        """Send a comment if it is time, and no more of it than goes at once."""
+    def is_silent(self, timeouts: Timeouts) -> bool:
         limit = timeouts.keep_alive if self.is_open else timeouts.silent_start
-        is_due = time.monotonic() - self.last_write >= limit
-        if not is_due or not self.lock.acquire(blocking=False):  # its request writes
-            return
-        try:
-            if self.is_watched:
-                self.unsent = self.take(KEEP_ALIVE)
-                sent = self.sock.send(self.unsent, DONT_WAIT)
-                self.unsent = self.unsent[sent:]
-        except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
-            pass
-        finally:
-            self.lock.release()
+        return time.monotonic() - self.last_write >= limit
+
+    def send_comment(self) -> None:
+        """Send no more of it than goes at once; the lock is held."""
+        self.unsent = self.take(KEEP_ALIVE)
+        with suppress(OSError):  # its buffer is full, or it is gone
+            sent = self.sock.send(self.unsent, DONT_WAIT)
+            self.unsent = self.unsent[sent:]
 
 
 # To register with poll is no system call, unlike epoll; Windows has only select.
@@ -6139,19 +6044,26 @@ class Watcher(threading.Thread):
         try:
             yield
         finally:
-            self.writers.discard(writer)
             with writer.lock:  # the watcher may be about to write to it
-                writer.is_watched = False
+                self.writers.discard(writer)
 
     def run(self) -> None:
         while not self.is_stopped:
             try:
                 self.wait_for_hang_ups()
-                for writer in list(self.writers):
-                    writer.keep_alive(self.timeouts)
+                for writer in self.writers.copy():
+                    self.keep_alive(writer)
             except Exception:  # all requests depend on this thread
                 log.exception("the watcher failed")
                 time.sleep(self.timeouts.watch_interval)
+
+    def keep_alive(self, writer: EventStreamWriter) -> None:
+        if writer.is_silent(self.timeouts) and writer.lock.acquire(blocking=False):
+            try:
+                if writer in self.writers:
+                    writer.send_comment()
+            finally:
+                writer.lock.release()
 
     def wait_for_hang_ups(self) -> None:
         """Wait until a client sends something or its connection ends, or a while."""
@@ -6165,8 +6077,9 @@ class Watcher(threading.Thread):
             for key, _ in selector.select(self.timeouts.watch_interval):
                 # What a client sends now is its next request: from then on a hang-up
                 # can't be seen, and its request is no longer watched.
-                self.clients.pop(key.data, None)
-                if not peek(cast(socket.socket, key.fileobj)):
+                if (sent := peek(cast(socket.socket, key.fileobj))) is not None:
+                    self.clients.pop(key.data, None)
+                if sent == b"":
                     key.data.cancel(ClientDisconnected())
 
     def stop(self) -> None:
@@ -6188,8 +6101,22 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.setblocking(True)  # a Mac's is as the one that listens
         limit = self.server.proxy.settings.write_timeout
         set_timeout(self.connection, socket.SO_SNDTIMEO, limit)
-        self.reader = DeadlineReader(self.connection)
-        self.rfile = self.stream = io.BufferedReader(self.reader)
+        self.reader = MessageReader(self.receive)
+        self.body = self.reader.read_body(0)
+
+    def set_deadline(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+
+    def receive(self) -> bytes:
+        """Raise 408 after the deadline, which is one for many pieces."""
+        left = max(self.deadline - time.monotonic(), 0.001)
+        try:
+            set_timeout(self.connection, socket.SO_RCVTIMEO, left)
+            return bytes(self.connection.recv(SMALL_BODY))
+        except (TimeoutError, BlockingIOError):
+            raise BadMessage("it came too slowly", 408) from None
+        except OSError as error:
+            raise ClientDisconnected from error
 
     def handle_one_request(self) -> None:
         """Serve a request, from its first byte to its line in the log."""
@@ -6199,94 +6126,89 @@ class Handler(BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.id = f"req_{secrets.token_hex(16)}"
         self.api_request = Request("-", "-", {})
-        # Bytes of the body before the next request; None if nothing may follow it.
-        self.unread: int | None = None
         self.status = 0  # once it is sent
         try:
-            self.parse_request()
-            self.respond()
+            try:
+                self.respond()
+            except ClientDisconnected:
+                raise
+            except Exception as error:
+                failure = self.failure(error)
+                self.send(Response(failure.body, failure.status, failure.headers))
         except ClientDisconnected:
             self.close_connection = True
             self.api_request.log.error = "client_gone"
-        except Exception as error:
-            failure = self.failure(error)
-            with suppress(ClientDisconnected):
-                self.send(Response(failure.body, failure.status, failure.headers))
         finally:
+            self.server.requests.discard(self.api_request)
             self.log_line()
-            self.server.release(self.api_request)
-        if self.close_connection and self.unread != 0:
-            self.reader.drain(self.server.timeouts.drain_input)
-        elif self.unread:
-            try:
-                read_exactly(self.stream, self.unread)
-            except (APIError, ClientDisconnected):
-                self.close_connection = True
+        if self.close_connection and not self.reader.is_done:
+            self.drain()
 
     def await_request(self) -> bool:
         """Wait for its first byte; from then on, the client has to hurry."""
-        server, timeouts = self.server, self.server.timeouts
-        self.reader.set_deadline(
-            timeouts.drain if server.is_stopping else timeouts.idle
-        )
-        has_come = False
-        server.idle.add(self.connection)
-        with suppress(APIError, ClientDisconnected):
-            has_come = bool(self.stream.peek(1))
-        server.idle.discard(self.connection)
-        self.reader.set_deadline(timeouts.head)
-        return has_come
-
-    def parse_request(self) -> bool:
-        """Read the head. Raise APIError for one that could be read in two ways."""
-        first, *lines = read_head_lines(self.stream)
-        if not (match := REQUEST_LINE.fullmatch(first)):
-            raise bad_request("the request line is not METHOD target HTTP/1.1")
-        method, target, version = (part.decode("latin-1") for part in match.groups())
-        self.request_version = version
-        try:
-            headers = parse_headers(lines)
-            self.api_request = Request(method, path_of(target), headers)
-            self.body_length = parse_body_length(headers, version)
-        except BadHead as error:
-            raise bad_request(str(error)) from None
-        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
-        length = self.body_length
-        is_small = length is not None and length <= SMALL_BODY
-        if length == 0 or (is_small and not self.awaits_continue):
-            self.unread = length
-        keeps = "close" not in headers.get("connection", "").lower()
-        self.close_connection = version == "HTTP/1.0" or not keeps
-        return True
+        server, timeouts, reader = self.server, self.server.timeouts, self.reader
+        self.set_deadline(timeouts.drain if server.is_stopping else timeouts.idle)
+        server.connections[self.connection] = True
+        with suppress(BadMessage, ClientDisconnected):
+            for _ in self.body:  # of the request before, if nobody has read it
+                pass
+            while not reader.data.removeprefix(b"\r\n"):  # an empty line may come first
+                reader.fill()
+        server.connections[self.connection] = False
+        reader.data = reader.data.removeprefix(b"\r\n")
+        self.set_deadline(timeouts.head)
+        return bool(reader.data)
 
     def respond(self) -> None:
-        """Read the body of one who may ask, if there is room, and run its operation."""
+        """Run the operation of a request, while its client is watched."""
+        try:
+            operation = self.read_request()
+        except BadMessage as error:
+            message = f"This is not HTTP as the proxy reads it: {error}."
+            raise APIError(error.status, message) from None
         server, request = self.server, self.api_request
-        operation = find_operation(
-            server.proxy, request.method, request.path, request.headers
-        )
-        if request.method == "POST":
-            request.body = self.read_body()
         with server.watcher.watching(self.connection, request.cancellation):
             self.send(operation(server.proxy, request))
 
-    def read_body(self) -> bytes:
-        server, length = self.server, self.body_length
-        limit = server.proxy.settings.max_body_bytes
-        if length == 0 and "content-length" not in self.api_request.headers:
-            raise bad_request("a body needs a Content-Length", 411)
-        check_body_size(length or 0, limit)
-        server.admit(self.api_request)
-        self.reader.set_deadline(server.timeouts.body)
-        if self.awaits_continue:
-            send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.unread = None
-        if length is None:
-            body = b"".join(read_chunks(self.stream, limit))
-        else:
-            body = read_exactly(self.stream, length)
-        self.unread = 0
-        return body
+    def read_request(self) -> Callable[[Proxy, Request], Response]:
+        """Read the head, and the body of one who may ask, if there is room for it."""
+        server, limit = self.server, self.server.proxy.settings.max_body_bytes
+        first, headers = self.reader.read_head()
+        if not (match := REQUEST_LINE.fullmatch(first)):
+            raise BadMessage("the request line is not METHOD target HTTP/1.1")
+        method, target, version = (part.decode("latin-1") for part in match.groups())
+        path = ORIGIN.sub("", target, count=1).partition("?")[0]
+        length = parse_body_length(headers)
+        self.request_version = version
+        self.api_request = request = Request(method, path, headers)
+        self.body = self.reader.read_body(length or 0, limit)
+        is_last = "close" in headers.get("connection", "").lower()
+        is_last = is_last or version == "HTTP/1.0"
+        awaits_continue = headers.get("expect", "").lower() == "100-continue"
+        is_small = 0 <= (length or 0) <= SMALL_BODY and not awaits_continue
+        self.close_connection = is_last or not is_small  # if nobody reads its body
+        operation = find_operation(server.proxy, method, path, headers)
+        if method == "POST":
+            if length is None:
+                raise BadMessage("a body needs a Content-Length", 411)
+            if length > limit:
+                raise body_too_large(length, limit)
+            server.admit(request)
+            self.set_deadline(server.timeouts.body)
+            if awaits_continue:
+                send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.close_connection = True
+            request.body = b"".join(self.body)
+            self.close_connection = is_last
+        return operation
+
+    def drain(self) -> None:
+        """Read what the client still sends; closing now would lose our response."""
+        with suppress(OSError, BadMessage, ClientDisconnected):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.set_deadline(self.server.timeouts.drain_input)
+            while self.receive():
+                pass
 
     def send(self, response: Response) -> None:
         body, headers = response.body or b"", dict(response.headers)
@@ -6298,8 +6220,6 @@ class Handler(BaseHTTPRequestHandler):
             headers["content-type"] = "application/json"
         if response.status != 204:
             headers["content-length"] = str(len(body))
-        if self.unread is None:
-            self.close_connection = True
         head = self.head(response.status, headers)
         is_head = self.api_request.method == "HEAD"
         send_all(self.connection, head if is_head else head + body)
@@ -6401,10 +6321,11 @@ class Server(ThreadingHTTPServer):
         self.timeouts = timeouts
         self.api = ReplicateAPI(settings, timeouts)
         self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
-        self.changed = threading.Condition()  # of the sets below
-        self.connections: set[socket.socket] = set()  # from when they are accepted
-        self.idle: set[socket.socket] = set()  # those between two requests
+        # From when they are accepted; whether they are between two requests.
+        self.connections: dict[socket.socket, bool] = {}
+        self.disconnected = threading.Condition()
         self.requests: set[Request] = set()  # in flight
+        self.admission = threading.Lock()
         self.is_stopping = False  # no connection is kept …
         self.is_over = False  # … and no request begun
         self.watcher = Watcher(timeouts)
@@ -6425,7 +6346,7 @@ class Server(ThreadingHTTPServer):
 
         Where many come at once, each would wait for all threads before it.
         """
-        self.connections.add(request)
+        self.connections[request] = False
         work = (self.process_request_thread, (request, client_address))
         try:
             _thread.start_new_thread(*work)
@@ -6438,13 +6359,13 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        with self.changed:
-            self.connections.discard(request)
-            self.changed.notify_all()
+        with self.disconnected:
+            self.connections.pop(request, None)
+            self.disconnected.notify_all()
 
     def admit(self, request: Request) -> None:
         """Raise 503 if there is no room for it."""
-        with self.changed:
+        with self.admission:
             if self.is_over:
                 raise overloaded("is being stopped")
             if len(self.requests) >= self.proxy.settings.max_concurrent_calls:
@@ -6453,20 +6374,17 @@ class Server(ThreadingHTTPServer):
                 )
             self.requests.add(request)
 
-    def release(self, request: Request) -> None:
-        with self.changed:
-            self.requests.discard(request)
-            self.changed.notify_all()
-
-    def wait_until_empty(self, those: Collection[object], seconds: float) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: not those, seconds)
+    def await_disconnects(self, seconds: float) -> None:
+        with self.disconnected:
+            self.disconnected.wait_for(lambda: not self.connections, seconds)
 
     def server_close(self) -> None:
         """Stop listening, let the requests finish that have come, cancel the rest.
 
         Whoever holds an idle connection may have a request under way on it, which a
-        close would lose: it is closed when none has come for a moment.
+        close would lose: it is closed when none has come for a moment. A prediction
+        that Replicate takes longer than `Timeouts.abort` to create is not cancelled:
+        its Cancel-After ends it.
         """
         if self.is_stopping:
             return
@@ -6475,17 +6393,17 @@ class Server(ThreadingHTTPServer):
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
-        self.wait_until_empty(self.connections, drain)
-        for connection in list(self.idle):
-            shut(connection)
-        self.wait_until_empty(self.connections, grace - drain)
-        with self.changed:
+        self.await_disconnects(drain)
+        for connection, is_idle in self.connections.copy().items():
+            if is_idle:
+                shut(connection)
+        self.await_disconnects(grace - drain)
+        with self.admission:
             self.is_over = True
-            unfinished = list(self.requests)
-        for request in unfinished:
+        for request in self.requests.copy():
             request.cancellation.cancel(overloaded("is being stopped"))
         until = time.monotonic() + self.timeouts.abort
-        self.wait_until_empty(self.requests, self.timeouts.abort)
+        self.await_disconnects(self.timeouts.abort)
         self.proxy.upstream.await_runs(until - time.monotonic())
         self.watcher.stop()
         self.api.close()
@@ -6522,9 +6440,7 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 # in each, but only the parent looks at them.
 
 
-MIN_UPTIME = 10  # seconds a worker lives if it was not its start that failed
-
-MAX_BACKOFF = 30.0  # seconds before one that dies at its start is started again
+PAUSE = 1.0  # seconds before a worker takes the place of one that died
 
 
 def handle_signals(handler: Callable[[int, Any], None]) -> None:
@@ -6540,61 +6456,40 @@ def run_workers(
 ) -> int:
     """Keep processes at work until a signal, and wait for their end until another.
 
-    Each gives its exit code, and is given the end of a pipe that tells it to stop."""
+    Each gives its exit code, and is given the end of a pipe that tells it to stop.
+    """
     pipe = os.pipe()
-    workers: dict[int, float] = {}  # when each was started, by its id
-    backoff, due = 0.0, 0.0
+
+    def run() -> None:
+        os.close(pipe[1])
+        os._exit(work(pipe[0]))
+
+    workers: set[multiprocessing.process.BaseProcess] = set()
+    due = 0.0
     while not signals:
-        now = time.monotonic()
         try:
-            while now >= due and len(workers) < count:
-                workers[fork(work, pipe)] = now
+            while time.monotonic() >= due and len(workers) < count:
+                # The parent has no threads, which a fork would break.
+                process = multiprocessing.get_context("fork").Process(target=run)
+                process.start()
+                workers.add(process)
         except OSError as error:  # no memory, or too many processes
             log.error("event=worker_not_started error=%s", quoted(error))
-            due = now + 1
+            due = time.monotonic() + PAUSE
         time.sleep(0.1)
-        if died := reap(workers):
-            shortest = min(now - workers.pop(pid) for pid in died)
-            is_early = shortest < MIN_UPTIME
-            backoff = min(2 * backoff or 0.5, MAX_BACKOFF) if is_early else 0.0
-            due = now + backoff
-            for pid, code in died.items():
-                log.error(
-                    "event=worker_died pid=%d code=%d pause=%g", pid, code, backoff
-                )
+        for worker in [worker for worker in workers if not worker.is_alive()]:
+            log.error("event=worker_died pid=%d code=%d", worker.pid, worker.exitcode)
+            workers.remove(worker)
+            due = time.monotonic() + PAUSE
     listener.close()
     os.close(pipe[1])
-    exit_code = 0
-    while workers:
+    while any([worker.is_alive() for worker in workers]):
         if len(signals) > 1:
-            for pid in workers:
-                os.kill(pid, signal.SIGKILL)
+            for worker in workers:
+                worker.kill()
             return 128 + signals[1]
-        for pid, code in reap(workers).items():
-            del workers[pid]
-            exit_code = exit_code or int(code != 0)
         time.sleep(0.1)
-    return exit_code
-
-
-def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
-    """Start a process; the parent has no threads, which a fork would break."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        os.close(pipe[1])
-        code = work(pipe[0])
-    except Exception:
-        log.exception("a worker failed")
-    finally:
-        os._exit(code)
-
-
-def reap(workers: Iterable[int]) -> dict[int, int]:
-    """The exit codes of those that have ended."""
-    ends = (os.waitpid(pid, os.WNOHANG) for pid in workers)
-    return {pid: os.waitstatus_to_exitcode(status) for pid, status in ends if pid}
+    return int(any(worker.exitcode for worker in workers))
 
 
 # -- Command line --------------------------------------------------------------
@@ -6657,16 +6552,14 @@ def read_settings(options: argparse.Namespace) -> Settings:
             "REPLICATE_API_TOKEN": "r8_demo",
             "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
             "PROXY_API_KEY": "demo",
+            "WORKERS": "1",
         }
     return Settings.from_environ(values)
 
 
 @contextmanager
-def with_replicate(settings: Settings, is_demo: bool) -> Iterator[Settings]:
-    """Play Replicate in this process if it is a demo; give the settings for it."""
-    if not is_demo:
-        yield settings
-        return
+def play_replicate(settings: Settings) -> Iterator[Settings]:
+    """Play Replicate in this process; give the settings for it."""
     from fake_replicate import FakeReplicate
 
     with FakeReplicate(token=settings.replicate_api_token, default="demo") as fake:
@@ -6690,7 +6583,7 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    work = partial(serve_until, settings, options.demo, listener)
+    work = partial(serve_until, settings, listener)
     if settings.workers > 1:
         signals: list[int] = []
         handle_signals(lambda number, _: signals.append(number))
@@ -6715,22 +6608,19 @@ def stop_on_signals() -> int:
     return pipe
 
 
-def serve_until(
-    settings: Settings, is_demo: bool, listener: socket.socket, pipe: int
-) -> int:
+def serve_until(settings: Settings, listener: socket.socket, pipe: int) -> int:
     """Serve until a pipe ends, and then until all requests are answered."""
-    with with_replicate(settings, is_demo) as settings:
-        server = Server(settings, Timeouts(), listener)
+    server = Server(settings, Timeouts(), listener)
 
-        def stop() -> None:
-            os.read(pipe, 1)
-            server.shutdown()
+    def stop() -> None:
+        os.read(pipe, 1)
+        server.shutdown()
 
-        threading.Thread(target=stop, daemon=True).start()
-        gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
-        server.serve_forever(0.1)
-        log.info("stopping calls=%d", len(server.requests))
-        server.server_close()
+    threading.Thread(target=stop, daemon=True).start()
+    gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
+    server.serve_forever(0.1)
+    log.info("stopping calls=%d", len(server.requests))
+    server.server_close()
     return 0
 
 
@@ -6755,17 +6645,16 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     )
 
 
-def check_token(settings: Settings, models: Models, is_demo: bool) -> int:
+def check_token(settings: Settings, models: Models) -> int:
     """Say what was read, and whether Replicate knows the token."""
-    with with_replicate(settings, is_demo) as settings:
-        print(f"settings  are right: {settings}")
-        print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
-        print(f"and {models.default_model or 'none'} for any other name")
-        with closing(ReplicateAPI(settings, Timeouts())) as api:
-            try:
-                account = api.account()
-            except APIError as error:
-                raise ConfigError(str(error)) from None
+    print(f"settings  are right: {settings}")
+    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
+    print(f"and {models.default_model or 'none'} for any other name")
+    with closing(ReplicateAPI(settings, Timeouts())) as api:
+        try:
+            account = api.account()
+        except APIError as error:
+            raise ConfigError(str(error)) from None
     owner = f"{account.get('type')} {account.get('username')}"
     print(f"token     works: {owner} of Replicate")
     return 0
@@ -6775,13 +6664,18 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
     """Run the program as a child, and anew whenever a file has changed."""
     rest = [argument for argument in arguments if argument != "--reload"]
     command = [sys.executable, str(HERE / "proxy.py"), *rest]
+    files = [
+        HERE / "proxy.py",
+        Path(options.env_file or HERE / ".env"),
+        Path(options.models or HERE / "models.json"),
+    ]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
-        before = modification_times(options)
+        before = modification_times(files)
         with subprocess.Popen(command) as child:
             try:
-                while modification_times(options) == before:
+                while modification_times(files) == before:
                     time.sleep(0.3)
             except KeyboardInterrupt:  # the child has got the signal too
                 return child.wait()
@@ -6792,11 +6686,7 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
             child.terminate()
 
 
-def modification_times(options: argparse.Namespace) -> list[float]:
-    """Those of the program, its settings and its models."""
-    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
-    with suppress(ConfigError):  # the child reports it
-        files.append(Path(read_settings(options).models_path))
+def modification_times(files: Iterable[Path]) -> list[float]:
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 
@@ -6819,10 +6709,12 @@ def main(arguments: Sequence[str]) -> int:
             print(settings.api_keys[0])
             return 0
         models = ModelsFile(settings.models_path, FAMILIES).current()
-        if options.check:
-            return check_token(settings, models, options.demo)
-        log_to_stderr(settings.log_level)
-        return serve(settings, models, options)
+        play = play_replicate if options.demo else nullcontext
+        with play(settings) as settings:
+            if options.check:
+                return check_token(settings, models)
+            log_to_stderr(settings.log_level)
+            return serve(settings, models, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)

@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
@@ -502,15 +503,10 @@ def test_an_env_file_is_read_as_shells_read_it(text, expected):
     assert proxy.parse_env_file(text) == expected
 
 
-@table(
-    "line", [("no equals sign", "B"), ("no name", "=b"), ("a name with a dot", "B.C=d")]
-)
+@table("line", [("no equals sign", "B"), ("no name", "=b"), ("a dotted name", "B.C=d")])
 def test_an_env_file_that_is_none_is_refused_by_line(line):
-    with pytest.raises(proxy.ConfigError) as caught:
+    with pytest.raises(proxy.ConfigError, match="Line 3 of the env file is not of the"):
         proxy.parse_env_file(f"A=b\n\n{line}\n")
-    assert caught.value.problems == (
-        "Line 3 of the env file is not of the form KEY=value.",
-    )
 
 
 def test_settings_come_from_the_environment():
@@ -538,32 +534,20 @@ NEITHER_SECRET_IS_REAL = (
     "PROXY_API_KEY is still the placeholder. "
     "Make one with: openssl rand -hex 32 and put it into .env.",
 )
-NO_TOKEN_YET, NO_KEY_YET = (
-    "your_replicate_api_token_here",
-    "your_secure_proxy_api_key_here",
-)
+PLACEHOLDER = "is still the placeholder."
+NO_KEY_YET = "your_secure_proxy_api_key_here"
 
 
 @table(
     "name, value, fault",
     [
         ("no token", "replicate_api_token", " ", "is missing."),
-        (
-            "a placeholder",
-            "replicate_api_token",
-            NO_TOKEN_YET,
-            "is still the placeholder.",
-        ),
+        ("a placeholder", "replicate_api_token", "r8_your_token", PLACEHOLDER),
         ("two lines", "replicate_api_token", "r8_a\nb", "has a character no header"),
         ("no key", "proxy_api_key", "", "is missing."),
         ("a comma and no key", "proxy_api_key", " , ", "is missing."),
-        ("a placeholder too", "proxy_api_key", NO_KEY_YET, "is still the placeholder."),
-        (
-            "the second of two",
-            "proxy_api_key",
-            f"a,{NO_KEY_YET}",
-            "is still the placeholder.",
-        ),
+        ("a placeholder too", "proxy_api_key", NO_KEY_YET, PLACEHOLDER),
+        ("the second of two", "proxy_api_key", f"a,{NO_KEY_YET}", PLACEHOLDER),
         ("no ASCII", "proxy_api_key", "a,schlüssel", "has a character no header"),
         ("a port", "port", 65536, "must be a number from 0 to 65535."),
         ("too few", "workers", 0, "must be a number from 1 to 256."),
@@ -571,12 +555,7 @@ NO_TOKEN_YET, NO_KEY_YET = (
         ("a time", "prediction_timeout", 4, "must be a number from 5 to 86400."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
-        (
-            "an address",
-            "replicate_base_url",
-            "api.x/v1",
-            "must be of the form https://",
-        ),
+        ("an address", "replicate_base_url", "api.x/v1", "must be of the form https:"),
     ],
 )
 def test_check_says_one_sentence_per_problem(name, value, fault):
@@ -584,25 +563,6 @@ def test_check_says_one_sentence_per_problem(name, value, fault):
         replace(GOOD, **{name: value}).check()
     [problem] = caught.value.problems
     assert problem.startswith(f"{name.upper()} {fault}")
-
-
-def test_check_says_how_to_get_the_secrets():
-    with pytest.raises(proxy.ConfigError) as caught:
-        proxy.Settings(
-            replicate_api_token=NO_TOKEN_YET, proxy_api_key=NO_KEY_YET
-        ).check()
-    assert caught.value.problems == NEITHER_SECRET_IS_REAL
-
-
-def test_check_tells_all_problems_at_once():
-    with pytest.raises(proxy.ConfigError) as caught:
-        proxy.Settings(port=-1, log_level="").check()
-    assert [problem.split()[0] for problem in caught.value.problems] == [
-        "REPLICATE_API_TOKEN",
-        "PROXY_API_KEY",
-        "PORT",
-        "LOG_LEVEL",
-    ]
 
 
 def test_there_may_be_several_keys():
@@ -4300,27 +4260,25 @@ CHUNKS = [
 ]
 
 
-def exhaust(pieces):
-    """All that a generator yields, joined, and what it returns."""
-    told = []
-    while True:
-        try:
-            told.append(next(pieces))
-        except StopIteration as end:
-            return b"".join(told), end.value
+def reader_of(pieces):
+    return proxy.MessageReader(partial(next, iter(pieces), b""))
+
+
+def unchunked(pieces):
+    return reader_of(pieces).read_body(proxy.CHUNKED)
 
 
 @table("wire, expected, beyond", CHUNKS)
 def test_chunks_are_undone_whole_and_byte_by_byte(wire, expected, beyond):
-    assert exhaust(proxy.unchunked([wire])) == (expected, beyond)
-    each = [bytes([byte]) for byte in wire]
-    assert exhaust(proxy.unchunked(each)) == (expected, b"")
+    for pieces, left in (([wire], beyond), (map(bytes, zip(wire)), b"")):
+        reader = reader_of(pieces)
+        assert b"".join(reader.read_body(proxy.CHUNKED)) == expected
+        assert (reader.is_done, reader.data) == (True, left)
 
 
 def test_chunks_that_came_together_are_one_piece():
     wire = b"".join(b"1\r\n%b\r\n" % bytes([letter]) for letter in LONG)
-    pieces = proxy.unchunked([wire[:100], wire[100:], b"0\r\n\r\n"])
-    assert len(list(pieces)) == 2
+    assert len([*unchunked([wire[:100], wire[100:], b"0\r\n\r\n"])]) == 2
 
 
 NO_CHUNKS = [
@@ -4342,12 +4300,12 @@ NO_CHUNKS = [
 def test_what_is_not_chunked_is_refused(wire):
     for pieces in ([wire], [bytes([byte]) for byte in wire[:100]] + [wire[100:]]):
         with pytest.raises(http.client.HTTPException):
-            list(proxy.unchunked(pieces))
+            list(unchunked(pieces))
 
 
 def test_the_end_of_a_chunk_is_no_piece_of_what_is_in_it():
     pieces = [b"3\r\nabc", b"\r", b"\n", b"1\r\nd\r\n", b"0\r\n\r\n"]
-    assert list(proxy.unchunked(pieces)) == [b"abc", b"d"]
+    assert list(unchunked(pieces)) == [b"abc", b"d"]
 
 
 class Host(socketserver.ThreadingTCPServer):
@@ -4462,21 +4420,21 @@ def raw_replicate(create=None, stream=None, looks=(), timeouts=SHORT, **options)
     """
     looks = list(looks) or [recorded()]
 
-    def record_of(answer):
-        """A record as given, with the URL of the stream."""
-        body = answer.partition(b"\r\n\r\n")[2]
-        return recorded(**{**json.loads(body), "urls": {"stream": host.url}})
+    def streaming(answer):
+        """A record as given, with the URL of the stream if there is one."""
+        if stream is None:
+            return answer
+        record = json.loads(answer.partition(b"\r\n\r\n")[2])
+        return recorded(**{**record, "urls": {"stream": host.url}})
 
     def says(method, path):
         if method == "POST":
-            new = recorded(None, "processing")
-            new = new if stream is None else record_of(new)
-            return new if create is None else create
+            processing = streaming(recorded(None, "processing"))
+            return processing if create is None else create
         if path.startswith("/v1/streams"):
             return stream
         if path.startswith("/v1/predictions"):
-            look = looks.pop(0) if len(looks) > 1 else looks[0]
-            return look if stream is None else record_of(look)
+            return streaming(looks.pop(0) if len(looks) > 1 else looks[0])
         return NO_SUCH
 
     with (
@@ -4486,41 +4444,20 @@ def raw_replicate(create=None, stream=None, looks=(), timeouts=SHORT, **options)
         yield host, server
 
 
-@contextmanager
-def created_as(wire, **options):
-    """One whose creates are answered like this, and which hangs up on them."""
-    with raw_replicate(wire, hangs_up="POST", **options) as both:
-        yield both
-
-
 RECORD = recorded().partition(b"\r\n\r\n")[2]
 SIZE = b"%d" % len(RECORD)
+SIZED = b"content-length: SIZE\r\n\r\nBODY"
+CHUNKS_OF = b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\nSIZE;\r\nBODY\r\n0\r\n\r\n"
+HINTS = b"103 Early Hints\r\na: b\r\n\r\n"
 FRAMED = [
-    ("a length", b"200 OK\r\ncontent-length: SIZE\r\n\r\nBODY", 1),
-    (
-        "chunks",
-        b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\nSIZE;\r\nBODY\r\n0\r\n\r\n",
-        1,
-    ),
-    ("no reason", b"201\r\ncontent-length: SIZE\r\n\r\nBODY", 1),
+    ("a length", b"200 OK\r\n" + SIZED, 1),
+    ("chunks", CHUNKS_OF, 1),
+    ("no reason", b"201\r\n" + SIZED, 1),
     ("no length", b"200 OK\r\n\r\nBODY", 2),
-    (
-        "it will close",
-        b"200 OK\r\nconnection: Close\r\ncontent-length: SIZE\r\n\r\nBODY",
-        2,
-    ),
-    (
-        "early hints",
-        b"103 Early Hints\r\na: b\r\n\r\nHTTP/1.1 200 OK\r\n"
-        b"content-length: SIZE\r\n\r\nBODY",
-        1,
-    ),
-    ("more than its length", b"200 OK\r\ncontent-length: SIZE\r\n\r\nBODYabc", 2),
-    (
-        "more than its chunks",
-        b"200 OK\r\ntransfer-encoding: chunked\r\n\r\nSIZE\r\nBODY\r\n0\r\n\r\nabc",
-        2,
-    ),
+    ("it will close", b"200 OK\r\nconnection: Close\r\n" + SIZED, 2),
+    ("early hints", HINTS + b"HTTP/1.1 200 OK\r\n" + SIZED, 1),
+    ("more than its length", b"200 OK\r\n" + SIZED + b"abc", 2),
+    ("more than its chunks", CHUNKS_OF + b"abc", 2),
 ]
 
 
@@ -4550,39 +4487,67 @@ def test_an_answer_without_a_body_ends_with_its_head(wire, connections):
         assert host.connected == connections
 
 
+OK = b"HTTP/1.1 200 OK\r\n"
 NO_ANSWERS = [
     ("nothing", b""),
     ("another protocol", b"SSH-2.0-OpenSSH\r\n"),
     ("another version", b"HTTP/2 200\r\n\r\n"),
-    ("half a head", b"HTTP/1.1 200 OK\r\na: b"),
-    ("a head without an end", b"HTTP/1.1 200 OK\r\n" + b"a" * 70_000),
-    ("a folded header", b"HTTP/1.1 200 OK\r\na: b\r\n c\r\n\r\n"),
-    (
-        "two lengths",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n",
-    ),
-    ("a length below nothing", b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n"),
-    (
-        "another coding",
-        b"HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n",
-    ),
+    ("half a head", OK + b"a: b"),
+    ("bare line feeds", OK.replace(b"\r", b"") + b"content-length: 2\n\n{}"),
+    ("a head without an end", OK + b"a" * 70_000),
+    ("a folded header", OK + b"a: b\r\n c\r\n\r\n"),
+    ("two lengths", OK + b"content-length: 1\r\ncontent-length: 2\r\n\r\n"),
+    ("a length below nothing", OK + b"content-length: -1\r\n\r\n"),
+    ("another coding", OK + b"transfer-encoding: gzip, chunked\r\n\r\n"),
     (
         "a length and chunks",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
+        OK + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n",
     ),
-    ("less than its length", b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nab"),
+    ("less than its length", OK + b"content-length: 3\r\n\r\nab"),
 ]
 
 
 @table("wire", NO_ANSWERS)
 def test_what_is_no_answer_is_a_failure_of_replicates_and_is_not_asked_again(wire):
-    with created_as(wire) as (host, server):
+    with raw_replicate(wire, hangs_up="POST") as (host, server):
         answer = chat(server, "hello")
         assert (answer.status, answer.error["code"]) == (504, "upstream_unavailable")
         assert len(host.paths("POST", "/v1/predictions")) == 1
 
 
 # -- Connections ---------------------------------------------------------------
+
+
+# No look at a schema precedes a create of this model.
+NO_SCHEMA_ASKED = {"model": "meta/llama-2-7b-chat", "messages": HI}
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """The folder of a host's certificate and its key."""
+    if not shutil.which("openssl") and os.environ.get("CI") != "true":
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    made = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 2"
+    name = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    command = f"openssl {made} {name} -keyout key.pem -out cert.pem"
+    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def tls(certificate, monkeypatch):
+    """A host's side of TLS, whom we trust."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
+    theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    theirs.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    return theirs
+
+
+@pytest.fixture(params=["plain", "tls"])
+def way(request):
+    """The same over a plain connection and over TLS."""
+    return request.getfixturevalue("tls") if request.param == "tls" else None
 
 
 def test_requests_in_turn_share_a_connection():
@@ -4592,16 +4557,13 @@ def test_requests_in_turn_share_a_connection():
         assert host.connected == 1
 
 
-# No look at a schema precedes a create of this model.
-NO_SCHEMA_ASKED = {"model": "meta/llama-2-7b-chat", "messages": HI}
-
-
-def test_a_connection_that_was_closed_takes_no_request():
-    with raw_replicate(recorded(), hangs_up=True) as (host, server):
+def test_a_connection_that_was_closed_takes_no_request(way):
+    with raw_replicate(recorded(), hangs_up=True, tls=way) as (host, server):
         for _ in range(3):
             answer = post_json(server, CHAT_PATH, KEY, **NO_SCHEMA_ASKED)
             assert answer.message.content == "Hi"
             wait_until(lambda: not host.open)
+            time.sleep(0.01)  # for its end to be here
         assert host.connected == len(host.requests)
 
 
@@ -4652,46 +4614,39 @@ def test_an_answer_may_be_compressed():
 # -- Event streams -------------------------------------------------------------
 
 
-@table(
-    "wire, expected",
-    [
-        (
-            "as Replicate sends it",
-            b"event: output\nid: 1690212292:0\ndata: Once\n\n"
-            b"event: output\nid: 1690212293:0\ndata:  upon\n\n"
-            b"event: done\ndata: {}\n\n",
-            [("output", "Once"), ("output", " upon"), ("done", "{}")],
-        ),
-        ("a line end", b"event: output\ndata:\ndata:\n\n", [("output", "\n")]),
-        ("no space", b"event:output\ndata:a\n\n", [("output", "a")]),
-        ("one space is taken", b"data:   a\n\n", [("", "  a")]),
-        ("no colon", b"event: output\ndata\n\n", [("output", "")]),
-        ("no event", b"data: a\n\n", [("", "a")]),
-        ("no data", b"event: done\n\n", [("done", "")]),
-        (
-            "an event's name ends with it",
-            b"event: a\n\ndata: b\n\n",
-            [("a", ""), ("", "b")],
-        ),
-        ("comments", b": hi\n\n:\n\ndata: a\n: b\n\n", [("", "a")]),
-        ("unknown fields", b"retry: 5\nfoo\nmetadata: b\ndata: a\n\n", [("", "a")]),
-        ("more empty lines", b"\n\ndata: a\n\n\n\n", [("", "a")]),
-        ("an unfinished event", b"data: a\n\nevent: output\ndata: b\n", [("", "a")]),
-        ("an unfinished line", b"data: a\n\ndata: b", [("", "a")]),
-        (
-            "a time-out",
-            b"data: a\n\n:408: 408 Request Timeout\n\ndata: b\n\n",
-            [("", "a")],
-        ),
-        ("a time-out that is text", b"data: :408\n\n", [("", ":408")]),
-        (
-            "mixed line ends",
-            b"data: a\r\rdata: b\r\n\ndata: c\n\r\n",
-            [("", "a"), ("", "b"), ("", "c")],
-        ),
-        ("what is not UTF-8", b"data: \xff\n\n", [("", "\ufffd")]),
-    ],
-)
+FIRST = b"event: output\nid: 1690212292:0\ndata: Once\n\n"
+SECOND = b"event: output\nid: 1690212293:0\ndata:  upon\n\n"
+A_B_C = [("", "a"), ("", "b"), ("", "c")]
+DECODED = [
+    (
+        "as Replicate sends it",
+        FIRST + SECOND,
+        [("output", "Once"), ("output", " upon")],
+    ),
+    ("a line end", b"event: output\ndata:\ndata:\n\n", [("output", "\n")]),
+    ("no space", b"event:output\ndata:a\n\n", [("output", "a")]),
+    ("one space is taken", b"data:   a\n\n", [("", "  a")]),
+    ("no colon", b"event: output\ndata\n\n", [("output", "")]),
+    ("no event", b"data: a\n\n", [("", "a")]),
+    ("no data", b"event: done\n\n", [("done", "")]),
+    (
+        "an event's name ends with it",
+        b"event: a\n\ndata: b\n\n",
+        [("a", ""), ("", "b")],
+    ),
+    ("comments", b": hi\n\n:\n\ndata: a\n: b\n\n", [("", "a")]),
+    ("unknown fields", b"retry: 5\nfoo\nmetadata: b\ndata: a\n\n", [("", "a")]),
+    ("more empty lines", b"\n\ndata: a\n\n\n\n", [("", "a")]),
+    ("an unfinished event", b"data: a\n\nevent: output\ndata: b\n", [("", "a")]),
+    ("an unfinished line", b"data: a\n\ndata: b", [("", "a")]),
+    ("a time-out", b"data: a\n\n:408: 408 Timeout\n\ndata: b\n\n", [("", "a")]),
+    ("a time-out that is text", b"data: :408\n\n", [("", ":408")]),
+    ("mixed line ends", b"data: a\r\rdata: b\r\n\ndata: c\n\r\n", A_B_C),
+    ("what is not UTF-8", b"data: \xff\n\n", [("", "\ufffd")]),
+]
+
+
+@table("wire, expected", DECODED)
 def test_a_stream_is_decoded_whole_and_byte_by_byte(wire, expected):
     assert decoded([wire]) == expected
     assert decoded(bytes([byte]) for byte in wire) == expected
@@ -4767,21 +4722,13 @@ SAYS_HI = b"event: output\ndata: Hi\n\n"
 SAYS_DONE = b"event: done\ndata: {}\n\n"
 
 
-def test_streams_in_turn_share_a_connection():
-    with raw_replicate(stream=stream_of(SAYS_HI, SAYS_DONE)) as (host, server):
+def test_streams_in_turn_share_a_connection(way):
+    stream = stream_of(SAYS_HI, SAYS_DONE)
+    with raw_replicate(stream=stream, tls=way) as (host, server):
         for _ in range(5):
             assert chat(server, "hello", stream=True).streamed_text == "Hi"
         assert len(host.paths("GET", "/v1/streams")) == 5
         assert host.connected <= 2
-
-
-def test_a_stale_connection_is_replaced_silently():
-    stream = stream_of(SAYS_HI, SAYS_DONE)
-    with raw_replicate(stream=stream, hangs_up=True) as (host, server):
-        asked = {**NO_SCHEMA_ASKED, "stream": True}
-        for _ in range(3):
-            assert post_json(server, CHAT_PATH, KEY, **asked).streamed_text == "Hi"
-            wait_until(lambda: not host.open)  # a create is never sent again
 
 
 def test_a_connection_idle_for_too_long_is_not_used_again():
@@ -4790,15 +4737,6 @@ def test_a_connection_idle_for_too_long_is_not_used_again():
         for _ in range(2):
             assert chat(server, "hello").status == 200
         assert host.connected == len(host.requests) == 3
-
-
-def test_text_comes_out_of_chunks_wherever_they_are_cut():
-    wire = encoded(["a", " b", "c"], "\r\n")
-    for at in range(1, len(wire)):
-        chunks = [b"%x\r\n%b" % (len(w), w) for w in (wire[:at], wire[at:])]
-        pieces = [chunks[0], b"\r\n", chunks[1], b"\r\n", b"0\r\n\r\n"]
-        said = decoded(proxy.unchunked(pieces))
-        assert [text for _, text in said] == ["a", " b", "c"]
 
 
 def test_a_stream_that_was_left_leaves_nothing_to_the_next():
@@ -4854,11 +4792,11 @@ def test_a_stream_is_refused_where_nobody_listens(fake, server):
 
 
 @table("hangs_up", [("it is cut", "GET /v1/streams"), ("it falls silent", False)])
-def test_a_stream_that_ends_before_its_end_is_broken(hangs_up, caplog):
+def test_a_stream_that_ends_before_its_end_is_broken(hangs_up, way, caplog):
     caplog.set_level("INFO", "proxy")
     stream = stream_of(SAYS_HI, end=b"ff\r\nda")
-    looks = [recorded("Hi you")]
-    with raw_replicate(stream=stream, looks=looks, hangs_up=hangs_up) as (_, server):
+    options = {"looks": [recorded("Hi you")], "hangs_up": hangs_up, "tls": way}
+    with raw_replicate(stream=stream, **options) as (_, server):
         assert chat(server, "hello", stream=True).streamed_text == "Hi you"
     assert "event=broken" in caplog.text
 
@@ -4878,50 +4816,22 @@ def dialed(monkeypatch):
     return addresses
 
 
+CORP, STREAMS = ("corp", 3128), ("stream.replicate.com", 443)
+TO_CORP = "http://corp:3128"
 PROXIES = [
-    ("none", {}, ("stream.replicate.com", 443), None),
-    (
-        "https_proxy",
-        {"https_proxy": "http://corp:3128"},
-        ("corp", 3128),
-        "stream.replicate.com:443",
-    ),
-    (
-        "with a name and a password",
-        {"HTTPS_PROXY": "http://me:p%40ss@corp:3128"},
-        ("corp", 3128),
-        "stream.replicate.com:443",
-    ),
-    (
-        "without its scheme and port",
-        {"https_proxy": "corp"},
-        ("corp", 80),
-        "stream.replicate.com:443",
-    ),
-    (
-        "all_proxy",
-        {"all_proxy": "http://corp:3128"},
-        ("corp", 3128),
-        "stream.replicate.com:443",
-    ),
-    (
-        "no_proxy",
-        {"https_proxy": "http://corp:3128", "no_proxy": "replicate.com"},
-        ("stream.replicate.com", 443),
-        None,
-    ),
-    (
-        "only http_proxy",
-        {"http_proxy": "http://corp:3128"},
-        ("stream.replicate.com", 443),
-        None,
-    ),
+    ("none", {}, STREAMS),
+    ("https_proxy", {"https_proxy": TO_CORP}, CORP),
+    ("with a password", {"HTTPS_PROXY": "http://me:p%40ss@corp:3128"}, CORP),
+    ("without its scheme and port", {"https_proxy": "corp"}, ("corp", 80)),
+    ("all_proxy", {"all_proxy": TO_CORP}, CORP),
+    ("no_proxy", {"https_proxy": TO_CORP, "no_proxy": "replicate.com"}, STREAMS),
+    ("only http_proxy", {"http_proxy": TO_CORP}, STREAMS),
 ]
 
 
-@table("environ, address, tunnelled", PROXIES)
+@table("environ, address", PROXIES)
 def test_requests_go_through_the_proxy_of_the_environment(
-    monkeypatch, settings, environ, address, tunnelled
+    monkeypatch, settings, environ, address
 ):
     for name in ("https", "http", "all", "no"):
         monkeypatch.setenv(f"{name}_proxy", environ.get(f"{name}_proxy", ""))
@@ -4932,71 +4842,25 @@ def test_requests_go_through_the_proxy_of_the_environment(
     there = replace(settings, replicate_base_url="https://stream.replicate.com/v1")
     addresses, connect_to = [], socket.create_connection
 
-    def create_connection(address, *rest, **more):
-        addresses.append(address)
-        if not tunnelled:
+    def create_connection(dialed, *rest, **more):
+        addresses.append(dialed)
+        if dialed == STREAMS:
             raise ConnectionRefusedError
         return connect_to(host.server_address, *rest, **more)
 
-    with hosting(b"") as host, closing(proxy.ReplicateAPI(there, TIMEOUTS)) as api:
+    with (
+        hosting(b"", hangs_up=True) as host,
+        closing(proxy.ReplicateAPI(there, TIMEOUTS)) as api,
+    ):
         monkeypatch.setattr(socket, "create_connection", create_connection)
-        host.hangs_up = True
         with pytest.raises(APIError):
             api.account()
-        seen = [(target, headers) for method, target, headers in host.requests]
     assert addresses == [address]
-    assert [target for target, _ in seen] == [tunnelled] * bool(tunnelled)
-    if "me:" in str(environ):
-        assert seen[0][1]["Proxy-Authorization"] == "Basic bWU6cEBzcw=="
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """The folder of a host's certificate and its key."""
-    if not shutil.which("openssl") and os.environ.get("CI") != "true":
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    made = "req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:P-256 -days 2"
-    name = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
-    command = f"openssl {made} {name} -keyout key.pem -out cert.pem"
-    subprocess.run(command.split(), cwd=folder, check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture
-def tls(certificate, monkeypatch):
-    """A host's side of TLS, whom we trust."""
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate / "cert.pem"))
-    theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    theirs.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
-    return theirs
-
-
-def test_requests_and_streams_over_tls_share_connections(tls):
-    stream = stream_of(SAYS_HI, SAYS_DONE)
-    with raw_replicate(stream=stream, tls=tls) as (host, server):
-        for _ in range(5):
-            assert chat(server, "hello", stream=True).streamed_text == "Hi"
-        assert host.connected <= 2
-
-
-def test_a_connection_over_tls_that_was_closed_takes_no_request(tls):
-    with raw_replicate(recorded(), hangs_up=True, tls=tls) as (host, server):
-        for _ in range(3):
-            answer = post_json(server, CHAT_PATH, KEY, **NO_SCHEMA_ASKED)
-            assert answer.message.content == "Hi"
-            wait_until(lambda: not host.open)
-            time.sleep(0.01)  # for its end to be here
-        assert host.connected == len(host.requests)
-
-
-def test_a_stream_over_tls_that_falls_silent_is_broken(tls, caplog):
-    caplog.set_level("INFO", "proxy")
-    stream = stream_of(SAYS_HI, end=b"ff\r\nda")
-    looks = [recorded("Hi you")]
-    with raw_replicate(stream=stream, looks=looks, tls=tls) as (_, server):
-        assert chat(server, "hello", stream=True).streamed_text == "Hi you"
-    assert "event=broken" in caplog.text
+    for _, tunnelled, headers in host.requests:
+        assert tunnelled == "stream.replicate.com:443"
+        if "me:" in str(environ):
+            assert headers["Proxy-Authorization"] == "Basic bWU6cEBzcw=="
+    assert len(host.requests) == (address != STREAMS)
 
 
 def test_nobody_is_trusted_over_tls_who_can_not_show_who_they_are(
@@ -8594,23 +8458,17 @@ def test_a_path_is_found_whatever_clients_do_to_it(server, fake, method, path, k
     assert (answer.status, answer.json["object"]) == (200, kind)
 
 
+NO_URL, NO_METHOD = (404, "unknown_url"), (405, "method_not_supported")
 UNKNOWN = [
-    ("no such path", "POST", "/v1/nothing", 404, "unknown_url", None),
-    ("the root", "GET", "/", 404, "unknown_url", None),
-    ("/v1 itself", "GET", "/v1", 404, "unknown_url", None),
-    ("in capitals", "GET", "/v1/Models", 404, "unknown_url", None),
-    ("up and down", "GET", "/v1/../models", 404, "unknown_url", None),
-    ("GET a chat", "GET", "/v1/chat/completions", 405, "method_not_supported", "POST"),
-    ("POST models", "POST", "/v1/models", 405, "method_not_supported", "GET"),
-    ("DELETE a model", "DELETE", "/v1/models/x", 405, "method_not_supported", "GET"),
-    (
-        "GET an engine",
-        "GET",
-        "/v1/engines/x/chat/completions",
-        405,
-        "method_not_supported",
-        "POST",
-    ),
+    ("no such path", "POST", "/v1/nothing", *NO_URL, None),
+    ("the root", "GET", "/", *NO_URL, None),
+    ("/v1 itself", "GET", "/v1", *NO_URL, None),
+    ("in capitals", "GET", "/v1/Models", *NO_URL, None),
+    ("up and down", "GET", "/v1/../models", *NO_URL, None),
+    ("GET a chat", "GET", "/v1/chat/completions", *NO_METHOD, "POST"),
+    ("POST models", "POST", "/v1/models", *NO_METHOD, "GET"),
+    ("DELETE a model", "DELETE", "/v1/models/x", *NO_METHOD, "GET"),
+    ("GET an engine", "GET", "/v1/engines/x/chat/completions", *NO_METHOD, "POST"),
 ]
 
 
@@ -8625,101 +8483,30 @@ def test_a_path_or_method_we_lack_is_told(server, method, path, status, code, al
     assert path in error["message"]
 
 
-KEYS = [  # method, path, headers, status, code
-    ("the key", "POST", CHAT_PATH, {"authorization": f"Bearer {KEY}"}, 200, None),
-    (
-        "another key",
-        "POST",
-        CHAT_PATH,
-        {"authorization": "Bearer sk-of-another"},
-        200,
-        None,
-    ),
-    (
-        "the scheme in capitals",
-        "POST",
-        CHAT_PATH,
-        {"authorization": f"BEARER  {KEY} "},
-        200,
-        None,
-    ),
-    ("as Azure has it", "POST", CHAT_PATH, {"api-key": KEY}, 200, None),
-    ("none", "POST", CHAT_PATH, {}, 401, None),
-    (
-        "a wrong one",
-        "POST",
-        CHAT_PATH,
-        {"authorization": "Bearer x"},
-        401,
-        "invalid_api_key",
-    ),
-    ("a wrong api-key", "POST", CHAT_PATH, {"api-key": "x"}, 401, "invalid_api_key"),
-    (
-        "the start of one",
-        "POST",
-        CHAT_PATH,
-        {"authorization": f"Bearer {KEY[:-1]}"},
-        401,
-        "invalid_api_key",
-    ),
-    (
-        "all of them",
-        "POST",
-        CHAT_PATH,
-        {"authorization": f"Bearer {KEY},sk-of-another"},
-        401,
-        "invalid_api_key",
-    ),
-    (
-        "nothing after Bearer",
-        "POST",
-        CHAT_PATH,
-        {"authorization": "Bearer "},
-        401,
-        "invalid_api_key",
-    ),
-    (
-        "another scheme",
-        "POST",
-        CHAT_PATH,
-        {"authorization": f"Basic {KEY}"},
-        401,
-        "invalid_api_key",
-    ),
-    (
-        "no ASCII",
-        "POST",
-        CHAT_PATH,
-        {"authorization": "Bearer \xff"},
-        401,
-        "invalid_api_key",
-    ),
-    (
-        "Replicate's token",
-        "POST",
-        CHAT_PATH,
-        {"authorization": f"Bearer {TOKEN}"},
-        401,
-        "invalid_api_key",
-    ),
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+A_CHAT, WRONG_KEY = ("POST", CHAT_PATH), (401, "invalid_api_key")
+BLANKS = {"authorization": f"BEARER  {KEY} "}
+KEYS = [
+    ("the key", *A_CHAT, bearer(KEY), 200, None),
+    ("another key", *A_CHAT, bearer("sk-of-another"), 200, None),
+    ("the scheme in capitals", *A_CHAT, BLANKS, 200, None),
+    ("as Azure has it", *A_CHAT, {"api-key": KEY}, 200, None),
+    ("none", *A_CHAT, {}, 401, None),
+    ("a wrong one", *A_CHAT, bearer("x"), *WRONG_KEY),
+    ("a wrong api-key", *A_CHAT, {"api-key": "x"}, *WRONG_KEY),
+    ("the start of one", *A_CHAT, bearer(KEY[:-1]), *WRONG_KEY),
+    ("all of them", *A_CHAT, bearer(f"{KEY},sk-of-another"), *WRONG_KEY),
+    ("nothing after Bearer", *A_CHAT, bearer(""), *WRONG_KEY),
+    ("another scheme", *A_CHAT, {"authorization": f"Basic {KEY}"}, *WRONG_KEY),
+    ("no ASCII", *A_CHAT, bearer("\xff"), *WRONG_KEY),
+    ("Replicate's token", *A_CHAT, bearer(TOKEN), *WRONG_KEY),
     ("none for the models", "GET", "/v1/models", {}, 200, None),
-    (
-        "a wrong one for the models",
-        "GET",
-        "/v1/models",
-        {"authorization": "Bearer x"},
-        401,
-        "invalid_api_key",
-    ),
+    ("a wrong one for the models", "GET", "/v1/models", bearer("x"), *WRONG_KEY),
     ("none for a model", "GET", "/v1/models/gpt-4o", {}, 401, None),
-    (
-        "a wrong one for the health",
-        "GET",
-        "/health",
-        {"authorization": "Bearer x"},
-        200,
-        None,
-    ),
+    ("a wrong one for the health", "GET", "/health", bearer("x"), 200, None),
 ]
 
 
@@ -8856,6 +8643,7 @@ def test_any_origin_may_ask_with_any_header(server):
     headers = {"access-control-request-headers": wanted}
     answer = send(server, "OPTIONS", "/v1/any", headers=headers)
     assert (answer.status, answer.body) == (204, b"")
+    assert answer.headers["access-control-allow-origin"] == "*"
     assert answer.headers["access-control-allow-headers"] == wanted
     assert (
         answer.headers["access-control-allow-methods"] == "GET, POST, DELETE, OPTIONS"
@@ -8919,11 +8707,7 @@ MALFORMED = [
     ("two lengths in one", request(b"content-length: 2, 2", body=b"{}"), 400),
     ("two hosts", request(b"host: y"), 400),
     ("two keys", request(b"authorization: Bearer x"), 400),
-    (
-        "a length and chunks",
-        request(length(2), CHUNKED, body=b"2\r\n{}\r\n0\r\n\r\n"),
-        400,
-    ),
+    ("a length and chunks", request(length(2), CHUNKED, body=b"0\r\n\r\n"), 400),
     ("a length below 0", request(b"content-length: -1"), 400),
     ("a length with a sign", request(b"content-length: +2", body=b"{}"), 400),
     ("a length in words", request(b"content-length: two"), 400),
@@ -8939,22 +8723,14 @@ MALFORMED = [
     ("chunks beyond the limit", request(CHUNKED, body=b"7fffffff\r\n"), 413),
     ("a trailer that is none", request(CHUNKED, body=b"0\r\na: b\n\r\n"), 400),
     ("two lengths that differ", request(length(5), length(6), body=b"abcdef"), 400),
-    (
-        "chunks hidden by a tab",
-        request(b"transfer-encoding:\x0bchunked", body=b"0\r\n\r\n"),
-        400,
-    ),
-    (
-        "chunks hidden by a blank",
-        request(b"transfer-encoding : chunked", body=b"0\r\n\r\n"),
-        400,
-    ),
+    ("chunks hidden by a tab", request(b"transfer-encoding:\x0bchunked"), 400),
+    ("chunks hidden by a blank", request(b"transfer-encoding : chunked"), 400),
     ("a chunk of nothing", request(CHUNKED, body=b"\r\n\r\n"), 400),
     ("a chunk that ends in LF", request(CHUNKED, body=b"1\na\n0\n\n"), 400),
     (
         "trailers without end",
         request(CHUNKED, body=b"0\r\n" + b"a: b\r\n" * 20_000),
-        400,
+        431,
     ),
 ]
 SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -9001,37 +8777,25 @@ def test_the_time_is_for_all_of_a_request_and_not_for_each_byte(settings):
         assert sock.recv(12) == b"HTTP/1.1 408"
 
 
-def test_a_connection_nobody_uses_is_closed_without_a_word(settings):
-    with serving(settings, TIMEOUTS._replace(idle=0.1)) as server:
-        assert exchange(server, b"") == b""
-
-
 def test_a_body_that_stops_early_is_refused(server):
     raw = request(length(9), body=b"{}")
     answer, _ = parse(exchange(server, raw, half_close=True))
     assert (answer.status, answer.error["code"]) == (400, None)
 
 
+SIMPLE = request(CLOSE, length(len(CHAT)), body=CHAT)
+REST = len(CHAT) - 10, CHAT[10:]
+IN_CHUNKS = b"A;x=y\r\n%b\r\n%x\r\n%b\r\n0\r\nx: y\r\n\r\n" % (CHAT[:10], *REST)
+HTTP_1_0 = request(length(len(CHAT)), body=CHAT).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
 WELL_FORMED = [
-    ("a length", request(CLOSE, length(len(CHAT)), body=CHAT)),
-    ("an empty line before it", b"\r\n" + request(CLOSE, length(len(CHAT)), body=CHAT)),
-    (
-        "blanks around a value",
-        request(b"Connection:\t close ", length(len(CHAT)), body=CHAT),
-    ),
+    ("a length", SIMPLE),
+    ("an empty line before it", b"\r\n" + SIMPLE),
+    ("blanks around a value", SIMPLE.replace(CLOSE, b"Connection:\t close ")),
     (
         "chunks, extended, and trailers",
-        request(
-            CLOSE,
-            b"Transfer-Encoding: Chunked",
-            body=b"A;x=y\r\n%b\r\n%x\r\n%b\r\n0\r\nx: y\r\n\r\n"
-            % (CHAT[:10], len(CHAT) - 10, CHAT[10:]),
-        ),
+        request(CLOSE, b"Transfer-Encoding: Chunked", body=IN_CHUNKS),
     ),
-    (
-        "HTTP/1.0",
-        request(length(len(CHAT)), body=CHAT).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
-    ),
+    ("HTTP/1.0", HTTP_1_0),
 ]
 
 
@@ -9065,28 +8829,24 @@ def test_one_who_expects_to_be_refused_need_not_send_a_body(server):
     assert (answer.status, rest) == (413, b"")
 
 
-def test_a_body_nobody_wanted_is_not_the_next_request(server):
-    hidden = request(method=b"GET", path=b"/v1/models/team/chat")
-    unread = request(length(len(hidden)), path=b"/v1/nothing", body=hidden)
+HIDDEN = request(method=b"GET", path=b"/v1/models/team/chat")
+UNWANTED = [("small", HIDDEN, 200), ("large", HIDDEN * 1000, None)]
+
+
+@table("body, status", UNWANTED)
+def test_a_body_nobody_wanted_is_no_request(server, body, status):
+    unread = request(length(len(body)), path=b"/v1/nothing", body=body)
     follows = request(CLOSE, method=b"GET", path=b"/v1/models/gpt-4o")
     first, rest = parse(exchange(server, unread + follows))
-    second, rest = parse(rest)
-    assert (first.status, second.status, rest) == (404, 200, b"")
-    assert second.json["id"] == "gpt-4o"
+    assert first.status == 404
+    if status is None:
+        assert (first.headers["connection"], rest) == ("close", b"")
+    else:
+        second, rest = parse(rest)
+        assert (second.status, second.json["id"], rest) == (status, "gpt-4o", b"")
 
 
-def test_a_large_body_nobody_wanted_closes_the_connection(server):
-    hidden = request(method=b"GET", path=b"/v1/models/team/chat") * 1000
-    raw = request(length(len(hidden)), path=b"/v1/nothing", body=hidden)
-    answer, rest = parse(exchange(server, raw))
-    assert (answer.status, rest) == (404, b"")
-    assert answer.headers["connection"] == "close"
-
-
-LARGE = [
-    ("with the key", AUTHORIZATION, 413),
-    ("without a key", {}, 401),
-]
+LARGE = [("with the key", AUTHORIZATION, 413), ("without a key", {}, 401)]
 
 
 @table("headers, status", LARGE)
@@ -9141,18 +8901,8 @@ def test_a_client_that_hangs_up_stops_the_bill_once(watched, caplog, leave):
             read_until(sock, heard)
         leave(sock)
     wait_until(lambda: len(log_lines(caplog, "error=client_gone")) == len(LEAVES))
-    fake.wait_for(lambda: len(fake.cancels) >= len(LEAVES))
+    fake.wait_for(lambda: len(fake.cancels) >= len(LEAVES), 1)
     assert sorted(fake.cancels) == sorted(fake.predictions)
-
-
-def test_a_cancel_follows_a_hang_up_within_a_second(watched):
-    fake, server = watched
-    sock = start_call(server, "fake/very-cold", stream=True)
-    fake.wait_for(lambda: len(fake.predictions) == 1)
-    left = time.monotonic()
-    sock.close()
-    fake.wait_for(lambda: bool(fake.cancels))
-    assert fake.seen[-1].at - left < 1
 
 
 def test_a_hundred_clients_that_leave_at_once_are_all_noticed(watched, caplog):
@@ -9184,22 +8934,17 @@ def test_a_call_that_comes_early_is_no_hang_up(watched):
     assert not fake.cancels
 
 
+CLOSING = b"content-type: text/event-stream\r\nconnection: close\r\n\r\n"
 MUTE = [
     ("its head never comes", b""),
-    (
-        "its connection will be closed",
-        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
-        b"connection: close\r\n\r\n",
-    ),
+    ("its connection will be closed", b"HTTP/1.1 200 OK\r\n" + CLOSING),
 ]
 
 
-@pytest.mark.parametrize(("why", "says"), MUTE, ids=whys(MUTE))
-def test_a_hang_up_is_acted_on_however_the_stream_is(why, says):
-    with raw_replicate(stream=says, timeouts=QUICK._replace(stream=60)) as (
-        host,
-        server,
-    ):
+@table("says", MUTE)
+def test_a_hang_up_is_acted_on_however_the_stream_is(says):
+    timeouts = QUICK._replace(stream=60)
+    with raw_replicate(stream=says, timeouts=timeouts) as (host, server):
         with start_call(server, "fake/mute", stream=True):
             wait_until(lambda: host.paths("GET", "/v1/streams"))
         wait_until(lambda: host.paths("POST", "/v1/predictions/p/cancel"))
@@ -9280,8 +9025,7 @@ def test_a_sign_of_life_is_no_more_than_goes_at_once_and_none_of_it_is_lost():
                 fill += ours.send(b"." * 1024)
         ours.setblocking(True)
         for _ in range(3):
-            writer.last_write = 0
-            writer.keep_alive(proxy.Timeouts())
+            writer.send_comment()
         got = b""
         writer = threading.Thread(target=writer.write, args=(b"END",))
         writer.start()
@@ -9321,6 +9065,11 @@ def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices(caplog):
 
 # -- Server --------------------------------------------------------------------
 
+CHUNK_BEGINS = (
+    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
+    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
+    b'"choices":[{"index":0,"delta":'
+)
 WHOLE_STREAM = (
     b"HTTP/1.1 200 OK\r\n"
     b"date: DATE\r\n"
@@ -9336,30 +9085,15 @@ WHOLE_STREAM = (
     b"access-control-allow-origin: *\r\n"
     b"access-control-expose-headers: x-request-id, retry-after, openai-processing-ms,"
     b" x-should-retry, x-replicate-prediction-id, x-replicate-model\r\n"
-    b"connection: close\r\n"
-    b"\r\n"
-    b"23b\r\n"
-    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
-    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
-    b'"choices":[{"index":0,"delta":{"role":"assistant","content":"","refusal":null},'
-    b'"logprobs":null,"finish_reason":null}]}\n\n'
-    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
-    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
-    b'"choices":[{"index":0,"delta":{"content":"word "},'
-    b'"logprobs":null,"finish_reason":null}]}\n\n'
-    b"\r\n"
-    b"102\r\n"
-    b'data: {"id":"chatcmpl-ID","object":"chat.completion.chunk","created":NOW,'
-    b'"model":"fake/length","service_tier":"default","system_fingerprint":null,'
-    b'"choices":[{"index":0,"delta":{},'
-    b'"logprobs":null,"finish_reason":"length"}]}\n\n'
-    b"\r\n"
-    b"e\r\n"
-    b"data: [DONE]\n\n"
-    b"\r\n"
-    b"0\r\n"
-    b"\r\n"
-)
+    b"connection: close\r\n\r\n"
+    b"23b\r\n%(begins)b"
+    b'{"role":"assistant","content":"","refusal":null},'
+    b'"logprobs":null,"finish_reason":null}]}\n\n%(begins)b'
+    b'{"content":"word "},"logprobs":null,"finish_reason":null}]}\n\n\r\n'
+    b"102\r\n%(begins)b"
+    b'{},"logprobs":null,"finish_reason":"length"}]}\n\n\r\n'
+    b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+) % {b"begins": CHUNK_BEGINS}
 VARYING = {
     rb"(?<=date: )\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT": b"DATE",
     rb"(?<=processing-ms: )\d+": b"MS",
@@ -9415,21 +9149,23 @@ def test_an_error_after_the_first_event_is_the_last_frame(server):
     )
 
 
+CALLS = [
+    ("GET", "/health", None, 200, b'"ok"'),
+    ("POST", CHAT_PATH, {"model": "fake/hello", "stream": True}, 200, b"[DONE]"),
+    ("POST", CHAT_PATH, {"model": "fake/echo"}, 200, b"prompt"),
+    ("POST", "/v1/nothing", {"unread": "body"}, 404, b"unknown_url"),
+    ("POST", CHAT_PATH, {"model": "fake/failed", "stream": True}, 502, b"index"),
+    ("POST", CHAT_PATH, {"messages": 1, "model": "x"}, 400, b"invalid_type"),
+    ("HEAD", "/v1/models", None, 200, b""),
+    ("OPTIONS", "/v1/models", None, 204, b""),
+    ("GET", "/v1/models", None, 200, b"team/chat"),
+]
+
+
 def test_a_connection_carries_many_calls_and_mixes_none(server):
-    asked = [
-        ("GET", "/health", None, 200, b'"ok"'),
-        ("POST", CHAT_PATH, {"model": "fake/hello", "stream": True}, 200, b"[DONE]"),
-        ("POST", CHAT_PATH, {"model": "fake/echo"}, 200, b"prompt"),
-        ("POST", "/v1/nothing", {"unread": "body"}, 404, b"unknown_url"),
-        ("POST", CHAT_PATH, {"model": "fake/failed", "stream": True}, 502, b"index"),
-        ("POST", CHAT_PATH, {"messages": 1, "model": "x"}, 400, b"invalid_type"),
-        ("HEAD", "/v1/models", None, 200, b""),
-        ("OPTIONS", "/v1/models", None, 204, b""),
-        ("GET", "/v1/models", None, 200, b"team/chat"),
-    ]
     ids, sockets = set(), set()
     with closing(connect(server)) as connection:
-        for method, path, body, status, part in asked:
+        for method, path, body, status, part in CALLS:
             data = body and json.dumps({"messages": HI, **body})
             connection.request(method, path, data, AUTHORIZATION)
             sockets.add(connection.sock)
@@ -9437,24 +9173,13 @@ def test_a_connection_carries_many_calls_and_mixes_none(server):
             assert (answer.status, part in answer.body) == (status, True)
             assert "connection" not in answer.headers
             ids.add(answer.headers["x-request-id"])
-    assert (len(ids), len(sockets)) == (len(asked), 1)
+    assert (len(ids), len(sockets)) == (len(CALLS), 1)
 
 
 def test_a_head_is_that_of_a_get(server):
     head, body = send(server, "HEAD", "/v1/models"), send(server, "GET", "/v1/models")
     assert (head.status, head.body) == (200, b"")
     assert head.headers["content-length"] == str(len(body.body))
-
-
-def test_errors_are_told_to_any_origin_too(server):
-    answer = send(server, "GET", "/v1/models/gpt-4o", headers={"origin": "app://x"})
-    assert answer.status == 401
-    assert answer.headers["access-control-allow-origin"] == "*"
-    exposed = answer.headers["access-control-expose-headers"]
-    assert {"x-request-id", "retry-after"} <= set(re.split(", *", exposed))
-    preflight = send(server, "OPTIONS", CHAT_PATH, headers={"origin": "app://x"})
-    assert (preflight.status, preflight.body) == (204, b"")
-    assert preflight.headers["access-control-allow-origin"] == "*"
 
 
 UNREADABLE = [
@@ -9469,6 +9194,8 @@ UNREADABLE = [
     ("Infinity", CHAT[:-1] + b', "temperature": -Infinity}'),
     ("1e999", CHAT[:-1] + b', "temperature": 1e999}'),
     ("no UTF-8", CHAT.replace(b"Hi", b"\xff")),
+    ("a surrogate as it is", CHAT.replace(b"Hi", b"\xed\xa0\x80")),
+    ("UTF-16", CHAT.decode().replace("Hi", "\ud800").encode("utf-16", "surrogatepass")),
     ("half a character", CHAT.replace(b"Hi", b"\\ud800")),
     ("an integer of 5,000 digits", CHAT[:-1] + b', "seed": ' + b"9" * 5000 + b"}"),
 ]
@@ -9502,46 +9229,42 @@ def test_an_answer_of_the_default_model_says_so(server):
 
 
 SECRET = "what-was-said"
+BEGUN = "method=POST path=/v1/chat/completions status"
 LOGGED = [
     (
         "a whole",
         {},
-        "method=POST path=/v1/chat/completions status=200 model=fake/echo"
-        " ref=fake/echo prediction=ID tokens_in=1 tokens_out=3 first_token_ms=N ms=N"
-        " request_id=ID",
+        f"{BEGUN}=200 model=fake/echo ref=fake/echo prediction=ID"
+        " tokens_in=1 tokens_out=3 first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a stream of the default model",
         {"model": "gpt 9", "stream": True},
-        'method=POST path=/v1/chat/completions status=200 model="gpt 9"'
-        ' ref="fake/hello; default" prediction=ID tokens_in=1 tokens_out=8'
-        " first_token_ms=N ms=N request_id=ID",
+        f'{BEGUN}=200 model="gpt 9" ref="fake/hello; default" prediction=ID'
+        " tokens_in=1 tokens_out=8 first_token_ms=N ms=N request_id=ID",
     ),
     (
         "an estimate",
         {"model": "fake/no-counts"},
-        "method=POST path=/v1/chat/completions status=200 model=fake/no-counts"
-        " ref=fake/no-counts prediction=ID tokens_in=4 tokens_out=7 estimated=yes"
-        " first_token_ms=N ms=N request_id=ID",
+        f"{BEGUN}=200 model=fake/no-counts ref=fake/no-counts prediction=ID"
+        " tokens_in=4 tokens_out=7 estimated=yes first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a failure in mid-stream",
         {"model": "fake/failed-late", "stream": True},
-        "method=POST path=/v1/chat/completions status=200 model=fake/failed-late"
-        " ref=fake/failed-late prediction=ID first_token_ms=N ms=N"
-        " error=prediction_failed request_id=ID",
+        f"{BEGUN}=200 model=fake/failed-late ref=fake/failed-late prediction=ID"
+        " first_token_ms=N ms=N error=prediction_failed request_id=ID",
     ),
     (
         "a refusal",
         {"model": "fake/unauthenticated"},
-        "method=POST path=/v1/chat/completions status=502 model=fake/unauthenticated"
-        " ref=fake/unauthenticated ms=N error=upstream_authentication request_id=ID",
+        f"{BEGUN}=502 model=fake/unauthenticated ref=fake/unauthenticated"
+        " ms=N error=upstream_authentication request_id=ID",
     ),
     (
         "a bad parameter",
         {"temperature": SECRET},
-        "method=POST path=/v1/chat/completions status=400 model=fake/echo"
-        " ms=N error=invalid_type request_id=ID",
+        f"{BEGUN}=400 model=fake/echo ms=N error=invalid_type request_id=ID",
     ),
 ]
 
@@ -9575,33 +9298,15 @@ def test_a_wrong_key_is_logged_without_it(fake, server, caplog):
     assert "sk-wrong" not in caplog.text
 
 
-def test_a_client_that_leaves_in_mid_stream_cancels(fake, server, caplog):
-    caplog.set_level("INFO", "proxy")
-    body = json.dumps({"model": "fake/endless", "messages": HI, "stream": True})
-    with closing(connect(server)) as connection:
-        connection.request("POST", CHAT_PATH, body, AUTHORIZATION)
-        response = connection.getresponse()
-        assert response.readline().startswith(b"data: ")
-        prediction = response.getheader("x-replicate-prediction-id")
-        response.close()
-    fake.wait_for(lambda: fake.cancels == [prediction], timeout=5)
-    fake.wait_for(lambda: "error=client_gone" in caplog.text, timeout=5)
-
-
-def test_two_servers_with_other_settings_live_in_one_process(fake, settings, tmp_path):
+def test_two_servers_with_other_settings_live_in_one_process(settings, tmp_path):
     models = tmp_path / "models.json"
     models.write_text('{"mappings": {"only": "fake/echo"}}')
     other = replace(settings, proxy_api_key="other", models_path=str(models))
     with serving(settings) as one, serving(other) as two:
-        for server, key, status in (
-            (one, KEY, 200),
-            (one, "other", 401),
-            (two, KEY, 401),
-            (two, "other", 200),
-        ):
-            headers = {"authorization": f"Bearer {key}"}
-            answer = send(server, "GET", "/v1/models", headers=headers)
-            assert answer.status == status
+        for server, right, wrong in ((one, KEY, "other"), (two, "other", KEY)):
+            assert send(server, "GET", "/v1/models", None, bearer(wrong)).status == 401
+            answer = send(server, "GET", "/v1/models", None, bearer(right))
+            assert answer.status == 200
         assert [row["id"] for row in answer.json["data"]] == ["only"]
 
 
@@ -9614,10 +9319,7 @@ def test_a_server_that_is_closed_leaves_no_connection(settings):
 
 UNFIT_SETTINGS = [
     ("no token", {"replicate_api_token": ""}, "REPLICATE_API_TOKEN is missing"),
-    ("no key", {"proxy_api_key": ""}, "PROXY_API_KEY is missing"),
     ("no such file", {"models_path": "/nowhere"}, "/nowhere can't be used"),
-    ("a port beyond", {"port": 65536}, "PORT must be a number from 0 to 65535"),
-    ("no URL", {"replicate_base_url": "replicate.com"}, "REPLICATE_BASE_URL must"),
 ]
 
 
@@ -9685,19 +9387,20 @@ def test_an_idle_connection_ends_and_does_not_count():
 
 
 def test_a_server_that_closes_lets_calls_finish():
-    with FakeReplicate() as fake, ExitStack() as stack:
-        server = stack.enter_context(fronting(fake, shutdown_grace=20))
-        idle = stack.enter_context(dial(server))
-        sock = stack.enter_context(start_call(server, "fake/story", stream=True))
+    with (
+        FakeReplicate() as fake,
+        fronting(fake, shutdown_grace=20) as server,
+        dial(server) as idle,
+        start_call(server, "fake/story", stream=True) as sock,
+    ):
         read_until(sock, b"content")
         server.shutdown()
-        closing = threading.Thread(target=server.server_close)
-        closing.start()
+        stopping = threading.Thread(target=server.server_close)
+        stopping.start()
         assert idle.recv(1) == b""
-        with pytest.raises(ConnectionRefusedError):
-            wait_until(lambda: dial(server).close())
+        assert is_refused(server.server_port)
         answer = read_all(sock)
-        closing.join()
+        stopping.join()
         assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
         assert b'"error"' not in answer
         assert not fake.cancels
@@ -9708,21 +9411,19 @@ def test_a_server_that_closes_answers_what_is_under_way_on_an_idle_connection():
     with (
         FakeReplicate() as fake,
         fronting(fake, timeouts, shutdown_grace=20) as server,
-        closing(connect(server)) as client,
+        start_call(server, "fake/hello") as client,
     ):
-        headers = {"authorization": "Bearer key"}
-        client.request("GET", "/v1/models", headers=headers)
-        assert "connection" not in read(client).headers
+        assert b"connection: close" not in read_until(client, b"\n}\n")
         server.shutdown()
         stopping = threading.Thread(target=server.server_close)
         stopping.start()
         wait_until(lambda: is_refused(server.server_port))
-        body = json.dumps({"model": "fake/hello", "messages": HI})
-        client.request("POST", "/v1/chat/completions", body, headers)
-        answer = read(client)
+        client.sendall(chat_bytes("fake/hello"))
+        answer = read_all(client)
         stopping.join(5)
         assert not stopping.is_alive()
-    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"connection: close" in answer
 
 
 def test_a_server_that_closes_answers_whom_it_has_not_accepted_yet():
@@ -9761,24 +9462,12 @@ def test_a_server_that_closes_tells_those_that_last_too_long():
 
 DATA = b'{"model":"fake/hello","messages":[{"role":"user","content":"Hi"}]}'
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n"
+SAYS_LONG = b'{"model":"x","messages":[{"role":"user","content":"%b"}]}'
 HOSTILE_JSON = [
-    ("nested too deep", b'{"model":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
-    ("not closed", b'{"a":' * 100_000),
-    ("a surrogate as it is", b'{"model":"\xed\xa0\x80"}'),
-    ("UTF-16", '{"model":"\ud800"}'.encode("utf-16", "surrogatepass")),
-    ("an endless integer", b'{"model":"x","seed":' + b"9" * 100_000 + b"}"),
     ("a key twice", b'{"model":"x","model":"y","messages":[]}'),
-    ("a long name", b'{"model":"' + b"x" * 20_000_000 + b'","messages":1}'),
-    (
-        "a long role",
-        b'{"model":"x","messages":[{"role":"' + b"x" * 20_000_000 + b'"}]}',
-    ),
-    (
-        "a long text",
-        b'{"model":"x","messages":[{"role":"user","content":"'
-        + b"x" * 20_000_000
-        + b'"}]}',
-    ),
+    ("a long name", b'{"model":"%b","messages":1}' % (b"x" * 20_000_000)),
+    ("a long role", SAYS_LONG.replace(b"user", b"x" * 20_000_000)),
+    ("a long text", SAYS_LONG % (b"x" * 20_000_000)),
 ]
 
 
@@ -9830,20 +9519,12 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 FIELDS = st.sampled_from(
-    [
-        *CompletionCreateParamsBase.__annotations__,
-        "prompt",
-        "echo",
-        "top_k",
-        "unheard-of",
-    ]
+    [*CompletionCreateParamsBase.__annotations__, "prompt", "echo", "top_k", "odd"]
 )
 
 
 @given(
-    path=st.sampled_from(
-        ["/v1/chat/completions", "/v1/completions", "/v1/models/x", "/v1/x"]
-    ),
+    path=st.sampled_from([CHAT_PATH, "/v1/completions", "/v1/models/x", "/v1/x"]),
     changes=st.dictionaries(FIELDS, VALUES, max_size=4),
     cut=st.integers(0, 400),
     junk=st.binary(max_size=6),
@@ -9858,16 +9539,12 @@ def test_mutated_requests_get_an_openai_error_or_a_right_answer(
     data = json.dumps(body).encode()
     if not keep:
         data = data[:cut] + junk + data[cut:]
-    client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
-    with closing(client):
-        client.request("POST", path, data, {"Authorization": "Bearer key"})
-        with client.getresponse() as answer:
-            told = answer.read()
-    assert answer.status < 500, told
+    answer = send(server, "POST", path, data, bearer("key"))
+    assert answer.status < 500, answer.body
     if answer.status != 200:
-        assert set(json.loads(told)["error"]) == {"message", "type", "param", "code"}
-    elif not told.startswith(b"data: "):
-        assert json.loads(told)["object"] in ("chat.completion", "text_completion")
+        assert answer.json["error"].keys() == FOUR_KEYS
+    elif not answer.body.startswith(b"data: "):
+        assert answer.json["object"] in ("chat.completion", "text_completion")
 
 
 @given(junk=st.binary(max_size=60), at=st.integers(0, 200), drop=st.integers(0, 5))
@@ -9881,7 +9558,7 @@ def test_mutated_bytes_get_an_openai_error_or_a_right_answer(lasting, junk, at, 
         sock.shutdown(socket.SHUT_WR)
         answer = read_all(sock)
     for body in re.findall(rb'\{\n  "error".*?\n\}\n', answer, re.S):
-        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+        assert json.loads(body)["error"].keys() == FOUR_KEYS
     assert not answer or re.match(rb"HTTP/1.1 (100|200|4\d\d|501) ", answer), answer
 
 
@@ -9893,79 +9570,53 @@ SLOW_ROWS = re.compile(
 def test_no_secret_is_told_on_any_path(caplog):
     token, key = "r8_s3cr3tT0ken", "s3cr3tKey"
     caplog.set_level("DEBUG")
-    heard = b""
+    paths = [("/v1/models", key + "x"), ("/x", key), ("/v1/models/%00", key)]
     with FakeReplicate(token=token) as fake:
-        fake.scenarios["tells"] = replace(
-            fake.scenarios["failed"], error=f"bad {token}"
-        )
+        row = replace(fake.scenarios["failed"], error=f"bad {token}")
+        fake.scenarios["tells"] = row
         names = [n for n, row in fake.scenarios.items() if not SLOW_ROWS.match(n)]
-        with fronting(fake, proxy_api_key=key) as server:
-            for path, bearer in [
-                ("/v1/models", key + "x"),
-                ("/x", key),
-                ("/v1/models/%00", key),
-            ]:
-                client = http.client.HTTPConnection(
-                    "127.0.0.1", server.server_port, timeout=10
-                )
-                with closing(client):
-                    client.request(
-                        "GET", path, headers={"Authorization": f"Bearer {bearer}"}
-                    )
-                    with client.getresponse() as answer:
-                        heard += answer.read() + str(answer.headers).encode()
-
-            def ask(name):
-                with dial(server) as sock:
-                    request = chat_bytes(f"fake/{name}", stream=True)
-                    request = request.replace(b"Bearer key", b"Bearer " + key.encode())
-                    sock.sendall(
-                        request.replace(b"Host: x", b"Host: x\r\nConnection: close")
-                    )
-                    return read_all(sock)
-
-            with ThreadPoolExecutor(16) as pool:
-                heard += b"".join(pool.map(ask, names))
+        with (
+            fronting(fake, proxy_api_key=key) as server,
+            ThreadPoolExecutor(16) as pool,
+        ):
+            heard = [
+                *(send(server, "GET", path, None, bearer(k)) for path, k in paths),
+                *pool.map(lambda n: ask_with(server, key, n), names),
+            ]
     for secret in (token, key):
-        assert secret.encode() not in heard
+        assert secret not in str(heard)
         assert secret not in caplog.text
-    assert caplog.text and heard
+    assert caplog.text and len(heard) > len(paths)
+
+
+def ask_with(server, key, name):
+    body = {"model": f"fake/{name}", "messages": HI, "stream": True}
+    return post_json(server, CHAT_PATH, key, **body)
 
 
 LOAD = """
 import sys
 from fake_replicate import FakeReplicate
-with FakeReplicate(record=False) as fake:
-    print(fake.base_url, fake.token, flush=True)
+with FakeReplicate(token=sys.argv[1], record=False) as fake:
+    print(fake.base_url, flush=True)
     sys.stdin.read()
 """
 
 
 @contextmanager
-def process(command, **more):
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **more)
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.communicate()
-
-
-@contextmanager
 def apart(folder):
-    """A stand-in and a proxy, each a process of its own: its port and its id."""
-    script = [sys.executable, "-c", LOAD]
-    with process(script, stdin=subprocess.PIPE, cwd=folder) as fake:
-        base_url, token = fake.stdout.readline().split()
-        environ = {
-            "REPLICATE_API_TOKEN": token,
-            "REPLICATE_BASE_URL": base_url,
-            "PROXY_API_KEY": "key",
-            "PORT": "0",
-            "LOG_LEVEL": "ERROR",
-        }
-        with started(folder, environ=environ) as (child, (url, _)):
-            yield urlsplit(url).port, child
+    """A stand-in and a proxy, each a process of its own: as `started_alone`."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOAD, TOKEN],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    ) as child:
+        fake = SimpleNamespace(base_url=child.stdout.readline().strip())
+        with started_alone(folder, fake, LOG_LEVEL="ERROR") as started:
+            yield started
+        child.stdin.close()
 
 
 def resources(pid):
@@ -9994,58 +9645,27 @@ async def call_often(port, times):
     good = 0
     for _ in range(times):
         writer.write(chat_bytes("fake/hello"))
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(re.search(rb"content-length: (\d+)", head)[1])
-        body = await reader.readexactly(length)
-        good += head.startswith(b"HTTP/1.1 200") and b"chat.completion" in body
+        answer = await reader.readuntil(b"\n}\n")
+        good += answer.startswith(b"HTTP/1.1 200") and b"chat.completion" in answer
     writer.close()
     await writer.wait_closed()
     return good
 
 
-def test_five_hundred_streams_at_once_all_arrive(folder):
-    async def drive(port):
-        return await asyncio.gather(*(read_stamped(port) for _ in range(500)))
+def test_five_hundred_streams_and_as_many_calls_all_arrive(folder):
+    async def at_once(works):
+        return await asyncio.gather(*works)
 
-    with apart(folder) as (port, child):
-        assert asyncio.run(call_often_alone(port)) == 20
+    with apart(folder) as (child, port):
+        calls = at_once(call_often(port, 10) for _ in range(50))
+        assert asyncio.run(calls) == [10] * 50
         threads, memory = resources(child.pid)
-        assert asyncio.run(drive(port)) == [5] * 500
+        streams = at_once(read_stamped(port) for _ in range(500))
+        assert asyncio.run(streams) == [5] * 500
         wait_until(lambda: resources(child.pid)[0] <= threads)
         assert resources(child.pid)[1] < memory + 60
         child.send_signal(signal.SIGTERM)
         assert child.wait(10) == 0
-
-
-async def call_often_alone(port):
-    return await call_often(port, 20)
-
-
-def test_five_hundred_calls_over_fifty_connections_all_arrive(folder):
-    async def drive(port):
-        return await asyncio.gather(*(call_often(port, 10) for _ in range(50)))
-
-    with apart(folder) as (port, _):
-        assert asyncio.run(drive(port)) == [10] * 50
-
-
-def test_stamped_streams_come_side_by_side_and_a_hang_up_ends_its_own(fake, server):
-    endless = {"model": "fake/stamped", "messages": HI, "stream": True}
-    body = json.dumps({**endless, "max_tokens": 10**5})
-    with closing(connect(server)) as leaver:
-        leaver.request("POST", "/v1/chat/completions", body, AUTHORIZATION)
-        assert leaver.getresponse().read(1)
-        with ThreadPoolExecutor(3) as pool:
-            asked = [pool.submit(stamped, server) for _ in range(3)]
-        for stamps in [each.result() for each in asked]:
-            assert len(stamps) == 5
-            assert stamps == sorted(stamps)
-    fake.wait_for(lambda: not any(each.pacer.playing for each in fake.servers))
-
-
-def stamped(server):
-    reply = chat(server, "stamped", stream=True, max_tokens=5)
-    return [int(stamp) for stamp in re.findall(rb'"content":"(\d+) "', reply.body)]
 
 
 def test_a_connection_for_which_there_is_no_thread_is_closed(settings, caplog):
@@ -10070,45 +9690,28 @@ def client(server):
         yield client
 
 
-def client_of(server, key=KEY, retries=0):
-    return openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key=key, max_retries=retries, timeout=10
-    )
+@pytest.fixture
+def create(client):
+    return partial(client.chat.completions.create, messages=HI)
 
 
-def async_client_of(server):
-    return openai.AsyncOpenAI(
-        base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=10
-    )
+def client_of(server, kind=openai.OpenAI, **options):
+    given = {"api_key": KEY, "max_retries": 0, "timeout": 10, **options}
+    return kind(base_url=f"{server.url}/v1", **given)
 
 
-SCHEMA = {"type": "object"}
-NAMED_FORMAT = {"name": "x", "schema": SCHEMA}
+async_client_of = partial(client_of, kind=openai.AsyncOpenAI)
+
+
+NAMED_FORMAT = {"name": "x", "schema": {"type": "object"}}
 ASKED_FORMAT = {"type": "json_schema", "json_schema": NAMED_FORMAT}
-NATIVE_FORMATS = [
-    (
-        "granite",
-        "ibm-granite/granite-3.3-8b-instruct",
-        "response_format",
-        {"type": "json_schema", "json_schema": {**NAMED_FORMAT, "strict": False}},
-    ),
-    (
-        "gpt-5-structured",
-        "openai/gpt-5-structured",
-        "json_schema",
-        {"format": {"type": "json_schema", **NAMED_FORMAT, "strict": False}},
-    ),
-]
+NATIVE_FORMAT = {"format": {"type": "json_schema", **NAMED_FORMAT, "strict": False}}
 
 
-@pytest.mark.parametrize(
-    ("why", "ref", "name", "expected"), NATIVE_FORMATS, ids=whys(NATIVE_FORMATS)
-)
-def test_json_is_asked_for_in_a_models_own_way(server, fake, why, ref, name, expected):
-    body = {"model": ref, "messages": HI, "response_format": ASKED_FORMAT}
-    post_json(server, CHAT_PATH, KEY, **body)
+def test_json_is_asked_for_in_a_models_own_way(create, fake):
+    create(model="openai/gpt-5-structured", response_format=ASKED_FORMAT)
     asked = fake.creates()[0].body["input"]
-    assert asked[name] == expected
+    assert asked["json_schema"] == NATIVE_FORMAT
     assert "JSON" not in str(asked.get("messages", ""))
 
 
@@ -10133,62 +9736,56 @@ def cut_small(text):
 
 
 @pytest.fixture
-def writer(fake, replicate):
-    row = replace(SCENARIOS["hello"], text=writing(ADA_IN_PROSE, ADA_IN_PROSE))
-    replicate.scenarios["writer"] = row
-    yield "fake/writer"
-    del replicate.scenarios["writer"]
+def writes(fake):
+    """Have fake/writer write one thing, and another when it is told it is wrong."""
+
+    def writes(first, second):
+        text = writing(first, second)
+        fake.scenarios["writer"] = replace(SCENARIOS["hello"], text=text)
+
+    yield writes
+    fake.scenarios.pop("writer", None)
 
 
-def test_openai_parses_what_a_model_wraps_in_words(client, writer, fake):
+FITS = [
+    ("what a model wraps in words", ADA_IN_PROSE, 1),
+    ("at the second try", WRONG, 2),
+]
+
+
+@table("first, creates", FITS)
+def test_openai_parses_json(client, fake, writes, first, creates):
+    writes(first, ADA_IN_PROSE)
     answer = client.chat.completions.parse(
-        model=writer, messages=HI, response_format=Person
+        model="fake/writer", messages=HI, response_format=Person
     )
     assert answer.choices[0].message.parsed == Person(name="Ada", age=36)
-    assert len(fake.creates()) == 1
+    assert len(fake.creates()) == creates
 
 
-def test_openai_streams_the_json_alone(client, writer):
-    with client.chat.completions.create(
-        model=writer,
-        messages=HI,
-        response_format={"type": "json_object"},
-        stream=True,
-    ) as chunks:
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-    assert text == LADY
+def test_openai_streams_the_json_alone(create, writes):
+    writes(ADA_IN_PROSE, "")
+    any_object = {"type": "json_object"}
+    chunks = create(model="fake/writer", response_format=any_object, stream=True)
+    assert streamed_text(chunks) == LADY
 
 
-def test_json_that_does_not_fit_is_asked_for_once_more(client, writer, fake, replicate):
-    row = replace(SCENARIOS["hello"], text=writing(WRONG, ADA_IN_PROSE))
-    replicate.scenarios["writer"] = row
-    answer = client.chat.completions.parse(
-        model=writer, messages=HI, response_format=Person
-    )
-    assert answer.choices[0].message.parsed == Person(name="Ada", age=36)
-    assert len(fake.creates()) == 2
+def streamed_text(chunks):
+    return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
 
 
-def test_json_that_does_not_fit_again_is_told_as_it_came(
-    client, writer, fake, replicate, caplog
-):
-    row = replace(SCENARIOS["hello"], text=writing(WRONG, WRONG))
-    replicate.scenarios["writer"] = row
-    answer = client.chat.completions.create(
-        model=writer,
-        messages=HI,
-        response_format={
-            "type": "json_schema",
-            "json_schema": {"name": "person", "schema": Person.model_json_schema()},
-        },
-    )
-    assert answer.choices[0].message.content == WRONG
-    assert answer.choices[0].finish_reason == "stop"
+def test_json_that_does_not_fit_again_is_told_as_it_came(create, writes, fake, caplog):
+    writes(WRONG, WRONG)
+    schema = {"name": "person", "schema": Person.model_json_schema()}
+    format = {"type": "json_schema", "json_schema": schema}
+    [choice] = create(model="fake/writer", response_format=format).choices
+    assert (choice.message.content, choice.finish_reason) == (WRONG, "stop")
     assert len(fake.creates()) == 2
     assert "event=retry" in caplog.text
 
 
 WEATHER_QUESTION = "What is the weather in Paris?"
+ASKED_WEATHER = [{"role": "user", "content": WEATHER_QUESTION}]
 SUNNY = "In Paris it is sunny."
 
 # The ways in which a Llama writes a call, whatever it was taught.
@@ -10211,11 +9808,11 @@ def play_llama(call, input):
 
 
 @pytest.fixture(params=LLAMAS)
-def llama(request, fake, replicate):
+def llama(request, fake):
     text = partial(play_llama, LLAMAS[request.param])
-    replicate.scenarios["llama"] = replace(SCENARIOS["hello"], text=text, pace=0.01)
+    fake.scenarios["llama"] = replace(SCENARIOS["hello"], text=text, pace=0.01)
     yield "fake/llama"
-    del replicate.scenarios["llama"]
+    del fake.scenarios["llama"]
 
 
 def get_weather(city: str) -> str:
@@ -10223,21 +9820,17 @@ def get_weather(city: str) -> str:
     return "sunny" if city == "Paris" else "unknown"
 
 
-def test_openai_asks_calls_and_answers(client, llama, fake):
-    asked = [{"role": "user", "content": WEATHER_QUESTION}]
-    answer = client.chat.completions.create(model=llama, messages=asked, tools=TOOLS)
-    [choice] = answer.choices
+def test_openai_asks_calls_and_answers(create, llama, fake):
+    [choice] = create(model=llama, messages=ASKED_WEATHER, tools=TOOLS).choices
     [made] = choice.message.tool_calls
     assert choice.message.content == "Let me look."
     assert choice.finish_reason == "tool_calls"
     assert (made.function.name, made.function.arguments) == PARIS
     assert re.fullmatch("call_[0-9A-Za-z]{24}", made.id)
     result = {"role": "tool", "tool_call_id": made.id, "content": "sunny"}
-    answer = client.chat.completions.create(
-        model=llama, messages=[*asked, choice.message, result], tools=TOOLS
-    )
-    assert answer.choices[0].message.content == SUNNY
-    assert answer.choices[0].finish_reason == "stop"
+    messages = [*ASKED_WEATHER, choice.message, result]
+    [choice] = create(model=llama, messages=messages, tools=TOOLS).choices
+    assert (choice.message.content, choice.finish_reason) == (SUNNY, "stop")
     assert len(fake.creates()) == 2
 
 
@@ -10247,7 +9840,7 @@ WEATHER_TOOL = openai.pydantic_function_tool(
 
 
 def test_openai_parses_calls_and_answers(client, llama, fake):
-    messages = [{"role": "user", "content": WEATHER_QUESTION}]
+    messages = [*ASKED_WEATHER]
 
     def ask():
         answer = client.chat.completions.parse(
@@ -10263,20 +9856,15 @@ def test_openai_parses_calls_and_answers(client, llama, fake):
     assert len(fake.creates()) == 2
 
 
-def test_the_demonstration_recites_no_call(client, fake):
+def test_the_demonstration_recites_no_call(create, fake):
     fake.scenarios["quick-demo"] = replace(SCENARIOS["demo"], boot=0, pace=0)
-    answer = client.chat.completions.create(
-        model="fake/quick-demo", messages=HI, tools=TOOLS
-    )
-    assert answer.choices[0].finish_reason == "stop"
-    assert answer.choices[0].message.tool_calls is None
+    [choice] = create(model="fake/quick-demo", tools=TOOLS).choices
+    assert (choice.finish_reason, choice.message.tool_calls) == ("stop", None)
 
 
 def test_openai_streams_calls(client, llama, fake):
     with client.chat.completions.stream(
-        model=llama,
-        messages=[{"role": "user", "content": WEATHER_QUESTION}],
-        tools=[WEATHER_TOOL],
+        model=llama, messages=ASKED_WEATHER, tools=[WEATHER_TOOL]
     ) as stream:
         seen = {event.type: event for event in stream}
         [choice] = stream.get_final_completion().choices
@@ -10289,69 +9877,51 @@ def test_openai_streams_calls(client, llama, fake):
     assert len(fake.creates()) == 1
 
 
-def test_openai_streams_calls_asynchronously(server, llama):
+def test_openai_works_asynchronously(server):
     async def ask():
         async with (
             async_client_of(server) as client,
-            client.chat.completions.stream(
-                model=llama,
-                messages=[{"role": "user", "content": WEATHER_QUESTION}],
-                tools=[WEATHER_TOOL],
-            ) as stream,
+            client.chat.completions.stream(model="gpt-4o", messages=HI) as stream,
         ):
             return (await stream.get_final_completion()).choices[0].message
 
-    [made] = asyncio.run(ask()).tool_calls
-    assert made.function.parsed_arguments.city == "Paris"
+    assert asyncio.run(ask()).content == HELLO
 
 
-def test_openai_calls_functions_as_they_were_before_tools(client, llama):
-    answer = client.chat.completions.create(
-        model=llama, messages=HI, functions=[WEATHER], function_call="auto"
-    )
-    [choice] = answer.choices
+def test_openai_calls_functions_as_they_were_before_tools(create, llama):
+    [choice] = create(model=llama, functions=[WEATHER], function_call="auto").choices
     assert choice.finish_reason == "function_call"
     assert choice.message.function_call.name == "get_weather"
     assert choice.message.tool_calls is None
 
 
-def test_tools_that_may_not_be_called_are_not_taught(client, llama):
-    answer = client.chat.completions.create(
-        model=llama, messages=HI, tools=TOOLS, tool_choice="none"
-    )
+def test_tools_that_may_not_be_called_are_not_taught(create, llama):
+    answer = create(model=llama, tools=TOOLS, tool_choice="none")
     assert answer.choices[0].message.content == "I know no tools."
 
 
-def test_a_tool_that_must_be_called_is_asked_for_once_more(client, fake, replicate):
-    row = replace(SCENARIOS["hello"], text=("I won't.",))
-    replicate.scenarios["stubborn"] = row
-    answer = client.chat.completions.create(
-        model="fake/stubborn", messages=HI, tools=TOOLS, tool_choice="required"
-    )
+def test_a_tool_that_must_be_called_is_asked_for_once_more(create, writes, fake):
+    writes("I won't.", "I won't.")
+    answer = create(model="fake/writer", tools=TOOLS, tool_choice="required")
     assert answer.choices[0].message.content == "I won't."
     assert len(fake.creates()) == 2
-    del replicate.scenarios["stubborn"]
 
 
-def test_openai_reads_what_was_thought(client):
-    answer = client.chat.completions.create(model="fake/thinking", messages=HI)
+def test_openai_reads_what_was_thought(create):
+    answer = create(model="fake/thinking")
     assert answer.choices[0].message.content == "Hello."
     assert answer.choices[0].message.reasoning_content == "They greet me.\n"
-    with client.chat.completions.create(
-        model="fake/thinking", messages=HI, stream=True
-    ) as chunks:
+    with create(model="fake/thinking", stream=True) as chunks:
         deltas = [chunk.choices[0].delta for chunk in chunks]
     thoughts = [getattr(delta, "reasoning_content", None) or "" for delta in deltas]
     assert "".join(thoughts) == "They greet me.\n"
     assert "".join(delta.content or "" for delta in deltas) == "Hello."
 
 
-def test_openai_sends_a_large_image_once(client, fake, replicate):
+def test_openai_sends_a_large_image_once(create, fake, replicate):
     image = data_url(PNG + b"." * INLINE)
     for _ in range(2):
-        client.chat.completions.create(
-            model="anthropic/claude-4-sonnet", messages=seeing(image)
-        )
+        create(model="anthropic/claude-4-sonnet", messages=seeing(image))
     [upload] = [seen for seen in fake.seen if seen.path == "/v1/files"]
     assert PNG in upload.body
     *_, file = replicate.files.values()
@@ -10361,34 +9931,19 @@ def test_openai_sends_a_large_image_once(client, fake, replicate):
     assert inputs[0].startswith(replicate.base_url)
 
 
-def test_openai_chats(client):
-    answer = client.chat.completions.create(model="gpt-4o", messages=HI)
+def test_openai_chats(create):
+    answer = create(model="gpt-4o")
     assert answer.choices[0].message.content == HELLO
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage.total_tokens == 9
     assert re.fullmatch("req_[0-9a-f]{32}", answer._request_id)
 
 
-def test_openai_streams(client):
-    chunks = list(
-        client.chat.completions.create(
-            model="gpt-4o",
-            messages=HI,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-    )
-    pieces = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
-    assert (pieces[0], pieces[-1]) == ("", None)
-    assert "".join(pieces[:-1]) == HELLO
+def test_openai_streams(create):
+    usage = {"include_usage": True}
+    chunks = list(create(model="gpt-4o", stream=True, stream_options=usage))
+    assert streamed_text(chunks) == HELLO
     assert chunks[-1].usage.completion_tokens == 8
-
-
-def test_openai_folds_a_stream_into_an_answer(client):
-    with client.chat.completions.stream(model="gpt-4o", messages=HI) as stream:
-        answer = stream.get_final_completion()
-    assert answer.choices[0].message.role == "assistant"
-    assert answer.choices[0].message.content == HELLO
 
 
 def test_openai_completes(client):
@@ -10406,10 +9961,8 @@ def test_openai_lists_and_retrieves_models(client):
 
 
 def test_openai_raises_for_a_wrong_key(server):
-    with (
-        client_of(server, "sk-wrong") as client,
-        pytest.raises(openai.AuthenticationError, match="PROXY_API_KEY") as caught,
-    ):
+    wrong = pytest.raises(openai.AuthenticationError, match="PROXY_API_KEY")
+    with client_of(server, api_key="sk-wrong") as client, wrong as caught:
         client.models.list()
     assert caught.value.code == "invalid_api_key"
 
@@ -10426,26 +9979,19 @@ def test_openai_raises_for_an_unknown_model(settings, tmp_path):
     assert caught.value.code == "model_not_found"
 
 
-def test_openai_raises_for_a_bad_parameter(client):
-    with pytest.raises(openai.BadRequestError, match="expected a string") as caught:
-        client.chat.completions.create(model="gpt-4o", messages=[{"role": 7}])
-    assert caught.value.param == "messages[0].role"
-    assert caught.value.code == "invalid_type"
+RAISED = [
+    ("a bad parameter", {"messages": [{"role": 7}]}, openai.BadRequestError, 400),
+    ("a rate limit", {"model": "fake/throttled-header"}, openai.RateLimitError, 429),
+    ("an error in mid-stream", {"model": "fake/failed-late"}, openai.APIError, None),
+]
 
 
-def test_openai_raises_for_a_rate_limit(fake, client):
-    with pytest.raises(openai.RateLimitError) as caught:
-        client.chat.completions.create(model="fake/throttled-header", messages=HI)
-    assert caught.value.response.headers["retry-after"] == "7"
-    assert len(fake.creates()) == 1
-
-
-def test_openai_raises_for_an_error_in_mid_stream(client):
-    stream = client.chat.completions.create(
-        model="fake/failed-late", messages=HI, stream=True
-    )
-    with pytest.raises(openai.APIError, match="it broke"):
-        list(stream)
+@table("more, error, status", RAISED)
+def test_openai_raises_for(create, more, error, status):
+    with pytest.raises(error) as caught:
+        list(create(**{"model": "gpt-4o", "stream": True, **more}))
+    assert getattr(caught.value, "status_code", None) == status
+    assert {"type", "code", "param"} <= caught.value.body.keys()
 
 
 CLIENT_RETRIES = [
@@ -10464,20 +10010,9 @@ CLIENT_RETRIES = [
 )
 def test_openai_tries_again_where_it_helps(fake, server, scenario, creates, error):
     expected = pytest.raises(error) if error else closing(fake.servers[0].socket.dup())
-    with client_of(server, retries=1) as client, expected:
+    with client_of(server, max_retries=1) as client, expected:
         client.chat.completions.create(model=f"fake/{scenario}", messages=HI)
     assert len(fake.creates()) == creates
-
-
-def test_openai_works_asynchronously(server):
-    async def ask():
-        async with async_client_of(server) as client:
-            stream = await client.chat.completions.create(
-                model="gpt-4o", messages=HI, stream=True
-            )
-            return [chunk.choices[0].delta.content async for chunk in stream]
-
-    assert "".join(filter(None, asyncio.run(ask()))) == HELLO
 
 
 def test_answers_are_of_openai_types_to_the_letter(server):
@@ -10596,13 +10131,12 @@ WRITTEN = {"TOOLS": LLAMAS["tagged"].format, "JSON_SCHEMA": "A {}: {}".format}
 @pytest.mark.parametrize("mode", WRITTEN)
 @table(("type", "wrong", "retries"), REPEATED)
 def test_instructor_has_a_wrong_object_asked_for_again(
-    instructor, client, writer, fake, replicate, mode, type, wrong, retries
+    instructor, client, writes, fake, mode, type, wrong, retries
 ):
     name, right = type.__name__, '{"name": "Ada Lovelace", "age": 36}'
-    text = writing(WRITTEN[mode](name, wrong), WRITTEN[mode](name, right))
-    replicate.scenarios["writer"] = replace(SCENARIOS["hello"], text=text)
+    writes(WRITTEN[mode](name, wrong), WRITTEN[mode](name, right))
     person = instructor.from_openai(client, mode=instructor.Mode[mode]).create(
-        model=writer, messages=HI, response_model=type, max_retries=retries
+        model="fake/writer", messages=HI, response_model=type, max_retries=retries
     )
     assert person.model_dump() == {"name": "Ada Lovelace", "age": 36}
     assert len(fake.creates()) == 2
@@ -10729,27 +10263,19 @@ def test_workers_share_a_port_and_each_has_its_own_limits(folder, fake):
         assert parent.wait(10) == 0
 
 
-def tell_the_parent(parent, number):
-    parent.send_signal(number)
-
-
-def tell_all(parent, number):
-    os.killpg(parent.pid, number)
-
-
 @table(
-    "tell, number",
+    "workers, tell, number",
     [
-        ("docker stop", tell_the_parent, signal.SIGTERM),
-        ("Ctrl-C, or systemd", tell_all, signal.SIGINT),
+        ("docker stop", "2", os.kill, signal.SIGTERM),
+        ("Ctrl-C, or systemd", "2", os.killpg, signal.SIGINT),
+        ("docker stop of one", "1", os.kill, signal.SIGTERM),
+        ("Ctrl-C of one", "1", os.killpg, signal.SIGINT),
     ],
 )
-def test_a_signal_lets_the_calls_of_all_workers_finish(
-    folder, fake, gate, tell, number
-):
-    with started_workers(folder, fake) as (parent, port):
+def test_a_signal_lets_all_calls_finish(folder, fake, gate, workers, tell, number):
+    with started_workers(folder, fake, WORKERS=workers) as (parent, port):
         calls = [begin_on(port, "fake/gated") for _ in range(4)]
-        tell(parent, number)
+        tell(parent.pid, number)
         wait_until(lambda: is_refused(port))
         gate.release(1000)
         answers = [begun + read_all(sock) for sock, begun in calls]
@@ -10763,16 +10289,17 @@ def test_a_signal_lets_the_calls_of_all_workers_finish(
         assert b'"error"' not in answer
 
 
-def test_a_second_signal_ends_the_workers_at_once(folder, fake):
-    with started_workers(folder, fake) as (parent, port):
-        workers = worker_ids(parent)
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_signal_ends_the_program_at_once(folder, fake, workers):
+    with started_workers(folder, fake, WORKERS=workers) as (parent, port):
+        children = worker_ids(parent) if workers == "2" else []
         with begin_on(port, "fake/endless")[0]:
             parent.terminate()
             wait_until(lambda: is_refused(port))
             assert parent.poll() is None  # it waits for the call
             parent.terminate()
             assert parent.wait(5) == 128 + signal.SIGTERM
-        assert all(map(is_gone, workers))
+        assert all(map(is_gone, children))
 
 
 def test_a_worker_that_dies_is_replaced(folder, fake, tmp_path):
@@ -10794,9 +10321,7 @@ def test_a_worker_that_dies_is_replaced(folder, fake, tmp_path):
         parent.terminate()
         parent.wait(10)
         deaths = re.findall(
-            r" event=worker_died pid=(\d+) code=-9 pause=0.5$",
-            parent.stderr.read(),
-            re.M,
+            r" event=worker_died pid=(\d+) code=-9$", parent.stderr.read(), re.M
         )
     assert sorted(map(int, deaths)) == sorted(before)
 
@@ -10827,64 +10352,33 @@ def test_workers_do_not_share_a_port_with_strangers(folder, fake, server):
             assert "in use" in err and "--port" in err and "Traceback" not in err
 
 
-def test_one_demonstration_serves_all_workers(folder):
-    arguments = ["--demo", "--port", "0"]
-    with started(folder, *arguments, environ={"WORKERS": "2"}) as (parent, (url, _)):
-
-        def ask(_):
-            answer = httpx.post(
-                f"{url}/v1/chat/completions",
-                json={"model": "gpt-4o", "messages": HI},
-                headers={"authorization": "Bearer demo"},
-                trust_env=False,
-            )
-            return answer.json()["choices"][0]["message"]["content"]
-
-        with ThreadPoolExecutor(4) as pool:
-            for told in pool.map(ask, range(4)):
-                assert "no model ran" in told
-        parent.terminate()
-        assert parent.wait(10) == 0
-
-
-def test_a_worker_that_dies_at_its_start_is_started_less_and_less_often(
+def test_a_worker_that_dies_at_its_start_is_started_again_after_a_pause(
     folder, fake, tmp_path
 ):
     models = tmp_path / "models.json"
     shutil.copy(folder / "models.json", models)
-    given = {"MODELS_PATH": str(models)}
-    with started_workers(folder, fake, **given) as (parent, _):
+    with started_workers(folder, fake, MODELS_PATH=str(models)) as (parent, _):
         models.write_text("broken")
         os.kill(worker_ids(parent)[0], signal.SIGKILL)
-        told = iter(parent.stderr.readline, "")
-        deaths = (line for line in told if "worker_died" in line)
-        pauses = []
-        while 2 not in pauses:
-            pauses.append(float(next(deaths).rpartition("=")[2]))
-    assert sorted({*pauses}) == [0.5, 1, 2]
+        begun = time.monotonic()
+        deaths = (line for line in parent.stderr if "worker_died" in line)
+        assert len([*islice(deaths, 4)]) == 4  # two at a time, if both are to start
+    assert time.monotonic() - begun > 1
 
 
-NO_FORK = """
-import os, sys
-del os.fork
-import proxy
-sys.exit(proxy.main(sys.argv[1:]))
-"""
-
-
-NO_ROOM = """
+PATCHED = """
 import os, sys, proxy
 def fork(real=os.fork, failures=[0, 1]):
     if failures and failures.pop():
         raise OSError("no room")
     return real()
-os.fork = fork
+{}
 sys.exit(proxy.main(sys.argv[1:]))
 """
 
 
 def test_what_keeps_a_worker_from_starting_is_tried_again(folder, fake):
-    (folder / "no_room.py").write_text(NO_ROOM)
+    (folder / "no_room.py").write_text(PATCHED.format("os.fork = fork"))
     environ = {**settings_for(fake), "WORKERS": "2"}
     with started(folder, environ=environ, program="no_room.py") as (parent, _):
         assert 'event=worker_not_started error="no room"' in parent.stderr.readline()
@@ -10892,10 +10386,9 @@ def test_what_keeps_a_worker_from_starting_is_tried_again(folder, fake):
 
 
 def test_there_are_no_workers_on_windows(folder):
-    (folder / "no_fork.py").write_text(NO_FORK)
-    with start(
-        folder, environ={**SET, "WORKERS": "2"}, program="no_fork.py"
-    ) as program:
+    (folder / "no_fork.py").write_text(PATCHED.format("del os.fork"))
+    environ = {**SET, "WORKERS": "2"}
+    with start(folder, environ=environ, program="no_fork.py") as program:
         _, err = program.communicate(timeout=20)
     assert (program.returncode, err) == (2, "proxy.py: WORKERS must be 1 on Windows.\n")
 
@@ -10949,13 +10442,6 @@ def start(folder, *arguments, environ, program="proxy.py"):
     )
 
 
-def run(folder, *arguments, environ):
-    """Exit code, stdout and stderr."""
-    with start(folder, *arguments, environ=environ) as program:
-        told = program.communicate(timeout=20)
-        return program.returncode, *told
-
-
 RUNS = """
 import json, os, signal, sys, tempfile
 import proxy
@@ -10984,7 +10470,7 @@ json.dump([run(*row) for row in json.load(sys.stdin)], sys.stdout)
 
 
 def run_each(folder, rows):
-    """As `run`, for rows of arguments and environ: processes of a single start."""
+    """Exit code, stdout and stderr for arguments and environ: forks of one start."""
     given = [(arguments, environment(environ)) for arguments, environ in rows]
     program = subprocess.run(
         [sys.executable, "-c", RUNS],
@@ -11025,11 +10511,8 @@ def end_group(program):
 
 
 def is_healthy(url):
-    address = urlsplit(url)
-    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=10)
-    with suppress(OSError, http.client.HTTPException), closing(connection):
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
+    with suppress(httpx.HTTPError):
+        return httpx.get(f"{url}/health", trust_env=False, timeout=10).is_success
     return False
 
 
@@ -11039,14 +10522,12 @@ def free_port():
         return server.getsockname()[1]
 
 
-def test_the_program_tells_its_version_and_how_to_use_it(folder):
-    assert run(folder, "--version", environ={}) == (
-        0,
-        f"proxy.py {proxy.__version__}\n",
-        "",
-    )
-    code, told, _ = run(folder, "--help", environ={})
-    assert code == 0
+def test_the_program_tells_its_version_and_how_to_use_it(capsys):
+    for flag in ("--version", "--help"):
+        with pytest.raises(SystemExit):
+            proxy.main([flag])
+    told = capsys.readouterr().out
+    assert told.partition("\n")[0].endswith(f" {proxy.__version__}")
     for flag in ("--demo", "--check", "--reload", "--env-file FILE", "--port PORT"):
         assert flag in told
 
@@ -11054,37 +10535,24 @@ def test_the_program_tells_its_version_and_how_to_use_it(folder):
 NO_TOKEN = "proxy.py: REPLICATE_API_TOKEN is missing. Get one at https://replicate.com"
 NO_KEY = "proxy.py: PROXY_API_KEY is missing. Make one with: openssl rand -hex 32"
 SET = {"REPLICATE_API_TOKEN": "r8_x", "PROXY_API_KEY": "x"}
+HOLDERS = {"REPLICATE_API_TOKEN": "r8_your_token", "PROXY_API_KEY": "changeme"}
+NO_NUMBERS = {**SET, "PORT": "http", "PREDICTION_TIMEOUT": "10m"}
 PROBLEMS = [
     ("nothing is set", [], {}, [NO_TOKEN, NO_KEY]),
-    (
-        "placeholders",
-        [],
-        {"REPLICATE_API_TOKEN": "r8_your_token", "PROXY_API_KEY": "changeme"},
-        [
-            "proxy.py: REPLICATE_API_TOKEN is still the placeholder.",
-            "proxy.py: PROXY_API_KEY is still the placeholder.",
-        ],
-    ),
+    ("placeholders", [], HOLDERS, [f"proxy.py: {name} {PLACEHOLDER}" for name in SET]),
     (
         "wrong numbers",
         [],
-        {**SET, "PORT": "http", "PREDICTION_TIMEOUT": "10m"},
+        NO_NUMBERS,
         [
             "proxy.py: PORT must be a number, not 'http'.",
             "proxy.py: PREDICTION_TIMEOUT must be a number, not '10m'.",
         ],
     ),
-    (
-        "a number out of range",
-        ["--port", "70000"],
-        SET,
-        ["proxy.py: PORT must be a number from 0 to 65535."],
-    ),
+    ("a port too high", ["--port", "70000"], SET, ["proxy.py: PORT must be a number"]),
     ("no models", ["--models", "/nowhere"], SET, ["proxy.py: /nowhere can't be used:"]),
     ("no env file", ["--env-file", "/nowhere"], SET, ["proxy.py: /nowhere can't be"]),
 ]
-
-
 CHECKS = [
     ("all is well", {}, 0, "token     works: user fake of Replicate"),
     ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
@@ -11127,24 +10595,6 @@ def test_what_keeps_it_from_starting_is_a_sentence(ended, why, _, __, told):
         assert line.startswith(start)
 
 
-def test_wrong_models_are_told_by_their_path(folder, tmp_path):
-    models = tmp_path / "models.json"
-    models.write_text('{"mappings": {"gpt-4o": "gpt-4o"}}')
-    environ = {**SET, "MODELS_PATH": str(models)}
-    _, _, err = run(folder, environ=environ)
-    assert err == (
-        f"proxy.py: {models} can't be used: "
-        '$.mappings["gpt-4o"]: expected owner/name.\n'
-    )
-
-
-def test_a_port_in_use_is_told(folder, server):
-    arguments = ["--port", str(server.server_port)]
-    code, _, err = run(folder, *arguments, environ=SET)
-    assert code == 2
-    assert "in use" in err and "--port" in err and "Traceback" not in err
-
-
 @pytest.mark.parametrize(("why", "_", "code", "told"), CHECKS, ids=whys(CHECKS))
 def test_check_says_whether_it_would_work(ended, why, _, code, told):
     returned, out, err = ended[why]
@@ -11164,7 +10614,8 @@ def test_settings_come_from(ended, why, _, __, told):
 def test_the_demo_works_as_its_line_says_and_ends_when_told(folder):
     if not shutil.which("curl") and os.environ.get("CI") != "true":
         pytest.skip("no curl here")
-    with started(folder, "--demo", "--port", "0", environ={}) as (program, (url, line)):
+    flags, environ = ["--demo", "--port", "0"], {"WORKERS": "2"}  # one will do
+    with started(folder, *flags, environ=environ) as (program, (url, line)):
         assert line.startswith(f"curl -N {url}/v1/chat/completions")
         pasted = subprocess.run(
             ["sh", "-c", line], capture_output=True, timeout=20, env=environment({})
@@ -11194,12 +10645,10 @@ def test_the_line_to_try_finds_the_key_in_the_env_file(folder, replicate, tmp_pa
 
 def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    (copy / "models.json").rename(copy / "other.json")
-    (copy / ".env").write_text(f"MODELS_PATH={copy / 'other.json'}")
     environ = settings_for(replicate)
     with started(copy, "--reload", environ=environ) as (program, (url, line)):
         assert "${PROXY_API_KEY%%,*}" in line and KEY not in line
-        for name in ("other.json", "proxy.py"):
+        for name in ("models.json", "proxy.py"):
             assert is_healthy(url)
             with (copy / name).open("a") as file:
                 file.write("\n")
@@ -11255,22 +10704,9 @@ def test_flags_are_not_abbreviated(capsys):
     assert "unrecognized arguments: --rel" in capsys.readouterr().err
 
 
-@contextmanager
-def started_alone(folder, fake):
+def started_alone(folder, fake, **environ):
     """One process, and its port."""
-    with started_workers(folder, fake, WORKERS="1") as started:
-        yield started
-
-
-def test_a_second_signal_ends_the_program_at_once(folder, fake):
-    with started_alone(folder, fake) as (child, port), dial_port(port) as sock:
-        sock.sendall(chat_bytes("fake/endless", stream=True))
-        read_until(sock, b"content")
-        child.send_signal(signal.SIGTERM)
-        wait_until(lambda: is_refused(port))
-        assert child.poll() is None  # it waits for the call
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(5) == 128 + signal.SIGTERM
+    return started_workers(folder, fake, WORKERS="1", **environ)
 
 
 def is_refused(port):
@@ -11278,20 +10714,6 @@ def is_refused(port):
         socket.create_connection(("127.0.0.1", port)).close()
         return False
     return True
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_a_call_finish(folder, fake, gate, number):
-    with started_alone(folder, fake) as (child, port):
-        with dial_port(port) as sock:
-            sock.sendall(chat_bytes("fake/gated", stream=True))
-            answer = read_until(sock, b"content")
-            child.send_signal(number)
-            wait_until(lambda: is_refused(port))
-            gate.release(1000)
-            answer += read_all(sock)
-        assert child.wait(5) == 0
-    assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
 # -- Deploy --------------------------------------------------------------------
@@ -11363,9 +10785,7 @@ class Fleet(NamedTuple):
     fake: FakeReplicate
     gate: threading.Semaphore
 
-    @property
-    def server_name(self):
-        return "127.0.0.1"
+    server_name = "127.0.0.1"
 
     def created(self):
         """How many predictions there are of each text."""
@@ -11378,9 +10798,8 @@ class Fleet(NamedTuple):
         return {text: pool.submit(self.ask, text) for text in texts}
 
     def ask(self, text):
-        body = {"model": "fake/hello", "messages": [{"role": "user", "content": text}]}
-        key = {"authorization": "Bearer key"}
-        return send(self, "POST", "/v1/chat/completions", body, key)
+        messages = [{"role": "user", "content": text}]
+        return post_json(self, CHAT_PATH, model="fake/hello", messages=messages)
 
     def stream(self):
         """One that has begun and waits for the test."""
@@ -11480,8 +10899,7 @@ def read_answer(sock):
 
 def test_a_body_between_the_limits_is_refused_by_the_proxy_itself(lasting_fleet):
     body = {"model": "fake/hello", "messages": HI, "user": "x" * 100_000}
-    key = {"authorization": "Bearer key"}
-    answer = send(lasting_fleet, "POST", "/v1/chat/completions", body, key)
+    answer = post_json(lasting_fleet, CHAT_PATH, **body)
     assert answer.status == 413
     assert "MAX_BODY_BYTES" in answer.error["message"]
 
