@@ -448,7 +448,7 @@ def parse_env_file(text: str) -> dict[str, str]:
 #
 # models.json says which model a name stands for. It is read again when it has
 # changed. To add a model: a row in models.json. To add a key: a field of
-# ModelConfig, and a row in `config_rules`.
+# ModelConfig, and a row in `parse_models`.
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -456,6 +456,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 REF = re.compile(
     rf"deployments/{NAME}/{NAME}|(?!deployments/){NAME}/{NAME}(:{NAME})?|[0-9a-f]{{64}}"
 )
+
+OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
 
 
 class ModelConfig(NamedTuple):
@@ -496,65 +498,52 @@ def is_ref(value: Any) -> bool:
 
 
 def is_range(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(map(is_number, value))
-        and value[0] <= value[1]
-    )
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(map(is_number, value)) and bool(value[0] <= value[1])
+
+
+def expect(is_valid: object, path: str, expected: str) -> None:
+    if not is_valid:
+        raise ConfigError(f"{path}: expected {expected}.")
 
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, what is expected
 
+A_REF: Rule = (is_ref, "owner/name")
 AN_OBJECT: Rule = (lambda v: isinstance(v, dict), "an object")
-
-ROOT_RULES = {
-    "default_model": (lambda v: v is None or is_ref(v), "owner/name"),
-    "mappings": AN_OBJECT,
-    "model_configs": AN_OBJECT,
-}
-
-
-def config_rules(families: Sequence[str]) -> dict[str, Rule]:
-    names = ["", *families]
-    return {
-        "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-        "temperature_range": (is_range, "two numbers, the lower one first"),
-        "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
-        "family": (lambda v: v in names, f"one of {', '.join(families)}"),
-        "input": AN_OBJECT,
-    }
-
-
-def check_rule(value: Any, rule: Rule, path: str) -> None:
-    is_valid, expected = rule
-    if not is_valid(value):
-        raise ConfigError(f"{path}: expected {expected}.")
 
 
 def check_object(value: Any, rules: Mapping[str, Rule], path: str) -> Json:
-    """Return an object without its comments; raise ConfigError if it breaks a rule."""
-    check_rule(value, AN_OBJECT, path)
-    row = {key: item for key, item in value.items() if not key.startswith("_")}
-    unknown = (lambda _: False, f"one of {', '.join(rules)}")
+    """Return an object without comments and nulls; raise ConfigError if it is wrong."""
+    expect(isinstance(value, dict), path, "an object")
+    row = {k: v for k, v in value.items() if not (k.startswith("_") or v is None)}
     for key, item in row.items():
-        check_rule(item, rules.get(key, unknown), f"{path}.{key}")
+        unknown = (lambda _: False, f"one of {', '.join(rules)}")
+        is_valid, expected = rules.get(key, unknown)
+        expect(is_valid(item), f"{path}.{key}", expected)
     return row
 
 
 def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models:
     """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    keys = {"default_model": A_REF, "mappings": AN_OBJECT, "model_configs": AN_OBJECT}
+    config_keys: dict[str, Rule] = {
+        "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+        "temperature_range": (is_range, "two numbers, the lower one first"),
+        "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
+        "family": (lambda v: v in families, f"one of {', '.join(families)}"),
+        "input": AN_OBJECT,
+    }
     try:
         value = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not JSON: {error}") from None
-    root = check_object(value, ROOT_RULES, "$")
+    root = check_object(value, keys, "$")
     mappings = root.get("mappings", {})
     for name, ref in mappings.items():
-        check_rule(ref, (is_ref, "owner/name"), f'$.mappings["{name}"]')
-    rules = config_rules(families)
+        expect(is_ref(ref), f'$.mappings["{name}"]', "owner/name")
     configs = {
-        ref: ModelConfig(**check_object(row, rules, f'$.model_configs["{ref}"]'))
+        ref: ModelConfig(**check_object(row, config_keys, f'$.model_configs["{ref}"]'))
         for ref, row in root.get("model_configs", {}).items()
     }
     return Models(mappings, root.get("default_model"), configs, created)
@@ -623,8 +612,8 @@ def find_model(models: Models, id: str) -> Model:
 # there twice, is refused. Every parameter that OpenAI documents is in exactly one
 # place: a row here (honoured, or refused with the reason), or IGNORED (harmless to
 # drop). What OpenAI does not document goes to the model if its family names it.
-# null is the same as absent. To add a parameter: a row here, and its name in the
-# families.
+# null is the same as absent. To add a parameter: a row here, in SAMPLING or
+# EXTENSIONS if models have an input for it, and its name in the families.
 
 
 NOT_JSON = (
@@ -637,12 +626,11 @@ MAX_JSON_DEPTH = 400  # more, and the SDK's encoder meets Python's recursion lim
 
 
 def json_depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        children = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [c for each in children for c in each if isinstance(c, (dict, list))]
-        depth += 1
-    return depth
+    """How deep arrays and objects go; or raise RecursionError."""
+    inside = value.values() if isinstance(value, dict) else value
+    return 1 + max(
+        (json_depth(v) for v in inside if isinstance(v, (dict, list))), default=0
+    )
 
 
 def parse_json_body(data: bytes, content_type: str) -> Json:
@@ -706,47 +694,79 @@ class Param(NamedTuple):
     required: bool = False
     by_type: bool = False  # required if the `type` beside it has its name
     refused: str = ""  # why any value but null and the choices is refused
+    names: str = ""  # what models call it, the best first; "": as OpenAI does
 
 
 STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dict,)
 NUMBER = (int, float)
 
 INT64 = (-(2**63), 2**63 - 1)
-MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
+MAX_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
-NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
+
+
+def refuse(reason: str, *harmless: Any) -> Param:
+    """Of a parameter that asks for what can't be had, unless it has such a value."""
+    return Param(refused=reason, choices=harmless)
+
+
+# OpenAI's parameters that models have an input for. Choices stand in order, the
+# least first. OpenAI's limit of stop strings is 4, but SillyTavern and Continue
+# send more to servers like this.
+SAMPLING = {
+    "temperature": Param(NUMBER, 0, 2, names="temperature temp"),
+    "top_p": Param(NUMBER, 0, 1),
+    "presence_penalty": Param(NUMBER, -2, 2),
+    "frequency_penalty": Param(NUMBER, -2, 2),
+    "max_tokens": Param(
+        INTEGER,
+        1,
+        INT64[1],
+        names="max_completion_tokens max_output_tokens max_tokens max_new_tokens "
+        "max_tokens_to_generate num_predict max_length",
+    ),
+    "stop": Param(
+        (str, list),
+        0,
+        64,
+        default=[],
+        items=STRING,
+        names="stop stop_sequences stop_strings stop_words",
+    ),
+    "seed": Param(INTEGER, *INT64, names="seed random_seed"),
+    "reasoning_effort": Param(
+        STRING,
+        choices=EFFORTS,
+        names="reasoning_effort thinking_level effort reasoning thinking "
+        "thinking_budget",
+    ),
+    "verbosity": Param(STRING, choices=VERBOSITIES),
+}
+
+# Not OpenAI's, but sent by many clients to models that have them.
+EXTENSIONS = {
+    "top_k": Param(INTEGER, *INT64),
+    "min_tokens": Param(INTEGER, *INT64, names="min_tokens min_new_tokens min_length"),
+    "repetition_penalty": Param(NUMBER, 0, names="repetition_penalty repeat_penalty"),
+}
+
+MODEL_PARAMS = {**SAMPLING, **EXTENSIONS}
 
 STREAM_OPTIONS = {
     "include_usage": Param(BOOLEAN, default=False),
     "include_obfuscation": Param(BOOLEAN),
 }
 
-# Shared by chat and text completions. OpenAI's limit of stop strings is 4, but
-# SillyTavern and Continue send more to servers like this.
-SAMPLING = {
+SHARED = {  # by chat and text completions
+    **MODEL_PARAMS,
     "model": Param(STRING, 1, 256),
     "stream": Param(BOOLEAN, default=False),
     "stream_options": Param(OBJECT, default={}, each=STREAM_OPTIONS),
-    "temperature": Param(NUMBER, 0, 2),
-    "top_p": Param(NUMBER, 0, 1),
-    "presence_penalty": Param(NUMBER, -2, 2),
-    "frequency_penalty": Param(NUMBER, -2, 2),
-    "max_tokens": Param(INTEGER, 1, INT64[1]),
     "max_completion_tokens": Param(INTEGER, 1, INT64[1]),
-    "stop": Param((str, list), 0, 64, default=[], items=STRING),
-    "seed": Param(INTEGER, *INT64),
-    "reasoning_effort": Param(STRING, choices=EFFORTS),
-    "verbosity": Param(STRING, choices=VERBOSITIES),
     "n": Param(INTEGER, 1, 8, default=1),
-    "logit_bias": Param(
-        refused="Token ids mean nothing to Replicate's models.", choices=({},)
-    ),
-    # Not OpenAI's, but sent by many clients to models that have them.
-    "top_k": Param(INTEGER, *INT64),
-    "min_tokens": Param(INTEGER, *INT64),
-    "repetition_penalty": Param(NUMBER, 0),
+    "logit_bias": refuse("Token ids mean nothing to Replicate's models.", {}),
     "replicate": Param(OBJECT, default={}),  # into the input, over all else
 }
 
@@ -764,7 +784,7 @@ INPUT_AUDIO = {
 }
 
 FILE = {
-    "file_id": Param(refused="No files are kept here. Send it as file_data."),
+    "file_id": refuse("No files are kept here. Send it as file_data."),
     "file_data": Param(STRING, 1, required=True),
 }
 
@@ -787,9 +807,8 @@ FUNCTION = {
 
 TOOL = one_of(
     function=Param(OBJECT, each=FUNCTION),
-    custom=Param(
-        refused="Replicate's models can't be given custom tools. Use one of type "
-        "'function'."
+    custom=refuse(
+        "Replicate's models can't be given custom tools. Use one of type 'function'."
     ),
 )
 
@@ -842,7 +861,7 @@ RESPONSE_FORMAT = one_of(
 )
 
 CHAT = {
-    **SAMPLING,
+    **SHARED,
     "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
     "tools": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=TOOL),
     "tool_choice": Param(
@@ -851,40 +870,31 @@ CHAT = {
     "parallel_tool_calls": Param(BOOLEAN, default=True),
     "functions": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=FUNCTION),
     "function_call": Param((str, dict), choices=("none", "auto"), each=NAME_ONLY),
-    "logprobs": Param(refused=NO_LOGPROBS, choices=(False,)),
-    "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
+    "logprobs": refuse(NO_LOGPROBS, False),
+    "top_logprobs": refuse(NO_LOGPROBS, 0),
     "response_format": Param(OBJECT, each=RESPONSE_FORMAT),
-    "modalities": Param(
-        refused="Replicate's language models answer in text.", choices=(["text"],)
-    ),
-    "audio": Param(refused="Replicate's language models answer in text."),
-    "web_search_options": Param(refused="Replicate's language models don't search."),
+    "modalities": refuse("Replicate's language models answer in text.", ["text"]),
+    "audio": refuse("Replicate's language models answer in text."),
+    "web_search_options": refuse("Replicate's language models don't search."),
 }
 
 COMPLETION = {
-    **SAMPLING,
+    **SHARED,
     "prompt": Param((str, list), 1, 128, default=["<|endoftext|>"], items=STRING),
-    "max_tokens": Param(INTEGER, 1, INT64[1], default=16),
+    "max_tokens": SAMPLING["max_tokens"]._replace(default=16),
     "echo": Param(BOOLEAN, default=False),
-    "suffix": Param(
-        refused="Replicate's models don't fill in the middle.", choices=("",)
-    ),
-    "logprobs": Param(refused=NO_LOGPROBS),
-    "best_of": Param(refused="All choices are returned, with n.", choices=(1,)),
+    "suffix": refuse("Replicate's models don't fill in the middle.", ""),
+    "logprobs": refuse(NO_LOGPROBS),
+    "best_of": refuse("All choices are returned, with n.", 1),
 }
 
-IGNORED = {
-    "user",
-    "safety_identifier",
-    "store",
-    "metadata",
-    "service_tier",
-    "prediction",
-    "moderation",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-}
+IGNORED_NAMES = (
+    "user safety_identifier store metadata service_tier prediction moderation "
+    "prompt_cache_key prompt_cache_options prompt_cache_retention"
+)
+IGNORED = {*IGNORED_NAMES.split()}
+
+DOCUMENTED = {*CHAT, *COMPLETION, *IGNORED} - EXTENSIONS.keys()  # by OpenAI
 
 
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
@@ -994,31 +1004,32 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
 
 Messages = list[Json]
 
-WORDS = ("text", "refusal")  # the parts of a message that are text
+TEXT_PARTS = ("text", "refusal")  # the parts of a message that are text
 
 
 def text_of(content: str | list[Json]) -> str:
     """The text of a message, its parts joined without a gap."""
     if isinstance(content, str):
         return content
-    return "".join(part[part["type"]] for part in content if part["type"] in WORDS)
+    return "".join(part[part["type"]] for part in content if part["type"] in TEXT_PARTS)
 
 
 def join_texts(parts: list[Json]) -> str | list[Json]:
     """A string where nothing is attached, as every model knows one."""
-    return text_of(parts) if all(part["type"] in WORDS for part in parts) else parts
+    return (
+        text_of(parts) if all(part["type"] in TEXT_PARTS for part in parts) else parts
+    )
 
 
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
 
 MEDIA_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+")
 
-SIGNATURES = {
-    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    "jpeg": re.compile(rb"\xff\xd8\xff"),
-    "gif": re.compile(rb"GIF8[79]a"),
-    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
-}
+IMAGE_START = re.compile(
+    rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<gif>GIF8[79]a)|"
+    rb"(?P<webp>RIFF....WEBP)",
+    re.DOTALL,
+)
 
 BASE64 = re.compile(r"[A-Za-z0-9+/]*")
 
@@ -1043,23 +1054,19 @@ class Attachment(NamedTuple):
         return f"data:{self.kind};base64,{self.base64}"
 
 
-ATTACHABLE = {  # the field with its URL or data, what to send, the code of an error
-    "image_url": ("url", "https://… or data:image/png;base64,…", "invalid_image_url"),
-    "input_audio": ("data", "base64", "invalid_value"),
-    "file": (
-        "file_data",
-        "https://… or data:application/pdf;base64,…",
-        "invalid_value",
-    ),
+ATTACHABLE = {  # the field with its URL or data, and what to send in it
+    "image_url": ("url", "https://… or data:image/png;base64,…"),
+    "input_audio": ("data", "base64"),
+    "file": ("file_data", "https://… or data:application/pdf;base64,…"),
 }
 
 
 def parse_part(part: Json, path: str) -> Json:
     """Bring the URL of an attachment to a form that any model reads; or raise 400."""
     kind = part["type"]
-    if kind in WORDS:
+    if kind in TEXT_PARTS:
         return without_nulls(part)
-    key, expected, code = ATTACHABLE[kind]
+    key, expected = ATTACHABLE[kind]
     path, url = f"{path}.{kind}.{key}", part[kind][key].strip()
     if kind == "input_audio":
         url = f"data:audio/{part[kind]['format']};base64,{url}"
@@ -1067,6 +1074,7 @@ def parse_part(part: Json, path: str) -> Json:
         attached = read_data_url(url)
         if attached is None:
             message = f"Invalid '{path}': it has to be {expected}, with the right data."
+            code = "invalid_image_url" if kind == "image_url" else "invalid_value"
             raise APIError(400, message, code=code, param=path)
         if kind == "image_url":
             media_type = image_type(attached)
@@ -1093,9 +1101,8 @@ def read_data_url(url: str) -> Attachment | None:
 
 def image_type(attached: Attachment) -> str:
     """Tell an image by its first bytes, as many programs send a fixed type; or ""."""
-    start = b64decode(attached.base64[:64])
-    names = (name for name, form in SIGNATURES.items() if form.match(start))
-    return next((f"image/{name}" for name in names), "")
+    match = IMAGE_START.match(b64decode(attached.base64[:64]))
+    return f"image/{match.lastgroup}" if match else ""
 
 
 def attachments(messages: Messages) -> list[tuple[str, str]]:
@@ -1105,7 +1112,7 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
         for message in messages
         if isinstance(message["content"], list)
         for part in message["content"]
-        if part["type"] not in WORDS
+        if part["type"] not in TEXT_PARTS
     ]
 
 
@@ -1134,25 +1141,31 @@ def parse_messages(messages: list[Json]) -> Messages:
     return functions_as_tools(parsed)
 
 
-NO_CALL_BEFORE = (
-    "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
-    "message with 'tool_calls'."
-)
-
-
 def check_pairing(messages: Messages) -> None:
     """Raise 400 unless each call has one result, right after the message it is in."""
     results: dict[str, int] = {}  # by the ids of the last calls; -1: none yet
-    for index, message in enumerate(messages):
-        where = f"messages.[{index}]"
+    for index, message in enumerate([*messages, {"role": "the end"}]):
+        where = f"messages.[{min(index, len(messages) - 1)}]"
         if message["role"] != "tool":
-            check_answered(results, index)
+            unanswered = ", ".join(id for id, result in results.items() if result < 0)
+            require(
+                not unanswered,
+                "An assistant message with 'tool_calls' must be followed by tool "
+                "messages responding to each 'tool_call_id'. The following "
+                f"tool_call_ids did not have response messages: {unanswered}",
+                param=f"{where}.role",
+            )
             results = {call["id"]: -1 for call in message.get("tool_calls", [])}
             continue
         id = message.get("tool_call_id")
         if not id:
             raise missing_parameter(f"messages[{index}].tool_call_id")
-        require(results, NO_CALL_BEFORE, param=f"{where}.role")
+        require(
+            results,
+            "Invalid parameter: messages with role 'tool' must be a response to a "
+            "preceeding message with 'tool_calls'.",
+            param=f"{where}.role",
+        )
         unknown = (
             f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
             "previous message."
@@ -1164,17 +1177,6 @@ def check_pairing(messages: Messages) -> None:
         )
         require(results[id] < 0, duplicate, param=f"{where}.tool_call_id")
         results[id] = index
-    check_answered(results, len(messages) - 1)
-
-
-def check_answered(results: Mapping[str, int], index: int) -> None:
-    unanswered = ", ".join(id for id, result in results.items() if result < 0)
-    message = (
-        "An assistant message with 'tool_calls' must be followed by tool messages "
-        "responding to each 'tool_call_id'. The following tool_call_ids did not have "
-        f"response messages: {unanswered}"
-    )
-    require(not unanswered, message, param=f"messages.[{index}].role")
 
 
 def functions_as_tools(messages: Messages) -> Messages:
@@ -1184,21 +1186,21 @@ def functions_as_tools(messages: Messages) -> Messages:
     translated: Messages = []
     open_call = ""  # the id of a call that has no result yet
     for index, message in enumerate(messages):
-        call = {"id": f"call_{index}", "type": "function"}
+        call: Json = {"id": f"call_{index}", "type": "function"}
         function = message.pop("function_call", None)
         if message["role"] == "function":
             name = message.pop("name", "")
             if not open_call:
-                calls = [{**call, "function": {"name": name, "arguments": "{}"}}]
-                translated.append(
-                    {"role": "assistant", "content": "", "tool_calls": calls}
-                )
-            message |= {"role": "tool", "tool_call_id": open_call or call["id"]}
+                open_call = call["id"]
+                call["function"] = {"name": name, "arguments": "{}"}
+                asking = {"role": "assistant", "content": "", "tool_calls": [call]}
+                translated.append(asking)
+            message |= {"role": "tool", "tool_call_id": open_call}
             open_call = ""
         elif function:
-            calls = [*message.get("tool_calls", []), {**call, "function": function}]
-            message["tool_calls"] = calls
             open_call = call["id"]
+            calls = message.get("tool_calls", [])
+            message["tool_calls"] = [*calls, {**call, "function": function}]
         translated.append(message)
     return translated
 
@@ -1240,9 +1242,10 @@ class Toolbox(NamedTuple):
 def parse_toolbox(body: Json) -> Toolbox | None:
     """Return what may be called, None for nothing; `body` has passed the tables.
 
-    The older `functions` and `function_call` are translated: code below sees only
-    the flag `legacy`, by which the answer has the older form."""
-    for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
+    The older `functions` are tools too: code below sees only the flag `legacy`, by
+    which the answer has the older form."""
+    pairs = ("tool_choice", "tools"), ("function_call", "functions")
+    for param, among in pairs:
         message = (
             f"Invalid value for '{param}': "
             f"'{param}' is only allowed when '{among}' are specified."
@@ -1252,37 +1255,34 @@ def parse_toolbox(body: Json) -> Toolbox | None:
     legacy = bool(body["functions"])
     both = "Only one of 'tools' and 'functions' can be given."
     require(not (legacy and body["tools"]), both, param="functions")
-    among, param = (
-        ("functions", "function_call") if legacy else ("tools", "tool_choice")
-    )
+    param, among = pairs[legacy]
     functions = body["functions"] or [tool["function"] for tool in body["tools"]]
-    choice = body[param]
-    if legacy and isinstance(choice, dict):
-        choice = {"type": "function", "function": choice}
     known = [function["name"] for function in functions]
     for name in known:
         message = (
             f"Invalid '{among}': '{name}' is there twice; each needs its own name."
         )
         require(known.count(name) == 1, message, code="invalid_value", param=among)
+    choice = body[param]
     allowed, must_call = known, choice == "required"
-    if isinstance(choice, dict):
-        rows, must_call = [choice], True
-        if choice["type"] == "allowed_tools":
-            rows = choice["allowed_tools"]["tools"]
-            must_call = choice["allowed_tools"]["mode"] == "required"
-        allowed = [row["function"]["name"] for row in rows]
+    match choice:
+        case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": rows}}:
+            allowed = [row["function"]["name"] for row in rows]
+            must_call = mode == "required"
+        case {"function": {"name": name}} | {"name": name}:
+            allowed, must_call = [name], True
     for name in allowed:
         message = f"Tool choice '{name}' not found in '{among}' parameter."
         require(name in known, message, code="invalid_value", param=param)
     if not functions or choice == "none":
         return None
-    tools = tuple(
+    called = tuple(
         Tool(function["name"], function["description"], function["parameters"])
         for function in functions
         if function["name"] in allowed
     )
-    return Toolbox(tools, must_call, body["parallel_tool_calls"] and not legacy, legacy)
+    parallel = body["parallel_tool_calls"] and not legacy
+    return Toolbox(called, must_call, parallel, legacy)
 
 
 def properties_of(tool: Tool | None) -> Json:
@@ -1349,7 +1349,7 @@ MANY_CALLS = "To make several calls, write these tags once for each."
 def tool_instructions(toolbox: Toolbox) -> str:
     # with a description, even if empty: a tool that is recited looks unlike a call
     lines = [
-        compact({"name": tool.name, "description": "", **function_object(tool)})
+        compact({"name": tool.name, "description": "", **without_empty(tool)})
         for tool in toolbox.tools
     ]
     return TOOL_INSTRUCTIONS.format(
@@ -1396,9 +1396,8 @@ def retry_json_instructions(format: ResponseFormat, why: str) -> str:
     )
 
 
-def function_object(tool: Tool) -> Json:
-    fields = tool._asdict()
-    return {name: value for name, value in fields.items() if value not in ("", {})}
+def without_empty(row: Tool | ResponseFormat) -> Json:
+    return {key: v for key, v in row._asdict().items() if v not in ("", {})}
 
 
 def native_inputs(
@@ -1407,13 +1406,12 @@ def native_inputs(
     """Tools and format as `chat` completions have them, or the API of `responses`."""
     inputs: Json = {}
     if toolbox:
-        functions = [function_object(tool) for tool in toolbox.tools]
+        functions = [without_empty(tool) for tool in toolbox.tools]
         if api == "chat":
             functions = [{"function": function} for function in functions]
         inputs["tools"] = [{"type": "function", **function} for function in functions]
     if format:
-        schema = {k: v for k, v in format._asdict().items() if v != ""}
-        schema = schema if format.name else {}
+        schema = without_empty(format) if format.name else {}
         type = {"type": "json_schema" if schema else "json_object"}
         if api == "responses":  # openai/gpt-5-structured has its own name for it
             inputs["json_schema"] = {"format": {**type, **schema}}
@@ -1472,7 +1470,7 @@ def with_attachments(text: str, message: Json) -> list[Json]:
     """A text in place of the message's own, and what is attached to the message."""
     content = message["content"]
     parts = [] if isinstance(content, str) else content
-    attached = [part for part in parts if part["type"] not in WORDS]
+    attached = [part for part in parts if part["type"] not in TEXT_PARTS]
     return [{"type": "text", "text": text}, *attached]
 
 
@@ -1609,42 +1607,16 @@ def render_response_items(messages: Messages, system: str, _: str) -> Json:
 # OpenAI's parameters, by its page on Replicate. It is an allow-list: what it leaves
 # out is not sent. To add a family: a row; the first row whose pattern matches
 # owner/name counts. A pattern names language models that are known to be so and
-# no others of their makers, whose own schemas know better. To add a parameter, or
-# a name that models have for one: a row of PARAMETERS, or a word in it.
+# no others of their makers, whose own schemas know better. Fields are in the
+# notation of `parse_field`, with bounds only where those of OpenAI's do not do.
 
 
-class Parameter(NamedTuple):
-    """What OpenAI has one name for, and models have several."""
-
-    type: str  # the JSON type of its values
-    names: str  # what models call it, the best first
-    scale: tuple[str, ...] = ()  # its levels, the least first
+def names_of(parameter: str) -> list[str]:
+    """What models call it, the best first."""
+    return MODEL_PARAMS[parameter].names.split() or [parameter]
 
 
-PARAMETERS = {
-    "max_tokens": Parameter(
-        "integer",
-        "max_completion_tokens max_output_tokens max_tokens max_new_tokens "
-        "max_tokens_to_generate num_predict max_length",
-    ),
-    "min_tokens": Parameter("integer", "min_tokens min_new_tokens min_length"),
-    "temperature": Parameter("number", "temperature temp"),
-    "top_p": Parameter("number", "top_p"),
-    "top_k": Parameter("integer", "top_k"),
-    "presence_penalty": Parameter("number", "presence_penalty"),
-    "frequency_penalty": Parameter("number", "frequency_penalty"),
-    "repetition_penalty": Parameter("number", "repetition_penalty repeat_penalty"),
-    "stop": Parameter("array", "stop stop_sequences stop_strings stop_words"),
-    "seed": Parameter("integer", "seed random_seed"),
-    "reasoning_effort": Parameter(
-        "string",
-        "reasoning_effort thinking_level effort reasoning thinking thinking_budget",
-        EFFORTS,
-    ),
-    "verbosity": Parameter("string", "verbosity", VERBOSITIES),
-}
-
-PARAMETER_OF = {n: key for key, row in PARAMETERS.items() for n in row.names.split()}
+PARAMETER_OF = {name: row for row in MODEL_PARAMS for name in names_of(row)}
 
 # An effort as tokens to think with, as Google counts them behind an API like OpenAI's.
 BUDGETS = {
@@ -1658,20 +1630,12 @@ BUDGETS = {
 class Field(NamedTuple):
     """One input of a model: its name, and what it may be."""
 
-    name: str
+    name: str  # of one for attachments, "": they stay in the messages
     low: float | None = None
-    high: float | None = None
+    high: float | None = None  # of an array, how many items
     default: Any = None  # sent when nobody named a value
     choices: tuple[Any, ...] = ()
-    type: str = ""  # its JSON type; "": that of the parameter
-
-
-class Slot(NamedTuple):
-    """Where a model takes what is attached to messages, and how many of it."""
-
-    name: str  # "": in the messages themselves
-    most: int = 1
-    as_list: bool = False
+    kinds: tuple[type, ...] = ()  # (): those of the parameter
 
 
 class Family(NamedTuple):
@@ -1680,7 +1644,7 @@ class Family(NamedTuple):
     render: Callable[[Messages, str, str], Json] = render_transcript
     system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
-    slots: Mapping[str, Slot] = {}  # by the type of part
+    attachments: Mapping[str, Field] = {}  # by the type of part
     always: Json = {}  # inputs that go with every prompt
     native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
     required: tuple[str, ...] = ()  # inputs without which it does not run
@@ -1689,144 +1653,131 @@ class Family(NamedTuple):
 
 # Where a model's own default is short (128 to 2,048 tokens), an answer would
 # break off in the middle for programs that name no limit: ask for more.
-LONG = 4096
+DEFAULT_MAX_TOKENS = 4096
+
+JSON_TYPES = {
+    "string": STRING,
+    "integer": INTEGER,
+    "number": NUMBER,
+    "boolean": BOOLEAN,
+    "array": ARRAY,
+    "object": OBJECT,
+}
+
+NOTATION = re.compile(r"(\w+)(?::(\w+))?(?:=(\d+))?(?:\[(.*)\.\.(.*)\])?(?:\((.*)\))?")
 
 
-def inputs_of(names: str, *others: Field) -> dict[str, Field]:
-    """Inputs by the parameters they are for; others have bounds or defaults too."""
-    rows = [*map(Field, names.split()), *others]
-    return {PARAMETER_OF[row.name]: row for row in rows}
+def parse_field(text: str) -> Field:
+    """Read `name:type=default[low..high](choice,…)`, all but its name optional."""
+    match = NOTATION.fullmatch(text)
+    assert match, text
+    name, type, *numbers, words = match.groups("")
+    default, low, high = map(parsed, numbers)
+    choices = tuple(words.split(",")) if words else ()
+    return Field(name, low, high, default, choices, JSON_TYPES.get(type, ()))
 
 
-def levels(name: str, choices: str) -> Field:
-    """An input that takes one of these words."""
-    return Field(name, choices=tuple(choices.split()))
+def family(pattern: str, fields: str, **others: Any) -> Family:
+    """A row; of two fields for one parameter the last counts."""
+    rows = map(parse_field, fields.split())
+    return Family(pattern, {PARAMETER_OF[row.name]: row for row in rows}, **others)
 
 
-PENALTIES = "presence_penalty frequency_penalty"
-COMMA_STOP = Field("stop_sequences", type="string")
-LONG_LIMIT = Field("max_tokens", 1, default=LONG)
-OPEN = inputs_of(f"temperature top_p {PENALTIES}", LONG_LIMIT)
-LLAMA = {**OPEN, **inputs_of("top_k min_tokens", COMMA_STOP)}
-MISTRAL = inputs_of(
-    "top_p top_k seed",
-    Field("temperature", 0.01, 5),
-    Field("min_new_tokens", -1),
-    LONG_LIMIT._replace(name="max_new_tokens"),
-    COMMA_STOP,
+IN_PLACE = {"image_url": Field("", kinds=ARRAY)}
+ONE_IMAGE = {"image_url": Field("image")}
+IMAGES = {"image_url": Field("images", high=10, kinds=ARRAY)}
+IMAGES_AND_SOUND = {**IMAGES, "input_audio": Field("audio")}
+
+LIMIT = f"max_tokens={DEFAULT_MAX_TOKENS}"
+SAMPLED = "temperature top_p presence_penalty frequency_penalty"
+OPEN = f"{SAMPLED} {LIMIT}"
+LLAMA = f"{OPEN} top_k min_tokens stop_sequences:string"
+MISTRAL = (
+    "temperature[0.01..] top_p top_k seed min_new_tokens[-1..] stop_sequences:string "
+    f"max_new_tokens={DEFAULT_MAX_TOKENS}"
 )
-LLAMA_2 = {**MISTRAL, **inputs_of("", Field("top_k", 0))}
-LLAMA_2_7B = {**MISTRAL, **inputs_of("repetition_penalty", Field("top_k", -1))}
-GRANITE_LIMIT = LONG_LIMIT._replace(name="max_completion_tokens")
-GRANITE = {**OPEN, **inputs_of("top_k min_tokens seed stop", GRANITE_LIMIT)}
-KIMI = {**OPEN, **inputs_of("", LONG_LIMIT._replace(high=131072))}
-DEEPSEEK_31 = {**OPEN, **inputs_of("", levels("thinking", "None medium"))}
-GPT_4 = f"temperature top_p {PENALTIES}"
-STRUCTURED = inputs_of(
-    "verbosity",
-    Field("max_output_tokens", 1),
-    levels("reasoning_effort", "minimal low medium high"),
-)
+GPT = "max_completion_tokens"
+GPT_5 = f"{GPT} verbosity reasoning_effort"
+GEMINI = "temperature top_p max_output_tokens[..65535]"
+GEMINI_3 = f"{GEMINI} thinking_level"
 
 AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
 
-IN_PLACE = {"image_url": Slot("", 100)}
-ONE_IMAGE = {"image_url": Slot("image")}
-IMAGE_INPUT = {"image_url": Slot("image_input", 100, as_list=True)}
-IMAGES = {"image_url": Slot("images", 10, as_list=True)}
-IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
-
-
-def gpt(pattern: str, names: str = "", efforts: str = "") -> Family:
-    """A model of OpenAI's that takes messages, and images in them."""
-    fields = inputs_of(names, Field("max_completion_tokens", 1))
-    if efforts:
-        fields |= inputs_of("", levels("reasoning_effort", efforts))
-    return Family(pattern, fields, render_messages, "system", slots=IN_PLACE)
-
-
-def claude(pattern: str, least: int, most: int, slots: Mapping[str, Slot]) -> Family:
-    fields = inputs_of("", Field("max_tokens", least, most))
-    return Family(pattern, fields, system="system_prompt", slots=slots)
-
-
-def gemini(pattern: str, efforts: str, slots: Mapping[str, Slot]) -> Family:
-    budget = Field("thinking_budget", 0, 24576, type="integer")
-    fields = inputs_of(
-        "top_p",
-        Field("temperature", 0, 2),
-        Field("max_output_tokens", 1, 65535),
-        levels("thinking_level", efforts) if efforts else budget,
-    )
-    return Family(pattern, fields, system="system_instruction", slots=slots)
-
+llama_2 = partial(family, render=render_llama_2, system="system_prompt")
+llama = partial(family, fields=LLAMA, always=AS_IT_IS)
+gpt = partial(family, render=render_messages, system="system", attachments=IN_PLACE)
+claude = partial(family, system="system_prompt")
+gemini = partial(family, system="system_instruction", attachments=IMAGES_AND_SOUND)
 
 FAMILIES = {
-    "llama-2-7b": Family(
-        r"meta/llama-2-7b-chat", LLAMA_2_7B, render_llama_2, "system_prompt"
+    "llama-2-7b": llama_2(
+        r"meta/llama-2-7b-chat", f"{MISTRAL} top_k[-1..] repetition_penalty"
     ),
-    "llama-2": Family(
-        r"meta/llama-2-.*-chat", LLAMA_2, render_llama_2, "system_prompt"
-    ),
-    "llama-3": Family(
-        r"meta/meta-llama-3.*-instruct", LLAMA, render_llama_3, always=AS_IT_IS
-    ),
-    "llama-4": Family(
-        r"meta/llama-4-.*-instruct", LLAMA, render_llama_4, always=AS_IT_IS
-    ),
-    "gpt-5-structured": Family(
+    "llama-2": llama_2(r"meta/llama-2-.*-chat", f"{MISTRAL} top_k[0..]"),
+    "llama-3": llama(r"meta/meta-llama-3.*-instruct", render=render_llama_3),
+    "llama-4": llama(r"meta/llama-4-.*-instruct", render=render_llama_4),
+    "gpt-5-structured": family(
         r"openai/gpt-5-structured",
-        STRUCTURED,
-        render_response_items,
-        "instructions",
-        slots=IMAGE_INPUT,
+        "max_output_tokens verbosity reasoning_effort(minimal,low,medium,high)",
+        render=render_response_items,
+        system="instructions",
+        attachments={"image_url": Field("image_input", kinds=ARRAY)},
         native="responses",
     ),
-    "o1-mini": gpt(r"openai/o1-mini")._replace(system="user", slots={}),
-    "o-series": gpt(r"openai/o(1|3|3-mini|4-mini)", "", "low medium high"),
-    "gpt-5-pro": gpt(r"openai/gpt-5-pro", "verbosity"),
-    "gpt-5.1": gpt(r"openai/gpt-5\.1", "verbosity", "none low medium high"),
-    "gpt-5.2": gpt(r"openai/gpt-5\.\d", "verbosity", "none low medium high xhigh"),
-    "gpt-5": gpt(r"openai/gpt-5(-mini|-nano)?", "verbosity", "minimal low medium high"),
-    "kimi-k2.5": Family(r"moonshotai/kimi-k2\.5", KIMI, slots=ONE_IMAGE),
-    "deepseek-v3.1": Family(r"deepseek-ai/deepseek-v3\.1", DEEPSEEK_31),
-    "open": Family(
+    "o1-mini": gpt(r"openai/o1-mini", GPT, system="user", attachments={}),
+    "o-series": gpt(
+        r"openai/o(1|3|3-mini|4-mini)", f"{GPT} reasoning_effort(low,medium,high)"
+    ),
+    "gpt-5-pro": gpt(r"openai/gpt-5-pro", "max_completion_tokens verbosity"),
+    "gpt-5.1": gpt(r"openai/gpt-5\.1", f"{GPT_5}(none,low,medium,high)"),
+    "gpt-5.2": gpt(r"openai/gpt-5\.\d", f"{GPT_5}(none,low,medium,high,xhigh)"),
+    "gpt-5": gpt(r"openai/gpt-5(-mini|-nano)?", f"{GPT_5}(minimal,low,medium,high)"),
+    "kimi-k2.5": family(
+        r"moonshotai/kimi-k2\.5", f"{SAMPLED} {LIMIT}[..131072]", attachments=ONE_IMAGE
+    ),
+    "deepseek-v3.1": family(
+        r"deepseek-ai/deepseek-v3\.1", f"{OPEN} thinking(None,medium)"
+    ),
+    "open": family(
         r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
         r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
         OPEN,
     ),
-    "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", GPT_4),
-    "claude-3.5": claude(r"anthropic/claude-(3\.5-|4\.5-haiku).*", 1, 8192, {}),
-    "claude": claude(r"anthropic/claude-.*", 1024, 64000, ONE_IMAGE),
-    "gemini-3.1": gemini(
-        r"google/gemini-3\.1-(pro|flash)", "low medium high", IMAGES_AND_SOUND
+    "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", f"{GPT} {SAMPLED}"),
+    "claude-3.5": claude(
+        r"anthropic/claude-(3\.5-|4\.5-haiku).*", "max_tokens[..8192]"
     ),
-    "gemini-3": gemini(r"google/gemini-3-(pro|flash)", "low high", IMAGES_AND_SOUND),
-    "gemini": gemini(r"google/gemini-2\.5-flash", "", IMAGES),
-    "granite": Family(
+    "claude": claude(
+        r"anthropic/claude-.*", "max_tokens[1024..64000]", attachments=ONE_IMAGE
+    ),
+    "gemini-3.1": gemini(
+        r"google/gemini-3\.1-(pro|flash)", f"{GEMINI_3}(low,medium,high)"
+    ),
+    "gemini-3": gemini(r"google/gemini-3-(pro|flash)", f"{GEMINI_3}(low,high)"),
+    "gemini": gemini(
+        r"google/gemini-2\.5-flash",
+        f"{GEMINI} thinking_budget:integer[0..24576]",
+        attachments=IMAGES,
+    ),
+    "granite": family(
         r"ibm-granite/granite-3\.[012]-.*-instruct", LLAMA, system="system_prompt"
     ),
-    "granite-messages": Family(
+    "granite-messages": family(
         r"ibm-granite/granite-(3\.3-8b-instruct|4\.0-h-small)",
-        GRANITE,
-        render_messages,
-        "system",
+        f"{SAMPLED} top_k min_tokens seed stop "
+        f"max_completion_tokens={DEFAULT_MAX_TOKENS}",
+        render=render_messages,
+        system="system",
         native="chat",
     ),
-    "mistral": Family(r"mistralai/mistral-7b-v0\.1", MISTRAL),
+    "mistral": family(r"mistralai/mistral-7b-v0\.1", MISTRAL),
 }
-
-PLAIN = Family()
 
 
 @lru_cache(1000)  # every request looks for one
-def row_of(name: str) -> Family:
-    matching = (
-        family
-        for family in FAMILIES.values()
-        if re.fullmatch(family.pattern, name, re.IGNORECASE)
-    )
-    return next(matching, PLAIN)
+def find_family(name: str) -> Family | None:
+    rows = FAMILIES.values()
+    return next((f for f in rows if re.fullmatch(f.pattern, name, re.I)), None)
 
 
 # -- Input schemas -------------------------------------------------------------
@@ -1848,7 +1799,7 @@ SYSTEMS = (
 SYSTEM_NAMES = SYSTEMS.split()
 
 # … and what is attached to it, by the type of part.
-ATTACHED = {
+ATTACHMENT_NAMES = {
     "image_url": (
         "images image_input input_images image_urls image input_image image_url media"
     ),
@@ -1856,34 +1807,17 @@ ATTACHED = {
     "file": "file files pdf document documents input_file",
 }
 
-# The types of inputs, as `input_type` gives them, that take a value of a type, or
-# the messages, the text, or a file. An input that says no type takes any.
-ACCEPTED = {
-    "messages": ("objects", "array"),
-    "text": ("string",),
-    "file": ("file", "files", "string", "strings", "array"),
-    "integer": ("integer", "number"),
-    "number": ("number",),
-    "string": ("string", "enum"),
-    "array": ("string", "strings", "array"),
+# The types of inputs, as `input_type` gives them, that take values of a parameter.
+ACCEPTED: dict[tuple[type, ...], tuple[str, ...]] = {
+    INTEGER: ("integer", "number"),
+    NUMBER: ("number",),
+    STRING: ("string", "enum"),
+    (str, list): ("string", "strings", "array"),
 }
 
-NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
-DOCUMENTED = {*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI
-
-JSON_TYPES = {
-    "string": STRING,
-    "integer": INTEGER,
-    "number": NUMBER,
-    "boolean": BOOLEAN,
-    "array": ARRAY,
-    "object": OBJECT,
-}
-ANYTHING = tuple(KINDS)
 ALTERNATIVES = ("anyOf", "oneOf")
 TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
 MAX_HOPS = 8  # from a schema to what it refers to
-MANY = 100  # attachments, where the schema sets no bound
 
 
 def resolve(schema: Any, schemas: Json) -> Json:
@@ -1894,10 +1828,8 @@ def resolve(schema: Any, schemas: Json) -> Json:
         flat = {**schema, **flat}
         if isinstance(ref := schema.get("$ref"), str):
             schema = schemas.get(ref.rpartition("/")[2])
-        elif parts := as_list(schema.get("allOf")):
-            schema = parts[0]
         else:  # of several alternatives it may be any
-            parts = alternatives(schema)
+            parts = as_list(schema.get("allOf"))[:1] or alternatives(schema)
             schema = parts[0] if len(parts) == 1 else None
     return flat
 
@@ -1947,51 +1879,55 @@ def read_family(document: Any) -> Family | None:
     """Read a model's OpenAPI document; None if none of its inputs takes the text."""
     schemas = as_object(as_object(as_object(document).get("components")).get("schemas"))
     if not is_text(resolve(schemas.get("Output"), schemas), schemas):
-        return PLAIN._replace(is_language=False)
+        return Family(is_language=False)
     inputs = resolve(schemas.get("Input"), schemas)
     rows = as_object(inputs.get("properties")).items()
     known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
     types = {name: input_type(row, schemas) for name, row in known.items()}
+    all_fields = {name: read_field(name, row) for name, row in known.items()}
     listed = as_list(inputs.get("required"))
     needed = tuple(n for n in known if n in listed and "default" not in known[n])
 
-    def find(names: str, type: str) -> str:
+    def find(names: Iterable[str], *accepted: str) -> str:
         """The best input of these names, one that the model needs before others."""
-        accepted = ("", *ACCEPTED[type])
-        fitting = [name for name in names.split() if types.get(name, "-") in accepted]
+        fitting = [name for name in names if types.get(name, "-") in ("", *accepted)]
         return min(fitting, key=lambda name: name not in needed, default="")
 
-    messages, prompt = find("messages", "messages"), find(PROMPTS, "text")
+    messages = find(["messages"], "objects", "array")
+    prompt, system = find(PROMPTS.split(), "string"), find(SYSTEM_NAMES, "string")
     if not (messages or prompt):
         return None
-    family = Family(system=find(SYSTEMS, "text"), prompt=prompt)
+    family = Family(system=system, prompt=prompt)
     if messages and prompt not in needed:
         family = family._replace(render=render_messages, system="system")
-    fields = {
-        parameter: read_field(name, known[name], parameter)
-        for parameter, row in PARAMETERS.items()
-        if (name := find(row.names, row.type)) and has_levels(known[name], row.scale)
+    fields: dict[str, Field] = {}
+    for parameter, param in MODEL_PARAMS.items():
+        if name := find(names_of(parameter), *ACCEPTED[param.kinds]):
+            field = all_fields[name]
+            if levels_in(field, param) or not (field.choices and param.choices):
+                fields[parameter] = field
+    if limit := fields.get("max_tokens"):
+        default = known[limit.name].get("default")
+        if is_bound(default) and 0 < default < DEFAULT_MAX_TOKENS:
+            fields["max_tokens"] = limit._replace(default=DEFAULT_MAX_TOKENS)
+    attachments = {
+        part: all_fields[name]
+        for part, names in ATTACHMENT_NAMES.items()
+        if (name := find(names.split(), "file", "files", "string", "strings", "array"))
     }
-    slots = {
-        part: read_slot(name, known[name])
-        for part, names in ATTACHED.items()
-        if (name := find(names, "file"))
-    }
-    if "image_url" in slots and family.render is render_messages:
-        slots |= IN_PLACE
+    if "image_url" in attachments and family.render is render_messages:
+        attachments |= IN_PLACE
     named = {*DOCUMENTED, *(field.name for field in fields.values()), messages, prompt}
-    others = {n: read_field(n, row) for n, row in known.items() if n not in named}
-    fields = {**others, **fields}
-    return family._replace(fields=fields, slots=slots, required=needed)
+    fields = {**without(all_fields, named), **fields}
+    return family._replace(fields=fields, attachments=attachments, required=needed)
 
 
-def has_levels(schema: Json, scale: Sequence[str]) -> bool:
-    """Whether an input's words, if it lists any, are levels of OpenAI's scale."""
-    words = as_list(schema.get("enum"))
-    return not (words and scale) or any(str(word).lower() in scale for word in words)
+def levels_in(field: Field, param: Param) -> list[Any]:
+    """The choices of an input that are levels of OpenAI's, in any case."""
+    return [c for c in field.choices if str(c).lower() in param.choices]
 
 
-def read_field(name: str, schema: Json, parameter: str = "") -> Field:
+def read_field(name: str, schema: Json) -> Field:
     """What an input takes: of integers, between whole bounds."""
     type = json_type(schema)
     step = 1 if type == "integer" else 0.01  # inwards from a bound that is left out
@@ -2002,32 +1938,18 @@ def read_field(name: str, schema: Json, parameter: str = "") -> Field:
 
     lows = bounds("minimum") + bounds("exclusiveMinimum", step)
     highs = bounds("maximum") + bounds("exclusiveMaximum", -step)
+    if type == "array":
+        highs = [most for most in bounds("maxItems") if most >= 1]
     low, high = max(lows, default=None), min(highs, default=None)
     if type == "integer":
         low, high = low and ceil(low), high and floor(high)
     choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
-    default = schema.get("default")
-    is_short = is_bound(default) and 0 < default < LONG
-    longer = LONG if parameter == "max_tokens" and is_short else None
-    return Field(name, low, high, longer, tuple(choices), type)
+    kinds = JSON_TYPES.get(type, ())
+    return Field(name, low, high, choices=tuple(choices), kinds=kinds)
 
 
 def is_bound(value: Any) -> TypeGuard[float]:
     return is_number(value) and abs(value) < 2**64
-
-
-def read_slot(name: str, schema: Json) -> Slot:
-    if json_type(schema) != "array":
-        return Slot(name)
-    most = schema.get("maxItems")
-    return Slot(name, int(most) if is_bound(most) and most >= 1 else MANY, as_list=True)
-
-
-SCHEMA_LASTS = 3600  # seconds, for one that was read …
-RETRY_AFTER = 60  # … and for one that could not be
-MOST_SCHEMAS = 1000
-
-OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
 
 
 def merge(row: Family, read: Family | None) -> Family:
@@ -2037,17 +1959,24 @@ def merge(row: Family, read: Family | None) -> Family:
     taken = {field.name for field in row.fields.values()}
     fields = {key: f for key, f in read.fields.items() if f.name not in taken}
     in_place = row.render is render_messages and not row.native
-    slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
-    return row._replace(fields={**fields, **row.fields}, slots={**slots, **row.slots})
+    more = {part: f for part, f in read.attachments.items() if f.name or in_place}
+    return row._replace(
+        fields={**fields, **row.fields}, attachments={**more, **row.attachments}
+    )
+
+
+SCHEMA_LASTS = 3600  # seconds, for one that was read …
+RETRY_AFTER = 60  # … and for one that could not be
+MAX_SCHEMAS = 1000
 
 
 @dataclass
 class SchemaEntry:
-    """One look-up of a schema, for all the requests that wait for it."""
+    """The family that a schema was last read as, if it ever was."""
 
-    family: Family | None
-    expires: float
-    done: threading.Event = field(default_factory=threading.Event)
+    family: Family | None = None
+    expires: float = 0
+    is_read: threading.Event = field(default_factory=threading.Event)
 
 
 class SchemaCache:
@@ -2065,30 +1994,27 @@ class SchemaCache:
         self.clock = clock
         self.limit = limit
         self.lock = threading.Lock()
-        self.entries: dict[str, SchemaEntry] = {}
+        self.entries: dict[str, SchemaEntry] = {}  # the last used one is the last
 
     def find(self, ref: str) -> Family | None:
         """The last family that was read, or None: no schema, or not in time."""
         if "/" not in ref:
             return None  # Replicate tells nothing of a version without its model
         with self.lock:
-            entry = self.entries.get(ref)
-            if entry is None or self.clock() >= entry.expires:
-                expires = self.clock() + RETRY_AFTER
-                entry = SchemaEntry(entry.family if entry else None, expires)
-                thread = threading.Thread(
-                    target=self.fill, args=(ref, entry), daemon=True
-                )
+            self.entries[ref] = entry = self.entries.pop(ref, None) or SchemaEntry()
+            if len(self.entries) > MAX_SCHEMAS:
+                del self.entries[next(iter(self.entries))]
+            if self.clock() >= entry.expires:
+                entry.expires = self.clock() + RETRY_AFTER
+                entry.is_read.clear()
                 try:
-                    thread.start()
+                    fill = partial(self.fill, ref, entry)
+                    threading.Thread(target=fill, daemon=True).start()
                 except RuntimeError:  # none to be had: the next request tries again
+                    entry.expires = 0
                     return entry.family
-                self.entries.pop(ref, None)
-                self.entries[ref] = entry
-                if len(self.entries) > MOST_SCHEMAS:
-                    del self.entries[next(iter(self.entries))]
         if entry.family is None:
-            entry.done.wait(self.limit)
+            entry.is_read.wait(self.limit)
         return entry.family
 
     def fill(self, ref: str, entry: SchemaEntry) -> None:
@@ -2098,18 +2024,17 @@ class SchemaCache:
         except Exception as error:
             log.warning("the schema of %s can't be read: %s", ref, as_api_error(error))
         finally:
-            entry.done.set()
+            entry.is_read.set()
 
     def read(self, ref: str) -> Family | None:
         """Of a deployment: the row of the model that it runs, or that one's schema."""
-        if ref.startswith("deployments/"):
-            _, owner, name = ref.split("/")
-            ref = self.release_of(owner, name)
-            row = row_of(without_version(ref))
-            if row is not PLAIN:
-                return merge(row, self.find(ref))
-        owned = OWNED.fullmatch(ref)
-        return read_family(self.look_up(*owned.groups(""))) if owned else None
+        owner, _, name = ref.partition("/")
+        if owner == "deployments":
+            ref = self.release_of(*name.split("/"))
+            row = find_family(without_version(ref))
+            return merge(row, self.find(ref)) if row else self.read(ref)
+        name, _, version = name.partition(":")
+        return read_family(self.look_up(owner, name, version))
 
 
 def family_for(
@@ -2117,16 +2042,15 @@ def family_for(
 ) -> Family:
     """Its row if that says all that is needed, so that a known model costs no GET."""
     named = model.config.family
-    row = FAMILIES[named] if named else row_of(model.owner_and_name)
-    known = {*DOCUMENTED, *row.fields, *(field.name for field in row.fields.values())}
-    known |= {*SYSTEM_NAMES} if "messages" in body else set()
-    sent = {name for name, value in body.items() if value is not None}
-    if row is PLAIN:
-        family = schemas.find(model.ref) or PLAIN
-    elif sent <= known and attached <= row.slots.keys():
-        family = row
+    row = FAMILIES[named] if named else find_family(model.owner_and_name)
+    if row is None:
+        family = schemas.find(model.ref) or Family()
     else:
-        family = merge(row, schemas.find(model.ref))
+        known = {*DOCUMENTED, *row.fields, *(f.name for f in row.fields.values())}
+        known |= {*SYSTEM_NAMES} if "messages" in body else set()
+        sent = {name for name, value in body.items() if value is not None}
+        is_enough = sent <= known and attached <= row.attachments.keys()
+        family = row if is_enough else merge(row, schemas.find(model.ref))
     require(
         family.is_language,
         f"The model `{model.id}` is not a language model: what it makes is not text. "
@@ -2142,7 +2066,9 @@ def family_for(
 # known of it to write the answer. It is built once, for all its n choices.
 
 
-LONGEST = 6 * 2**20  # users report that Replicate interrupts what is larger
+MAX_INPUT_SIZE = 6 * 2**20  # users report that Replicate interrupts what is larger
+
+ANYTHING = tuple(KINDS)
 
 
 class PredictionInput(NamedTuple):
@@ -2161,20 +2087,16 @@ def with_tools_and_format(
     body: Json, family: Family, toolbox: Toolbox | None, format: ResponseFormat | None
 ) -> Json:
     """The body with tools, format, calls and results as the family takes them."""
-    inputs: Json = {}
-    messages, texts = body["messages"], []
     if family.native:  # what is left to say to a model that takes them as inputs
         inputs = native_inputs(family.native, toolbox, format)
-        if toolbox:
-            when = [when_to_call(toolbox)] if toolbox.must_call else []
-            how_many = [] if toolbox.parallel else [ONE_CALL]
-            texts = [" ".join([*when, *how_many])]
+        messages = body["messages"]
+        when = when_to_call(toolbox) if toolbox and toolbox.must_call else ""
+        how_many = ONE_CALL if toolbox and not toolbox.parallel else ""
+        texts = [f"{when} {how_many}".strip()]
     else:
-        messages = plain_history(messages)
-        if toolbox:
-            texts.append(tool_instructions(toolbox))
-        if format:
-            texts.append(json_instructions(format))
+        inputs, messages = {}, plain_history(body["messages"])
+        texts = [tool_instructions(toolbox)] if toolbox else []
+        texts += [json_instructions(format)] if format else []
     first = [{"role": "system", "content": text} for text in texts if text]
     return {
         **body,
@@ -2184,7 +2106,7 @@ def with_tools_and_format(
 
 
 def build_chat_input(body: Json, model: Model, family: Family) -> PredictionInput:
-    body, model = with_system_texts(body, model)
+    body = with_system_texts(body, model.config)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
     messages, placed = place_attachments(body["messages"], model, family)
     rendered = family.render(messages, family.system, family.prompt)
@@ -2224,22 +2146,19 @@ def with_seed(built: PredictionInput, offset: int) -> PredictionInput:
     return built._replace(input={**built.input, name: seed})
 
 
-def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
+def with_system_texts(body: Json, config: ModelConfig) -> Json:
     """System text beside the messages as one of them: an input would hide theirs."""
-    sources = (model.config.input, body)
-    texts = [
-        check({name: source[name]}, {name: Param(STRING)})[name]
-        for source in sources
+    first = [
+        {"role": "system", "content": check_param(name, source[name], Param(STRING))}
+        for source in (config.input, body)
         for name in SYSTEM_NAMES
         if source.get(name)
     ]
-    first = [{"role": "system", "content": text} for text in texts]
-    given, body = (without(source, SYSTEM_NAMES) for source in sources)
-    model = replace(model, config=model.config._replace(input=given))
-    return {**body, "messages": [*first, *body["messages"]]}, model
+    messages = [*first, *body["messages"]]
+    return {**without(body, SYSTEM_NAMES), "messages": messages}
 
 
-TAKERS = {
+MODELS_WITH_ATTACHMENTS = {
     "image_url": "openai/gpt-4o and google/gemini-2.5-flash take several images, "
     "anthropic/claude-4.5-sonnet takes one.",
     "input_audio": "google/gemini-3-flash takes one.",
@@ -2253,23 +2172,25 @@ def place_attachments(
 
     Raise 400 for what the model does not take, or not so much of.
     """
-    urls = defaultdict(list)
-    for kind, url in attachments(messages):
-        urls[kind].append(url)
     placed: Json = {}
-    for kind, found in urls.items():
-        slot = family.slots.get(kind, Slot("", 0))
+    by_kind = defaultdict(list)
+    for kind, url in attachments(messages):
+        by_kind[kind].append(url)
+    for kind, urls in by_kind.items():
+        field = family.attachments.get(kind, Field("", high=0, kinds=ARRAY))
+        is_list = field.kinds == ARRAY
+        most = field.high if is_list else 1
         require(
-            len(found) <= slot.most,
-            f"The model `{model.id}` ({model.ref}) takes {slot.most or 'no'} parts of "
-            f"type '{kind}', but got {len(found)}. "
-            f"{TAKERS.get(kind, 'No model known here does.')}",
+            most is None or len(urls) <= most,
+            f"The model `{model.id}` ({model.ref}) takes {most or 'no'} parts of "
+            f"type '{kind}', but got {len(urls)}. "
+            f"{MODELS_WITH_ATTACHMENTS.get(kind, 'No model known here does.')}",
             code="invalid_value",
             param="messages",
         )
-        if slot.name:
-            placed[slot.name] = found if slot.as_list else found[0]
-    moved = {kind for kind, slot in family.slots.items() if slot.name}
+        if field.name:
+            placed[field.name] = urls if is_list else urls[0]
+    moved = {kind for kind, field in family.attachments.items() if field.name}
     rest = []
     for message in messages:
         content = message["content"]
@@ -2283,25 +2204,34 @@ def build_input(
     body: Json, model: Model, family: Family, rendered: Json, prompt: str
 ) -> PredictionInput:
     """Raise 400 for values that the model's inputs can't take, and for missing ones."""
-    too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
-    short_enough = len(prompt.encode()) <= LONGEST
-    param = "messages" if "messages" in body else "prompt"
-    require(short_enough, too_long, code="context_length_exceeded", param=param)
-    fields = family.fields
-    asked = read_asked(body, fields, model.config)
+    fields, config = family.fields, model.config
+    limit = body["max_completion_tokens"] or body["max_tokens"]  # the newer name first
+    stop = [text for text in body["stop"] if text]
+    body = {**body, "max_tokens": limit, "stop": stop or None}
+    asked: Json = {}  # by parameter, after the operator's word on it
     inputs: Json = {}
     for parameter, row in fields.items():
-        value = asked.get(parameter, row.default)
+        names = [name for name in (row.name, parameter) if body.get(name) is not None]
+        value = fit(names[0], body[names[0]], parameter, row) if names else None
+        if parameter == "max_tokens" and config.max_tokens:
+            value = min(value or config.max_tokens, config.max_tokens)
+        if parameter == "temperature" and value is not None:
+            value = clamp(value, *(config.temperature_range or (None, None)))
+        if value is None:
+            value = row.default
+        else:
+            asked[parameter] = value
         if is_number(value):
             bring = wrap if parameter == "seed" else clamp
             value = bring(value, row.low, row.high)
         if value is not None:
             inputs[row.name] = value
+    is_chat = "messages" in body  # then the system's words are in them
     input = {  # what comes later counts
         **inputs,
         **rendered,
         **family.always,
-        **model.config.input,
+        **without(config.input, SYSTEM_NAMES if is_chat else ()),
         **body["replicate"],
     }
     require_inputs(model, family, input)
@@ -2313,7 +2243,7 @@ def build_input(
     return PredictionInput(
         model,
         input,
-        names={row.name: parameter for parameter, row in fields.items()},
+        names={field.name: parameter for parameter, field in fields.items()},
         prompt=prompt,
         limit=limit,
         cut=wanted if wanted and limit and wanted < limit else None,
@@ -2321,67 +2251,42 @@ def build_input(
     )
 
 
-def read_asked(body: Json, fields: Mapping[str, Field], config: ModelConfig) -> Json:
-    """What the client asks for, by parameter, after the operator's word on it.
-
-    The model's own name counts before OpenAI's, and the newer of those first."""
-    body = {**body, "stop": list(filter(None, body["stop"])) or None}
-    asked: Json = {}
-    for parameter, row in fields.items():
-        own = [row.name] if row.name != parameter else []
-        names = [*own, NEWER.get(parameter, parameter), parameter]
-        given = next((name for name in names if body.get(name) is not None), None)
-        if given:
-            value = fit(given, body[given], parameter, row)
-            if value is not None:
-                asked[parameter] = value
-    if config.max_tokens and "max_tokens" in fields:
-        limits = (asked.get("max_tokens"), config.max_tokens)
-        asked["max_tokens"] = min(filter(None, limits))
-    if config.temperature_range and "temperature" in asked:
-        asked["temperature"] = clamp(asked["temperature"], *config.temperature_range)
-    return asked
-
-
 def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
     """Bring a value to the type, and the words, of an input.
 
     None if nothing of it is left to send; raise 400 if it can't be brought."""
-    row = PARAMETERS.get(parameter, Parameter("", ""))
-    type = field.type or row.type
-    if parameter == "stop" and type == "string" and isinstance(value, list):
+    param = MODEL_PARAMS.get(parameter, Param(ANYTHING))
+    kinds = field.kinds or param.kinds
+    if parameter == "stop" and kinds == STRING and isinstance(value, list):
         # a separator that is known; a stop string that holds it can't be sent
         return ",".join(s for s in map(str, value) if "," not in s) or None
-    if parameter == "reasoning_effort" and type == "integer" and value in [*BUDGETS]:
+    if parameter == "reasoning_effort" and kinds == INTEGER and value in [*BUDGETS]:
         value = BUDGETS[value]
-    if type == "integer" and isinstance(value, float) and value.is_integer():
+    if kinds == INTEGER and isinstance(value, float) and value.is_integer():
         value = int(value)  # 2.0 is whole in JSON; either side of 2.5 is a guess
-    if type == "array" and isinstance(value, str):
+    if kinds == ARRAY and isinstance(value, str):
         value = [value]  # as in OpenAI's API
-    levels = [c for c in field.choices if str(c).lower() in row.scale]
-    if levels and value in row.scale and value not in field.choices:
-        rank = row.scale.index(value)
-        value = min(levels, key=lambda c: abs(row.scale.index(c.lower()) - rank))
-    param = Param(JSON_TYPES.get(type, ANYTHING), choices=field.choices, items=ANYTHING)
-    return check({name: value}, {name: param})[name]
+    scale, levels = param.choices, levels_in(field, param)
+    if levels and value in scale and value not in field.choices:
+        rank = scale.index(value)
+        value = min(levels, key=lambda c: abs(scale.index(c.lower()) - rank))
+    return check_param(name, value, Param(kinds, choices=field.choices, items=ANYTHING))
 
 
 def require_inputs(model: Model, family: Family, input: Json) -> None:
     """Raise 400 for what the schema says the model can't run without."""
-    missing = [name for name in family.required if name not in input]
-    if not missing:
-        return
-    parts = {slot.name: f"a part of type '{p}'" for p, slot in family.slots.items()}
-    remedies = {**parts, family.system: "a system message"}
-    elsewise = f'"replicate": {{"{missing[0]}": …}} in the body'
-    named = " and ".join(f"'{name}'" for name in missing)
-    raise APIError(
-        400,
-        f"The model `{model.id}` needs the input {named}, which nothing in this call "
-        f"gives. Send {remedies.get(missing[0], elsewise)}.",
-        code="missing_required_parameter",
-        param=missing[0],
-    )
+    attachments = family.attachments.items()
+    remedies = {row.name: f"a part of type '{part}'" for part, row in attachments}
+    remedies[family.system] = "a system message"
+    for name in family.required:
+        otherwise = f'"replicate": {{"{name}": …}} in the body'
+        require(
+            name in input,
+            f"The model `{model.id}` needs the input '{name}', which nothing in this "
+            f"call gives. Send {remedies.get(name, otherwise)}.",
+            code="missing_required_parameter",
+            param=name,
+        )
 
 
 # ==== 4. PREDICTIONS ==========================================================
@@ -3507,10 +3412,10 @@ def replace_strings(value: Any, links: Mapping[str, str]) -> Any:
 def check_size(input: Json) -> None:
     """Encode it only if it can be too large: that takes 0.2 ms for 20 kB of text."""
     at_most = sum(6 * len(v) if isinstance(v, str) else 24 for v in leaves(input))
-    if at_most > LONGEST:
+    if at_most > MAX_INPUT_SIZE:
         size = len(json.dumps(input, ensure_ascii=False).encode())
         too_long = "This is more than Replicate takes (6 MiB). Send less of it."
-        require(size <= LONGEST, too_long, code="context_length_exceeded")
+        require(size <= MAX_INPUT_SIZE, too_long, code="context_length_exceeded")
 
 
 # -- Predictions ---------------------------------------------------------------
@@ -5779,9 +5684,9 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
     body = parse_body(request, COMPLETION, model)
     predictions = len(body["prompt"]) * body["n"]  # each of which is paid for
     require(
-        predictions <= MOST_PREDICTIONS,
+        predictions <= MAX_PREDICTIONS,
         f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
-        f"call may make {MOST_PREDICTIONS}. Send fewer prompts at once.",
+        f"call may make {MAX_PREDICTIONS}. Send fewer prompts at once.",
         code="array_above_max_length",
         param="prompt",
     )

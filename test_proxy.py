@@ -612,9 +612,14 @@ def listed(replicate, tmp_path_factory):
         yield server
 
 
+@pytest.fixture(scope="module")
+def without_default(replicate, tmp_path_factory):
+    with serving_models(replicate, tmp_path_factory.mktemp("none"), {}) as server:
+        yield server
+
+
 def ask_model(server, id, **body):
-    body = {"model": id, "messages": HI, **body}
-    return send(server, "POST", "/v1/chat/completions", body)
+    return send(server, "POST", CHAT_PATH, {"model": id, "messages": HI, **body})
 
 
 def listed_models(server):
@@ -626,8 +631,7 @@ def test_every_key_may_be_left_out_and_comments_put_in(fake, tmp_path):
     with serving_models(fake, tmp_path, {"_why": "a comment"}) as server:
         assert listed_models(server) == {}
     row = {"_why": "a comment", "family": "gpt-4", "input": {"top_k": 50}}
-    configs = {"model_configs": {"a/b": row}}
-    with serving_models(fake, tmp_path, configs) as server:
+    with serving_models(fake, tmp_path, {"model_configs": {"a/b": row}}) as server:
         assert ask_model(server, "a/b").status == 200
     input = fake.creates()[-1].body["input"]
     assert (input["messages"], input["top_k"]) == (HI, 50)
@@ -653,24 +657,17 @@ def test_a_name_is_found_by_mapping_or_by_form(fake, listed, id, ref):
 
 
 LLAMA_REF = "meta/llama-2-7b-chat"
+A_VERSION = f"{LLAMA_REF}:{VERSION}"
+CAPPED = {"temperature": 0.1, "max_new_tokens": 4096}
+UNCAPPED = {"temperature": 0.01, "max_new_tokens": 9999}
 
 
 @table(
     "id, own, expected",
     [
-        ("the model", LLAMA_REF, {}, {"temperature": 0.1, "max_new_tokens": 4096}),
-        (
-            "a version",
-            f"{LLAMA_REF}:{VERSION}",
-            {},
-            {"temperature": 0.1, "max_new_tokens": 4096},
-        ),
-        (
-            "one with its own row",
-            f"{LLAMA_REF}:{VERSION}",
-            {f"{LLAMA_REF}:{VERSION}": {}},
-            {"temperature": 0.01, "max_new_tokens": 9999},
-        ),
+        ("the model", LLAMA_REF, {}, CAPPED),
+        ("a version", A_VERSION, {}, CAPPED),
+        ("one with its own row", A_VERSION, {A_VERSION: {}}, UNCAPPED),
     ],
 )
 def test_a_row_for_a_model_counts_for_its_versions_unless_they_have_their_own(
@@ -685,16 +682,9 @@ def test_a_row_for_a_model_counts_for_its_versions_unless_they_have_their_own(
 def test_another_name_is_the_default_with_its_config(fake, listed):
     answer = ask_model(listed, "o9", temperature=0)
     assert answer.json["model"] == "o9"
-    assert answer.headers["x-replicate-model"] == "meta/llama-2-7b-chat; default"
+    assert answer.headers["x-replicate-model"] == f"{LLAMA_REF}; default"
     create = fake.creates()[-1].body
-    assert create["version"] == "meta/llama-2-7b-chat"
-    assert create["input"]["temperature"] == 0.1
-
-
-@pytest.fixture(scope="module")
-def without_default(replicate, tmp_path_factory):
-    with serving_models(replicate, tmp_path_factory.mktemp("none"), {}) as server:
-        yield server
+    assert (create["version"], create["input"]["temperature"]) == (LLAMA_REF, 0.1)
 
 
 def test_another_name_is_unknown_where_there_is_no_default(without_default):
@@ -733,6 +723,9 @@ def models_problem(directory, models):
 
 
 ROOT_KEYS = "default_model, mappings, model_configs"
+CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
+TWO_NUMBERS = "two numbers, the lower one first"
+ONE_FAMILY = f"one of {', '.join(proxy.FAMILIES)}"
 
 
 @table(
@@ -750,11 +743,6 @@ ROOT_KEYS = "default_model, mappings, model_configs"
 )
 def test_a_wrong_file_is_refused_by_its_json_path(tmp_path, models, path, expected):
     assert models_problem(tmp_path, models) == f"{path}: expected {expected}."
-
-
-TWO_NUMBERS = "two numbers, the lower one first"
-ONE_FAMILY = f"one of {', '.join(proxy.FAMILIES)}"
-CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
 
 
 @table(
@@ -782,6 +770,12 @@ def test_a_file_that_is_no_json_is_refused(tmp_path, text):
     assert models_problem(tmp_path, text).startswith("it is not JSON: ")
 
 
+def test_a_file_that_is_not_there_is_told_by_its_name(tmp_path):
+    settings = replace(GOOD, port=0, models_path=str(tmp_path / "none.json"))
+    with pytest.raises(proxy.ConfigError, match="none.json can't be used: "):
+        proxy.make_server(settings)
+
+
 def write(path, models, seconds):
     path.write_text(json.dumps(models), encoding="utf-8")
     os.utime(path, (seconds, seconds))
@@ -806,12 +800,6 @@ def test_an_edit_takes_effect_with_the_next_call_unless_it_is_wrong(
         assert listed_models(server) == {"a": ("d", 2000)}
         write(path, {"mappings": {"a": "e/c"}}, seconds=4000)
         assert listed_models(server) == {"a": ("e", 4000)}
-
-
-def test_a_wrong_file_at_the_start_is_told_by_its_name(tmp_path):
-    settings = replace(GOOD, port=0, models_path=str(tmp_path / "none.json"))
-    with pytest.raises(proxy.ConfigError, match="none.json can't be used: "):
-        proxy.make_server(settings)
 
 
 def test_the_models_that_are_shipped_can_be_asked():
@@ -852,8 +840,6 @@ CALLED_WHAT = "messages[0].tool_calls[0].function"
 BAD_CALLER = {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1"}]}
 IN_PARTS, FORMAT = "messages[0].content", "response_format"
 INCLUDE, NESTED = "include_usage", "stream_options.include_usage"
-
-
 TEXT_PATH = "/v1/completions"
 
 
@@ -882,11 +868,7 @@ def input_of(fake, server, body, path=CHAT_PATH):
     "body, why",
     [
         ("a trailing comma", b'{\n"a": 1,}', "at line 2, column "),
-        (
-            "a key twice",
-            b'{"a": {"b": 1, "c": 2, "b": 1}}',
-            'it holds the key "b" twice.',
-        ),
+        ("a key twice", b'{"a": {"b": 1, "b": 1}}', 'it holds the key "b" twice.'),
         ("no number", b'{"a": NaN}', "it holds NaN."),
         ("a number without end", b'{"a": 1e999}', "it holds 1e999."),
         ("Latin-1", '{"a": "ä"}'.encode("latin-1"), "its byte 7 is not UTF-8."),
@@ -1018,26 +1000,18 @@ def test_each_refusal_says_what_is_wrong_in_openais_words(server, code):
     assert (error["code"], error["message"]) == (code, message)
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"n": 1},
-        {"logit_bias": {}},
-        {"logprobs": False},
-        {"top_logprobs": 0},
-        {"tools": []},
-        {"tools": [], "tool_choice": "auto"},
-        {"tool_choice": "none"},
-        {"functions": [], "function_call": "auto"},
-        {"response_format": {"type": "text"}},
-        {"modalities": ["text"]},
-        {"stop": ["a"] * 64},
-        {"seed": -(2**63)},
-        {"max_tokens": 2**63 - 1},
-        {"messages": [{"role": "user", "content": "", "tool_calls": []}]},
-    ],
-    ids=str,
-)
+NO_CALLS = {"messages": [{"role": "user", "content": "", "tool_calls": []}]}
+NOTHING_SPECIAL = [
+    *({"n": 1}, {"logit_bias": {}}, {"logprobs": False}, {"top_logprobs": 0}),
+    *({"tools": []}, {"tools": [], "tool_choice": "auto"}, {"tool_choice": "none"}),
+    *({"functions": [], "function_call": "auto"}, {"modalities": ["text"]}, NO_CALLS),
+    *({"response_format": {"type": "text"}}, {"stop": ["a"] * 64}),
+    *({"seed": -(2**63)}, {"max_tokens": 2**63 - 1}),
+    {"min_p": 0.1, "chat_template_kwargs": {}},  # not OpenAI's
+]
+
+
+@pytest.mark.parametrize("given", NOTHING_SPECIAL, ids=str)
 def test_what_asks_for_nothing_special_is_accepted(server, given):
     assert ask(server, given).status == 200
 
@@ -1054,10 +1028,8 @@ def test_null_is_the_same_as_absent(fake, server):
 
 
 def test_a_completion_is_16_tokens_long_if_it_does_not_say(fake, server):
-    assert input_of(fake, server, {"prompt": "Once", "model": "llama"}, TEXT_PATH) == {
-        "prompt": "Once",
-        "max_new_tokens": 16,
-    }
+    input = input_of(fake, server, {"prompt": "Once", "model": "llama"}, TEXT_PATH)
+    assert input == {"prompt": "Once", "max_new_tokens": 16}
 
 
 @table(
@@ -1071,10 +1043,6 @@ def test_a_completion_is_16_tokens_long_if_it_does_not_say(fake, server):
 def test_one_string_stands_for_an_array_of_one(fake, server, given, expected):
     answer = ask(server, {"model": model_saying(fake, "one\nEND"), "stop": given})
     assert answer.message.content == expected
-
-
-def test_what_openai_does_not_document_is_no_error(server):
-    assert ask(server, {"min_p": 0.1, "chat_template_kwargs": {}}).status == 200
 
 
 NOT_OPENAIS = {"replicate", "top_k", "min_tokens", "repetition_penalty"}
@@ -1117,8 +1085,6 @@ def data_url(content=PNG, kind="image/png"):
 
 
 EARS = make_model("me/ears", "prompt* str; image uri; audio uri; pdf uri")
-
-
 SLOTS = {"image_url": "image", "input_audio": "audio", "file": "pdf"}
 
 
@@ -1171,70 +1137,51 @@ def test_what_is_no_image_is_refused(fake, server, url, code):
     assert answer.error["param"] == "messages[0].content[1].image_url.url"
 
 
-@table(
-    "url",
-    [
-        ("a link", "https://example.com/a.png?b=c"),
-        ("a plain link", "HTTP://example.com/a.png"),
-        ("PNG", data_url()),
-        ("JPEG", data_url(b"\xff\xd8\xff\xe0", "image/jpeg")),
-        ("GIF", data_url(b"GIF89a", "image/gif")),
-        ("WebP", data_url(b"RIFF\n\0\0\0WEBPVP8 ", "image/webp")),
-    ],
-)
-def test_an_image_is_kept_as_it_is(fake, server, url):
-    assert send_part(fake, server, image_part(url)).status == 200
-    assert fake.creates()[-1].body["input"]["image"] == url
-
-
-@table(
-    "url, expected",
-    [
-        (
-            "JPEG by its short name",
-            data_url(b"\xff\xd8\xff\xe0", "image/jpg"),
-            data_url(b"\xff\xd8\xff\xe0", "image/jpeg"),
-        ),
-        ("GIF as PNG", data_url(b"GIF89a"), data_url(b"GIF89a", "image/gif")),
-        ("PNG as bytes", data_url(kind="application/octet-stream"), data_url()),
-    ],
-)
-def test_an_image_is_what_its_first_bytes_say(fake, server, url, expected):
-    assert send_part(fake, server, image_part(url)).status == 200
-    assert fake.creates()[-1].body["input"]["image"] == expected
-
-
+JPEG, GIF = b"\xff\xd8\xff\xe0", b"GIF89a"
 IN_BASE64 = b64encode(PNG + b"\xff\xfe\xfb").decode()
+PLAIN = f"data:image/png;base64,{IN_BASE64}"
+FOR_URLS = PLAIN[:22] + IN_BASE64.translate({43: 45, 47: 95})
+IN_LINES = f"{PLAIN[:30]}\r\n {PLAIN[30:]}\n"
 
 
 @table(
-    "url",
+    "url, expected",  # None: as it is
     [
-        ("with a charset", f"data:image/png;charset=utf-8;base64,{IN_BASE64}"),
-        ("with a name", f"data:image/png; name=a.png;base64,{IN_BASE64}"),
-        ("in capitals", f"DATA:IMAGE/PNG;BASE64,{IN_BASE64}"),
-        ("in lines", f"data:image/png;base64,{IN_BASE64[:8]}\r\n {IN_BASE64[8:]}\n"),
-        ("for URLs", "data:image/png;base64," + IN_BASE64.translate({43: 45, 47: 95})),
-        ("unpadded", f"data:image/png;base64,{IN_BASE64.rstrip('=')}"),
-        ("escaped", "data:image/png;base64," + quote(IN_BASE64)),
+        ("a link", "https://example.com/a.png?b=c", None),
+        ("a plain link", "HTTP://example.com/a.png", None),
+        ("PNG", data_url(), None),
+        ("JPEG", data_url(JPEG, "image/jpeg"), None),
+        ("GIF", data_url(GIF, "image/gif"), None),
+        ("WebP", data_url(b"RIFF\n\0\0\0WEBPVP8 ", "image/webp"), None),
+        ("a short name", data_url(JPEG, "image/jpg"), data_url(JPEG, "image/jpeg")),
+        ("GIF as PNG", data_url(GIF), data_url(GIF, "image/gif")),
+        ("PNG as bytes", data_url(kind="application/octet-stream"), data_url()),
+        ("a charset", f"data:image/png;charset=utf-8;base64,{IN_BASE64}", PLAIN),
+        ("with a name", f"data:image/png; name=a.png;base64,{IN_BASE64}", PLAIN),
+        ("in capitals", f"DATA:IMAGE/PNG;BASE64,{IN_BASE64}", PLAIN),
+        ("in lines", IN_LINES, PLAIN),
+        ("for URLs", FOR_URLS, PLAIN),
+        ("unpadded", PLAIN.rstrip("="), PLAIN),
+        ("escaped", f"data:image/png;base64,{quote(IN_BASE64)}", PLAIN),
     ],
 )
-def test_an_image_is_read_as_browsers_read_it(fake, server, url):
+def test_an_image_is_read_as_browsers_read_it_and_is_what_its_first_bytes_say(
+    fake, server, url, expected
+):
+    assert url != expected
     assert send_part(fake, server, image_part(url)).status == 200
-    plain = f"data:image/png;base64,{IN_BASE64}"
-    assert fake.creates()[-1].body["input"]["image"] == plain != url
+    assert fake.creates()[-1].body["input"]["image"] == (expected or url)
+
+
+A_LINK, A_FILE = "https://a.com/b.pdf", "data:application/pdf;base64,JVBE"
 
 
 @table(
     "part, expected",
     [
         ("a sound", sound_part("UklG\nRg"), "data:audio/wav;base64,UklGRg=="),
-        ("a link", file_part(file_data="https://a.com/b.pdf"), "https://a.com/b.pdf"),
-        (
-            "a file, whose URL is its own",
-            file_part(file_data="data:application/pdf;base64,JVBE", url="https://x"),
-            "data:application/pdf;base64,JVBE",
-        ),
+        ("a link", file_part(file_data=A_LINK), A_LINK),
+        ("its URL is its own", file_part(file_data=A_FILE, url="https://x"), A_FILE),
     ],
 )
 def test_sounds_and_files_are_read(fake, server, part, expected):
@@ -1247,8 +1194,8 @@ def test_sounds_and_files_are_read(fake, server, part, expected):
     [
         ("a sound", sound_part("???"), "invalid_value", "to be base64, with"),
         ("bare base64", file_part(file_data="JVBE"), "invalid_value", "pdf;base64"),
-        ("an id", file_part(file_id="file-1"), "unsupported_parameter", "as file_data"),
-        ("no file", file_part(), "missing_required_parameter", "file_data"),
+        ("an id", file_part(file_id="file-1"), UNSUPPORTED, "as file_data"),
+        ("no file", file_part(), MISSING, "file_data"),
     ],
 )
 def test_what_is_no_sound_or_file_is_refused_as_what_it_is(
@@ -2105,13 +2052,14 @@ def new_inputs(tmp_path):
         yield inputs
 
 
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "Bye"},
+]
 EVERYTHING = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "Bye"},
-    ],
+    "messages": TALK,
     "temperature": 0,
     "top_p": 0.9,
     "presence_penalty": 0.5,
@@ -2128,85 +2076,74 @@ EVERYTHING = {
     "min_p": 0.1,
 }
 
-TALK = EVERYTHING["messages"]
+
+def taken(*names, **others):
+    """Of EVERYTHING what has these names, and others."""
+    return {**{name: EVERYTHING[name] for name in names}, **others}
+
+
 TRANSCRIPT = "User: Hi\n\nAssistant: Hello!\n\nUser: Bye\n\nAssistant:"
 BY_PROMPT = {"prompt": TRANSCRIPT}
 BY_LONG_PROMPT = {"prompt": f"Be brief.\n\n{TRANSCRIPT}"}
 BY_MESSAGES = {"messages": TALK, "max_completion_tokens": 100}
+WITH_SYSTEM = {"system_prompt": "Be brief.", **BY_PROMPT}
 GEMINI = {
     "system_instruction": "Be brief.",
     **BY_PROMPT,
-    "temperature": 0,
-    "top_p": 0.9,
-    "max_output_tokens": 100,
+    **taken("temperature", "top_p", max_output_tokens=100),
 }
-OPEN = {
-    "temperature": 0,
-    "top_p": 0.9,
-    "presence_penalty": 0.5,
-    "frequency_penalty": -0.5,
-}
-LLAMA = {
-    **OPEN,
-    "top_k": 40,
-    "min_tokens": 2,
-    "max_tokens": 100,
-    "stop_sequences": "END",
-}
+OPEN = taken("temperature", "top_p", "presence_penalty", "frequency_penalty")
+LLAMA = {**OPEN, **taken("top_k", "min_tokens", "max_tokens", stop_sequences="END")}
 LLAMA_2 = {
     "temperature": 0.01,
-    "top_p": 0.9,
-    "top_k": 40,
-    "seed": 7,
-    "min_new_tokens": 2,
-    "max_new_tokens": 100,
+    **taken("top_p", "top_k", "seed", min_new_tokens=2, max_new_tokens=100),
     "stop_sequences": "END",
 }
-
 LLAMA_2_TALK = {
     "system_prompt": "Be brief.",
     "prompt": "[INST] Hi [/INST]\nHello!\n[INST] Bye [/INST]",
 }
+LLAMA_3_TALK = {
+    "prompt": "<|begin_of_text|>"
+    "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "prompt_template": "{prompt}",
+}
+LLAMA_4_TALK = {
+    "prompt": "<|begin_of_text|>"
+    "<|header_start|>system<|header_end|>\n\nBe brief.<|eot|>"
+    "<|header_start|>user<|header_end|>\n\nHi<|eot|>"
+    "<|header_start|>assistant<|header_end|>\n\nHello!<|eot|>"
+    "<|header_start|>user<|header_end|>\n\nBye<|eot|>"
+    "<|header_start|>assistant<|header_end|>\n\n",
+    "prompt_template": "{prompt}",
+}
+STRUCTURED = {
+    "instructions": "Be brief.",
+    "input_item_list": TALK[1:],
+    "max_output_tokens": 100,
+    "reasoning_effort": "high",
+    "verbosity": "low",
+}
+O1_MINI = {**BY_MESSAGES, "messages": [says("user", "Be brief."), *TALK[1:]]}
+GPT_5 = {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"}
+GRANITE_4 = taken("top_k", "min_tokens", "seed", "stop")
 
 INPUTS = {
     "llama-2-7b": {**LLAMA_2_TALK, **LLAMA_2, "repetition_penalty": 1.1},
     "llama-2": {**LLAMA_2_TALK, **LLAMA_2},
-    "llama-3": {
-        "prompt": "<|begin_of_text|>"
-        "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\nHello!<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "prompt_template": "{prompt}",
-        **LLAMA,
-    },
-    "llama-4": {
-        "prompt": "<|begin_of_text|>"
-        "<|header_start|>system<|header_end|>\n\nBe brief.<|eot|>"
-        "<|header_start|>user<|header_end|>\n\nHi<|eot|>"
-        "<|header_start|>assistant<|header_end|>\n\nHello!<|eot|>"
-        "<|header_start|>user<|header_end|>\n\nBye<|eot|>"
-        "<|header_start|>assistant<|header_end|>\n\n",
-        "prompt_template": "{prompt}",
-        **LLAMA,
-    },
-    "gpt-5-structured": {
-        "instructions": "Be brief.",
-        "input_item_list": TALK[1:],
-        "max_output_tokens": 100,
-        "reasoning_effort": "high",
-        "verbosity": "low",
-    },
-    "o1-mini": {
-        "messages": [{"role": "user", "content": "Be brief."}, *TALK[1:]],
-        "max_completion_tokens": 100,
-    },
+    "llama-3": {**LLAMA_3_TALK, **LLAMA},
+    "llama-4": {**LLAMA_4_TALK, **LLAMA},
+    "gpt-5-structured": STRUCTURED,
+    "o1-mini": O1_MINI,
     "o-series": {**BY_MESSAGES, "reasoning_effort": "high"},
     "gpt-5-pro": {**BY_MESSAGES, "verbosity": "low"},
-    "gpt-5.1": {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"},
-    "gpt-5.2": {**BY_MESSAGES, "reasoning_effort": "xhigh", "verbosity": "low"},
-    "gpt-5": {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"},
+    "gpt-5.1": GPT_5,
+    "gpt-5.2": {**GPT_5, "reasoning_effort": "xhigh"},
+    "gpt-5": GPT_5,
     "kimi-k2.5": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
     "open": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
     "deepseek-v3.1": {
@@ -2216,20 +2153,13 @@ INPUTS = {
         "thinking": "medium",
     },
     "gpt-4": {**BY_MESSAGES, **OPEN},
-    "claude-3.5": {"system_prompt": "Be brief.", **BY_PROMPT, "max_tokens": 100},
-    "claude": {"system_prompt": "Be brief.", **BY_PROMPT, "max_tokens": 1024},
+    "claude-3.5": {**WITH_SYSTEM, "max_tokens": 100},
+    "claude": {**WITH_SYSTEM, "max_tokens": 1024},
     "gemini-3.1": {**GEMINI, "thinking_level": "high"},
     "gemini-3": {**GEMINI, "thinking_level": "high"},
     "gemini": {**GEMINI, "thinking_budget": 24576},
-    "granite": {"system_prompt": "Be brief.", **BY_PROMPT, **LLAMA},
-    "granite-messages": {
-        **BY_MESSAGES,
-        **OPEN,
-        "top_k": 40,
-        "min_tokens": 2,
-        "seed": 7,
-        "stop": ["END", "a,b"],
-    },
+    "granite": {**WITH_SYSTEM, **LLAMA},
+    "granite-messages": {**BY_MESSAGES, **OPEN, **GRANITE_4},
     "mistral": {**BY_LONG_PROMPT, **LLAMA_2},
 }
 
@@ -2267,120 +2197,58 @@ MODELS_OF = {
 }
 
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-DEVELOPER = {"role": "developer", "content": "Be kind."}
-QUESTION = {"role": "user", "content": "Hi"}
-START = {"role": "assistant", "content": "Hel"}
-PARTS = {
-    "role": "user",
-    "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}],
+SYSTEM, DEVELOPER = says("system", "Be brief."), says("developer", "Be kind.")
+QUESTION, START = says("user", "Hi"), says("assistant", "Hel")
+PARTS = says("user", [text_part("H"), text_part("i")])
+TWICE = [SYSTEM, DEVELOPER, QUESTION, DEVELOPER]
+KINDLY = [says("system", "Be kind."), QUESTION, START]
+AS_USER = [says("user", "Be brief."), QUESTION]
+IN_LLAMA_3 = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+IN_LLAMA_3 += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+IN_LLAMA_4 = "<|begin_of_text|><|header_start|>user<|header_end|>\n\nHi<|eot|>"
+IN_LLAMA_4 += "<|header_start|>assistant<|header_end|>\n\nHel"
+LATER_SYSTEM = {
+    "system_instruction": "Be brief.\n\nBe kind.",
+    "prompt": "User: Hi\n\nSystem: Be kind.\n\nAssistant:",
 }
-BEGIN = "<|begin_of_text|>"
+
+
+def as_inputs(expected):
+    """A string is the prompt, a list the messages."""
+    name = {str: "prompt", list: "messages"}.get(type(expected))
+    return {name: expected} if name else expected
+
+
+BRIEFLY = {"system_prompt": "Be brief.", "prompt": "Hi"}
 
 
 @table(
     "family, messages, expected",
     [
-        ("a question", "claude", [QUESTION], {"prompt": "Hi"}),
-        ("parts are joined", "claude", [PARTS], {"prompt": "Hi"}),
-        (
-            "a question and a system field",
-            "claude",
-            [SYSTEM, QUESTION],
-            {"system_prompt": "Be brief.", "prompt": "Hi"},
-        ),
-        (
-            "a question and no system field",
-            "open",
-            [SYSTEM, QUESTION],
-            {"prompt": "Be brief.\n\nHi"},
-        ),
-        ("a lone instruction", "claude", [SYSTEM], {"prompt": "Be brief."}),
-        (
-            "instructions anywhere",
-            "gemini",
-            [SYSTEM, DEVELOPER, QUESTION, DEVELOPER],
-            {
-                "system_instruction": "Be brief.\n\nBe kind.",
-                "prompt": "User: Hi\n\nSystem: Be kind.\n\nAssistant:",
-            },
-        ),
-        (
-            "a beginning of the answer",
-            "open",
-            [QUESTION, START],
-            {"prompt": "User: Hi\n\nAssistant: Hel"},
-        ),
-        ("an answer alone", "open", [START], {"prompt": "Assistant: Hel"}),
-        (
-            "two questions in a row",
-            "open",
-            [QUESTION, QUESTION],
-            {"prompt": "Hi\n\nHi"},
-        ),
-        ("llama 2: a question", "llama-2", [QUESTION], {"prompt": "Hi"}),
-        (
-            "llama 2: a beginning of the answer",
-            "llama-2",
-            [QUESTION, START],
-            {"prompt": "[INST] Hi [/INST]\nHel"},
-        ),
-        (
-            "llama 3: a question",
-            "llama-3",
-            [QUESTION],
-            {
-                "prompt": f"{BEGIN}<|start_header_id|>user<|end_header_id|>\n\nHi"
-                "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-                "prompt_template": "{prompt}",
-            },
-        ),
-        (
-            "llama 4: a beginning of the answer",
-            "llama-4",
-            [QUESTION, START],
-            {
-                "prompt": f"{BEGIN}<|header_start|>user<|header_end|>\n\nHi<|eot|>"
-                "<|header_start|>assistant<|header_end|>\n\nHel",
-                "prompt_template": "{prompt}",
-            },
-        ),
-        (
-            "messages: developer",
-            "gpt-4",
-            [DEVELOPER, PARTS, START],
-            {
-                "messages": [
-                    {"role": "system", "content": "Be kind."},
-                    {"role": "user", "content": "Hi"},
-                    {"role": "assistant", "content": "Hel"},
-                ]
-            },
-        ),
-        (
-            "messages: a model without instructions",
-            "o1-mini",
-            [SYSTEM, QUESTION],
-            {
-                "messages": [
-                    {"role": "user", "content": "Be brief."},
-                    {"role": "user", "content": "Hi"},
-                ]
-            },
-        ),
-        (
-            "items: a question",
-            "gpt-5-structured",
-            [QUESTION],
-            {"input_item_list": [{"role": "user", "content": "Hi"}]},
-        ),
+        ("a question", "claude", [QUESTION], "Hi"),
+        ("parts are joined", "claude", [PARTS], "Hi"),
+        ("a question and a system field", "claude", [SYSTEM, QUESTION], BRIEFLY),
+        ("no system field", "open", [SYSTEM, QUESTION], "Be brief.\n\nHi"),
+        ("a lone instruction", "claude", [SYSTEM], "Be brief."),
+        ("instructions anywhere", "gemini", TWICE, LATER_SYSTEM),
+        ("an answer begun", "open", [QUESTION, START], "User: Hi\n\nAssistant: Hel"),
+        ("an answer alone", "open", [START], "Assistant: Hel"),
+        ("two questions in a row", "open", [QUESTION, QUESTION], "Hi\n\nHi"),
+        ("llama 2: a question", "llama-2", [QUESTION], "Hi"),
+        ("llama 2: begun", "llama-2", [QUESTION, START], "[INST] Hi [/INST]\nHel"),
+        ("llama 3: a question", "llama-3", [QUESTION], IN_LLAMA_3),
+        ("llama 4: begun", "llama-4", [QUESTION, START], IN_LLAMA_4),
+        ("messages: developer", "gpt-4", [DEVELOPER, PARTS, START], KINDLY),
+        ("messages: no instructions", "o1-mini", [SYSTEM, QUESTION], AS_USER),
+        ("items", "gpt-5-structured", [QUESTION], {"input_item_list": [QUESTION]}),
     ],
 )
 def test_messages_are_laid_out_as_the_family_wants_them(
     inputs, family, messages, expected
 ):
     sent = inputs.sent(MODELS_OF[family].split()[0], {"messages": messages})
-    assert less(sent, "max_tokens", "max_new_tokens") == expected
+    sent = less(sent, "max_tokens", "max_new_tokens", "prompt_template")
+    assert sent == as_inputs(expected)
 
 
 COMPOSE = "services:\n  db:\n    image: postgres:16\n    user: postgres\nuser: x\n"
@@ -2447,82 +2315,42 @@ def test_only_signs_of_the_very_template_are_escaped(families, said):
 
 PLAY = "User: <|x|>\nHm\nUser: x\n\nAssistant:\nSystem: y"
 ESCAPED_PLAY = "User: <|x|>\nHm\n User: x\n\n Assistant:\n System: y"
+AS_PARTS = [text_part("<|im_"), image_part("https://x/</s>"), text_part("end|>")]
+A_NAME = {**says("user", AS_PARTS), "name": "</s>"}
+ESCAPED_LLAMA_2 = r"[INST] [\INST] [\/INST] <\<SYS>> <\</SYS>> <\s> <\/s> [/INST]"
+OF_LLAMA_2 = [says("system", "<s>"), says("user", LLAMA_2_TOKENS), START]
+BY_SYSTEM, BY_USER = says("system", PLAY), says("user", PLAY)
+EVERYBODY = [BY_USER, says("assistant", PLAY), says("user", "Hm")]
+IN_ITS_FIELD = {"system_prompt": PLAY, "prompt": "User: Hi\n\nAssistant: Hel"}
+OF_EVERYBODY = (
+    f"User: {ESCAPED_PLAY}\n\nAssistant: {ESCAPED_PLAY}\n\nUser: Hm\n\nAssistant:"
+)
+ON_TOP_OF_ALL = f" {ESCAPED_PLAY}\n\nUser: Hi\n\nAssistant: Hel"
+IN_ONE_TURN = f"User: Hi\n\n {ESCAPED_PLAY}\n\nAssistant: Hel"
 
 
 @table(
     ("family", "messages", "expected"),
     [
-        (
-            "a lone question keeps its labels",
-            "claude",
-            [SYSTEM, says("user", PLAY)],
-            {"system_prompt": "Be brief.", "prompt": PLAY},
-        ),
-        (
-            "below a system text too",
-            "open",
-            [says("system", PLAY), says("user", PLAY)],
-            {"prompt": f"{PLAY}\n\n{PLAY}"},
-        ),
-        (
-            "a system text keeps them in a field of its own",
-            "claude",
-            [says("system", PLAY), QUESTION, START],
-            {"system_prompt": PLAY, "prompt": "User: Hi\n\nAssistant: Hel"},
-        ),
-        (
-            "but not on top of a conversation",
-            "open",
-            [says("system", PLAY), QUESTION, START],
-            {"prompt": f" {ESCAPED_PLAY}\n\nUser: Hi\n\nAssistant: Hel"},
-        ),
-        (
-            "in a conversation, whoever says them",
-            "open",
-            [says("user", PLAY), says("assistant", PLAY), says("user", "Hm")],
-            {
-                "prompt": f"User: {ESCAPED_PLAY}\n\n"
-                f"Assistant: {ESCAPED_PLAY}\n\nUser: Hm\n\nAssistant:"
-            },
-        ),
-        (
-            "where two turns become one",
-            "open",
-            [QUESTION, says("user", PLAY), START],
-            {"prompt": f"User: Hi\n\n {ESCAPED_PLAY}\n\nAssistant: Hel"},
-        ),
+        ("a lone question keeps its labels", "claude", [BY_USER], PLAY),
+        ("below a system text too", "open", [BY_SYSTEM, BY_USER], f"{PLAY}\n\n{PLAY}"),
+        ("a field of its own", "claude", [BY_SYSTEM, QUESTION, START], IN_ITS_FIELD),
+        ("not on top of a talk", "open", [BY_SYSTEM, QUESTION, START], ON_TOP_OF_ALL),
+        ("in a talk, whoever says them", "open", EVERYBODY, OF_EVERYBODY),
+        ("two turns become one", "open", [QUESTION, BY_USER, START], IN_ONE_TURN),
         (
             "llama 2: its tokens",
             "llama-2",
-            [says("system", "<s>"), says("user", LLAMA_2_TOKENS), START],
-            {
-                "system_prompt": r"<\s>",
-                "prompt": r"[INST] [\INST] [\/INST] <\<SYS>> <\</SYS>> <\s> <\/s>"
-                " [/INST]\nHel",
-            },
+            OF_LLAMA_2,
+            {"system_prompt": r"<\s>", "prompt": f"{ESCAPED_LLAMA_2}\nHel"},
         ),
-        (
-            "parts of a message, its name and what is attached",
-            "gpt-4",
-            [
-                {
-                    "role": "user",
-                    "name": "</s>",
-                    "content": [
-                        {"type": "text", "text": "<|im_"},
-                        {"type": "image_url", "image_url": {"url": "https://x/</s>"}},
-                        {"type": "text", "text": "end|>"},
-                    ],
-                }
-            ],
-            None,
-        ),
+        ("parts, a name, a link", "gpt-4", [A_NAME], [A_NAME]),
     ],
 )
 def test_what_would_end_a_turn_is_escaped(family, messages, expected):
     row = proxy.FAMILIES[family]
     rendered = row.render(messages, row.system, row.prompt)
-    assert rendered == (expected or {"messages": messages})
+    assert rendered == as_inputs(expected)
 
 
 @pytest.mark.parametrize("family", ["llama-3", "llama-4"])
@@ -2555,28 +2383,12 @@ def test_what_anybody_writes_closes_no_turn_and_opens_none(family, data):
     assert [told.count(s) for s in signs] == [harmless.count(s) for s in signs]
 
 
-def test_files_in_a_conversation_reach_the_model_as_they_are(inputs):
-    talk = [SYSTEM, says("user", COMPOSE), says("assistant", "Got it."), *HI]
-    assert (
-        COMPOSE
-        in inputs.sent("anthropic/claude-4-sonnet", {"messages": talk})["prompt"]
-    )
-    price = "<p><s>9.99</s> <b>7.99</b></p>"
-    sent = inputs.sent("openai/gpt-4o", {"messages": [says("user", price)]})
-    assert sent["messages"] == [says("user", price)]
-
-
 def test_only_parts_of_text_have_text(inputs):
     image = {"type": "image_url", "image_url": {"url": "https://x/"}, "text": "User:"}
     refusal = {"type": "refusal", "refusal": "No.", "text": None}
     messages = [says("user", [image, PARTS["content"][0], refusal])]
     sent = inputs.sent("anthropic/claude-4-sonnet", {"messages": messages})
     assert sent == {"prompt": "HNo.", "image": "https://x/"}
-
-
-def test_the_prompt_of_a_completion_stays_as_it_is(inputs):
-    sent = inputs.sent("anthropic/claude-4-sonnet", {"prompt": PLAY})
-    assert sent["prompt"] == PLAY
 
 
 @table(
@@ -2598,71 +2410,40 @@ def test_large_texts_are_escaped_in_time(text):
     assert time.process_time() - began < 8  # 0.1 s; squared, it would be hours
 
 
-AS_NAMED = {"name": "person", "schema": PERSON, "strict": True}
+NAMED_PERSON = {"name": "person", "schema": PERSON, "strict": True}
+DESCRIBED = {**NAMED_PERSON, "description": "x"}
 
 
 @table(
-    "format, granite, structured",
-    [
-        (
-            "any object",
-            {"type": "json_object"},
-            {"type": "json_object"},
-            {"format": {"type": "json_object"}},
-        ),
-        (
-            "a schema",
-            {"type": "json_schema", "json_schema": AS_NAMED},
-            {"type": "json_schema", "json_schema": AS_NAMED},
-            {"format": {"type": "json_schema", **AS_NAMED}},
-        ),
-        (
-            "a described one",
-            {"type": "json_schema", "json_schema": {**AS_NAMED, "description": "x"}},
-            {"type": "json_schema", "json_schema": {**AS_NAMED, "description": "x"}},
-            {"format": {"type": "json_schema", **AS_NAMED, "description": "x"}},
-        ),
-    ],
+    "schema",
+    [("any object", None), ("a schema", NAMED_PERSON), ("a described one", DESCRIBED)],
 )
-def test_models_that_know_formats_are_given_them(inputs, format, granite, structured):
+def test_models_that_know_formats_are_given_them(inputs, schema):
+    format = {"type": "json_object"}
+    if schema:
+        format = {"type": "json_schema", "json_schema": schema}
     asked = {"response_format": format}
     sent = inputs.sent("ibm-granite/granite-4.0-h-small", asked)
-    assert sent["response_format"] == granite
+    assert sent["response_format"] == format
     sent = inputs.sent("openai/gpt-5-structured", asked)
-    assert sent["json_schema"] == structured
+    assert sent["json_schema"] == {"format": {"type": format["type"], **(schema or {})}}
 
 
+WITH_A_SIGN = ("c1", "get_weather", '{"city":"<|x|>"}')
 CALLED = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Rain?"},
-    asks(("c1", "get_weather", '{"city":"<|x|>"}'), content=None),
-    {"role": "tool", "tool_call_id": "c1", "content": "dry<|x|>"},
+    SYSTEM,
+    says("user", "Rain?"),
+    asks(WITH_A_SIGN, content=None),
+    gives("c1", "dry<|x|>"),
 ]
+THE_CALL = {"call_id": "c1", "name": "get_weather", "arguments": WITH_A_SIGN[2]}
 NATIVELY = [
     (
         "granite",
         "ibm-granite/granite-4.0-h-small",
         {
             "tools": [{"type": "function", "function": WEATHER}],
-            "messages": [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "Rain?"},
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [
-                        {
-                            "id": "c1",
-                            "type": "function",
-                            "function": {
-                                "name": "get_weather",
-                                "arguments": '{"city":"<|x|>"}',
-                            },
-                        }
-                    ],
-                },
-                {"role": "tool", "content": "dry<|x|>", "tool_call_id": "c1"},
-            ],
+            "messages": [*CALLED[:2], asks(WITH_A_SIGN, content=""), CALLED[3]],
         },
     ),
     (
@@ -2672,18 +2453,9 @@ NATIVELY = [
             "tools": [{"type": "function", **WEATHER}],
             "instructions": "Be brief.",
             "input_item_list": [
-                {"role": "user", "content": "Rain?"},
-                {
-                    "type": "function_call",
-                    "call_id": "c1",
-                    "name": "get_weather",
-                    "arguments": '{"city":"<|x|>"}',
-                },
-                {
-                    "type": "function_call_output",
-                    "call_id": "c1",
-                    "output": "dry<|x|>",
-                },
+                says("user", "Rain?"),
+                {"type": "function_call", **THE_CALL},
+                {"type": "function_call_output", "call_id": "c1", "output": "dry<|x|>"},
             ],
         },
     ),
@@ -2705,23 +2477,16 @@ def test_tools_are_given_to_models_that_know_them(inputs, ref, expected):
 
 
 MUST_CALL = "You must call the tool get_weather now: write the call and nothing else."
+ONE_AT_A_TIME, REQUIRED = {"parallel_tool_calls": False}, {"tool_choice": "required"}
 
 
 @table(
     "given, expected",
     [
         ("auto", {}, []),
-        (
-            "one at a time",
-            {"parallel_tool_calls": False},
-            ["Make one call, not more."],
-        ),
-        ("required", {"tool_choice": "required"}, [MUST_CALL]),
-        (
-            "one, now",
-            {"tool_choice": "required", "parallel_tool_calls": False},
-            [f"{MUST_CALL} Make one call, not more."],
-        ),
+        ("one at a time", ONE_AT_A_TIME, [JUST_ONE]),
+        ("required", REQUIRED, [MUST_CALL]),
+        ("one, now", {**REQUIRED, **ONE_AT_A_TIME}, [f"{MUST_CALL} {JUST_ONE}"]),
     ],
 )
 def test_of_tools_that_a_model_knows_only_demands_are_told(inputs, given, expected):
@@ -2738,30 +2503,17 @@ OLDER = [
 ]
 
 
-def test_older_calls_become_newer_ones_for_models_that_know_calls(inputs):
-    sent = inputs.sent("ibm-granite/granite-4.0-h-small", {"messages": OLDER})
-    function = {"name": "f", "arguments": "{}"}
-    assert sent["messages"][1:] == [
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
-        },
-        {"role": "tool", "content": "one", "tool_call_id": "call_1"},
-    ]
-
-
-def test_a_result_of_no_call_gets_one(inputs):
-    sent = inputs.sent("ibm-granite/granite-4.0-h-small", {"messages": [OLDER[2]]})
-    function = {"name": "f", "arguments": "{}"}
-    assert sent["messages"] == [
-        {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"id": "call_0", "type": "function", "function": function}],
-        },
-        {"role": "tool", "content": "one", "tool_call_id": "call_0"},
-    ]
+@table(
+    "messages, index",
+    [("older calls", OLDER, 1), ("a result of no call gets one", OLDER[2:], 0)],
+)
+def test_older_calls_become_newer_ones_for_models_that_know_calls(
+    inputs, messages, index
+):
+    sent = inputs.sent("ibm-granite/granite-4.0-h-small", {"messages": messages})
+    id = f"call_{index}"
+    newer = [asks((id, "f", "{}"), content=""), gives(id, "one")]
+    assert sent["messages"][index:] == newer
 
 
 def test_an_image_in_a_result_of_no_call_stays_beside_it(inputs):
@@ -2829,7 +2581,7 @@ TEXT_OUTPUT = {
     "x-cog-array-type": "iterator",
     "x-cog-array-display": "concatenate",
 }
-STRING = {"type": "string"}
+STRING, INTEGER = {"type": "string"}, {"type": "integer"}
 IMAGE_OUTPUT = {"type": "string", "format": "uri"}
 
 
@@ -2846,22 +2598,16 @@ def short(fields):
 
 # Of replicate-api.md 5.2: each kind of language model, once.
 LLAMA_2_ONE = """
-    prompt* str; system_prompt str ="You are a helpful assistant."; max_new_tokens int
-    =128 [1..]; min_new_tokens int =-1 [-1..]; temperature float =0.75 [0.01..5];
-    top_p float =0.9 [0..1]; top_k int =50 [0..]; stop_sequences str; seed int;
-    debug bool =false
+    prompt* str; system_prompt str ="You are helpful."; max_new_tokens int =128 [1..];
+    min_new_tokens int =-1 [-1..]; temperature float =0.75 [0.01..5]; top_p float;
+    top_k int =50 [0..]; stop_sequences str; seed int; debug bool =false
 """
 LLAMA_3_ONE = """
-    prompt str =""; min_tokens int =0; max_tokens int =512; temperature float =0.6;
-    top_p float =0.9; top_k int =50; presence_penalty float =1.15;
-    frequency_penalty float =0.2; prompt_template str ="{prompt}"
+    prompt str =""; min_tokens int =0; max_tokens int =512; temperature float; top_p
+    float; top_k int; presence_penalty float; frequency_penalty float;
+    prompt_template str ="{prompt}"
 """
-LLAMA_4_ONE = """
-    prompt str =""; system_prompt str ="You are helpful."; min_tokens int =0;
-    max_tokens int =4096; temperature float =0.6; top_p float =0.9; top_k int =50;
-    presence_penalty float =0; frequency_penalty float =0; stop_sequences str ="";
-    prompt_template str =""
-"""
+LLAMA_4_ONE = LLAMA_3_ONE + "; system_prompt str; stop_sequences str"
 MISTRAL_ONE = """
     prompt* str; max_new_tokens int =128; min_new_tokens int =-1; temperature float;
     top_p float =0.9; top_k int =50; stop_sequences str; seed int; debug bool =false
@@ -2870,116 +2616,70 @@ OPEN_ONE = """
     prompt str =""; max_tokens int =2048; temperature float =0.1;
     presence_penalty float =0; frequency_penalty float =0; top_p float =1
 """
-DEEPSEEK_31 = """
-    thinking enum medium, None ="None"; prompt str ="Why are you better?";
-    max_tokens int =1024; temperature float =0.1; top_p float =1;
-    presence_penalty float =0; frequency_penalty float =0
-"""
-GPT_4_ONE = """
+DEEPSEEK_31 = OPEN_ONE + '; thinking enum medium, None ="None"'
+CHAT_ONE = """
     prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
-    temperature float =1 [0..2]; max_completion_tokens int =4096; top_p float =1 [0..1];
+    max_completion_tokens int =4096;
+"""
+GPT_4_ONE = f"""{CHAT_ONE} temperature float =1 [0..2]; top_p float =1 [0..1];
     frequency_penalty float =0 [-2..2]; presence_penalty float =0 [-2..2]
 """
-O1_ONE = """
-    prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
-    reasoning_effort enum low, medium, high ="medium"; max_completion_tokens int =4096
-"""
+O1_ONE = CHAT_ONE + "reasoning_effort enum low, medium, high"
 O1_MINI_ONE = "prompt str; messages [obj] =[]; max_completion_tokens int =4096"
-GPT_5_ONE = """
-    prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
-    reasoning_effort enum {} ="low"; verbosity enum low, medium, high ="medium";
-    max_completion_tokens int
-"""
 GPT_5_PRO_ONE = """
     prompt str; system_prompt str; messages [obj] =[]; image_input [uri] =[];
-    verbosity enum low, medium, high ="medium"; max_completion_tokens int
+    max_completion_tokens int; verbosity enum low, medium, high ="medium"
 """
+GPT_5_ONE = GPT_5_PRO_ONE + "; reasoning_effort enum {}"
 STRUCTURED_ONE = """
-    model str ="gpt-5"; prompt str; instructions str;
-    image_input [uri] =[]; reasoning_effort enum minimal, low, medium, high ="minimal";
-    verbosity enum low, medium, high ="medium"; enable_web_search bool =false;
-    simple_schema [str] =[]; input_item_list [obj] =[]; previous_response_id str;
+    model str ="gpt-5"; prompt str; instructions str; image_input [uri] =[];
+    reasoning_effort enum minimal, low, medium, high; verbosity enum low, medium, high;
+    enable_web_search bool =false; simple_schema [str] =[]; input_item_list [obj] =[];
     tools [obj] =[]; json_schema obj ={}; max_output_tokens int
 """
 HAIKU = 'prompt* str; max_tokens int =8192 [1..8192]; system_prompt str =""'
 SONNET = """
     prompt* str; image uri; system_prompt str =""; max_tokens int =8192 [1024..64000];
-    max_image_resolution float =0.5 [0.001..2]; extended_thinking bool =false;
-    thinking_budget_tokens int =1024 [1024..64000]
+    extended_thinking bool =false; thinking_budget_tokens int =1024 [1024..64000]
 """
-GEMINI_25 = """
+GEMINI_ONE = """
     prompt* str; images [uri] =[]; videos [uri] =[]; system_instruction str;
     temperature float =1 [0..2]; top_p float =0.95 [0..1];
-    max_output_tokens int =65535 [1..65535]; thinking_budget int [0..24576];
-    dynamic_thinking bool =false
+    max_output_tokens int =65535 [1..65535];
 """
-GEMINI_3_ONE = """
-    prompt* str; images [uri] =[]; videos [uri] =[]; audio uri; system_instruction str;
-    thinking_level enum {}; temperature float =1; top_p float =0.95;
-    max_output_tokens int =65535
-"""
-GRANITE_31 = """
-    prompt str =""; system_prompt str ="You are helpful."; min_tokens int =0;
-    max_tokens int =512; temperature float =0.6; top_p float =0.9; top_k int =50;
-    presence_penalty float =0; frequency_penalty float =0; stop_sequences str
-"""
+GEMINI_25 = GEMINI_ONE + "thinking_budget int [0..24576]; dynamic_thinking bool"
+GEMINI_3_ONE = GEMINI_ONE + "audio uri; thinking_level enum {}"
+GRANITE_31 = LLAMA_4_ONE
 GRANITE_33 = fake_replicate.MODEL_FIELDS["ibm-granite/granite-3.3-8b-instruct"]
-KIMI_25 = """
-    prompt str =""; image uri; max_tokens int =1024 [1..131072];
-    temperature float =0.1 [0..2]; presence_penalty float =0 [-2..2];
-    frequency_penalty float =0 [-2..2]; top_p float =1 [0..1]
-"""
-KIMI_26 = """
-    prompt str; system_prompt str; image_input [uri] =[]; max_tokens int =2048
-    [1..32768]; temperature float =0.6 [0..2]; top_p float =1; reasoning_effort str
-    ="none"; presence_penalty float =0 [-2..2]; frequency_penalty float =0 [-2..2]
-"""
+KIMI_25 = OPEN_ONE + "; image uri"
+KIMI_26 = OPEN_ONE + '; system_prompt str; reasoning_effort str ="none"'
 PARROT = fake_replicate.MODEL_FIELDS["acme/parrot"]
 
-
-MESSAGES = {"messages": TALK, "max_completion_tokens": 100}
-AS_A_PLAY = {"prompt": TRANSCRIPT, "system_prompt": "Be brief."}
-ON_TOP = {"prompt": f"Be brief.\n\n{TRANSCRIPT}"}
+UNSTOPPED = less(INPUTS["llama-3"], "stop_sequences", "prompt_template")
+AS_A_PROMPT = {**less(STRUCTURED, "input_item_list"), **BY_PROMPT}
+AS_PARROT = {
+    "prompt": TRANSCRIPT,
+    "system_instruction": "Be brief.",
+    "max_length": 100,
+    **taken("temperature", "stop", random_seed=7),
+}
 
 FROM_SCHEMAS = [
     # (why, fields, what a row would send, or else)
-    (
-        "llama-2",
-        LLAMA_2_ONE,
-        {**INPUTS["llama-2"], **AS_A_PLAY},
-    ),
-    (
-        "llama-3",
-        LLAMA_3_ONE,
-        {**less(INPUTS["llama-3"], "stop_sequences", "prompt_template"), **ON_TOP},
-    ),
-    (
-        "llama-4",
-        LLAMA_4_ONE,
-        {**less(INPUTS["llama-4"], "prompt_template"), **AS_A_PLAY},
-    ),
-    (
-        "mistral",
-        MISTRAL_ONE,
-        {**INPUTS["mistral"], "temperature": 0},
-    ),
+    ("llama-2", LLAMA_2_ONE, {**LLAMA_2, **WITH_SYSTEM}),
+    ("llama-3", LLAMA_3_ONE, {**UNSTOPPED, **BY_LONG_PROMPT}),
+    ("llama-4", LLAMA_4_ONE, {**LLAMA, **WITH_SYSTEM}),
+    ("mistral", MISTRAL_ONE, {**INPUTS["mistral"], "temperature": 0}),
     ("deepseek-r1, gpt-oss, grok-4, qwen3", OPEN_ONE, INPUTS["open"]),
     ("deepseek-v3.1", DEEPSEEK_31, INPUTS["deepseek-v3.1"]),
     ("gpt-4o, gpt-4.1", GPT_4_ONE, INPUTS["gpt-4"]),
     ("o1, o4-mini", O1_ONE, INPUTS["o-series"]),
-    ("o1-mini", O1_MINI_ONE, MESSAGES),
+    ("o1-mini", O1_MINI_ONE, BY_MESSAGES),
     ("gpt-5", GPT_5_ONE.format("minimal, low, medium, high"), INPUTS["gpt-5"]),
     ("gpt-5.1", GPT_5_ONE.format("none, low, medium, high"), INPUTS["gpt-5.1"]),
     ("gpt-5.2", GPT_5_ONE.format("none, low, medium, high, xhigh"), INPUTS["gpt-5.2"]),
     ("gpt-5-pro", GPT_5_PRO_ONE, INPUTS["gpt-5-pro"]),
-    (
-        "gpt-5-structured",
-        STRUCTURED_ONE,
-        {
-            **less(INPUTS["gpt-5-structured"], "input_item_list"),
-            "prompt": TRANSCRIPT,
-        },
-    ),
+    ("gpt-5-structured", STRUCTURED_ONE, AS_A_PROMPT),
     ("claude-3.5-haiku", HAIKU, INPUTS["claude-3.5"]),
     ("claude-4-sonnet", SONNET, INPUTS["claude"]),
     ("gemini-2.5", GEMINI_25, GEMINI),
@@ -2991,21 +2691,10 @@ FROM_SCHEMAS = [
     (
         "kimi-k2.6",
         KIMI_26,
-        {**INPUTS["open"], **AS_A_PLAY, "reasoning_effort": "max"},
+        {**INPUTS["open"], **WITH_SYSTEM, "reasoning_effort": "max"},
     ),
-    (
-        "acme/parrot",
-        PARROT,
-        {
-            "prompt": TRANSCRIPT,
-            "system_instruction": "Be brief.",
-            "max_length": 100,
-            "temperature": 0,
-            "stop": ["END", "a,b"],
-            "random_seed": 7,
-        },
-    ),
-    ("a dummy", "name str; name_file uri", ON_TOP),
+    ("acme/parrot", PARROT, AS_PARROT),
+    ("a dummy", "name str; name_file uri", BY_LONG_PROMPT),
 ]
 
 
@@ -3033,10 +2722,19 @@ A_STRING = "expected a string, but got"
 AN_INTEGER = "expected an integer, but got"
 TONE = {"allOf": [{"$ref": "#/components/schemas/tone"}], "default": "kind"}
 NULLABLE = {"anyOf": [{"type": "null"}, {"type": "integer", "maximum": 9}]}
+ANY_OF, FROM_5 = {"anyOf": [{"type": "integer"}, STRING]}, {"minimum": 5, **INTEGER}
 
 
 HUGE = 10**18
 A_NUMBER, AN_ARRAY = "expected a decimal, but", "expected an array, but"
+A_BOOLEAN, AN_OBJECT = "expected a boolean, but", "expected an object, but"
+OTHERS = {
+    "tone": {"type": "string", "enum": ["kind", "gruff", None, []]},
+    "a": {"allOf": [{"$ref": "#/components/schemas/boolean"}]},
+    "boolean": {"type": "boolean"},
+    "b": {"$ref": "#/components/schemas/b"},
+}
+A_CHAIN, A_CIRCLE, NOWHERE = ({"$ref": f"#/components/schemas/{n}"} for n in "abc")
 
 
 @table(
@@ -3048,43 +2746,27 @@ A_NUMBER, AN_ARRAY = "expected a decimal, but", "expected an array, but"
         ("types", {"type": ["null", "number"]}, [(0.5, 0.5)], ("", A_NUMBER)),
         ("an enum", TONE, [("gruff", "gruff")], ("soft", "'kind', and 'gruff'")),
         ("own words", {**TONE, "type": "array"}, [], ("kind", "'kind', and 'gruff'")),
-        (
-            "a chain",
-            {"$ref": "#/components/schemas/a"},
-            [(True, True)],
-            (1, "expected a boolean, but"),
-        ),
-        (
-            "a circle",
-            {"$ref": "#/components/schemas/b"},
-            [("", ""), (-HUGE, -HUGE)],
-            None,
-        ),
-        ("nowhere", {"$ref": "#/components/schemas/c"}, [("", ""), (HUGE, HUGE)], None),
+        ("a chain", A_CHAIN, [(True, True)], (1, A_BOOLEAN)),
+        ("a circle", A_CIRCLE, [("", ""), (-HUGE, -HUGE)], None),
+        ("nowhere", NOWHERE, [("", ""), (HUGE, HUGE)], None),
         ("of a list", {"type": "array", "maxItems": 3}, [("a", ["a"])], (1, AN_ARRAY)),
         ("no type", {"type": "banana"}, [("", ""), (HUGE, HUGE)], None),
-        (
-            "a wrong bound",
-            {"type": "number", "minimum": "1"},
-            [(-HUGE, -HUGE)],
-            ("", A_NUMBER),
-        ),
+        ("no bound", {"type": "number", "minimum": "1"}, [(-1, -1)], ("", A_NUMBER)),
         ("infinite", {"type": "number", "maximum": 1e999}, [(HUGE, HUGE)], None),
         ("too large", {"type": "integer", "maximum": 10**400}, [(HUGE, HUGE)], None),
+        ("any of several", ANY_OF, [("auto", "auto"), (7, 7)], None),
+        ("a whole number", {"type": "integer", "minimum": 1.5}, [(1, 2)], None),
+        ("from above", {"type": "integer", "maximum": 8.5}, [(9, 8)], None),
+        ("beyond", {"type": "integer", "exclusiveMinimum": 0}, [(0, 1)], None),
+        ("beyond 0", {"type": "number", "exclusiveMinimum": 0}, [(0, 0.01)], None),
+        ("below", {"type": "number", "exclusiveMaximum": 1}, [(1, 0.99)], None),
+        ("both", {**FROM_5, "exclusiveMinimum": 0}, [(0, 5)], None),
     ],
 )
 def test_a_field_is_read_however_its_schema_is_written(
     inputs, properties, fitted, refused
 ):
-    ref = inputs.model(
-        document(
-            {"prompt": STRING, "tone": properties},
-            tone={"type": "string", "enum": ["kind", "gruff", None, []]},
-            a={"allOf": [{"$ref": "#/components/schemas/boolean"}]},
-            boolean={"type": "boolean"},
-            b={"$ref": "#/components/schemas/b"},
-        )
-    )
+    ref = inputs.model(document({"prompt": STRING, "tone": properties}, **OTHERS))
     for given, sent in fitted:
         assert inputs.sent(ref, {"tone": given})["tone"] == sent
     if refused:
@@ -3092,63 +2774,45 @@ def test_a_field_is_read_however_its_schema_is_written(
         assert words in inputs.refused(ref, {"tone": given})["message"]
 
 
+LISTED_MESSAGES = {"messages": {"type": "array"}}
+
+
 @table(
     "properties, expected",
     [
+        ("as it is", {"prompt": STRING}, {"prompt": "Hello"}),
         ("another name for the prompt", {"text": STRING}, {"text": "Hello"}),
-        ("the best of two", {"query": STRING, "prompt": STRING}, {"prompt": "Hello"}),
-        (
-            "a file is no prompt",
-            {"input": IMAGE_OUTPUT, "query": STRING},
-            {"query": "Hello"},
-        ),
-        (
-            "a choice is no prompt",
-            {"prompt": {**STRING, "enum": ["a"]}},
-            {"prompt": "Hello"},
-        ),
-        ("messages alone", {"messages": {"type": "array"}}, ANY_CHAT),
-        (
-            "messages as JSON",
-            {"messages": STRING, "prompt": STRING},
-            {"prompt": "Hello"},
-        ),
+        ("the best", {"query": STRING, "prompt": STRING}, {"prompt": "Hello"}),
+        ("no file", {"input": IMAGE_OUTPUT, "query": STRING}, {"query": "Hello"}),
+        ("no choice", {"prompt": {**STRING, "enum": ["a"]}}, {"prompt": "Hello"}),
+        ("messages alone", LISTED_MESSAGES, ANY_CHAT),
+        ("as JSON", {"messages": STRING, "prompt": STRING}, {"prompt": "Hello"}),
     ],
 )
 def test_the_text_goes_where_the_schema_takes_it(inputs, properties, expected):
-    assert inputs.sent(inputs.model(document(properties))) == expected
+    ref = inputs.model(document(properties))
+    assert inputs.sent(ref) == inputs.sent(ref, {"prompt": "Hello"}) == expected
 
 
 def test_a_model_that_needs_a_prompt_is_not_given_messages_alone(inputs):
-    schema = document({"prompt": STRING, "messages": {"type": "array"}}, ["prompt"])
+    schema = document({"prompt": STRING, **LISTED_MESSAGES}, ["prompt"])
     assert inputs.sent(inputs.model(schema)) == {"prompt": "Hello"}
 
 
-@table(
-    "properties, expected",
-    [
-        ("as it is", {"prompt": STRING}, {"prompt": "Once"}),
-        ("under its name", {"text": STRING}, {"text": "Once"}),
-        (
-            "as a message",
-            {"messages": {"type": "array"}},
-            {"messages": [{"role": "user", "content": "Once"}]},
-        ),
-    ],
-)
-def test_a_bare_prompt_goes_where_the_schema_takes_it(inputs, properties, expected):
-    ref = inputs.model(document(properties))
-    assert inputs.sent(ref, {"prompt": "Once"}) == expected
-
-
 PNGS = [f"https://example.com/{n}.png" for n in range(5)]
-SOUND = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+SOUND = sound_part("UklGRg==")
 SOUND_URL = "data:audio/wav;base64,UklGRg=="
-A_PDF = {"type": "file", "file": {"file_data": "https://example.com/a.pdf"}}
+A_PDF = file_part(file_data=A_LINK)
+FOUR = {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": 4}}
+ANY_NUMBER = {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": -3}}
+MESSAGES_AND_IMAGE = {**LISTED_MESSAGES, "image": IMAGE_OUTPUT}
+MESSAGES_AND_SOUND = {**LISTED_MESSAGES, "audio": IMAGE_OUTPUT}
+MESSAGES_AND_PDF = {**LISTED_MESSAGES, "pdf": IMAGE_OUTPUT}
+SEVERAL = "prompt str; images [uri]; image uri"
 
 
 def images(*urls):
-    return [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [image_part(url) for url in urls]
 
 
 def seeing(*urls, text="What is this?"):
@@ -3156,78 +2820,30 @@ def seeing(*urls, text="What is this?"):
 
 
 @table(
-    "properties, parts, expected",  # expected: what is sent, or why not
+    "properties, parts, expected",  # expected: what is sent beside "Hm?", or why not
     [
-        (
-            "one image",
-            {"image": IMAGE_OUTPUT},
-            images(PNGS[0]),
-            {"prompt": "", "image": PNGS[0]},
-        ),
-        (
-            "several",
-            {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": 4}},
-            images(*PNGS[:4]),
-            {"prompt": "", "images": PNGS[:4]},
-        ),
-        (
-            "more than those",
-            {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": 4}},
-            images(*PNGS),
-            "takes 4 parts of type 'image_url', but got 5",
-        ),
-        (
-            "a bound of less than one is none",
-            {"images": {"type": "array", "items": IMAGE_OUTPUT, "maxItems": -3}},
-            images(*PNGS),
-            {"prompt": "", "images": PNGS},
-        ),
-        (
-            "in the messages",
-            {"messages": {"type": "array"}, "image": IMAGE_OUTPUT},
-            images(*PNGS),
-            {"messages": [says("user", images(*PNGS))]},
-        ),
-        (
-            "sound",
-            {"audio": IMAGE_OUTPUT},
-            [SOUND],
-            {"prompt": "", "audio": SOUND_URL},
-        ),
-        (
-            "a document",
-            {"pdf": IMAGE_OUTPUT},
-            [A_PDF],
-            {"prompt": "", "pdf": A_PDF["file"]["file_data"]},
-        ),
-        (
-            "sound beside messages",
-            {"messages": {"type": "array"}, "audio": IMAGE_OUTPUT},
-            [text_part("Hm?"), SOUND],
-            {"messages": [says("user", "Hm?")], "audio": SOUND_URL},
-        ),
-        (
-            "a document beside messages",
-            {"messages": {"type": "array"}, "pdf": IMAGE_OUTPUT},
-            [text_part("Hm?"), A_PDF],
-            {"messages": [says("user", "Hm?")], "pdf": A_PDF["file"]["file_data"]},
-        ),
-        (
-            "none",
-            {"image": {"type": "integer"}},
-            images(PNGS[0]),
-            "takes no parts of type 'image_url', but got 1",
-        ),
+        ("one image", {"image": IMAGE_OUTPUT}, images(PNGS[0]), {"image": PNGS[0]}),
+        ("several", FOUR, images(*PNGS[:4]), {"images": PNGS[:4]}),
+        ("more", FOUR, images(*PNGS), "takes 4 parts of type 'image_url', but got 5"),
+        ("a bound below 1 is none", ANY_NUMBER, images(*PNGS), {"images": PNGS}),
+        ("in the messages", MESSAGES_AND_IMAGE, images(*PNGS), {}),
+        ("sound", {"audio": IMAGE_OUTPUT}, [SOUND], {"audio": SOUND_URL}),
+        ("a document", {"pdf": IMAGE_OUTPUT}, [A_PDF], {"pdf": A_LINK}),
+        ("sound beside messages", MESSAGES_AND_SOUND, [SOUND], {"audio": SOUND_URL}),
+        ("a document beside them", MESSAGES_AND_PDF, [A_PDF], {"pdf": A_LINK}),
+        ("none", {"image": {"type": "integer"}}, images(PNGS[0]), "takes no parts of"),
     ],
 )
 def test_attachments_have_their_slots(inputs, properties, parts, expected):
     prompt = {} if "messages" in properties else {"prompt": STRING}
     ref = inputs.model(document({**prompt, **properties}))
-    given = {"messages": [says("user", parts)]}
+    messages = [says("user", [text_part("Hm?"), *parts])]
     if isinstance(expected, str):
-        assert expected in inputs.refused(ref, given)["message"]
-    else:
-        assert inputs.sent(ref, given) == expected
+        assert expected in inputs.refused(ref, {"messages": messages})["message"]
+        return
+    text = {"prompt": "Hm?"} if prompt else {"messages": [says("user", "Hm?")]}
+    sent = inputs.sent(ref, {"messages": messages})
+    assert sent == ({**text, **expected} if expected else {"messages": messages})
 
 
 @table(
@@ -3238,31 +2854,10 @@ def test_attachments_have_their_slots(inputs, properties, parts, expected):
     ],
 )
 def test_an_image_goes_where_the_model_needs_one(inputs, needed, expected):
-    schema = short("prompt str; images [uri]; image uri")
+    schema = short(SEVERAL)
     schema["components"]["schemas"]["Input"]["required"] = needed
     sent = inputs.sent(inputs.model(schema), {"messages": seeing(PNGS[0], text="")})
     assert sent == {"prompt": "", **expected}
-
-
-ANY_OF = {"anyOf": [{"type": "integer"}, STRING]}
-
-
-@table(
-    "schema, given, expected",
-    [
-        ("any of several", ANY_OF, "auto", "auto"),
-        ("or another", ANY_OF, 7, 7),
-        ("a whole number", {"type": "integer", "minimum": 1.5}, 1, 2),
-        ("from above", {"type": "integer", "maximum": 8.5}, 9, 8),
-        ("beyond", {"type": "integer", "exclusiveMinimum": 0}, 0, 1),
-        ("beyond 0", {"type": "number", "exclusiveMinimum": 0}, 0, 0.01),
-        ("below", {"type": "number", "exclusiveMaximum": 1}, 1, 0.99),
-        ("both", {"type": "integer", "minimum": 5, "exclusiveMinimum": 0}, 0, 5),
-    ],
-)
-def test_a_value_is_held_to_what_its_schema_says(inputs, schema, given, expected):
-    ref = inputs.model(document({"prompt": STRING, "pace": schema}))
-    assert inputs.sent(ref, {"pace": given})["pace"] == expected
 
 
 @table(
@@ -3300,24 +2895,16 @@ def test_a_model_is_one_of_language_if_its_output_is_text(inputs, output, expect
     assert error["param"] == "model"
 
 
-@pytest.mark.parametrize(
-    "garbage",
-    [
-        None,
-        [],
-        "schema",
-        {},
-        {"components": 1},
-        {"components": {"schemas": []}},
-        {"components": {"schemas": {"Input": "Input"}}},
-        document([]),
-        document({"prompt": 5}),
-        document({"prompt": {"type": "integer"}}),
-        document({"prompt": {"type": "string", "enum": ["a"]}}),
-        short("name str; name_file uri"),
-    ],
-    ids=repr,
-)
+GARBAGE = [
+    *(None, [], "schema", {}, {"components": 1}, {"components": {"schemas": []}}),
+    {"components": {"schemas": {"Input": "Input"}}},
+    *map(document, ([], {"prompt": 5}, {"prompt": {"type": "integer"}})),
+    document({"prompt": {"type": "string", "enum": ["a"]}}),
+    short("name str; name_file uri"),
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=repr)
 def test_a_dummy_of_a_schema_makes_no_family(inputs, garbage):
     given = {**EVERYTHING, "name": "x"}
     assert inputs.sent(inputs.model(garbage), given) == BY_LONG_PROMPT
@@ -3331,18 +2918,12 @@ WORDS = [
 ODD_VALUES = st.sampled_from(
     ["string", "integer", "array", "uri", "null", "low", "#/components/schemas/Input"]
 )
+WORD = st.sampled_from(WORDS) | st.text(max_size=3)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=3)
-    | ODD_VALUES,
+    SCALARS | ODD_VALUES,
     lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(WORDS) | st.text(max_size=3), inner, max_size=6
-        )
+        st.lists(inner, max_size=4) | st.dictionaries(WORD, inner, max_size=6)
     ),
     max_leaves=20,
 )
@@ -3356,9 +2937,8 @@ def test_no_json_whatever_makes_reading_a_family_fail(
     proxy.read_family(whole)
     proxy.read_family({"components": {"schemas": whole}})
     made = {"properties": properties, "required": required}
-    family = proxy.read_family(
-        {"components": {"schemas": {"Input": made, "Output": output}}}
-    )
+    schemas = {"Input": made, "Output": output}
+    family = proxy.read_family({"components": {"schemas": schemas}})
     assert family is None or isinstance(family, proxy.Family)
 
 
@@ -3406,11 +2986,7 @@ ANY_INPUT = """
         ("an empty one", {"style": ""}, {"style": ""}),
         ("a whole number", {"steps": 7}, {"steps": 7}),
         ("one written as 7.0", {"steps": 7.0}, {"steps": 7}),
-        (
-            "beyond the bounds",
-            {"steps": 99, "strength": -1},
-            {"steps": 50, "strength": 0},
-        ),
+        ("beyond", {"steps": 99, "strength": -1}, {"steps": 50, "strength": 0}),
         ("an integer for a number", {"strength": 1}, {"strength": 1}),
         ("a boolean", {"fast": False}, {"fast": False}),
         ("a choice", {"mood": "sad"}, {"mood": "sad"}),
@@ -3421,11 +2997,7 @@ ANY_INPUT = """
         ("what the model does not know", {"min_p": 0.1}, {}),
         ("what OpenAI has a meaning for", {"user": "me"}, {}),
         ("the model's own name", {"max_new_tokens": 900}, {"max_new_tokens": 500}),
-        (
-            "a list for a string",
-            {"stop_sequences": ["a", "b,c"]},
-            {"stop_sequences": "a"},
-        ),
+        ("joined", {"stop_sequences": ["a", "b,c"]}, {"stop_sequences": "a"}),
     ],
 )
 def test_what_openai_has_no_name_for_goes_on_by_the_models(inputs, given, expected):
@@ -3441,24 +3013,9 @@ def test_what_openai_has_no_name_for_goes_on_by_the_models(inputs, given, expect
         ("true for 1", {"steps": True}, AN_INTEGER, "invalid_type"),
         ("a number for a text", {"style": 7}, A_STRING, "invalid_type"),
         ("a list for a text", {"style": ["a"]}, A_STRING, "invalid_type"),
-        (
-            "a number for a boolean",
-            {"fast": 1},
-            "expected a boolean, but",
-            "invalid_type",
-        ),
-        (
-            "a list for an object",
-            {"extra": []},
-            "expected an object, but",
-            "invalid_type",
-        ),
-        (
-            "an object for a list",
-            {"words": {}},
-            "expected an array, but",
-            "invalid_type",
-        ),
+        ("a number for a boolean", {"fast": 1}, A_BOOLEAN, "invalid_type"),
+        ("a list for an object", {"extra": []}, AN_OBJECT, "invalid_type"),
+        ("an object for a list", {"words": {}}, AN_ARRAY, "invalid_type"),
         ("another choice", {"mood": "low"}, "'glad', and 'sad'", "invalid_value"),
         ("the model's own name", {"max_new_tokens": "1"}, AN_INTEGER, "invalid_type"),
     ],
@@ -3507,49 +3064,35 @@ def test_words_that_are_no_grades_are_the_models_own(inputs):
 
 
 @table(
-    "properties, said",
+    "name, properties, said",
     [
-        (
-            "an image",
-            {"image": IMAGE_OUTPUT},
-            "'image'.* Send a part of type 'image_url'",
-        ),
-        ("a system text", {"system": STRING}, "'system'.* Send a system message"),
-        (
-            "something",
-            {"voice": STRING},
-            """'voice'.* Send "replicate": {"voice": …}""",
-        ),
+        ("an image", "image", IMAGE_OUTPUT, "Send a part of type 'image_url'"),
+        ("a system text", "system", STRING, "Send a system message"),
+        ("something", "voice", STRING, """Send "replicate": {"voice": …}"""),
     ],
 )
 def test_an_input_that_the_model_needs_and_nothing_gives_is_asked_for(
-    inputs, properties, said
+    inputs, name, properties, said
 ):
-    (name,) = properties
-    schema = document({"prompt": STRING, **properties}, ["prompt", name, "unknown"])
+    schema = document({"prompt": STRING, name: properties}, ["prompt", name, "unknown"])
     ref = inputs.model(schema)
     error = inputs.refused(ref)
-    assert re.search(f"`{ref}` needs the input {said}", error["message"])
-    code = "missing_required_parameter"
-    assert (error["param"], error["code"]) == (name, code)
-    given = {"messages": [{"role": "system", "content": "x"}, *ANY_CHAT["messages"]]}
-    assert inputs.sent(ref, {**given, "replicate": {name: "x"}})[name] == "x"
+    assert re.search(f"`{ref}` needs the input '{name}'.* {said}", error["message"])
+    assert (error["param"], error["code"]) == (name, MISSING)
+    given = {"messages": [says("system", "x"), QUESTION], "replicate": {name: "x"}}
+    assert inputs.sent(ref, given)[name] == "x"
 
 
 def test_an_input_with_a_default_is_not_asked_for(inputs):
-    schema = document(
-        {"prompt": STRING, "voice": {**STRING, "default": "a"}}, ["voice"]
-    )
+    voice = {**STRING, "default": "a"}
+    schema = document({"prompt": STRING, "voice": voice}, ["voice"])
     assert inputs.sent(inputs.model(schema)) == {"prompt": "Hello"}
 
 
 def test_what_is_for_replicate_goes_into_the_input_as_it_is_and_over_all_else(inputs):
-    given = {"replicate": {"steps": "?", "new": None, "prompt": "Bye"}, "steps": 3}
-    assert inputs.sent(inputs.model(short(ANY_INPUT)), given) == {
-        "prompt": "Bye",
-        "steps": "?",
-        "new": None,
-    }
+    own = {"prompt": "Bye", "steps": "?", "new": None}
+    given = {"replicate": own, "steps": 3}
+    assert inputs.sent(inputs.model(short(ANY_INPUT)), given) == own
 
 
 class Models:
@@ -3583,24 +3126,45 @@ def clock():
     return Clock()
 
 
-def test_a_schema_is_read_once_an_hour(clock):
-    models = Models(SAID_READ, SAID_LATER)
+def prompt_of(family):
+    return family and family.prompt
+
+
+@table(
+    "answers, steps",  # of the clock, what is found, and how often it was looked up
+    [
+        (
+            "read once an hour",
+            [SAID_READ, SAID_LATER],
+            [(0, "prompt", 1), (3599, "prompt", 1), (3601, "text", 2)],
+        ),
+        (
+            "a failure is tried again after a minute",
+            [GONE, SAID_READ],
+            [(0, None, 1), (59, None, 1), (61, "prompt", 2)],
+        ),
+        (
+            "a fault of ours too",
+            [TypeError("a fault of ours"), SAID_READ],
+            [(0, None, 1), (59, None, 1), (61, "prompt", 2)],
+        ),
+        (
+            "a failure leaves what was read before",
+            [SAID_READ, GONE, SAID_LATER],
+            [(0, "prompt", 1), (3601, "prompt", 2), (3662, "text", 3)],
+        ),
+        ("a dummy is remembered as one", [{}], [(0, None, 1), (3599, None, 1)]),
+    ],
+)
+def test_a_schema_is_read_once_an_hour(clock, answers, steps):
+    models = Models(*answers)
     schemas = proxy.SchemaCache(models, no_release, clock)
-    assert schemas.find("a/b") is schemas.find("a/b")
-    clock.now += 3599
-    assert schemas.find("a/b").prompt == "prompt"
-    clock.now += 2
-    assert read_again(schemas, models, 2).prompt == "text"
-    assert models.asked == [("a", "b", "")] * 2
-
-
-def read_again(schemas, models, times):
-    """What is found once it was asked for so many times."""
-    before = schemas.find("a/b")
-    wait_until(lambda: len(models.asked) == times)
-    with suppress(AssertionError):  # it may be what was there before
-        wait_until(lambda: schemas.find("a/b") is not before, 0.1)
-    return schemas.find("a/b")
+    for seconds, prompt, times in steps:
+        clock.now = 1000 + seconds
+        schemas.find("a/b")
+        wait_until(lambda times=times: len(models.asked) == times)
+        wait_until(lambda prompt=prompt: prompt_of(schemas.find("a/b")) == prompt)
+    assert models.asked == [("a", "b", "")] * steps[-1][2]
 
 
 def test_an_old_schema_serves_while_it_is_read_again(clock):
@@ -3617,35 +3181,6 @@ def test_an_old_schema_serves_while_it_is_read_again(clock):
     assert schemas.find("a/b").prompt == "prompt"
     told.set()
     wait_until(lambda: schemas.find("a/b").prompt == "text")
-
-
-@pytest.mark.parametrize("failure", [GONE, TypeError("a fault of ours")], ids=repr)
-def test_a_failure_is_tried_again_after_a_minute(clock, failure):
-    models = Models(failure, SAID_READ)
-    schemas = proxy.SchemaCache(models, no_release, clock)
-    assert schemas.find("a/b") is None
-    clock.now += 59
-    assert schemas.find("a/b") is None
-    clock.now += 2
-    assert schemas.find("a/b").prompt == "prompt"
-    assert len(models.asked) == 2
-
-
-def test_a_failure_leaves_what_was_read_before(clock):
-    models = Models(SAID_READ, GONE, SAID_LATER)
-    schemas = proxy.SchemaCache(models, no_release, clock)
-    before = schemas.find("a/b")
-    clock.now += 3601
-    assert read_again(schemas, models, 2) is before
-    clock.now += 61
-    assert read_again(schemas, models, 3).prompt == "text"
-
-
-def test_a_dummy_is_remembered_as_one(clock):
-    models = Models({})
-    schemas = proxy.SchemaCache(models, no_release, clock)
-    assert schemas.find("a/b") is schemas.find("a/b") is None
-    assert len(models.asked) == 1
 
 
 @table(
@@ -3681,14 +3216,8 @@ def test_a_deployment_is_asked_as_the_model_it_runs(runs, expected, asked):
 
 
 def test_a_deployment_that_tells_nothing_is_asked_again_after_a_minute(clock):
-    releases = [GONE, "me/mine"]
-
-    def release_of(owner, name):
-        if isinstance(runs := releases.pop(0), Exception):
-            raise runs
-        return runs
-
-    schemas = proxy.SchemaCache(Models(SAID_READ), release_of, clock)
+    releases = Models(GONE, "me/mine")
+    schemas = proxy.SchemaCache(Models(SAID_READ), releases, clock)
     assert schemas.find("deployments/acme/mine") is None
     clock.now += 59
     assert schemas.find("deployments/acme/mine") is None
@@ -3711,20 +3240,11 @@ def test_calls_that_arrive_together_share_one_look():
         return models(*where)
 
     schemas = proxy.SchemaCache(look_up, no_release, limit=10)
-    found = []
-    calls = [
-        threading.Thread(target=lambda: found.append(schemas.find("a/b")))
-        for _ in range(20)
-    ]
-    for each in calls:
-        each.start()
-    assert asked.wait(10)
-    told.set()
-    for each in calls:
-        each.join(10)
-    assert len(found) == 20
-    assert len(set(map(id, found))) == 1
-    assert found[0].prompt == "prompt"
+    with ThreadPoolExecutor(20) as pool:
+        found = [pool.submit(schemas.find, "a/b") for _ in range(20)]
+        assert asked.wait(10)
+        told.set()
+    assert {each.result().prompt for each in found} == {"prompt"}
     assert len(models.asked) == 1
 
 
@@ -3769,36 +3289,30 @@ def test_only_so_many_schemas_are_kept():
     assert len(models.asked) == 1006
 
 
+AN_IMAGE = {"messages": [says("user", images(PNGS[0]))]}
+
+
 @table(
-    "ref, given, attached, expected",
+    "ref, given, expected",
     [
-        ("a known model", "openai/gpt-4o", {}, (), 0),
-        (
-            "with all it knows",
-            "openai/gpt-4o",
-            OPENAIS,
-            (),
-            0,
-        ),
-        ("a known extra", "meta/llama-2-7b-chat", {"top_k": 1}, (), 0),
-        ("one with another name", "meta/llama-2-7b-chat", {"min_tokens": 1}, (), 0),
-        ("by its own name", "meta/llama-2-7b-chat", {"max_new_tokens": 1}, (), 0),
-        ("a known image", "openai/gpt-4o", {}, ["image_url"], 0),
-        ("for Replicate", "openai/gpt-4o", {"replicate": {"a": 1}}, (), 0),
-        ("null", "openai/gpt-4o", {"min_p": None}, (), 0),
-        ("a system prompt", "openai/gpt-4o", {"system_prompt": "x"}, (), 0),
-        ("an unknown extra", "openai/gpt-4o", {"min_p": 1}, (), 1),
-        ("an extra of another model", "openai/gpt-4o", {"top_k": 1}, (), 1),
-        ("an unknown image", "meta/llama-2-7b-chat", {}, ["image_url"], 1),
-        ("an unknown model", "some/one", {}, (), 1),
+        ("a known model", "openai/gpt-4o", {}, 0),
+        ("with all it knows", "openai/gpt-4o", OPENAIS, 0),
+        ("a known extra", "meta/llama-2-7b-chat", {"top_k": 1}, 0),
+        ("one with another name", "meta/llama-2-7b-chat", {"min_tokens": 1}, 0),
+        ("by its own name", "meta/llama-2-7b-chat", {"max_new_tokens": 1}, 0),
+        ("a known image", "openai/gpt-4o", AN_IMAGE, 0),
+        ("for Replicate", "openai/gpt-4o", {"replicate": {"a": 1}}, 0),
+        ("null", "openai/gpt-4o", {"min_p": None}, 0),
+        ("a system prompt", "openai/gpt-4o", {"system_prompt": "x"}, 0),
+        ("an unknown extra", "openai/gpt-4o", {"min_p": 1}, 1),
+        ("an extra of another model", "openai/gpt-4o", {"top_k": 1}, 1),
+        ("an unknown image", "meta/llama-2-7b-chat", AN_IMAGE, 1),
+        ("an unknown model", "some/one", {}, 1),
     ],
 )
 def test_a_schema_is_asked_for_only_where_no_row_will_do(
-    new_inputs, ref, given, attached, expected
+    new_inputs, ref, given, expected
 ):
-    parts = {"image_url": images(PNGS[0])}
-    if attached:
-        given = {"messages": [says("user", parts[attached[0]])], **given}
     new_inputs.send(ref, given)
     assert len(new_inputs.lookups()) == expected
 
@@ -3820,25 +3334,14 @@ def test_a_row_wins_over_the_schema_for_what_it_names(new_inputs):
     }
 
 
-@table(
-    "ref, fields, slot",
-    [
-        ("a row", "google/gemini-3-pro", "prompt str; image uri", "images"),
-        ("a play", "anthropic/claude-3.5-haiku", GPT_4_ONE, "image_input"),
-    ],
-)
-def test_a_row_keeps_its_slots_and_gets_none_that_its_layout_has_not(
-    new_inputs, ref, fields, slot
-):
-    new_inputs.model(short(fields), ref)
+def test_a_row_keeps_its_slots_and_gets_none_that_its_layout_has_not(new_inputs):
     given = {"messages": seeing(PNGS[0]), "min_p": 1}
-    if slot == "images":
-        assert new_inputs.sent(ref, given) == {
-            "prompt": "What is this?",
-            "images": [PNGS[0]],
-        }
-    else:
-        assert "takes no parts" in new_inputs.refused(ref, given)["message"]
+    gemini, haiku = "google/gemini-3-pro", "anthropic/claude-3.5-haiku"
+    new_inputs.model(short("prompt str; image uri"), gemini)
+    expected = {"prompt": "What is this?", "images": [PNGS[0]]}
+    assert new_inputs.sent(gemini, given) == expected
+    new_inputs.model(short(GPT_4_ONE), haiku)
+    assert "takes no parts" in new_inputs.refused(haiku, given)["message"]
 
 
 def test_a_row_stands_alone_where_its_schema_can_not_be_had(new_inputs):
@@ -3858,11 +3361,7 @@ def test_a_row_that_the_operator_names_counts_as_one(new_inputs):
 @table(
     "ref, expected",
     [
-        (
-            "a short default is made longer",
-            "meta/llama-2-7b-chat",
-            {"prompt": "Hello", "max_new_tokens": 4096},
-        ),
+        ("a short default", LLAMA_REF, {"prompt": "Hello", "max_new_tokens": 4096}),
         ("a long one is left alone", "google/gemini-2.5-flash", {"prompt": "Hello"}),
         ("effort is left to the model", "openai/gpt-5", ANY_CHAT),
     ],
@@ -3871,7 +3370,8 @@ def test_what_nobody_asked_for_is_not_sent(inputs, ref, expected):
     assert inputs.sent(ref) == expected
 
 
-NEWER, EFFORT = "max_completion_tokens", "reasoning_effort"
+CLAUDE, FLASH = "anthropic/claude-4-sonnet", "google/gemini-2.5-flash"
+NEWER, EFFORT, OWN = "max_completion_tokens", "reasoning_effort", "max_new_tokens"
 GRANITE, SOME_STOPS = "granite-messages", ["a", "b,c", "", "d"]
 
 
@@ -3909,6 +3409,16 @@ def changes(inputs, family, given):
         ("some budget", "gemini", {EFFORT: "low"}, {"thinking_budget": 1024}),
         ("by number", "gemini", {"thinking_budget": 99}, {"thinking_budget": 99}),
         ("too much", "gemini", {"thinking_budget": 99999}, {"thinking_budget": 24576}),
+        ("2.0", "llama-2", {"max_new_tokens": 2.0}, {"max_new_tokens": 2}),
+        ("as written", "llama-2", {"stop_sequences": "a,b"}, {"stop_sequences": "a,b"}),
+        ("joined", "llama-2", {"stop_sequences": ["a"]}, {"stop_sequences": "a"}),
+        (
+            "nearest",
+            "gemini-3",
+            {"thinking_level": "medium"},
+            {"thinking_level": "low"},
+        ),
+        ("its own name first", "llama-2", {OWN: 5, "max_tokens": 6}, {OWN: 5}),
     ],
 )
 def test_a_value_is_brought_to_what_the_model_takes(inputs, family, given, expected):
@@ -3918,24 +3428,9 @@ def test_a_value_is_brought_to_what_the_model_takes(inputs, family, given, expec
 @table(
     "family, given, said",
     [
-        (
-            "a text",
-            "llama-2",
-            {"max_new_tokens": "50"},
-            "expected an integer, but got a string",
-        ),
-        (
-            "an object",
-            "llama-2",
-            {"max_new_tokens": {}},
-            "expected an integer, but got an object",
-        ),
-        (
-            "true",
-            "llama-2",
-            {"max_new_tokens": True},
-            "expected an integer, but got a boolean",
-        ),
+        ("a text", "llama-2", {"max_new_tokens": "50"}, f"{AN_INTEGER} a string"),
+        ("an object", "llama-2", {"max_new_tokens": {}}, f"{AN_INTEGER} an object"),
+        ("true", "llama-2", {"max_new_tokens": True}, f"{AN_INTEGER} a boolean"),
         ("half a token", "llama-2", {"min_new_tokens": 1.5}, AN_INTEGER),
         ("a number to stop at", "llama-2", {"stop_sequences": 5}, A_STRING),
         ("no budget", "gemini", {"thinking_budget": "ten"}, AN_INTEGER),
@@ -3947,32 +3442,8 @@ def test_a_row_holds_the_models_own_names_to_the_parameters_type(
     inputs, family, given, said
 ):
     error = inputs.refused(MODELS_OF[family].split()[0], given)
-    assert re.search(said, error["message"])
+    assert said in error["message"]
     assert [error["param"]] == [*given]
-
-
-@table(
-    "family, given, expected",
-    [
-        ("2.0", "llama-2", {"max_new_tokens": 2.0}, {"max_new_tokens": 2}),
-        ("as written", "llama-2", {"stop_sequences": "a,b"}, {"stop_sequences": "a,b"}),
-        ("a list", "llama-2", {"stop_sequences": ["a"]}, {"stop_sequences": "a"}),
-        (
-            "the nearest grade",
-            "gemini-3",
-            {"thinking_level": "medium"},
-            {"thinking_level": "low"},
-        ),
-        (
-            "before OpenAI's name",
-            "llama-2",
-            {"max_new_tokens": 5, "max_tokens": 6},
-            {"max_new_tokens": 5},
-        ),
-    ],
-)
-def test_a_row_knows_the_models_own_names(inputs, family, given, expected):
-    assert changes(inputs, family, given) == expected
 
 
 def prediction_input(ref, given):
@@ -3997,24 +3468,18 @@ def test_what_is_for_replicate_is_no_limit_unless_it_is_whole(ref, replicate):
     assert (built.limit, built.cut) == (None, None)
 
 
-OWN = {"role": "system", "content": "OWN"}
+OURS = "OWN\n\nBe brief."
+OWN_SYSTEM = says("system", "OWN")
+GEMINIS = {"system_instruction": OURS, "prompt": "Hi"}
 
 
 @table(
     "ref, expected",
     [
-        (
-            "an input",
-            "anthropic/claude-4-sonnet",
-            {"system_prompt": "OWN\n\nBe brief.", "prompt": "Hi"},
-        ),
-        (
-            "another name for it",
-            "google/gemini-2.5-flash",
-            {"system_instruction": "OWN\n\nBe brief.", "prompt": "Hi"},
-        ),
-        ("a message", "openai/gpt-4o", {"messages": [OWN, SYSTEM, *HI]}),
-        ("no place", "me/mine", {"prompt": "OWN\n\nBe brief.\n\nHi"}),
+        ("an input", CLAUDE, {"system_prompt": OURS, "prompt": "Hi"}),
+        ("another name for it", FLASH, GEMINIS),
+        ("a message", "openai/gpt-4o", {"messages": [OWN_SYSTEM, SYSTEM, *HI]}),
+        ("no place", "me/mine", {"prompt": f"{OURS}\n\nHi"}),
     ],
 )
 @pytest.mark.parametrize("name", ["system_prompt", "system_instruction"])
@@ -4118,56 +3583,46 @@ def test_the_limit_that_was_sent_is_known_and_where_the_proxy_must_cut(
     assert (built.limit, built.cut) == (limit, cut)
 
 
-def test_openais_names_of_the_inputs_are_known():
-    names = prediction_input("meta/llama-2-7b-chat", {}).names
-    assert names["max_new_tokens"] == "max_tokens"
-    assert names["stop_sequences"] == "stop"
-
-
-def test_all_that_was_said_is_the_prompt():
-    built = prediction_input("openai/gpt-4o", {"messages": EVERYTHING["messages"]})
+def test_openais_names_and_all_that_was_said_are_known():
+    built = prediction_input("meta/llama-2-7b-chat", {"messages": TALK})
+    assert built.names["max_new_tokens"] == "max_tokens"
+    assert built.names["stop_sequences"] == "stop"
     assert built.prompt == "Be brief.\nHi\nHello!\nBye"
+
+
+LLAMA_3 = "meta/meta-llama-3-8b-instruct"
+AS_IT_IS = {"prompt_template": "{prompt}", "max_tokens": 16}
 
 
 @table(
     "ref, expected",
     [
         ("a plain prompt", "openai/gpt-4o", {"max_completion_tokens": 16}),
-        (
-            "a prompt with a template",
-            "meta/meta-llama-3-8b-instruct",
-            {"prompt_template": "{prompt}", "max_tokens": 16},
-        ),
+        ("a prompt with a template", LLAMA_3, AS_IT_IS),
         ("a model of no family", "me/mine", {}),
     ],
 )
 def test_a_prompt_is_sent_as_it_is(inputs, ref, expected):
-    sent = inputs.sent(ref, {"prompt": "Once upon"})
-    assert sent == {"prompt": "Once upon", **expected}
+    sent = inputs.sent(ref, {"prompt": PLAY})
+    assert sent == {"prompt": PLAY, **expected}
 
 
 A, B = "https://example.com/a.png", "https://example.com/b.png"
-SEEN = [
-    ("one", "anthropic/claude-4-sonnet", [A], {"prompt": "What is this?", "image": A}),
-    (
-        "a list",
-        "google/gemini-2.5-flash",
-        [A, B],
-        {"prompt": "What is this?", "images": [A, B]},
-    ),
-    ("in place", "openai/gpt-4o", [A], {"messages": seeing(A)}),
-]
+WHAT = {"prompt": "What is this?"}
+ONLY_SOUND = {"prompt": "", "audio": SOUND_URL}
 
 
-@pytest.mark.parametrize(("why", "ref", "urls", "expected"), SEEN, ids=whys(SEEN))
-def test_images_go_where_the_model_takes_them(inputs, why, ref, urls, expected):
-    assert inputs.sent(ref, {"messages": seeing(*urls)}) == expected
-
-
-def test_sound_goes_where_the_model_takes_it(inputs):
-    given = {"messages": [says("user", [SOUND])]}
-    sent = inputs.sent("google/gemini-3-flash", given)
-    assert sent == {"prompt": "", "audio": SOUND_URL}
+@table(
+    "ref, messages, expected",
+    [
+        ("one", CLAUDE, seeing(A), {**WHAT, "image": A}),
+        ("a list", FLASH, seeing(A, B), {**WHAT, "images": [A, B]}),
+        ("in place", "openai/gpt-4o", seeing(A), {"messages": seeing(A)}),
+        ("sound", "google/gemini-3-flash", [says("user", [SOUND])], ONLY_SOUND),
+    ],
+)
+def test_attachments_go_where_the_model_takes_them(inputs, ref, messages, expected):
+    assert inputs.sent(ref, {"messages": messages}) == expected
 
 
 @table(
@@ -4187,18 +3642,17 @@ def test_more_images_than_a_model_takes_are_refused_with_what_would_work(
     assert (error["param"], error["code"]) == ("messages", "invalid_value")
 
 
-PARTS_LACK = [
-    ("a text", {"type": "text"}, "messages[0].content[0].text"),
-    ("an image", {"type": "image_url"}, "messages[0].content[0].image_url"),
-    ("its URL", {"type": "image_url", "image_url": {}}, f"{IN_PARTS}[0].image_url.url"),
-]
-
-
-@pytest.mark.parametrize(("why", "part", "param"), PARTS_LACK, ids=whys(PARTS_LACK))
-def test_a_part_has_what_its_type_says(inputs, why, part, param):
+@table(
+    "part, lacks",
+    [
+        ("a text", {"type": "text"}, "text"),
+        ("an image", {"type": "image_url"}, "image_url"),
+        ("its URL", {"type": "image_url", "image_url": {}}, "image_url.url"),
+    ],
+)
+def test_a_part_has_what_its_type_says(inputs, part, lacks):
     error = inputs.refused("openai/gpt-4o", {"messages": [says("user", [part])]})
-    assert error["param"] == param
-    assert error["code"] == "missing_required_parameter"
+    assert (error["param"], error["code"]) == (f"{IN_PARTS}[0].{lacks}", MISSING)
 
 
 # ==== 4. PREDICTIONS ==========================================================
