@@ -85,6 +85,14 @@ def table(names, rows):
     )
 
 
+def each(names, rows):
+    """Run a test once per row; its first value is the test's id too."""
+    return table(names, [(row[0], *row) for row in rows])
+
+
+both_ways = table("stream", [("stream", True), ("whole", False)])
+
+
 KEY = "sk-of-the-proxy"
 TOKEN = "r8_of_the_operator"
 AUTHORIZATION = {"authorization": f"Bearer {KEY}"}
@@ -154,12 +162,22 @@ class Answer(NamedTuple):
         return "".join(choice["delta"].get("content", "") for choice in choices)
 
     @property
-    def message(self):
-        """The first choice, of a stream or whole, folded as a client does it."""
+    def advice(self):
+        """What it says of trying again."""
+        names = ("retry-after", "x-should-retry")
+        return {name: self.headers[name] for name in names if name in self.headers}
+
+    @property
+    def messages(self):
+        """The choices by index, of a stream or whole, folded as a client does it."""
         assert self.status == 200, self.body
-        if "json" in self.headers["content-type"]:
-            return whole_message(self.json["choices"][0])
-        return folded_message(self.chunks)
+        if "json" not in self.headers["content-type"]:
+            return folded_messages(self.chunks)
+        return {c["index"]: whole_message(c) for c in self.json["choices"]}
+
+    @property
+    def message(self):
+        return self.messages[0]
 
 
 class Message(NamedTuple):
@@ -170,7 +188,7 @@ class Message(NamedTuple):
 
 
 def whole_message(choice):
-    message = choice["message"]
+    message = choice.get("message") or {"content": choice["text"]}
     functions = [call["function"] for call in message.get("tool_calls") or []]
     functions += filter(None, [message.get("function_call")])
     return Message(
@@ -181,26 +199,30 @@ def whole_message(choice):
     )
 
 
-def folded_message(chunks):
-    content, reasoning, finish_reason, calls = "", "", None, {}
-    for chunk in chunks:
-        assert "error" not in chunk, chunk
-        for choice in chunk["choices"]:
-            if choice["index"] != 0:
-                continue
-            delta = choice["delta"]
-            content += delta.get("content") or ""
-            reasoning += delta.get("reasoning_content") or ""
-            finish_reason = choice["finish_reason"] or finish_reason
-            pieces = delta.get("tool_calls") or []
-            if "function_call" in delta:
-                pieces = [{"index": 0, "function": delta["function_call"]}]
-            for piece in pieces:
-                call = calls.setdefault(piece["index"], {"name": "", "arguments": ""})
-                for key, text in piece["function"].items():
-                    call[key] += text
-    pairs = tuple((call["name"], call["arguments"]) for call in calls.values())
-    return Message(content, finish_reason, reasoning, pairs)
+def folded_messages(chunks):
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    indices = {choice["index"] for choice in choices}
+    return {i: folded_message([c for c in choices if c["index"] == i]) for i in indices}
+
+
+def folded_message(choices):
+    deltas = [c.get("delta", {"content": c.get("text")}) for c in choices]
+    [finish_reason] = [c["finish_reason"] for c in choices if c["finish_reason"]]
+    calls = {}
+    for delta in deltas:
+        pieces = delta.get("tool_calls") or []
+        if "function_call" in delta:
+            pieces = [{"index": 0, "function": delta["function_call"]}]
+        for piece in pieces:
+            call = calls.setdefault(piece["index"], {"name": "", "arguments": ""})
+            for key, text in piece["function"].items():
+                call[key] += text
+    return Message(
+        "".join(delta.get("content") or "" for delta in deltas),
+        finish_reason,
+        "".join(delta.get("reasoning_content") or "" for delta in deltas),
+        tuple((call["name"], call["arguments"]) for call in calls.values()),
+    )
 
 
 def post_json(server, path, key="key", **body):
@@ -249,10 +271,10 @@ def send(server, method, path, body=None, headers=AUTHORIZATION):
         return read(connection)
 
 
-def chat(server, scenario, **body):
-    """Ask a model of the stand-in, which plays the scenario of its name."""
-    asked = {"model": f"fake/{scenario}", "messages": HI, **body}
-    return send(server, "POST", "/v1/chat/completions", asked)
+def chat(server, model, /, **body):
+    """Ask a model: a ref, or a scenario, which a model of the stand-in plays."""
+    model = model if "/" in model else f"fake/{model}"
+    return send(server, "POST", CHAT_PATH, {"model": model, "messages": HI, **body})
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -330,7 +352,7 @@ def fronting(fake, timeouts=QUICK, **changes):
     given = {
         "replicate_api_token": fake.token,
         "replicate_base_url": fake.base_url,
-        "proxy_api_key": "key",
+        "proxy_api_key": f"key,{KEY}",
         "port": 0,
         "shutdown_grace": 0,
         **changes,
@@ -448,10 +470,8 @@ PERSON = {
     ],
 )
 def test_an_error_has_all_four_keys_and_openais_type(status, code, type):
-    error = proxy.APIError(status, "No.", code=code)
-    assert error.body == {
-        "error": {"message": "No.", "type": type, "param": None, "code": code}
-    }
+    told = {"message": "No.", "type": type, "param": None, "code": code}
+    assert APIError(status, "No.", code=code).body == {"error": told}
 
 
 def test_a_fault_of_ours_is_logged_and_described_no_further(
@@ -460,13 +480,9 @@ def test_a_fault_of_ours_is_logged_and_described_no_further(
     monkeypatch.setattr(proxy, "find_model", {}.__getitem__)
     answer = chat(server, "hello", temperature=1)
     assert "TypeError" in caplog.text
-    assert (answer.status, answer.headers["x-should-retry"]) == (500, "false")
-    assert answer.error == {
-        "message": "The proxy failed to handle this call; its log says more.",
-        "type": "server_error",
-        "param": None,
-        "code": "internal_error",
-    }
+    assert (answer.status, answer.error["code"]) == (500, "internal_error")
+    assert "its log says more" in answer.error["message"]
+    assert answer.headers["x-should-retry"] == "false"
 
 
 # -- Settings ------------------------------------------------------------------
@@ -4258,31 +4274,21 @@ def test_a_cancellation_wakes_who_sleeps_and_raises_its_cause():
             sleeper.result(timeout=5)
 
 
-def test_a_callback_that_fails_does_not_keep_others_from_being_called():
-    cancellation, called = proxy.Cancellation(), []
-    with (
-        pytest.raises(proxy.ClientDisconnected),
-        cancellation.on_cancel(lambda: called.append(1 / 0)),
-        cancellation.on_cancel(lambda: called.append("late")),
-    ):
-        cancellation.cancel(proxy.ClientDisconnected())
-        cancellation.check()
-    assert called == ["late"]
-
-
-def test_callbacks_are_called_only_while_they_are_registered():
+def test_callbacks_are_called_while_they_are_registered_whatever_others_do():
     cancellation, called = proxy.Cancellation(), []
     with cancellation.on_cancel(lambda: called.append("early")):
         pass
-    with cancellation.on_cancel(lambda: called.append("late")):
+    with (
+        cancellation.on_cancel(lambda: called.append(1 / 0)),
+        cancellation.on_cancel(lambda: called.append("in time")),
+    ):
         cancellation.cancel(proxy.ClientDisconnected())
-    assert called == ["late"]
     with (
         pytest.raises(proxy.ClientDisconnected),
-        cancellation.on_cancel(lambda: called.append("never")),
+        cancellation.on_cancel(lambda: called.append("late")),
     ):
         pass
-    assert called == ["late"]
+    assert called == ["in time"]
 
 
 # -- HTTP responses ------------------------------------------------------------
@@ -5044,20 +5050,23 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-@pytest.mark.parametrize(
-    ("scenario", "status", "code", "headers"), REFUSALS, ids=whys(REFUSALS)
-)
+@both_ways
+@each("scenario, status, code, advice", REFUSALS)
 def test_what_replicate_refuses_is_told_in_openai_terms(
-    fake, server, scenario, status, code, headers, stream
+    fake, server, scenario, status, code, advice, stream
 ):
     answer = chat(server, scenario, stream=stream)
-    told = {name: answer.headers.get(name) for name in ("retry-after", *NEVER)}
     assert (answer.status, answer.error["code"]) == (status, code)
-    assert {name: value for name, value in told.items() if value} == headers
+    assert answer.advice == advice
     assert TOKEN not in f"{answer.headers} {answer.body}"
     # One that was not found is looked up, for the version of a community model.
     assert 1 <= len(fake.creates()) <= (2 if status == 404 else 1)
+
+
+@pytest.mark.parametrize("ref", ["missing/model", "deployments/missing/mine"])
+def test_a_model_that_nobody_has_is_unknown(fake, server, ref):
+    answer = chat(server, ref)
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize("status", [b"301 Moved", b"307 Temporary Redirect"])
@@ -5071,24 +5080,12 @@ def test_the_token_follows_no_redirect(status):
     assert "Check REPLICATE_BASE_URL" in answer.error["message"]
 
 
-def test_the_id_of_a_prediction_stays_in_its_place(api, fake):
-    with pytest.raises(proxy.APIError):
-        api.fetch_prediction("a/b?c#d", proxy.Cancellation())
-    assert fake.seen[-1].path == "/v1/predictions/a%2Fb%3Fc%23d"
-
-
-def test_each_request_has_its_own_time_limit(settings):
-    timeouts = TIMEOUTS._replace(get=0.1, create=60)
-    with hosting(b"") as host:
-        there = replace(settings, replicate_base_url=host.base_url)
-        with (
-            closing(proxy.ReplicateAPI(there, timeouts)) as api,
-            ThreadPoolExecutor() as pool,
-        ):
-            error = pool.submit(
-                api.fetch_prediction, "p", proxy.Cancellation()
-            ).exception(timeout=20)
-        assert "no answer that can be understood" in str(error)
+def test_a_look_has_its_own_time_limit():
+    given = {"looks": [b""], "timeouts": SHORT._replace(get=0.1, create=60)}
+    with raw_replicate(recorded(None, "processing"), **given) as (host, server):
+        assert (
+            "no answer that can be understood" in chat(server, "hello").error["message"]
+        )
 
 
 def test_replicate_out_of_reach_is_told_and_may_be_tried_again(settings, caplog):
@@ -5096,16 +5093,14 @@ def test_replicate_out_of_reach_is_told_and_may_be_tried_again(settings, caplog)
     with serving(replace(settings, replicate_base_url=nowhere)) as server:
         answer = chat(server, "hello")
     assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
-    assert "x-should-retry" not in answer.headers
+    assert not answer.advice
     assert 'event=unreachable why="ConnectionRefusedError' in caplog.text
     assert TOKEN not in caplog.text
 
 
 def test_a_refused_input_is_named_as_the_client_knows_it(fake, server):
-    body = {"model": "someone/llama-tuned", "messages": HI, "max_tokens": 5000}
-    answer = send(server, "POST", "/v1/chat/completions", body)
-    assert answer.status == 400
-    assert answer.error["param"] == "max_tokens"
+    answer = chat(server, "someone/llama-tuned", max_tokens=5000)
+    assert (answer.status, answer.error["param"]) == (400, "max_tokens")
     assert "max_new_tokens: Must be less than or equal to 4096" in str(answer.error)
 
 
@@ -5138,24 +5133,13 @@ def test_a_wait_is_told_only_in_seconds(headers, body, seconds):
     assert (answer.status, answer.headers.get("retry-after")) == (429, seconds)
 
 
+DEPLOYED = "/v1/deployments/fake/hello/predictions"
 CREATES = [
     ("a stream", "fake/hello", True, "/v1/predictions", None),
     ("a whole", "fake/hello", False, "/v1/predictions", "wait=1"),
     ("a version", "fake/hello:" + "0" * 64, True, "/v1/predictions", None),
-    (
-        "a deployment",
-        "deployments/fake/hello",
-        True,
-        "/v1/deployments/fake/hello/predictions",
-        None,
-    ),
-    (
-        "a deployment, whole",
-        "deployed",
-        False,
-        "/v1/deployments/fake/hello/predictions",
-        "wait=1",
-    ),
+    ("a deployment", "deployments/fake/hello", True, DEPLOYED, None),
+    ("a deployment, whole", "deployed", False, DEPLOYED, "wait=1"),
 ]
 
 
@@ -5163,8 +5147,7 @@ CREATES = [
 def test_every_create_has_a_deadline_and_a_whole_waits(
     fake, server, model, stream, path, prefer
 ):
-    body = {"model": model, "messages": HI, "stream": stream}
-    assert send(server, "POST", "/v1/chat/completions", body).status == 200
+    assert chat(server, "one", model=model, stream=stream).status == 200
     [create] = fake.creates()
     assert create.path == path
     assert create.headers["cancel-after"] == "600s"
@@ -5173,10 +5156,9 @@ def test_every_create_has_a_deadline_and_a_whole_waits(
 
 
 def test_a_community_model_is_looked_up_once_and_run_by_its_version(fake, settings):
-    body = {"model": "someone/llama-tuned", "messages": HI}
     with serving(settings) as server:
         for _ in range(3):
-            assert send(server, "POST", "/v1/chat/completions", body).status == 200
+            assert chat(server, "someone/llama-tuned").status == 200
     version = fake.models["someone/llama-tuned"]["latest_version"]["id"]
     asked = [create.body["version"] for create in fake.creates()]
     assert asked == ["someone/llama-tuned", *[version] * 3]
@@ -5185,41 +5167,17 @@ def test_a_community_model_is_looked_up_once_and_run_by_its_version(fake, settin
 
 
 @table(
-    "model, expected",
+    "model, limit",
     [
-        (
-            "a deployment",
-            "deployments/acme/mine",
-            {"prompt": "Hi", "max_length": 10, "temperature": 0.5},
-        ),
-        (
-            "one of a community model",
-            "deployments/acme/tuned",
-            {"prompt": "Hi", "max_new_tokens": 10, "temperature": 0.5},
-        ),
-        (
-            "a version of an official model",
-            f"acme/parrot:{VERSION}",
-            {"prompt": "Hi", "max_length": 10, "temperature": 0.5},
-        ),
-        ("of no deployment", "deployments/missing/mine", None),
+        ("a deployment", "deployments/acme/mine", "max_length"),
+        ("one of a community model", "deployments/acme/tuned", "max_new_tokens"),
+        ("a version of an official model", f"acme/parrot:{VERSION}", "max_length"),
     ],
 )
-def test_deployments_and_versions_are_asked_as_their_models(
-    fake, server, model, expected
-):
-    body = {"model": model, "messages": HI, "max_tokens": 10, "temperature": 0.5}
-    answer = send(server, "POST", "/v1/chat/completions", body)
-    if expected is None:
-        assert answer.status == 404
-    else:
-        assert fake.creates()[0].body["input"] == expected
-
-
-def test_a_model_that_nobody_has_is_unknown(fake, server):
-    body = {"model": "missing/model", "messages": HI}
-    answer = send(server, "POST", "/v1/chat/completions", body)
-    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+def test_deployments_and_versions_are_asked_as_their_models(fake, server, model, limit):
+    chat(server, model, max_tokens=10, temperature=0.5)
+    expected = {"prompt": "Hi", limit: 10, "temperature": 0.5}
+    assert fake.creates()[0].body["input"] == expected
 
 
 STREAM_HOSTS = [
@@ -5243,25 +5201,14 @@ STREAM_HOSTS = [
 ]
 
 
-@pytest.mark.parametrize(("url", "expected"), STREAM_HOSTS, ids=whys(STREAM_HOSTS))
+@each("url, expected", STREAM_HOSTS)
 def test_the_token_goes_to_hosts_of_replicate_alone(
     fake, server, dialed, url, expected
 ):
-    row = replace(SCENARIOS["hello"], stream_url=url)
-    fake.scenarios["streams-there"] = row
-    assert chat(server, "streams-there", stream=True).streamed_text == HELLO
+    model = model_saying(fake, HELLO, stream_url=url)
+    assert chat(server, model, stream=True).streamed_text == HELLO
     wanted = urlsplit(url).hostname if expected else None
     assert {host for host, _ in dialed} == {wanted} - {None}
-
-
-def test_the_token_is_not_sent_where_an_answer_merely_says(fake, server):
-    with hosting(stream_of(b"event: output\ndata: evil\n\n")) as host:
-        elsewhere = host.url.replace("127.0.0.1", "localhost")
-        row = replace(SCENARIOS["stream-elsewhere"], stream_url=elsewhere)
-        fake.scenarios["stream-to-localhost"] = row
-        answer = chat(server, "stream-to-localhost", stream=True)
-        assert answer.streamed_text == "Hello! How can I help you?"
-        assert host.connected == 0
 
 
 # -- Outputs -------------------------------------------------------------------
@@ -5283,17 +5230,20 @@ def test_the_token_is_not_sent_where_an_answer_merely_says(fake, server):
 )
 def test_the_rest_of_an_output_is_what_was_not_told(fake, server, output, told, whole):
     """A stream says something and ends without done; then the record is complete."""
-    fake.scenarios["rest"] = replace(
-        SCENARIOS["no-done"], text=(told,), pace=0, form=lambda _: output
-    )
-    answer = chat(server, "rest", stream=True)
+    ends = {"wire": SCENARIOS["no-done"].wire, "form": lambda _: output}
+    answer = chat(server, model_saying(fake, told, **ends), stream=True)
     if whole is None:
         assert "is not the output" in answer.chunks[-1]["error"]["message"]
     else:
         assert answer.message.content == whole
 
 
-CALL_ITEM = {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f"}
+CALLED = {"name": "f", "arguments": '{"x":1}'}
+AS_TEXT = '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+ITEMS = [
+    {"type": "message", "content": [{"type": "output_text", "text": "a"}]},
+    {"type": "function_call", "id": "fc_1", "call_id": "c", **CALLED},
+]
 OUTPUTS = [
     ("tokens", ["a", "", "b"], "ab"),
     ("nothing", None, ""),
@@ -5302,29 +5252,19 @@ OUTPUTS = [
     ("its JSON beside", {"text": "", "json_output": {"a": 1}}, '{"a": 1}'),
     ("no text at all", {"score": 1}, '{"score": 1}'),
     (
-        "a call beside the text",
-        {"text": "So:", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
-        'So:\n<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+        "a call",
+        {"text": "So:", "tool_calls": [{"function": CALLED}]},
+        "So:\n" + AS_TEXT,
     ),
-    (
-        "items of the Responses API",
-        {
-            "output": [
-                {"type": "message", "content": [{"type": "output_text", "text": "a"}]},
-                {**CALL_ITEM, "arguments": '{"x":1}'},
-            ]
-        },
-        'a<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
-    ),
+    ("items of the Responses API", {"output": ITEMS}, "a" + AS_TEXT),
     ("calls that are none", {"text": "a", "tool_calls": [1, {"x": 2}]}, "a"),
 ]
 
 
 @table("output, text", OUTPUTS)
 def test_an_output_has_its_text_and_its_calls(fake, server, output, text):
-    row = replace(SCENARIOS["hello"], form=lambda _: output, stream_url="")
-    fake.scenarios["odd-output"] = row
-    assert chat(server, "odd-output").message.content == text
+    model = model_saying(fake, "", form=lambda _: output, stream_url="")
+    assert chat(server, model).message.content == text
 
 
 @table(
@@ -5339,19 +5279,16 @@ def test_an_output_has_its_text_and_its_calls(fake, server, output, text):
 def test_only_a_true_count_reaches_a_limit(fake, server, limit, told, expected):
     said = ("word ",) * (told or 7)
     model = model_saying(fake, *said, counts=told is not None)
-    more = {"max_tokens": limit} if limit else {}
-    answer = chat(server, model.removeprefix("fake/"), **more)
+    answer = chat(server, model, max_tokens=limit)
     assert answer.message.finish_reason == expected
 
 
 @pytest.mark.parametrize("value", [None, 7, [], "x", {"x": 1}], ids=repr)
 def test_a_prediction_has_its_types_whatever_was_in_it(value):
     odd = dict.fromkeys(["status", "error", "logs", "urls", "metrics"], value)
-    with raw_replicate(recorded(**{"output": None, **odd})) as (_, server):
-        assert chat(server, "hello").message.content == "Hi"
-    odd = {**odd, "status": "succeeded"}
-    with raw_replicate(recorded(**odd)) as (_, server):
-        assert chat(server, "hello").message == ("Hi", "stop", "", ())
+    for record in ({"output": None, **odd}, {**odd, "status": "succeeded"}):
+        with raw_replicate(recorded(**record)) as (_, server):
+            assert chat(server, "hello").message == ("Hi", "stop", "", ())
 
 
 # -- Uploads -------------------------------------------------------------------
