@@ -320,7 +320,7 @@ def settings(replicate, tmp_path_factory):
     models.write_text(json.dumps(MODELS))
     return proxy.Settings(
         replicate_api_token=TOKEN,
-        proxy_api_key=f"{KEY},sk-of-another",
+        proxy_api_key=f"{KEY},sk-of-another,key",
         port=0,
         models_path=str(models),
         replicate_base_url=replicate.base_url,
@@ -5086,7 +5086,10 @@ def test_the_token_follows_no_redirect(status):
 
 
 def test_a_look_has_its_own_time_limit():
-    given = {"looks": [b""], "timeouts": SHORT._replace(get=0.1, create=60)}
+    given = {
+        "looks": [b""],
+        "timeouts": SHORT._replace(get=0.1, create=60, lost_after=0.3),
+    }
     with raw_replicate(recorded(None, "processing"), **given) as (host, server):
         assert (
             "no answer that can be understood" in chat(server, "hello").error["message"]
@@ -5526,7 +5529,6 @@ def test_a_stream_has_its_head_and_signs_of_life_while_files_are_uploaded(watche
 
 # -- Predictions ---------------------------------------------------------------
 
-
 HELLO = "Hello! How can I help you?"
 SIX = "One two three four five six."
 WIDE = "Grüße aus \U0001f3d4\ufe0f Zürich."
@@ -5535,54 +5537,41 @@ ODD = (
     "https://example.com/a data:text/plain,b\n: a colon\ndata: c\nevent: done\n"
     "\U0001f600e\u0301\t "
 )
-WIRES = "crlf cr comments unknown-events logs-events no-ids no-space bom byte-by-byte"
-BREAKS = "cut-in-event reset-midway timeout-408 timeout-408-cold silent-stream no-done"
+# Odd records and streams, of which nothing is seen in the answer.
+NOTHING_ODD = """
+    hello cold string-output object-output nested-output no-stream
+    counts-in-logs null-logs empty-error
+    wait-processing wait-ran-out late-end get-500-once get-502-once get-reset-once
+    stream-404 stream-500 stream-html stream-reset-once stream-elsewhere
+"""
+WIRES = """
+    odd-text crlf cr comments unknown-events logs-events no-ids no-space bom
+    byte-by-byte in-threes one-segment unsteady
+"""
+BREAKS = """
+    cut-0 cut-1 cut-2 cut-3 cut-4 cut-5
+    cut-live-0 cut-live-1 cut-live-2 cut-live-3 cut-live-4 cut-live-5
+    cut-in-event reset-midway timeout-408 timeout-408-cold
+    silent-stream no-done never-said
+"""
 
 # A scenario, what its answer is, and its usage: tokens in, out, and thought.
 SAID = [
-    ("hello", HELLO, (1, 8, 0)),
+    *[(name, HELLO, (1, 8, 0)) for name in NOTHING_ODD.split()],
+    *[(name, ODD, (1, 18, 0)) for name in WIRES.split()],
+    *[(name, SIX, (1, 6, 0)) for name in BREAKS.split()],
+    ("cut-in-utf8", WIDE, (1, 6, 0)),
     ("echo", '{"max_tokens": 4096, "prompt": "Hi"}', (1, 3, 0)),
     ("slow", "".join(f"{n} " for n in range(1, 21)), (1, 20, 0)),
-    ("cold", HELLO, (1, 8, 0)),
     ("silence", "", (1, 0, 0)),
     ("thinking", "Hello.", (1, 9, 0)),
     ("firehose", "".join(f"{n} " for n in range(1, 2001)), (1, 2000, 0)),
-    ("odd-text", ODD, (1, 18, 0)),
-    # the forms of output
-    ("string-output", HELLO, (1, 8, 0)),
-    ("object-output", HELLO, (1, 8, 0)),
-    ("nested-output", HELLO, (1, 8, 0)),
     ("null-output", "", (1, 8, 0)),
     ("number-output", "42", (1, 8, 0)),
-    ("no-stream", HELLO, (1, 8, 0)),
-    # usage, from metrics, else logs, else by estimate
-    ("counts-in-logs", HELLO, (1, 8, 0)),
     ("reasoning-in-logs", HELLO, (1, 8, 5)),
-    ("no-counts", HELLO, (1, 7, 0)),
-    ("null-logs", HELLO, (1, 8, 0)),
-    ("empty-error", HELLO, (1, 8, 0)),
-    ("get-404", HELLO, None),  # by the stream alone, or by the create
-    # a record that lags behind
-    ("wait-processing", HELLO, (1, 8, 0)),
-    ("wait-ran-out", HELLO, (1, 8, 0)),
-    ("late-end", HELLO, (1, 8, 0)),
+    ("no-counts", HELLO, (1, 7, 0)),  # an estimate
     ("unknown-status", HELLO, (1, 7, 0)),
-    ("get-500-once", HELLO, (1, 8, 0)),
-    ("get-502-once", HELLO, (1, 8, 0)),
-    ("get-reset-once", HELLO, (1, 8, 0)),
-    # streams that can't be had, are odd, or break
-    ("stream-404", HELLO, (1, 8, 0)),
-    ("stream-500", HELLO, (1, 8, 0)),
-    ("stream-html", HELLO, (1, 8, 0)),
-    ("stream-reset-once", HELLO, (1, 8, 0)),
-    ("stream-elsewhere", HELLO, (1, 8, 0)),
-    *[(wire, ODD, (1, 18, 0)) for wire in WIRES.split()],
-    *[(wire, ODD, (1, 18, 0)) for wire in ("in-threes", "one-segment", "unsteady")],
-    *[(f"cut-{n}", SIX, (1, 6, 0)) for n in range(6)],
-    *[(f"cut-live-{n}", SIX, (1, 6, 0)) for n in range(6)],
-    *[(wire, SIX, (1, 6, 0)) for wire in BREAKS.split()],
-    ("never-said", SIX, (1, 6, 0)),
-    ("cut-in-utf8", WIDE, (1, 6, 0)),
+    ("get-404", HELLO, None),  # by the stream alone, or by the create
 ]
 
 AGAIN = {"x-should-retry": "true"}
@@ -5626,12 +5615,12 @@ def played(replicate, server):
     """All scenarios, streamed and whole, at once."""
     replicate.seen.clear()
     replicate.cancels.clear()
+    replicate.scenarios["cold"] = replace(SCENARIOS["cold"], boot=1.2)
     rows = [(scenario, stream) for scenario in PLAYED for stream in (True, False)]
-    options = {"stream_options": {"include_usage": True}}
 
     def play(scenario, stream):
-        more = options if stream else {}
-        return chat(server, scenario, stream=stream, **more)
+        options = {"stream_options": {"include_usage": True}} if stream else {}
+        return chat(server, scenario, stream=stream, **options)
 
     with ThreadPoolExecutor(24) as pool:
         answers = pool.map(lambda row: play(*row), rows)
@@ -5648,36 +5637,26 @@ def counts(usage):
     return usage["prompt_tokens"], usage["completion_tokens"], thought
 
 
-@pytest.mark.parametrize(("scenario", "text", "usage"), SAID, ids=whys(SAID))
+@each("scenario, text, usage", SAID)
 def test_an_answer_is_what_the_prediction_said(played, scenario, text, usage):
     whole, streamed = (played.answers[scenario, stream] for stream in (False, True))
-    *chunks, end, last = streamed.chunks
-    [choice] = whole.json["choices"]
-    assert choice["message"]["content"] == text
-    assert streamed.streamed_text == text
-    assert choice["finish_reason"] == "stop"
-    assert end["choices"][0]["finish_reason"] == "stop"
-    if usage:
-        assert counts(whole.json["usage"]) == usage
-        assert counts(last["usage"]) == usage
+    for answer, last in ((whole, whole.json), (streamed, streamed.chunks[-1])):
+        message = answer.message
+        assert (message.content, message.finish_reason) == (text, "stop")
+        assert usage in (None, counts(last["usage"]))
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-@pytest.mark.parametrize(
-    ("scenario", "status", "code", "headers"), FAILED, ids=whys(FAILED)
-)
+@both_ways
+@each("scenario, status, code, advice", FAILED)
 def test_a_failure_before_any_text_is_a_status(
-    played, scenario, status, code, headers, stream
+    played, scenario, status, code, advice, stream
 ):
     answer = played.answers[scenario, stream]
     assert (answer.status, answer.error["code"]) == (status, code)
-    told = {name: answer.headers.get(name) for name in NEVER}
-    assert {name: value for name, value in told.items() if value} == headers
+    assert answer.headers.get("x-should-retry") == advice.get("x-should-retry")
 
 
-@pytest.mark.parametrize(
-    ("scenario", "status", "code", "text"), BROKEN_OFF, ids=whys(BROKEN_OFF)
-)
+@each("scenario, status, code, text", BROKEN_OFF)
 def test_a_failure_after_some_text_is_the_last_frame(
     played, scenario, status, code, text
 ):
@@ -5694,11 +5673,15 @@ def test_a_call_creates_one_prediction_and_cancels_none_that_ended(played):
     assert played.cancels == []
 
 
+def contents(answer):
+    """The texts of a stream, one for each chunk that has one."""
+    deltas = [chunk["choices"][0]["delta"] for chunk in answer.chunks]
+    return [delta["content"] for delta in deltas if delta.get("content")]
+
+
 def test_a_model_that_does_not_stream_is_told_in_one_piece(fake, server):
     fake.scenarios["unstreamed"] = SCENARIOS["no-done"]
-    answer = chat(server, "unstreamed", stream=True)
-    contents = [c["choices"][0]["delta"].get("content") for c in answer.chunks]
-    assert list(filter(None, contents)) == [SIX]
+    assert contents(chat(server, "unstreamed", stream=True)) == [SIX]
     assert not any("/streams/" in seen.path for seen in fake.seen)
 
 
@@ -5713,25 +5696,29 @@ def test_a_prediction_whose_output_is_gone_is_no_empty_answer(fake, server):
     assert chat(server, "data-removed").status == 502
 
 
-def test_as_many_tokens_as_were_allowed_end_for_their_length(fake, server):
-    for stream in (True, False):
-        answer = chat(server, "length", max_tokens=3, stream=stream)
-        assert answer.message.finish_reason == "length"
-
-
-def leave_after(server, scenario, count):
+def leave_after(server, scenario, count, **body):
     """Hang up on a stream after so many chunks."""
-    with start_call(server, f"fake/{scenario}", stream=True) as sock:
+    with start_call(server, f"fake/{scenario}", stream=True, **body) as sock:
         data = b""
         while data.count(b"data: ") < count:
             data += sock.recv(65536)
 
 
-@pytest.mark.parametrize("count", [1, 2, 5], ids="after {} chunks".format)
-def test_a_stream_that_is_left_cancels_its_prediction_once(lasting, count):
+@table(
+    "count, body",
+    [
+        ("after its role", 1, {}),
+        ("after a text", 2, {}),
+        ("after some", 5, {}),
+        ("that would stop", 3, {"stop": "END"}),
+        ("that would be cut", 3, {"max_tokens": 9999}),
+        ("with tools", 3, {"tools": TOOLS}),
+    ],
+)
+def test_a_stream_that_is_left_cancels_its_prediction_once(lasting, count, body):
     fake, server = lasting
     fake.cancels.clear()
-    leave_after(server, "endless", count)
+    leave_after(server, "endless", count, **body)
     fake.wait_for(lambda: fake.cancels)
     wait_until(lambda: not server.requests)
     [cancelled] = fake.cancels
@@ -5747,49 +5734,35 @@ def test_a_cancel_that_fails_is_tried_once_more_and_harms_nobody(lasting, caplog
     wait_until(lambda: caplog.text.count("event=uncancelled") == 2)
 
 
-@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@both_ways
 def test_a_stop_string_cancels_once(fake, server, stream):
-    answer = chat(server, "endless", stop=["on on"], stream=stream)
+    fake.scenarios["unending"] = replace(SCENARIOS["endless"], hold=0.1)
+    answer = chat(server, "unending", stop=["on on"], stream=stream)
     assert answer.message == ("", "stop", "", ())
     fake.wait_for(lambda: fake.cancels)
     assert fake.cancels == [answer.headers["x-replicate-prediction-id"]]
 
 
-def test_a_look_that_fails_after_a_long_stream_harms_nobody():
-    with (
-        FakeReplicate() as fake,
-        fronting(fake, QUICK._replace(lost_after=0.01)) as server,
-    ):
-        row = replace(fake.scenarios["get-500-once"], pace=0.02)
-        fake.scenarios["unseen"] = row
-        with start_call(server, "fake/unseen", stream=True) as sock:
-            answer = read_until(sock, b"[DONE]")
-    assert said(answer) == HELLO
-    assert b'"error"' not in answer
-
-
-NOTHING_YET = recorded(None, "processing")
+def test_a_look_that_fails_after_a_long_stream_harms_nobody(fake, settings):
+    fake.scenarios["unseen"] = replace(SCENARIOS["get-500-once"], pace=0.02)
+    with serving(settings, TIMEOUTS._replace(lost_after=0.01)) as server:
+        assert chat(server, "unseen", stream=True).message.content == HELLO
 
 
 @table(
-    "looks, words",
+    "looks, words, output",
     [
-        ("it begins here", [NOTHING_YET] * 2 + [recorded("c d", "processing")], "c d"),
-        (
-            "it began before",
-            [NOTHING_YET] * 2 + [recorded("a b c d", "processing")],
-            "c d",
-        ),
-        ("nobody knows", [NOTHING_YET] * 5, "c"),
+        ("it begins here", [None, None, "c d"], "c d", "c d"),
+        ("it began before", [None, None, "a b c d"], "c d", "a b c d"),
+        ("nobody knows", [None] * 5, "c", "c d"),
     ],
 )
-def test_a_stream_opened_late_is_compared_with_the_record(looks, words):
+def test_a_stream_opened_late_is_compared_with_the_record(looks, words, output):
     """A whole answer waits with its create, and its stream may have begun by then."""
     stream = stream_of(encoded(re.findall(" ?[a-z]", words), "\n"))
-    looks = [*looks, recorded("a b c d" if b"a b" in looks[-1] else "c d")]
+    looks = [*[recorded(look, "processing") for look in looks], recorded(output)]
     with raw_replicate(stream=stream, looks=looks) as (_, server):
-        assert chat(server, "hello").message.content in ("a b c d", "c d")
-        assert looks[-1].endswith(b'd"}') and not looks[-1].count(b"processing")
+        assert chat(server, "hello").message.content == output
 
 
 def output_events(*texts):
@@ -5799,19 +5772,17 @@ def output_events(*texts):
 
 @table(
     "looks",
-    [
-        ("and then has all", [NOTHING_YET] * 3 + [recorded(["one ", "two"])]),
-        (
-            "and then grows",
-            [NOTHING_YET, recorded(["one "], "processing"), recorded(["one ", "two"])],
-        ),
-    ],
+    [("and then has all", [None] * 3), ("and then grows", [None, ["one "]])],
 )
 def test_a_stream_that_breaks_while_the_record_lags_says_nothing_twice(looks):
     """Opened again it would begin anew, with nothing to compare it with."""
-    stream = stream_of(output_events("one "), end=b"")
-    ends = "GET /v1/streams"
-    with raw_replicate(stream=stream, looks=looks, hangs_up=ends) as (host, server):
+    looks = [recorded(look, "processing") for look in looks]
+    given = {
+        "stream": stream_of(output_events("one "), end=b""),
+        "looks": [*looks, recorded(["one ", "two"])],
+        "hangs_up": "GET /v1/streams",
+    }
+    with raw_replicate(**given) as (host, server):
         assert chat(server, "hello", stream=True).streamed_text == "one two"
         assert len(host.paths("GET", "/v1/streams")) == 1
 
@@ -5820,31 +5791,29 @@ def test_texts_that_came_together_are_one_chunk():
     stream = stream_of(output_events("a", "b"), output_events("c"), SAYS_DONE)
     with raw_replicate(stream=stream, looks=[recorded("abc")]) as (_, server):
         answer = chat(server, "hello", stream=True)
-    contents = [c["choices"][0]["delta"].get("content") for c in answer.chunks]
-    assert list(filter(None, contents)) in (["abc"], ["ab", "c"])
+    assert contents(answer) in (["abc"], ["ab", "c"])
 
 
-def test_a_client_waits_for_no_cancel_but_the_end_of_the_server_does():
-    with FakeReplicate() as fake:
-        with fronting(fake, proxy_api_key=KEY) as server:
-            begun = time.monotonic()
-            answer = chat(server, "cancel-slow", stream=True, stop=["3"])
-            assert answer.message == ("1 2 ", "stop", "", ())
-            assert time.monotonic() - begun < 1.5
-        [prediction] = fake.predictions.values()
-        assert prediction.status == "canceled"
+def test_a_client_waits_for_no_cancel_but_the_end_of_the_server_does(fake, settings):
+    slowly = replace(SCENARIOS["cancel-slow"], on_cancel=Fault(wait=0.8))
+    fake.scenarios["cancelled-slowly"] = slowly
+    with serving(settings) as server:
+        begun = time.monotonic()
+        answer = chat(server, "cancelled-slowly", stream=True, stop=["3"])
+        assert answer.message == ("1 2 ", "stop", "", ())
+        assert time.monotonic() - begun < 0.7
+    [cancelled] = fake.cancels
+    assert fake.predictions[cancelled].status == "canceled"
 
 
-def test_a_hang_up_breaks_off_a_look_that_hangs():
-    with FakeReplicate() as fake, fronting(fake, TIMEOUTS._replace(get=60)) as server:
-        fake.scenarios["unseen"] = replace(
-            SCENARIOS["endless"], stream_url="", on_look=Fault(wait=60)
-        )
+def test_a_hang_up_breaks_off_a_look_that_hangs(fake, settings):
+    fake.scenarios["unseen"] = replace(
+        SCENARIOS["endless"], stream_url="", on_look=Fault(wait=60)
+    )
+    with serving(settings, TIMEOUTS._replace(get=60)) as server:
         with start_call(server, "fake/unseen", stream=True):
             fake.wait_for(lambda: [seen for seen in fake.seen if is_look(seen)])
-        left = time.monotonic()
-        fake.wait_for(lambda: fake.cancels)
-        assert time.monotonic() - left < 1
+        fake.wait_for(lambda: fake.cancels, 1)
 
 
 @table(
@@ -5853,49 +5822,65 @@ def test_a_hang_up_breaks_off_a_look_that_hangs():
         ("too deep", b'{"id": "p", "output": ' + b"[" * 100_000),
         ("no JSON", b"Hi"),
         ("no id", b'{"status": "succeeded"}'),
-        ("too large", b'{"id": "p", "logs": "' + b" " * 3000 + b'"}'),
+        ("too large", b'{"id": "p", "logs": "' + b" " * 200_000 + b'"}'),
     ],
 )
 def test_a_create_that_answers_anything_else_is_a_failure_of_replicates(
     monkeypatch, body
 ):
-    monkeypatch.setattr(proxy, "MAX_RESPONSE", 200_000 if body[:2] != b"Hi" else 1)
-    if b"logs" in body:
-        monkeypatch.setattr(proxy, "MAX_RESPONSE", 2000)
+    monkeypatch.setattr(proxy, "MAX_RESPONSE", 200_000)
     with raw_replicate(answering(body)) as (host, server):
         answer = chat(server, "hello")
         assert (answer.status, answer.error["code"]) == (504, "upstream_unavailable")
         assert len(host.paths("POST", "/v1/predictions")) == 1
 
 
+def counted(input, output):
+    return {"metrics": {"input_token_count": input, "output_token_count": output}}
+
+
 @table(
-    "counted",
+    "record, expected",
     [
-        ("in logs", {"logs": "Input token count: " + "9" * 5000}),
-        ("in metrics", {"metrics": {"input_token_count": 1e308}}),
-        ("below nothing", {"metrics": {"input_token_count": -5}}),
+        ("counts", counted(5, 7), (5, 7)),
+        ("0 is a count", counted(0, 0), (0, 0)),
+        ("none", {}, (1, 1)),
+        ("one", counted(None, 7), (1, 7)),
+        ("the other", counted(5, None), (5, 1)),
+        (
+            "beyond measure in logs",
+            {"logs": "Input token count: " + "9" * 5000},
+            (1, 1),
+        ),
+        ("beyond measure", counted(1e308, 7), (1, 7)),
+        ("below nothing", counted(-5, 7), (1, 7)),
     ],
 )
-def test_a_count_that_can_not_be_is_none(counted):
-    with raw_replicate(recorded(**counted)) as (_, server):
-        assert chat(server, "hello").json["usage"]["prompt_tokens"] == 1
+def test_what_was_not_counted_is_estimated(record, expected):
+    with raw_replicate(recorded(**record)) as (_, server):
+        assert counts(chat(server, "hello").json["usage"]) == (*expected, 0)
 
 
-def test_an_id_of_replicates_makes_no_line_of_the_log(caplog):
+def test_an_id_of_replicates_stays_in_its_place(caplog):
+    """It makes no line of the log, and no other path."""
     caplog.set_level("INFO", "proxy")
-    odd = {"id": "p\r\nlevel=ERROR", "status": "processing", "output": None}
-    with raw_replicate(recorded(**odd, urls={}), looks=[NO_SUCH, recorded()]) as both:
-        assert chat(both[1], "hello").message.content == "Hi"
+    odd = {"id": "a/b?c#d\r\nlevel=ERROR", "status": "processing", "output": None}
+    create = recorded(**odd, urls={})
+    with raw_replicate(create, looks=[NO_SUCH, recorded()]) as (host, server):
+        assert chat(server, "hello").message.content == "Hi"
+    path = "/v1/predictions/a%2Fb%3Fc%23d%0D%0Alevel%3DERROR"
+    assert set(host.paths("GET", "/v1/predictions")) == {path}
     assert "event=unseen" in caplog.text
     assert not any("\n" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("name", ["hello", "failed", "stuck"])
 def test_a_prediction_can_be_waited_for_without_its_text(fake, api, name):
+    fake.scenarios["waited"] = replace(SCENARIOS[name], hold=0.1)
     upstream, request_log = proxy.Upstream(api, TIMEOUTS), proxy.RequestLog()
     cancellation = proxy.Cancellation()
     prediction = upstream.create(
-        asking(f"fake/{name}"), cancellation, request_log, wait=True
+        asking("fake/waited"), cancellation, request_log, wait=True
     )
     assert request_log.predictions == [prediction.id]
     if name == "hello":
@@ -5912,43 +5897,27 @@ def test_a_prediction_can_be_waited_for_without_its_text(fake, api, name):
         assert fake.cancels == [prediction.id]
 
 
-def test_a_stream_is_read_no_longer_than_its_prediction_may_take():
+@both_ways
+def test_a_prediction_that_never_ends_ends_by_our_own_deadline(fake, settings, stream):
+    """A stream that goes on without a word, and a whole that is stuck."""
+    fake.scenarios["unending"] = replace(
+        SCENARIOS["endless"], wire=lambda all: (b": hi\n\n" for _ in all), hold=0.1
+    )
     timeouts = QUICK._replace(grace=-4.5)
-    with (
-        FakeReplicate() as fake,
-        fronting(fake, timeouts, prediction_timeout=5, proxy_api_key=KEY) as server,
-    ):
-        fake.scenarios["still-here"] = replace(
-            SCENARIOS["endless"], wire=lambda frames: (b": hi\n\n" for _ in frames)
-        )
-        answer = chat(server, "still-here", stream=True)
-        assert b'"code":"prediction_timeout"' in answer.body
+    with serving(replace(settings, prediction_timeout=5), timeouts) as server:
+        answer = chat(server, "unending", stream=stream)
+        assert b"prediction_timeout" in answer.body
+        assert stream or answer.status == 504
         fake.wait_for(lambda: len(fake.cancels) == 1)
-
-
-def test_a_prediction_that_never_ends_ends_by_our_own_deadline():
-    timeouts = QUICK._replace(grace=-4.5)
-    with (
-        FakeReplicate() as fake,
-        fronting(fake, timeouts, prediction_timeout=5) as server,
-    ):
-        with start_call(server, "fake/stuck") as sock:
-            answer = read_until(sock, b"prediction_timeout")
-        fake.wait_for(lambda: len(fake.cancels) == 1)
-    assert b'"code":"prediction_timeout"' in answer or b"504" in answer
 
 
 @pytest.mark.parametrize("name", ["hang", "hang-before"])
-def test_a_create_without_an_answer_is_not_sent_again(name):
-    with FakeReplicate() as fake, fronting(fake, QUICK._replace(create=0.5)) as server:
-        with (
-            openai.OpenAI(base_url=f"{server.url}/v1", api_key="key") as client,
-            pytest.raises(openai.InternalServerError) as caught,
-        ):
-            client.chat.completions.create(model=f"fake/{name}", messages=HI)
-        assert len(fake.creates()) == 1
-    assert caught.value.code == "upstream_unavailable"
-    assert caught.value.status_code == 504
+def test_a_create_without_an_answer_is_not_sent_again(fake, settings, name):
+    with serving(settings, TIMEOUTS._replace(create=0.2)) as server:
+        answer = chat(server, name)
+    assert (answer.status, answer.error["code"]) == (504, "upstream_unavailable")
+    assert answer.advice == NEVER
+    assert len(fake.creates()) == 1
 
 
 # The openai client retries twice. It may where no prediction exists, or one failed
@@ -5978,7 +5947,7 @@ def test_a_client_that_retries_does_not_pay_twice():
 
         def ask(row):
             with (
-                openai.OpenAI(base_url=f"{server.url}/v1", api_key="key") as client,
+                client_of(server, "key", retries=2) as client,
                 suppress(openai.APIError),
             ):
                 client.chat.completions.create(model=f"fake/{row[0]}", messages=HI)
@@ -6068,21 +6037,6 @@ def test_a_stop_string_ends_the_answer_however_it_is_cut_up(text, stops, places)
     assert heard(proxy.stop_at(events, stops)) == stopped(text, stops)
 
 
-def test_nothing_follows_a_stop_string_but_the_end():
-    events = list(proxy.stop_at(play("1, 2", ", 3. 4", "5"), [". ", ", 3"]))
-    assert events == [BEGUN, proxy.Text("1, 2"), proxy.Done("stop")]
-
-
-def test_text_is_held_back_only_while_it_may_begin_a_stop_string():
-    assert list(proxy.stop_at(play("a E", "N", "T E"), ["END"])) == [
-        BEGUN,
-        proxy.Text("a "),
-        proxy.Text("ENT "),
-        proxy.Text("E"),
-        COUNTED,
-    ]
-
-
 @table(
     "text, stops, held",
     [
@@ -6098,82 +6052,12 @@ def test_what_may_begin_a_stop_string_is_held(text, stops, held):
     assert text_of(told) == text[: len(text) - held]
 
 
-@table(
-    "texts, expected",
-    [
-        ("short enough", ["abcd", "efgh"], ("abcdefgh", "stop")),
-        ("too long in one piece", ["abcdefghi"], ("abcdefgh", "length")),
-        ("too long in the end", ["abcdefgh", "i", "j"], ("abcdefgh", "length")),
-    ],
-)
-def test_an_answer_is_cut_after_so_many_tokens_of_four_characters(texts, expected):
-    assert heard(proxy.cut_after(play(*texts), 2)) == expected
-
-
-def test_echo_says_the_prompt_first():
-    assert list(proxy.echo(play("b"), "a")) == [
-        proxy.Text("a"),
-        BEGUN,
-        proxy.Text("b"),
-        COUNTED,
-    ]
-
-
-@table(
-    "counted, expected",
-    [
-        ("true counts stay", (5, 7), (5, 7)),
-        ("0 is a count", (0, 0, 3), (0, 0, 3)),
-        ("no counts", (), (2, 3, 0, True)),
-        ("one count", (None, 7), (2, 7, 0, True)),
-        ("the other", (5, None), (5, 3, 0, True)),
-    ],
-)
-def test_usage_is_completed_by_estimate(counted, expected):
-    end = proxy.Done("stop", proxy.Usage(*counted))
-    *_, done = proxy.with_usage(play("abcdef", "ghi", end=end), "prompt")
-    assert done == proxy.Done("stop", proxy.Usage(*expected))
-
-
-SHAPES = {
-    "stop_at": lambda events: proxy.stop_at(events, ["END"]),
-    "cut_after": lambda events: proxy.cut_after(events, 1),
-    "echo": lambda events: proxy.echo(events, "prompt"),
-    "with_usage": lambda events: proxy.with_usage(events, "prompt"),
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_events_that_are_left_early_are_closed(shape):
-    events = play("a", "b")  # held here, or counting references would close them
-    shaped = shape(events)
-    assert next(shaped) in (BEGUN, Text("prompt"))
-    shaped.close()
-    assert inspect.getgeneratorstate(events) == inspect.GEN_CLOSED
-
-
-@pytest.mark.parametrize("name", ["stop_at", "cut_after"])
-def test_an_answer_that_is_cut_short_closes_its_events(name):
-    events = play("a END", "b")
-    assert heard(SHAPES[name](events))[0] in ("a ", "a EN")
-    assert inspect.getgeneratorstate(events) == inspect.GEN_CLOSED
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_a_failure_passes_through(shape):
-    with pytest.raises(proxy.APIError, match="No"):
-        list(shape(play("a", end=proxy.APIError(502, "No"))))
-
-
-def test_what_is_held_for_a_stop_string_is_told_before_a_call():
-    call = ToolCall(0, "call_1", "f")
-    events = iter([Text("a E"), call, Text("b END c"), Done("tool_calls")])
-    told = list(proxy.stop_at((e for e in events), ["END"], "tool_calls"))
-    assert told == [Text("a "), Text("E"), call, Text("b "), Done("tool_calls")]
-
-
 # -- Reasoning -----------------------------------------------------------------
 
+TO_A_TOOL = (
+    "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json"
+    "<|message|>{}<|call|>"
+)
 THOUGHT = [  # what is said, whether it may have begun already, thought, answer
     ("no thought", "Hello.", False, "", "Hello."),
     ("a thought", "<think>Hm.</think>Hello.", False, "Hm.", "Hello."),
@@ -6212,58 +6096,49 @@ THOUGHT = [  # what is said, whether it may have begun already, thought, answer
     ),
     (
         "a message to a tool",
-        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary"
-        " to=functions.f <|constrain|>json<|message|>{}<|call|>",
+        f"<|channel|>analysis<|message|>Hm.<|end|>{TO_A_TOOL}",
         False,
         "Hm.",
-        "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json"
-        "<|message|>{}<|call|>",
+        TO_A_TOOL,
     ),
     ("a mark in prose", "<|channel|> is a mark.", False, "", "<|channel|> is a mark."),
 ]
 
 
-@pytest.mark.parametrize("cut", [list, lambda said: [said]], ids=["cut", "whole"])
-@pytest.mark.parametrize(
-    ("why", "said", "thinks", "thought", "answer"), THOUGHT, ids=whys(THOUGHT)
-)
-def test_thoughts_are_parted_from_the_answer(why, said, thinks, thought, answer, cut):
-    script = [*map(Text, cut(said)), Done("stop")]
-    told = list(proxy.split_reasoning((event for event in script), thinks))
+def part(thinks, *texts, end="stop"):
+    events = (event for event in [*map(Text, texts), Done(end)])
+    return list(proxy.split_reasoning(events, thinks))
+
+
+@table("cut", [("cut", list), ("whole", lambda said: [said])])
+@table("said, thinks, thought, answer", THOUGHT)
+def test_thoughts_are_parted_from_the_answer(said, thinks, thought, answer, cut):
+    told = part(thinks, *cut(said))
     assert (text_of(told, Reasoning), text_of(told)) == (thought, answer)
     assert told[-1] == Done("stop")
 
 
 def test_a_thought_that_was_cut_for_its_length_is_no_answer():
-    script = [Text("Hm"), Done("length")]
-    told = list(proxy.split_reasoning((event for event in script), True))
-    assert told == [Reasoning("Hm"), Done("length")]
+    assert part(True, "Hm", end="length") == [Reasoning("Hm"), Done("length")]
 
 
 def test_no_event_tells_an_empty_thought():
-    script = [Text("<think>\n"), Text("</think>"), Text("a"), Done("stop")]
-    told = list(proxy.split_reasoning((event for event in script), False))
-    assert told == [Text("a"), Done("stop")]
+    assert part(False, "<think>\n", "</think>", "a") == [Text("a"), Done("stop")]
 
 
 def test_space_is_not_held_for_long():
     pieces = [" "] * (proxy.LONGEST_SPACE + 1)
-
-    def part(events):
-        return proxy.split_reasoning(events, False)
-
-    assert text_of(told_before_the_end(part, *pieces)) == "".join(pieces)
+    told = told_before_the_end(lambda e: proxy.split_reasoning(e, False), *pieces)
+    assert text_of(told) == "".join(pieces)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("name", "thinks"),
+@both_ways
+@each(
+    "name, thinks",
     [("deepseek-r1", True), ("kimi-k2-thinking", True), ("deepseek-v3", False)],
 )
 def test_models_that_think_are_known_by_name(server, fake, name, thinks, stream):
-    fake.scenarios[name] = fake_replicate.Scenario(
-        "the template wrote its tag", ["Hm.</think>Hi."]
-    )
+    fake.scenarios[name] = replace(SCENARIOS["hello"], text=["Hm.</think>Hi."])
     message = chat(server, name, stream=stream).message
     expected = ("Hm.", "Hi.") if thinks else ("", "Hm.</think>Hi.")
     assert (message.reasoning, message.content) == expected
@@ -7988,6 +7863,7 @@ IN_PARIS = (
 BAD_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city":7}}</tool_call>'
 OF_NOBODY = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 NOW_CALLED = '<tool_call>{"name": "get_time"}</tool_call>'
+MAY = {"tools": TOOLS}
 MUST = {"tools": TOOLS, "tool_choice": "required"}
 ONE_TOOL = {"tools": TOOLS, "tool_choice": named("get_weather")}
 AS_PERSON = {
@@ -7998,197 +7874,165 @@ AS_PERSON = {
 }
 NO_CALL = "no tool was called."
 CITY_IS_TEXT = "arguments.city must be a string, not an integer."
+NO_TOOL = "there is no tool "
 RETRIES = [  # body, first answer, stream, what is wrong if it is asked for again
     ("a good call", MUST, IN_PARIS, False, ""),
     ("a good call, streamed", MUST, IN_PARIS, True, ""),
     ("no call", MUST, "It is sunny.", False, NO_CALL),
     ("no call, streamed", MUST, "It is sunny.", True, NO_CALL),
-    ("no call where none has to be", {"tools": TOOLS}, "It is sunny.", False, ""),
+    ("no call where none has to be", MAY, "It is sunny.", False, ""),
     ("a call that does not fit", MUST, BAD_CALL, False, CITY_IS_TEXT),
     ("a call that does not fit, but was told", MUST, BAD_CALL, True, ""),
-    (
-        "a second call that is bad",
-        {"tools": TOOLS},
-        IN_PARIS + OF_NOBODY,
-        False,
-        "there is no tool f.",
-    ),
-    (
-        "another tool than the named",
-        ONE_TOOL,
-        NOW_CALLED,
-        False,
-        "there is no tool get_time.",
-    ),
+    ("a second call that is bad", MAY, IN_PARIS + OF_NOBODY, False, f"{NO_TOOL}f."),
+    ("another tool than the named", ONE_TOOL, NOW_CALLED, False, f"{NO_TOOL}get_time."),
 ]
 
 
-def answering_in_turn(fake, *answers, **columns):
+def answering_in_turn(fake, *answers):
     """A model whose predictions say these one after another, and the last again."""
     left = list(answers)
+    model = model_saying(fake)
+    name = model.partition("/")[2]
 
     def next_answer(_):
         return [left.pop(0) if left[1:] else left[0]]
 
-    name = f"answering-{len(fake.scenarios)}"
-    scenario = fake_replicate.Scenario("answers in turn", next_answer, **columns)
-    fake.scenarios[name] = scenario
-    return f"fake/{name}"
+    fake.scenarios[name] = replace(fake.scenarios[name], text=next_answer)
+    return model
 
 
-def ask_again(lasting, answers, body, stream, **columns):
-    fake, server = lasting
-    fake.seen.clear()
-    asked = {
-        "model": answering_in_turn(fake, *answers, **columns),
-        "messages": HI,
-        **body,
-    }
-    answer = post_json(server, CHAT_PATH, **asked, stream=stream)
-    return answer, [seen.body["input"]["prompt"] for seen in fake.creates()]
+def prompts(fake):
+    return [seen.body["input"]["prompt"] for seen in fake.creates()]
+
+
+def events_of(caplog):
+    return [m for m in caplog.messages if m.startswith("event=")]
 
 
 @table("body, words, stream, why", RETRIES)
-def test_a_call_that_lacks_is_asked_for_once_more(lasting, body, words, stream, why):
-    answer, prompts = ask_again(lasting, [words, IN_PARIS], body, stream)
-    assert len(prompts) == (2 if why else 1)
+def test_a_call_that_lacks_is_asked_for_once_more(
+    fake, server, body, words, stream, why
+):
+    model = answering_in_turn(fake, words, IN_PARIS)
+    answer = chat(server, model, **body, stream=stream)
+    assert len(prompts(fake)) == (2 if why else 1)
     assert answer.message.finish_reason == (
         "tool_calls" if "<" in words or why else "stop"
     )
     if why:
         assert answer.message.calls == (PARIS,)
-        assert why in prompts[1]
-        assert words.partition("{")[0] in prompts[1]
+        assert why in prompts(fake)[1]
+        assert words.partition("{")[0] in prompts(fake)[1]
         assert answer.headers["x-replicate-prediction-id"].count(",") == 1
 
 
-def test_a_second_try_is_paid_for_too(lasting):
-    answer, prompts = ask_again(lasting, ["Sunny.", IN_PARIS], MUST, False)
-    words = sum(len(" ".join([prompt]).split()) for prompt in prompts)
+def test_a_second_try_is_paid_for_too(fake, server):
+    answer = chat(server, answering_in_turn(fake, "Sunny.", IN_PARIS), **MUST)
+    words = sum(len(prompt.split()) for prompt in prompts(fake))
     assert counts(answer.json["usage"])[1] == 2
     assert counts(answer.json["usage"])[0] >= words
 
 
-def test_what_lacks_a_second_time_is_told_as_it_is(lasting, caplog):
-    answer, _ = ask_again(lasting, ["Sunny.", BAD_CALL], MUST, True)
-    assert answer.message.calls == (("get_weather", '{"city":7}'),)
-    assert answer.message.finish_reason == "tool_calls"
-    assert [m for m in caplog.messages if m.startswith("event=")] == [
+def test_what_lacks_a_second_time_is_told_as_it_is(fake, server, caplog):
+    model = answering_in_turn(fake, "Sunny.", BAD_CALL)
+    answer = chat(server, model, **MUST, stream=True)
+    assert answer.message == ("", "tool_calls", "", (("get_weather", '{"city":7}'),))
+    assert events_of(caplog) == [
         f'event=retry why="{NO_CALL}"',
         f'event=misfit why="{CITY_IS_TEXT}"',
     ]
 
 
-def test_a_good_call_is_kept_if_the_second_answer_has_none(lasting):
-    answers = [IN_PARIS + BAD_CALL, "Sunny."]
-    answer, prompts = ask_again(lasting, answers, MUST, False)
+def test_a_good_call_is_kept_if_the_second_answer_has_none(fake, server):
+    answer = chat(
+        server, answering_in_turn(fake, IN_PARIS + BAD_CALL, "Sunny."), **MUST
+    )
     assert answer.message.calls == (PARIS, ("get_weather", '{"city":7}'))
-    assert len(prompts) == 2
+    assert len(prompts(fake)) == 2
 
 
 MISFITS = [  # body, words, whether the log says that an answer does not fit
-    ("a streamed call that nobody insisted on", {"tools": TOOLS}, BAD_CALL, True),
+    ("a streamed call that nobody insisted on", MAY, BAD_CALL, True),
     ("streamed JSON", AS_PERSON, '{"age": "x"}', True),
-    ("streamed text beside tools", {"tools": TOOLS, **AS_PERSON}, "Hello.", True),
-    ("a call instead of JSON", {"tools": TOOLS, **AS_PERSON}, IN_PARIS, False),
-    ("text where no JSON was wanted", {"tools": TOOLS}, "Hello.", False),
+    ("streamed text beside tools", {**MAY, **AS_PERSON}, "Hello.", True),
+    ("a call instead of JSON", {**MAY, **AS_PERSON}, IN_PARIS, False),
+    ("text where no JSON was wanted", MAY, "Hello.", False),
 ]
 
 
 @table("body, words, is_logged", MISFITS)
-def test_what_was_told_already_is_only_logged(lasting, body, words, is_logged, caplog):
-    answer, prompts = ask_again(lasting, [words], body, True)
-    assert len(prompts) == 1
+def test_what_was_told_already_is_only_logged(
+    fake, server, body, words, is_logged, caplog
+):
+    answer = chat(server, model_saying(fake, words), **body, stream=True)
+    assert len(fake.creates()) == 1
     assert answer.message.calls or answer.message.content == words
-    events = [m.split(" ")[0] for m in caplog.messages if m.startswith("event=")]
+    events = [event.split(" ")[0] for event in events_of(caplog)]
     assert events == ["event=misfit"] * is_logged
 
 
-def test_what_was_cut_off_is_not_asked_for_again(lasting, caplog):
-    body = {"max_tokens": 1, **AS_PERSON}
-    model_limit = make_model("a/b", "prompt* str; max_tokens int")
-    fake, _ = lasting
-    ref = answering_in_turn(fake, '{"age": ')
-    fake.models[ref] = {**model_limit, "owner": "fake", "name": ref.partition("/")[2]}
-    fake.seen.clear()
-    answer = post_json(lasting[1], CHAT_PATH, model=ref, messages=HI, **body)
+def test_what_was_cut_off_is_not_asked_for_again(fake, server, caplog):
+    model = model_saying(fake, '{"age": ')
+    fake.models[model] = make_model(model, "prompt* str; max_tokens int")
+    answer = chat(server, model, max_tokens=1, **AS_PERSON)
     assert answer.message == Message('{"age": ', "length")
     assert len(fake.creates()) == 1
     assert "event=misfit" in caplog.text
 
 
-@pytest.mark.parametrize("body", [MUST, AS_PERSON], ids=["call", "JSON"])
-def test_a_second_try_that_is_refused_leaves_the_first_answer(lasting, body, caplog):
+@table("body", [("call", MUST), ("JSON", AS_PERSON)])
+def test_a_second_try_that_is_refused_leaves_the_first_answer(
+    fake, server, body, caplog
+):
     """It is paid for: an error would make the client pay once more."""
-    fake, server = lasting
-    refused = fake_replicate.Fault(problem(429, "Request was throttled."), times=1)
-    model = answering_in_turn(fake, "Sunny.")
+    model = model_saying(fake)
     name = model.partition("/")[2]
-    scenario = fake.scenarios[name]
 
     def refuse_from_now_on(input):
-        fake.scenarios[name] = replace(scenario, on_create=refused)
+        fake.scenarios[name] = SCENARIOS["throttled-bare"]
         return ["Sunny."]
 
-    fake.scenarios[name] = replace(scenario, text=refuse_from_now_on)
-    answer = post_json(server, CHAT_PATH, model=model, messages=HI, **body)
-    assert answer.message == Message("Sunny.", "stop")
+    fake.scenarios[name] = replace(SCENARIOS["hello"], text=refuse_from_now_on)
+    assert chat(server, model, **body).message == Message("Sunny.", "stop")
     assert "event=misfit" in caplog.text
 
 
-def test_a_second_try_links_to_what_is_large_as_well(lasting):
-    fake, server = lasting
-    image = data_url(PNG + b"." * 600_000)
+def test_a_second_try_links_to_what_is_large_as_well(fake, server):
+    messages = seeing(data_url(PNG + b"." * 600_000))
     model = answering_in_turn(fake, "Sunny.", IN_PARIS)
-    fake.seen.clear()
-    post_json(server, CHAT_PATH, model=model, messages=seeing(image), **MUST)
-    links = [seen.body["input"]["image"] for seen in fake.creates()]
-    assert len(links) == 2
-    assert links[0] == links[1]
-    assert links[0].startswith("http")
+    chat(server, model, messages=messages, **MUST)
+    first, second = (seen.body["input"]["image"] for seen in fake.creates())
+    assert first == second
+    assert first.startswith("http")
 
 
 # -- Choices -------------------------------------------------------------------
 
 
-def test_n_choices_differ_by_their_seed_and_their_usage_is_summed(lasting):
-    fake, server = lasting
-    fake.seen.clear()
-    whole = post_json(
-        server, CHAT_PATH, model="meta/llama-2-7b-chat", messages=HI, n=3, seed=7
-    )
+def test_n_choices_differ_by_their_seed_and_their_usage_is_summed(fake, server):
+    whole = chat(server, "meta/llama-2-7b-chat", n=3, seed=7)
     assert [choice["index"] for choice in whole.json["choices"]] == [0, 1, 2]
     tokens = sum(map(bool, fake_replicate.HELLO))
     assert counts(whole.json["usage"])[1] == 3 * tokens
     assert sorted(seen.body["input"]["seed"] for seen in fake.creates()) == [7, 8, 9]
 
 
+UNSIGNED = "seed int [0..4294967295]"
+
+
 @table(
     "seed, field, expected",
     [
-        (
-            "beyond the model's",
-            2**40,
-            "seed int [0..4294967295]",
-            [0, 1, 2],
-        ),
-        (
-            "at its end",
-            2**32 - 2,
-            "seed int [0..4294967295]",
-            [2**32 - 2, 2**32 - 1, 0],
-        ),
-        ("at the end", 2**63 - 1, "seed int", [2**63 - 1, -(2**63), 1 - 2**63]),
+        ("beyond the model's", 2**40, UNSIGNED, [0, 1, 2]),
+        ("at its end", 2**32 - 2, UNSIGNED, [0, 2**32 - 2, 2**32 - 1]),
+        ("at the end", 2**63 - 1, "seed int", [-(2**63), 1 - 2**63, 2**63 - 1]),
     ],
 )
-def test_no_two_choices_have_the_same_seed(lasting, seed, field, expected):
-    fake, server = lasting
-    fake.seen.clear()
+def test_no_two_choices_have_the_same_seed(fake, server, seed, field, expected):
     ref = f"some/seeded-{len(fake.models)}"
     fake.models[ref] = make_model(ref, f"prompt* str; {field}")
-    post_json(server, CHAT_PATH, model=ref, messages=HI, n=3, seed=seed)
-    seeds = [seen.body["input"]["seed"] for seen in fake.creates()]
-    assert sorted(seeds) == sorted(expected)
+    chat(server, ref, n=3, seed=seed)
+    assert sorted(seen.body["input"]["seed"] for seen in fake.creates()) == expected
 
 
 def test_openai_streams_choices_and_prompts(client, fake):
@@ -8215,8 +8059,8 @@ def slow_creates():
         return ["x"] * 10_000
 
     with FakeReplicate() as fake, fronting(fake) as server:
-        gated = replace(fake.scenarios["endless"], text=text)
-        fails = fake_replicate.Fault(fake_replicate.BROKEN, times=1)
+        gated = replace(fake.scenarios["endless"], text=text, hold=0.1)
+        fails = Fault(fake_replicate.BROKEN, times=1)
         fake.scenarios["gated"] = gated
         fake.scenarios["one-fails"] = replace(gated, on_create=fails)
         try:
@@ -8228,47 +8072,30 @@ def slow_creates():
 def test_no_more_predictions_run_at_once_than_eight(slow_creates):
     """And what has to stop begins no other."""
     fake, server, gate = slow_creates
-    sock = start_call(server, "fake/gated", prompt=["Hi"] * 24, path="/v1/completions")
-    fake.wait_for(lambda: len(fake.creates()) == 8)
-    sock.close()
+    body = {"prompt": ["Hi"] * 24, "path": TEXT_PATH, "stream": True}
+    with start_call(server, "fake/gated", **body):
+        fake.wait_for(lambda: len(fake.creates()) == 8)
     gate.set()
     fake.wait_for(lambda: len(fake.cancels) == 8)
-    server.shutdown()
-    server.server_close()
+    assert sorted(fake.cancels) == sorted(fake.predictions)
+    wait_until(lambda: not server.requests)
     assert len(fake.creates()) == 8
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@both_ways
 def test_the_error_of_a_choice_is_told_while_another_is_created(slow_creates, stream):
+    """The end of the server waits until that one is cancelled."""
     fake, server, gate = slow_creates
     with start_call(server, "fake/one-fails", stream=stream, n=2) as sock:
         read_until(sock, b"upstream_unavailable")
     assert not fake.cancels
-    gate.set()
-    fake.wait_for(lambda: len(fake.cancels) == 1)
-    assert fake.cancels[0] in fake.predictions
-
-
-def test_a_hang_up_is_noticed_while_choices_are_created(slow_creates):
-    fake, server, gate = slow_creates
-    with start_call(server, "fake/gated", stream=True, n=3):
-        fake.wait_for(lambda: len(fake.creates()) == 3)
-    gate.set()
-    fake.wait_for(lambda: len(fake.cancels) == 3)
-    assert sorted(fake.cancels) == sorted(fake.predictions)
-
-
-def test_the_end_of_the_server_waits_for_the_cancels_of_choices(slow_creates):
-    fake, server, gate = slow_creates
-    with start_call(server, "fake/one-fails", stream=False, n=2) as sock:
-        read_until(sock, b"upstream_unavailable")
     closing = threading.Thread(target=server.server_close)
     closing.start()
-    closing.join(0.5)
+    closing.join(0.3)
     assert closing.is_alive()
     gate.set()
     closing.join(10)
-    assert len(fake.cancels) == 1
+    assert fake.cancels == list(fake.predictions)
 
 
 def test_a_choice_that_fails_ends_the_others(slow_creates):
@@ -8289,25 +8116,22 @@ def test_a_hang_up_cancels_all_choices(watched):
 
 
 @pytest.mark.parametrize(("depth", "status"), [(350, 200), (450, 400), (900, 400)])
-def test_json_that_is_deep_is_run_or_refused(lasting, depth, status):
-    fake, server = lasting
-    deep_value = '{"a":' * depth + "1" + "}" * depth
-    body = f'{{"model":"fake/hello","prompt":"Hi","replicate":{{"x":{deep_value}}}}}'
-    answer = send(server, "POST", TEXT_PATH, body, {"authorization": "Bearer key"})
+def test_json_that_is_deep_is_run_or_refused(server, depth, status):
+    deep = '{"a":' * depth + "1" + "}" * depth
+    body = f'{{"model":"fake/hello","prompt":"Hi","replicate":{{"x":{deep}}}}}'
+    answer = send(server, "POST", TEXT_PATH, body)
     assert answer.status == status
     assert status == 200 or "nested too deeply" in answer.error["message"]
 
 
-def test_a_lack_of_threads_is_told_as_overload(lasting, monkeypatch):
+def test_a_lack_of_threads_is_told_as_overload(fake, server, monkeypatch):
     class NoThread(threading.Thread):
         def start(self):
             raise RuntimeError("can't start new thread")
 
-    fake, server = lasting
     without = SimpleNamespace(**{**vars(threading), "Thread": NoThread})
     monkeypatch.setattr(proxy, "threading", without)
-    fake.seen.clear()
-    answer = post_json(server, CHAT_PATH, model="fake/hello", messages=HI, n=2)
+    answer = chat(server, "hello", n=2)
     assert (answer.status, answer.error["code"]) == (503, "overloaded")
     assert not fake.creates()
 
@@ -8342,6 +8166,8 @@ SHAPED = [
     ("to a stop string", {"stop": "l"}, ["Hello"], "He", "stop"),
     ("a stop string in pieces", {"stop": ["lo"]}, list("Hello"), "Hel", "stop"),
     ("an empty stop string", {"stop": ""}, ["Hello"], "Hello", "stop"),
+    ("as long as it may be", {"max_tokens": 2}, ["abcd", "efgh"], "abcdefgh", "stop"),
+    ("too long in the end", {"max_tokens": 2}, ["abcdefgh", "i"], "abcdefgh", "length"),
     ("to fewer tokens than it takes", {"max_tokens": 1}, ["Hello"], "Hell", "length"),
 ]
 
