@@ -4188,6 +4188,7 @@ QUOTES = ('"', "'", "`")
 DEEPEST_JSON = 200  # brackets
 LONGEST_WORD = 1000  # characters, also of a comment
 SPACE_OR_COMMENT = re.compile(r"[ \t\r\n]+|//[^\n]*(?=\n)|/\*.*?\*/", re.DOTALL)
+SPACE_OR_SLASH = ("", " ", "\n", "\r", "\t", "/")
 HALF_COMMENT = re.compile(r"/(?:/[^\n]*|\*.*)?\Z", re.DOTALL)
 LITERAL = re.compile(
     r"true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII
@@ -4223,8 +4224,9 @@ class JSONReader:
         self.raw: list[str] = []  # all that came
         self.text, self.at = "", 0  # what is looked at, and how far it was read
         self.passed = 0  # characters before `text`
-        self.written: list[str] = []  # JSON that was not given
-        self.sound = 0, 0  # how far `written` and `raw` are good as they were written
+        self.ready: list[str] = []  # JSON as it was written
+        self.repaired: list[str] = []  # what follows from the first repair on
+        self.sound = 0  # characters before the end of `ready`
         self.closers: list[str] = []  # of what is open
         self.is_strict = True  # nothing had to be repaired
         self.is_over = False  # nothing more comes
@@ -4241,20 +4243,20 @@ class JSONReader:
             self.reading.send(text)
         except StopIteration:
             self.is_done = True
-            self.sound = len(self.written), self.passed + self.at
+            self.ready += self.repaired
+            self.sound = self.passed + self.at
         except ValueError:
             self.is_broken = True
-        pieces, end = self.sound
-        ready = "".join(self.written[:pieces])
-        self.written, self.sound = self.written[pieces:], (0, end)
         if self.is_done or self.is_broken:
-            self.rest = "".join(self.raw)[end:]
+            self.rest = "".join(self.raw)[self.sound :]
+        ready = "".join(self.ready)
+        self.ready.clear()
         return ready
 
     def finish(self, done: Done) -> str:
         """Give the rest: nothing more comes, and only brackets may be missing."""
         if done.finish_reason == "length":
-            self.is_broken, self.rest = True, "".join(self.raw)[self.sound[1] :]
+            self.is_broken, self.rest = True, "".join(self.raw)[self.sound :]
             return ""
         return self.feed("", is_over=True)
 
@@ -4265,9 +4267,11 @@ class JSONReader:
         self.text, self.at = self.text[self.at :] + (yield), 0
 
     def write(self, text: str) -> None:
-        self.written.append(text)
         if self.is_strict:
-            self.sound = len(self.written), self.passed + self.at
+            self.ready.append(text)
+            self.sound = self.passed + self.at
+        else:
+            self.repaired.append(text)
 
     def next(self) -> str:
         return self.text[self.at : self.at + 1]
@@ -4284,17 +4288,16 @@ class JSONReader:
     def space(self) -> Generator[None, str, str]:
         """The space that comes next, without the comments in it."""
         space = ""
-        while True:
+        while (c := self.next()) in SPACE_OR_SLASH:
             if found := SPACE_OR_COMMENT.match(self.text, self.at):
                 self.at = found.end()
-                self.is_strict &= found[0].isspace()
-                space += found[0] if self.keeps_space and found[0].isspace() else ""
-            elif HALF_COMMENT.match(self.text, self.at):
+                self.is_strict &= c != "/"
+                space += found[0] if self.keeps_space and c != "/" else ""
+            elif HALF_COMMENT.match(self.text, self.at) if c else not self.is_over:
                 yield from self.more()
-            elif self.next() or self.is_over:
-                return space
             else:
-                yield from self.more()
+                break
+        return space
 
     def first(self) -> Reading:
         while not self.text:
@@ -4320,11 +4323,11 @@ class JSONReader:
             space = yield from self.space()
             if comma:
                 comma += space
-            else:
+            elif space:
                 self.write(space)
-            while HALF_END.match(self.text, self.at):
+            while (c := self.next()) == "<" and HALF_END.match(self.text, self.at):
                 yield from self.more()
-            c, is_after_item = self.next(), last and not comma
+            is_after_item = last and not comma
             if c in self.closers and not (doubled and c == "}"):
                 break  # it closes what is open in it as well
             if is_after_item and (not c or END.match(self.text, self.at)):
@@ -4342,11 +4345,12 @@ class JSONReader:
                         raise ValueError("no comma")
                     self.is_strict = False
                     comma = ","
-                self.write(comma if self.keeps_space else comma[:1])
-                comma = ""
+                if comma:
+                    self.write(comma if self.keeps_space else comma[:1])
+                    comma = ""
                 if opener == "[" or (yield from self.key(opener)):
                     yield from self.value()
-                last = self.written[-1][-1:]
+                last = (self.repaired or self.ready)[-1][-1:]
         self.is_strict &= not comma and c == self.closers[-1]
         self.at += c == self.closers.pop()
         self.write(comma[1:] if self.keeps_space else "")
@@ -4364,19 +4368,17 @@ class JSONReader:
                 raise ValueError("too many values")
             self.write(compact(name) + ":")
             return True
-        is_quoted = self.next() in QUOTES
-        yield from (self.string() if is_quoted else self.word(is_key=True))
+        lacks = ":null" if self.next() in QUOTES else ""
+        yield from (self.string() if lacks else self.word(is_key=True))
         self.write((yield from self.space()))
-        has_colon = self.next() == ":"
-        if has_colon:
+        if has_colon := self.next() == ":":
             self.at += 1
             self.write(":")
             self.write((yield from self.space()))
-        elif not is_quoted:
-            raise ValueError("no colon")
-        if self.next() in (",", "}", "]"):
+            lacks = "null"
+        if lacks and self.next() in (",", "}", "]"):
             self.is_strict = False
-            self.write("null" if has_colon else ":null")
+            self.write(lacks)
             return False
         if not has_colon:
             raise ValueError("no colon")
@@ -4416,12 +4418,11 @@ class JSONReader:
                 break
             if quote.startswith(rest) or HALF_ESCAPE.match(self.text, self.at):
                 yield from self.more()
-                continue
-            self.is_strict = False
-            if rest[:2] in ("\\'", "\\`"):
+            else:  # an unknown escape stands for its backslash
+                self.is_strict = False
+                self.at += rest[:2] in ("\\'", "\\`")
+                self.write(json.dumps(self.next())[1:-1])
                 self.at += 1
-            self.write(json.dumps(self.next())[1:-1])  # an unknown escape stands for \
-            self.at += 1
         self.write('"')
 
 
@@ -4587,7 +4588,7 @@ OPENAI_HEAD = '{"tool_calls":['
 HEAD = re.compile(  # without its space
     rf"""\{{(?:"(?:id|type)":"[\w-]{{0,64}}",|"function":\{{)*
     (?:"(?:{"|".join(NAME_KEYS)})":"(?P<name>[\w-]{{0,64}})(?:(?P<end>")|\Z)
-    (?P<given>,"(?:{"|".join(ARGUMENT_KEYS)})":\{{(?:"(?P<key>[^"]*)"|(?P<none>\}})|))?)?""",
+    (?P<given>,"(?:{"|".join(ARGUMENT_KEYS)})":\{{(?P<first>"(?P<key>[^"]*)"|\}})?)?)?""",
     re.ASCII | re.VERBOSE,
 )
 HALF_HEADS = (OPENAI_HEAD[1:], *(f'"{key}":"' for key in (*NAME_KEYS, "type", "id")))
@@ -4610,21 +4611,19 @@ def parse_head(
         if is_half or HALF_PAIR.fullmatch(rest):
             return "", None
         return ("", 0) if head.startswith(OPENAI_HEAD) else None
-    tool = toolbox.find(name)
-    is_described = key in SCHEMA_KEYS and key not in properties_of(tool)
+    is_described = key in SCHEMA_KEYS and key not in properties_of(toolbox.find(name))
     is_whole = bool(found["end"])
     if not toolbox.knows(name, is_whole) or (is_described and not is_sure):
         return None
     if not is_whole:
         return "", None
-    is_half = any(f',"{key}":{{'.startswith(rest) for key in ARGUMENT_KEYS)
-    if found["given"]:
-        is_half = not is_sure and key is None and rest[:1] in ("", '"')
-        is_half = is_half and not found["none"]
-    if is_half or not found["given"]:
+    if not found["given"]:
+        is_half = any(f',"{key}":{{'.startswith(rest) for key in ARGUMENT_KEYS)
         return name, None if is_half else 0
-    braces = head[: found.start("given")].count("{") + 1
-    at = [brace.start() for brace in re.finditer("{", text)][braces - 1]
+    if not (is_sure or found["first"]):
+        return name, None if rest[:1] in ("", '"') else 0
+    braces = [brace.start() for brace in re.finditer("{", text)]
+    at = braces[head[: found.start("given")].count("{")]
     return name, 0 if "'" in text[:at] else at
 
 
@@ -4809,9 +4808,10 @@ class ToolCallParser:
         self.toolbox = toolbox
         self.strict = strict
         self.done: Done | None = None
-        self.pieces: deque[str] = deque()  # that came, and are to be looked at
+        self.coming = ""  # what came and was not looked at
         self.held = ""  # what was looked at, and may be a call or what closes it
-        self.events: list[Event] = []  # that nobody has taken yet
+        self.texts: list[str] = []  # that nobody has taken yet …
+        self.events: list[Event] = []  # … and what was told before them
         self.calls = 0
         self.openings: list[ToolCallFormat] = []  # that are not closed
         self.is_fresh = True  # nothing was said yet, or nothing since a call
@@ -4821,7 +4821,7 @@ class ToolCallParser:
             "object": self.read_object,
             "named": self.read_named,
             "tagged": self.read_tagged,
-            "python": self.read_python,
+            "python": self.read_object,
         }
         while self.held or (yield from self.more(skims=not self.openings)):
             before, calls = self.openings, self.calls
@@ -4852,7 +4852,7 @@ class ToolCallParser:
 
         A long text comes in pieces, as what is held is copied again and again. If it
         `skims`, what no call can begin in is told at once."""
-        while not self.pieces:
+        while not self.coming:
             if self.done:
                 return False
             yield from self.take()
@@ -4865,27 +4865,30 @@ class ToolCallParser:
                 self.is_fresh &= not event.text
                 yield event
             else:
-                starts = range(0, len(event.text), LONGEST_PIECE)
-                self.pieces += [event.text[at : at + LONGEST_PIECE] for at in starts]
-        self.held += self.pieces.popleft()
+                self.coming = event.text
+        self.held += self.coming[:LONGEST_PIECE]
+        self.coming = self.coming[LONGEST_PIECE:]
         return True
 
     def take(self) -> Events:
         """Give the events so far, with texts that follow each other as one."""
-        for kind, events in groupby(self.events, type):
-            if kind is Text:
-                yield Text("".join(e.text for e in events if isinstance(e, Text)))
-            else:
-                yield from events
-        self.events = []
+        self.join_texts()
+        yield from self.events
+        self.events.clear()
+
+    def join_texts(self) -> None:
+        if self.texts:
+            self.events.append(Text("".join(self.texts)))
+            self.texts.clear()
 
     def emit_text(self, length: int) -> None:
         if text := self.held[:length]:
             self.is_fresh = False
-            self.events.append(Text(text))
+            self.texts.append(text)
             self.held = self.held[length:]
 
     def emit_call(self, name: str, arguments: str = "") -> None:
+        self.join_texts()
         if not self.calls or self.toolbox.parallel:
             self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
         self.calls += 1
@@ -4967,11 +4970,13 @@ class ToolCallParser:
         return "".join(values)
 
     def read_object(self, name: str, at: int) -> Events:
-        """Read an object; its arguments at once if they begin as a call's."""
-        begin: int | None = None
+        """Read an object; its arguments at once if they begin as a call's.
+
+        Or, after the name of a tool, the arguments of a call in Python."""
+        python, is_sure, begin = name, self.is_sure(), 0 if name else None
         while begin is None:
             head = self.held[at : at + LONGEST_HEAD]
-            is_sure = self.is_sure() or "".join(head.split()).startswith(OPENAI_HEAD)
+            is_sure = is_sure or "".join(head.split()).startswith(OPENAI_HEAD)
             found = parse_head(head, self.toolbox, is_sure)
             if not (found or is_sure):
                 return self.refuse()
@@ -4984,30 +4989,30 @@ class ToolCallParser:
         if begin:
             self.emit_call(name)
             return (yield from self.read_arguments(text[begin:], text[:begin]))
-        reader = JSONReader()
+        names = properties_of(self.toolbox.find(python)) if python else None
+        reader = JSONReader(names=names)
         value = yield from self.read_value(reader, text)
-        calls = calls_in(parsed(value), self.toolbox, is_sure) if reader.is_done else []
+        calls = [(python, value)] if python else []
+        if not python:
+            calls = calls_in(parsed(value), self.toolbox, is_sure)
         is_known = all(self.toolbox.find(name) for name, _ in calls)
-        if calls and (is_known or (is_sure and not self.strict)):
+        if reader.is_done and calls and (is_known or (is_sure and not self.strict)):
             for call in calls:
                 self.emit_call(*call)
-        else:
-            self.put_back(before, reader, is_sure or bool(name))
-
-    def put_back(self, before: str, reader: JSONReader, is_call: bool) -> None:
-        """What was read is no call that can be told."""
+            del self.openings[len(self.openings) - bool(python) :]
+            return
         self.held = before + "".join(reader.raw)
         if reader.is_done or reader.is_broken:
             self.refuse(min(len(before) + reader.passed + reader.at, LONGEST_CALL))
         else:
-            self.give_up(is_call)
+            self.give_up(is_sure or bool(name))
 
     def read_arguments(self, text: str, around: str = "") -> Events:
         """Tell arguments as they are written, and pass over what is around them."""
         reader = JSONReader()
         yield from self.read_value(reader, text, is_told=True)
         if reader.is_broken:
-            told = "".join(reader.raw)[: reader.sound[1]]
+            told = "".join(reader.raw)[: reader.sound]
             yield from self.read_broken_arguments(told.count("{") - told.count("}"))
         if around:
             reader = JSONReader()
@@ -5066,17 +5071,6 @@ class ToolCallParser:
         arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
         self.emit_call(name, compact(arguments))
         self.held = self.held[end:]
-
-    def read_python(self, name: str, at: int) -> Events:
-        """Read a call in Python to its last bracket."""
-        before = self.held[:at]
-        reader = JSONReader(names=properties_of(self.toolbox.find(name)))
-        arguments = yield from self.read_value(reader, self.held[at:])
-        if reader.is_done:
-            self.emit_call(name, arguments)
-            self.openings.pop()
-        else:
-            self.put_back(before, reader, is_call=True)
 
     def read_closings(self) -> Events:
         """Drop what closes the openings of a call, and a bracket too many."""
