@@ -65,7 +65,6 @@ from __future__ import annotations
 
 import _thread
 import argparse
-import ast
 import gc
 import http.client
 import json
@@ -4094,232 +4093,262 @@ def inside(path: str, key: str | int) -> str:
 
 # -- JSON ----------------------------------------------------------------------
 #
-# One reader of JSON as models write it, for tool calls and for answers. What is JSON
-# it copies as it stands. What can mean only one thing it mends: other quotes, Python's
-# words, comments, a comma too many, a bracket missing. Where quotes don't balance, it
-# is no JSON: after a string comes a comma, a colon, a bracket or the end.
+# JSON as models write it, for tool calls and for answers. What is JSON is copied as
+# it stands. What can mean only one thing is repaired: other quotes, Python's words,
+# comments, a comma too many, a bracket missing. Where quotes don't balance, it is no
+# JSON: after a string comes a comma, a colon, a bracket or the end.
 # An answer that is to be JSON is asked for in the model's own way if it has one, else
 # in the system text; then the value is taken out of what surrounds it.
 
 
-KEY, COLON, VALUE, NEXT = "key", "colon", "value", "next"  # what is to come
-CLOSERS = {"{": "}", "[": "]"}
-BRACKETS = {"{": "object", "[": "array"}
+CLOSERS = {"{": "}", "[": "]", "(": ")"}
+QUOTES = ('"', "'", "`")
 DEEPEST_JSON = 200  # brackets
 LONGEST_WORD = 1000  # characters, also of a comment
-JSON_TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\n]+)
-    | (?P<mark>[{}\[\],:])
-    | (?P<quote>["'`])
-    | (?P<comment>//[^\n]*(?=\n)|/\*.*?\*/)
-    | (?P<literal>(?:true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)
-        (?=[\s,:{}\[\]"'`<]|//|/\*))
-    | (?P<word>(?:(?!//|/\*)[^\s,:{}\[\]"'`<])+
-        (?:[ \t]+(?:(?!//|/\*)[^\s,:{}\[\]"'`<])+)*
-        (?=[ \t\r]*(?:[\n,:{}\[\]"'`<]|//|/\*)))
-    | (?P<end><\||<｜|</(?:tool_call|function|invoke|json))
-    | (?P<bad><[^|｜/]|</[^tfij]|[^\S \t\r\n])""",
-    re.ASCII | re.DOTALL | re.VERBOSE,
+SPACE_OR_COMMENT = re.compile(r"[ \t\r\n]+|//[^\n]*(?=\n)|/\*.*?\*/", re.DOTALL)
+SPACE_OR_SLASH = ("", " ", "\n", "\r", "\t", "/")
+HALF_COMMENT = re.compile(r"/(?:/[^\n]*|\*.*)?\Z", re.DOTALL)
+LITERAL = re.compile(
+    r"true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII
 )
-JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+WORD = re.compile(r"""(?:(?!//|/\*)[^,:{}\[\]"'`<\n])*""")
 NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
-UNQUOTED = {q: re.compile(rf'[^\\\x00-\x1f"{q}]+') for q in "\"'`"}
-ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null"}
+PYTHON_WORD = re.compile(r"[\w.+-]*")
+PYTHON_QUOTES = re.compile(r"\"{1,3}|'{1,3}|`")
+KEYWORD = re.compile(r"(?:\w+\s*(?:=\s*)?)?")
+ESCAPE = r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
+UNQUOTED = {q: re.compile(rf'(?:[^\\\x00-\x1f"{q}]+|{ESCAPE})+') for q in QUOTES}
 HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+END = re.compile(r"`|<[|｜]|</(?:tool_call|function|invoke|json)")
+HALF_END = re.compile(r"</?[a-z_]{0,8}\Z")
+
+Reading = Generator[None, str, None]  # waits for text
 
 
 class JSONReader:
-    """Reads one object or array that comes in pieces.
+    """Reads one object or array that comes in pieces, whatever is wrong with it.
 
-    `take` gives it as it was written for as long as nothing has to be mended; then
-    nothing until it `is_done`, and the rest, mended. If it `is_broken` beyond that,
-    it gives the rest as it comes."""
+    What is JSON as it stands is given at once; from the first repair on, nothing is
+    until the value ends. With the `names` of parameters it reads the arguments of a
+    call in Python."""
 
-    def __init__(self, keeps_space: bool = False) -> None:
+    def __init__(
+        self, keeps_space: bool = False, names: Iterable[str] | None = None
+    ) -> None:
         self.keeps_space = keeps_space  # between tokens
-        self.closers: list[str] = []  # of what is open; "" for a bracket left out
-        self.place = VALUE
-        self.quote = ""  # of the string it is in
-        self.key = ""  # the kind of its token, if a key came last
-        self.after_string = False
-        self.comma = ""  # with the space after it: it waits for what follows
-        self.held = ""  # a token that may go on
-        self.json: list[str] = []
+        self.is_python = names is not None
+        self.names = iter(names or ())
         self.raw: list[str] = []  # all that came
-        self.seen = 0  # characters of it that were read
-        self.sound = 0, 0  # how far `json` and `raw` are good as they were written
-        self.is_strict = True  # nothing had to be mended
+        self.text, self.at = "", 0  # what is looked at, and how far it was read
+        self.passed = 0  # characters before `text`
+        self.ready: list[str] = []  # JSON as it was written
+        self.repaired: list[str] = []  # what follows from the first repair on
+        self.sound = 0  # characters before the end of `ready`
+        self.closers: list[str] = []  # of what is open
+        self.is_strict = True  # nothing had to be repaired
+        self.is_over = False  # nothing more comes
         self.is_done = self.is_broken = False
+        self.rest = ""  # what follows the value; what was not given if it is broken
+        self.reading = self.container("(") if self.is_python else self.first()
+        next(self.reading)
 
-    def take(self) -> str:
-        """What is safe to emit and was not taken yet."""
-        if self.is_broken:
-            pieces, at = self.sound
-            text = "".join([*self.json[:pieces], "".join(self.raw)[at:]])
-            self.json, self.raw, self.sound = [], [], (0, 0)
-        elif self.is_strict or self.is_done:
-            text, self.json = "".join(self.json), []
-            self.sound = 0, self.sound[1]
-        else:
-            text = ""
-        return text
-
-    def is_cut(self) -> bool:
-        """Whether more is missing than brackets."""
-        is_token = bool(self.held) and not self.held.startswith("<")
-        return bool(self.quote) or is_token or self.place != NEXT
-
-    def feed(self, text: str, depth: int = 0) -> str | None:
-        """Read until no more than `depth` brackets are open; give what follows then."""
+    def feed(self, text: str, is_over: bool = False) -> str:
+        """Take more text, give what is ready."""
         self.raw.append(text)
-        text, self.held, at = self.held + text, "", 0
-        while at < len(text) and not self.is_broken:
-            if self.is_strict:
-                self.sound = len(self.json), self.seen + at - len(self.comma)
-            if self.quote:
-                start, at = at, self.read_string(text, at)
-                if at == start:
-                    break
-                continue
-            token = JSON_TOKEN.match(text, at)
-            if not token:
-                self.is_broken = len(text) - at > LONGEST_WORD
-                break
-            kind = token.lastgroup
-            if kind == "end" or (token[0] == "`" and self.place not in (KEY, VALUE)):
-                self.finish(depth)
-                return text[at:]
-            at = token.end()
-            self.read_token(str(kind), token[0])
-            if kind == "mark" and len(self.closers) <= depth and not self.is_broken:
-                self.is_done = True
-                return text[at:]
-        self.seen += at
-        self.held = text[at:]
-        if self.is_strict and not self.is_broken:
-            self.sound = len(self.json), self.seen - len(self.comma)
-        return self.held if self.is_broken else None
-
-    def read_string(self, text: str, at: int) -> int:
-        """Read a part of a string, and say where it ends."""
-        if plain := UNQUOTED[self.quote].match(text, at) or ESCAPE.match(text, at):
-            self.json.append(plain[0])
-            return plain.end()
-        c = text[at]
-        if c == self.quote:
-            self.json.append('"')
-            self.quote, self.after_string = "", True
-        elif HALF_ESCAPE.match(text, at):
-            return at
-        elif c == "\\" and text[at + 1] in "'`":
-            self.repair(text[at + 1])
-            return at + 2
-        else:  # an unknown escape stands for its backslash
-            self.repair(json.dumps(c)[1:-1])
-        return at + 1
-
-    def repair(self, instead: str = "") -> None:
-        self.is_strict = False
-        self.json.append(instead)
-
-    def read_token(self, kind: str, token: str) -> None:
-        if kind == "space" and self.comma:
-            self.comma += token
-        elif kind == "space":
-            self.json.append(token if self.keeps_space else "")
-        elif kind == "comment":
-            self.repair()
-        elif kind == "bad":
+        self.is_over = is_over
+        try:
+            self.reading.send(text)
+        except StopIteration:
+            self.is_done = True
+            self.ready += self.repaired
+            self.sound = self.passed + self.at
+        except ValueError:
             self.is_broken = True
-        elif token == ":":
-            self.is_broken |= self.place != COLON
-            self.json.append(token)
-            self.place = VALUE
-        elif token == ",":
-            if self.place == NEXT or (self.is_in_object() and self.place != KEY):
-                self.end_item()
-                self.comma = ","
-                self.place = KEY if self.is_in_object() else VALUE
-            else:  # nothing stands before it
-                self.repair()
-        elif token in ("}", "]"):  # closes what is open in it as well
-            closers = ("}", "") if token == "}" else ("]",)
-            depths = [i for i, closer in enumerate(self.closers) if closer in closers]
-            if depths:
-                self.close(depths[-1])
-            else:  # it closes nothing
-                self.repair()
-        elif token == "{" and self.place == KEY and not self.comma:  # {{ for {
-            self.repair()
-            self.closers.append("")
+        if self.is_done or self.is_broken:
+            self.rest = "".join(self.raw)[self.sound :]
+        ready = "".join(self.ready)
+        self.ready.clear()
+        return ready
+
+    def finish(self, done: Done) -> str:
+        """Give the rest: nothing more comes, and only brackets may be missing."""
+        if done.finish_reason == "length":
+            self.is_broken, self.rest = True, "".join(self.raw)[self.sound :]
+            return ""
+        return self.feed("", is_over=True)
+
+    def more(self) -> Reading:
+        if self.is_over or len(self.text) - self.at > LONGEST_WORD:
+            raise ValueError("no end")
+        self.passed += self.at
+        self.text, self.at = self.text[self.at :] + (yield), 0
+
+    def write(self, text: str) -> None:
+        if self.is_strict:
+            self.ready.append(text)
+            self.sound = self.passed + self.at
         else:
-            self.begin_item(kind, token)
-        self.is_broken |= len(self.closers) > DEEPEST_JSON
+            self.repaired.append(text)
 
-    def is_in_object(self) -> bool:
-        return bool(self.closers) and self.closers[-1] != "]"
+    def next(self) -> str:
+        return self.text[self.at : self.at + 1]
 
-    def begin_item(self, kind: str, token: str) -> None:
-        """Begin a key or a value, after the comma that it needs."""
-        if self.place == NEXT and not self.after_string and kind in ("quote", "mark"):
-            self.repair(",")
-            self.place = KEY if self.is_in_object() else VALUE
-        is_key = self.place == KEY
-        self.is_broken |= self.place not in (KEY, VALUE) or (is_key and kind == "mark")
-        self.json.append(self.comma if self.keeps_space else self.comma[:1])
-        self.comma, self.after_string = "", False
-        self.place = COLON if is_key else NEXT
-        self.key = kind if is_key else ""
-        if kind == "mark":
-            self.json.append(token)
-            self.closers.append(CLOSERS[token])
-            self.place = KEY if token == "{" else VALUE
-        elif kind == "quote":
-            self.quote = token
-            self.json.append('"')
-            self.is_strict &= token == '"'
-        elif kind == "literal" and not is_key:
-            self.is_broken |= token[-1].isdigit() and not isfinite(float(token))
-            self.json.append(token)
+    def token(self, pattern: re.Pattern[str]) -> Generator[None, str, str]:
+        """What matches here, once it is sure where that ends."""
+        while True:
+            found = pattern.match(self.text, self.at)
+            if found and found.end() < len(self.text):
+                self.at = found.end()
+                return found[0]
+            yield from self.more()
+
+    def space(self) -> Generator[None, str, str]:
+        """The space that comes next, without the comments in it."""
+        space = ""
+        while (c := self.next()) in SPACE_OR_SLASH:
+            if found := SPACE_OR_COMMENT.match(self.text, self.at):
+                self.at = found.end()
+                self.is_strict &= c != "/"
+                space += found[0] if self.keeps_space and c != "/" else ""
+            elif HALF_COMMENT.match(self.text, self.at) if c else not self.is_over:
+                yield from self.more()
+            else:
+                break
+        return space
+
+    def first(self) -> Reading:
+        while not self.text:
+            yield from self.more()
+        yield from self.value()
+
+    def value(self) -> Reading:
+        c = self.next()
+        if c not in ("{", "["):
+            return self.string() if c in QUOTES else self.word()
+        self.at += 1
+        return self.container(c)
+
+    def container(self, opener: str) -> Reading:
+        self.closers.append(CLOSERS[opener])
+        if len(self.closers) > DEEPEST_JSON:
+            raise ValueError("too deep")
+        self.write("[" if opener == "[" else "{")
+        comma = ""  # with the space after it: it waits for an item
+        last = ""  # the end of the last item
+        doubled = 0  # braces: {{ for {
+        while True:
+            space = yield from self.space()
+            if comma:
+                comma += space
+            elif space:
+                self.write(space)
+            while (c := self.next()) == "<" and HALF_END.match(self.text, self.at):
+                yield from self.more()
+            is_after_item = last and not comma
+            if c in self.closers and not (doubled and c == "}"):
+                break  # it closes what is open in it as well
+            if is_after_item and (not c or END.match(self.text, self.at)):
+                break
+            if is_after_item and c == ",":
+                comma = c
+                self.at += 1
+            elif c in (",", "}", "]") or (c == opener == "{" and not last):
+                doubled = max(0, doubled + (c == "{") - (c == "}"))
+                self.is_strict = False
+                self.at += 1
+            else:
+                if is_after_item:
+                    if last == '"' or c not in (*QUOTES, "{", "["):
+                        raise ValueError("no comma")
+                    self.is_strict = False
+                    comma = ","
+                if comma:
+                    self.write(comma if self.keeps_space else comma[:1])
+                    comma = ""
+                if opener == "[" or (yield from self.key(opener)):
+                    yield from self.value()
+                last = (self.repaired or self.ready)[-1][-1:]
+        self.is_strict &= not comma and c == self.closers[-1]
+        self.at += c == self.closers.pop()
+        self.write(comma[1:] if self.keeps_space else "")
+        self.write("]" if opener == "[" else "}")
+
+    def key(self, opener: str) -> Generator[None, str, bool]:
+        """Read a key; False if no value follows."""
+        if opener == "(":
+            keyword = yield from self.token(KEYWORD)
+            name: str | None = keyword.rstrip("= \n")
+            if "=" not in keyword:
+                self.at -= len(keyword)
+                name = next(self.names, None)
+            if name is None:
+                raise ValueError("too many values")
+            self.write(compact(name) + ":")
+            return True
+        lacks = ":null" if self.next() in QUOTES else ""
+        yield from (self.string() if lacks else self.word(is_key=True))
+        self.write((yield from self.space()))
+        if has_colon := self.next() == ":":
+            self.at += 1
+            self.write(":")
+            self.write((yield from self.space()))
+            lacks = "null"
+        if lacks and self.next() in (",", "}", "]"):
+            self.is_strict = False
+            self.write(lacks)
+            return False
+        if not has_colon:
+            raise ValueError("no colon")
+        return True
+
+    def word(self, is_key: bool = False) -> Reading:
+        word = yield from self.token(PYTHON_WORD if self.is_python else WORD)
+        token = word.rstrip()
+        self.at -= len(word) - len(token)
+        if not token or NO_NUMBER.fullmatch(token):
+            raise ValueError("no value")
+        if LITERAL.fullmatch(token) and not is_key:
+            if token[-1].isdigit():
+                finite_float(token)
+        elif self.is_python and token not in PYTHON_LITERALS:
+            raise ValueError("no literal")
         else:
-            self.is_broken |= bool(NO_NUMBER.fullmatch(token))
-            value = compact(token)
-            self.repair(value if is_key else JSON_WORDS.get(token, value))
+            self.is_strict = False
+            token = (not is_key and PYTHON_LITERALS.get(token)) or compact(token)
+        self.write(token)
 
-    def end_item(self) -> None:
-        """Put what is missing where a key or a value ends."""
-        if self.place == COLON:
-            self.is_broken |= self.key != "quote"
-            self.repair(":null")
-        elif self.place == VALUE and self.is_in_object():
-            self.repair("null")
-        elif self.comma:
-            self.repair(self.comma[1:] if self.keeps_space else "")
-            self.comma = ""
-
-    def close(self, depth: int = 0) -> None:
-        """Close what is open, down to so many brackets."""
-        self.is_strict &= len(self.closers) == depth + 1
-        while len(self.closers) > depth:
-            self.end_item()
-            self.json.append(self.closers.pop())
-            self.place, self.after_string = NEXT, False
-
-    def finish(self, depth: int = 0) -> None:
-        """End where nothing more comes: only brackets may be missing."""
-        self.is_broken |= self.is_cut()
-        self.close(depth)
-        self.is_done = not self.is_broken
+    def string(self) -> Reading:
+        if self.is_python:
+            quote = yield from self.token(PYTHON_QUOTES)
+        else:
+            quote = self.next()
+            self.at += 1
+        self.is_strict &= quote == '"'
+        self.write('"')
+        while len(quote) != 2:
+            if plain := UNQUOTED[quote[0]].match(self.text, self.at):
+                self.at = plain.end()
+                self.write(plain[0])
+            rest = self.text[self.at : self.at + 3]
+            if rest.startswith(quote):
+                self.at += len(quote)
+                break
+            if quote.startswith(rest) or HALF_ESCAPE.match(self.text, self.at):
+                yield from self.more()
+            else:  # an unknown escape stands for its backslash
+                self.is_strict = False
+                self.at += rest[:2] in ("\\'", "\\`")
+                self.write(json.dumps(self.next())[1:-1])
+                self.at += 1
+        self.write('"')
 
 
 def repair_json(text: str) -> str:
-    """The object in a text as JSON; "" if there is none that could be mended."""
-    reader = JSONReader()
-    if "{" in text:
-        reader.feed(text[text.index("{") :] + "\n")
-        if not reader.is_done:
-            reader.finish()
-    return reader.take() if reader.is_done else ""
+    """The object in a text as JSON; "" if there is none that could be repaired."""
+    reader, (_, brace, rest) = JSONReader(), text.partition("{")
+    value = reader.feed(f"{brace}{rest}\n", is_over=True)
+    return value if reader.is_done else ""
 
 
 def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
@@ -4334,8 +4363,8 @@ def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
 
 
 # A brace in prose begins no JSON unless a key and a colon follow it, nor does a
-# bracket without an item. Until that is clear, text is held. What has nothing in its
-# brackets, or keys without quotes, can't be distinguished from prose before the end.
+# bracket without an item. What has nothing in its brackets, or keys without quotes,
+# can't be distinguished from prose before the end.
 GAPS = r"\s{0,20}"
 QUOTED = r"""(?:"(?:[^"\\]|\\.){0,100}"|'(?:[^'\\]|\\.){0,100}')"""
 SCALAR = r"(?:-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?|true|false|null)"
@@ -4345,13 +4374,7 @@ BEGINS = re.compile(
     |(?:\[{GAPS}){{1,8}}(?:"|(?:{SCALAR}|{EMPTY}){GAPS}[,\]])""",
     re.DOTALL | re.VERBOSE,
 )
-MAY_BEGIN = re.compile(
-    rf"""(?:\[{GAPS}){{0,8}}
-    (?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
-    | \{{{GAPS}(?:"(?:[^"\\]|\\.){{0,100}}\\?|'(?:[^'\\]|\\.){{0,100}}\\?
-        |{QUOTED}{GAPS}|\}}{GAPS})?)?""",
-    re.DOTALL | re.VERBOSE,
-)
+LONGEST_BEGINNING = 420  # characters
 LONE_VALUE = re.compile(
     rf'[{{\[]|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
 )
@@ -4361,107 +4384,94 @@ LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
 
 def extract_json(events: Events, format: ResponseFormat) -> Events:
     """Tell of the text only the value in it, or all of it if there is none."""
-    types = root_types(format.schema)
-    openings = re.compile(
-        "|".join(re.escape(c) for c, name in BRACKETS.items() if name in types)
-        or "(?!)"
-    )
-    passed: list[str] = []  # text that no value begins in
-    held = ""  # text that one may begin with
+    brackets = possible_brackets(format.schema)
+    bracket = re.compile(f"[{re.escape(brackets)}]" if brackets else "(?!)")
+    text, looked = "", 0
     with closing(events):
         for event in events:
             if isinstance(event, Text):
-                held += event.text
-                at, begins = find_value(held, openings)
-                passed.append(held[:at])
-                held = held[at:]
-                if begins:
+                text += event.text
+                matches = (
+                    BEGINS.match(text, b.start())
+                    for b in bracket.finditer(text, looked)
+                )
+                found = [(match.end(), match.start()) for match in matches if match]
+                if found:  # of several, that which could be told first
                     break
+                looked = max(0, len(text) - LONGEST_BEGINNING)
                 continue
             if isinstance(event, (ToolCall, Done)):
-                text = "".join(passed) + held
                 if isinstance(event, Done):
-                    text = lone_value(text, format, types)
+                    text = lone_value(text, format, brackets)
                 if text:
                     yield Text(text)
-                passed, held = [], ""
+                text, looked = "", 0
             yield event
+        else:
+            return
         reader, epilogue = JSONReader(keeps_space=True), 0
-        for event in chain((Text(held),), events):
+        for event in chain((Text(text[min(found)[1] :]),), events):
+            ready = rest = ""
+            is_over = reader.is_done or reader.is_broken
             if isinstance(event, Text):
-                rest: str | None = event.text
-                if not reader.is_done:
-                    rest = reader.feed(event.text)
-                    if ready := reader.take():
-                        yield Text(ready)
-                epilogue += len(rest or "") if reader.is_done else 0
-                if epilogue > LONGEST_EPILOGUE:
-                    yield Done("stop")
-                    return
-                continue
-            if isinstance(event, Done):
-                if not (reader.is_done or reader.is_broken):
-                    reader.is_broken = event.finish_reason == "length"
-                    reader.finish()
-                if ready := reader.take():
-                    yield Text(ready)
-                if reader.is_done:  # what was cut off after it was no part of it
-                    event = Done("stop", event.usage)
-            yield event
+                ready = "" if is_over else reader.feed(event.text)
+                rest = event.text if is_over else reader.rest
+            elif isinstance(event, Done) and not is_over:
+                ready, rest = reader.finish(event), reader.rest
+            if reader.is_done:
+                epilogue += len(rest)
+            elif reader.is_broken:
+                ready += rest
+            if ready:
+                yield Text(ready)
+            if isinstance(event, Done) and reader.is_done:
+                event = Done("stop", event.usage)  # what was cut off was no part of it
+            if epilogue > LONGEST_EPILOGUE:
+                yield Done("stop")
+                return
+            if not isinstance(event, Text):
+                yield event
 
 
-def root_types(schema: Json) -> set[str]:
-    """The types of a schema's values, as far as it says them; else all."""
+def possible_brackets(schema: Json) -> str:
+    """The brackets that values of a schema may begin with, as far as it says so."""
+    within = Validation(schema)
     try:
-        return types_of(schema, Validation(schema))
+        may_be_object = may_be("object", schema, within)
+        may_be_array = may_be("array", schema, within)
     except (TooManySteps, RecursionError):
-        return set(TYPES)
+        return "{["
+    return "{" * may_be_object + "[" * may_be_array
 
 
-def types_of(schema: Any, within: Validation) -> set[str]:
+def may_be(type: str, schema: Any, within: Validation) -> bool:
     within.spend()
-    types, schema = set(TYPES), as_object(schema)
-    given = schema.get("type")
-    names = {name for name in [given, *as_list(given)] if isinstance(name, str)}
-    if names & types:
-        types = names
-    elif "properties" in schema:
-        types = {"object"}
+    schema = as_object(schema)
+    given = schema.get("type", "object" if "properties" in schema else None)
+    names = [name for name in [given, *as_list(given)] if name in [*TYPES]]
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    choices = [as_list(schema[k]) for k in ("anyOf", "oneOf") if as_list(schema.get(k))]
+    all_of = as_list(schema.get("allOf"))
     if "$ref" in schema:
-        types &= types_of(within.target(schema["$ref"]), within)
-    for one in as_list(schema.get("allOf")):
-        types &= types_of(one, within)
-    for keyword in ("anyOf", "oneOf"):
-        if choices := as_list(schema.get(keyword)):
-            types &= set().union(*(types_of(one, within) for one in choices))
-    for values in (
-        schema.get("enum"),
-        [schema["const"]] if "const" in schema else None,
-    ):
-        if isinstance(values, list):
-            types &= {name for name in TYPES for value in values if TYPES[name](value)}
-    return types
+        all_of = [*all_of, within.target(schema["$ref"])]
+    return (
+        (not names or type in names)
+        and (not isinstance(values, list) or any(map(TYPES[type], values)))
+        and all(may_be(type, one, within) for one in all_of)
+        and all(any(may_be(type, one, within) for one in each) for each in choices)
+    )
 
 
-def find_value(text: str, openings: re.Pattern[str]) -> tuple[int, bool]:
-    """Where a value begins, or may begin if that is yet to be seen."""
-    for opening in openings.finditer(text):
-        at = opening.start()
-        if begins := BEGINS.match(text, at) or MAY_BEGIN.fullmatch(text, at):
-            return at, begins.re is BEGINS
-    return len(text), False
-
-
-def lone_value(text: str, format: ResponseFormat, types: set[str]) -> str:
+def lone_value(text: str, format: ResponseFormat, brackets: str) -> str:
     """A value that does not look like one, if it fits the schema, else the text."""
     for found in islice(LONE_VALUE.finditer(text), MOST_LONE_VALUES):
         value = found[0]
-        if value in BRACKETS:
+        if value in ("{", "["):
             reader = JSONReader(keeps_space=True)
-            reader.feed(text[found.start() :])
-            value = reader.take() if reader.is_done else ""
-        elif types == set(TYPES):
-            continue
+            value = reader.feed(text[found.start() :])
+            value = value if reader.is_done else ""
+        elif brackets == "{[":
+            continue  # the schema says nothing
         if value and not parsed_or_why(value, format)[1]:
             return value
     return text
@@ -4488,48 +4498,51 @@ def tool_call_error(name: str, arguments: str, toolbox: Toolbox) -> str:
 
 NAME_KEYS = ("name", "function", "tool", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-HEAD_KEYS = (*NAME_KEYS, "type", "id", "tool_calls")
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
 SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
 NAME_CHARACTERS = ALPHABET + "_-"
 LONGEST_HEAD = 400  # characters, up to where arguments begin
-OPENAI_OBJECT = re.compile(r'\{\s*"tool_calls"\s*:\s*\[')
-OBJECT_HEAD = re.compile(
-    rf"""\{{ (?:\s*"(?:id|type)"\s*:\s*"[\w-]{{0,64}}"\s*, | \s*"function"\s*:\s*\{{)*
-    \s*(?:"(?:{"|".join(NAME_KEYS)})"\s*:\s*"(?P<name>[\w-]{{0,64}})(?P<end>"|\Z))?""",
+OPENAI_HEAD = '{"tool_calls":['
+HEAD = re.compile(  # without its space
+    rf"""\{{(?:"(?:id|type)":"[\w-]{{0,64}}",|"function":\{{)*
+    (?:"(?:{"|".join(NAME_KEYS)})":"(?P<name>[\w-]{{0,64}})(?:(?P<end>")|\Z)
+    (?P<given>,"(?:{"|".join(ARGUMENT_KEYS)})":\{{(?P<first>"(?P<key>[^"]*)"|\}})?)?)?""",
     re.ASCII | re.VERBOSE,
 )
-HALF_HEAD = re.compile(r'(?:"(?P<key>\w*)(?:"\s*(?::\s*(?:"[\w-]{0,64}"?\s*)?)?)?)?')
-ARGUMENTS_BEGIN = re.compile(
-    rf"""\s*,\s*"(?:{"|".join(ARGUMENT_KEYS)})"\s*:\s*
-    (?P<brace>\{{)\s*(?P<first>\}}|"(?P<key>[^"]*)"|)""",
-    re.VERBOSE,
-)
+HALF_HEADS = (OPENAI_HEAD[1:], *(f'"{key}":"' for key in (*NAME_KEYS, "type", "id")))
+HALF_PAIR = re.compile(r'"(?:id|type)":"[\w-]{0,64}"?', re.ASCII)
 
 
-def object_head(head: str, toolbox: Toolbox, is_sure: bool) -> tuple[str, int] | None:
-    """Which tool an object calls, "" while it may name one, and where arguments begin.
+def parse_head(
+    text: str, toolbox: Toolbox, is_sure: bool
+) -> tuple[str, int | None] | None:
+    """Which tool an object calls, if it says so yet, and where its arguments begin.
 
-    None if no call begins so, or if it is a tool that is described, not called."""
-    head = head.replace("'", '"')
-    begun = OBJECT_HEAD.match(head)
-    if not begun or OPENAI_OBJECT.match(head):
-        return "", 0
-    if begun["name"] is None:
-        half = HALF_HEAD.fullmatch(head, begun.end())
-        is_begun = half and any(k.startswith(half["key"] or "") for k in HEAD_KEYS)
-        return ("", 0) if is_begun else None
-    name, is_whole = begun["name"], begun["end"] == '"'
-    if not toolbox.knows(name, is_whole):
+    That is 0 if they can't be streamed, None if it is yet to be seen; all is None if
+    no call begins so, or if it is a tool that is described, not called."""
+    head = "".join(text.split()).replace("'", '"')
+    found = HEAD.match(head)
+    assert found
+    name, key, rest = found["name"], found["key"], head[found.end() :]
+    if name is None:
+        is_half = any(begin.startswith(rest) for begin in HALF_HEADS)
+        if is_half or HALF_PAIR.fullmatch(rest):
+            return "", None
+        return ("", 0) if head.startswith(OPENAI_HEAD) else None
+    is_described = key in SCHEMA_KEYS and key not in properties_of(toolbox.find(name))
+    is_whole = bool(found["end"])
+    if not toolbox.knows(name, is_whole) or (is_described and not is_sure):
         return None
-    arguments = ARGUMENTS_BEGIN.match(head, begun.end())
-    if not arguments:
-        return name if is_whole else "", 0
-    key, known = arguments["key"], properties_of(toolbox.find(name))
-    if not is_sure and key in SCHEMA_KEYS and key not in known:
-        return None
-    is_clear = is_sure or arguments["first"]
-    return name, arguments.start("brace") if is_clear else 0
+    if not is_whole:
+        return "", None
+    if not found["given"]:
+        is_half = any(f',"{key}":{{'.startswith(rest) for key in ARGUMENT_KEYS)
+        return name, None if is_half else 0
+    if not (is_sure or found["first"]):
+        return name, None if rest[:1] in ("", '"') else 0
+    braces = [brace.start() for brace in re.finditer("{", text)]
+    at = braces[head[: found.start("given")].count("{")]
+    return name, 0 if "'" in text[:at] else at
 
 
 def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str]]:
@@ -4664,6 +4677,7 @@ def opening_at(
 
 
 START = re.compile(r"[<\[{`]")  # what any call begins with
+START_OR_SPACE = re.compile(r"[<\[{`]|\s\Z")
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
 MOST_OPENINGS = 6  # of one call
 LONGEST_CALL = 200_000  # characters that are held
@@ -4694,59 +4708,6 @@ def tagged_arguments(text: str, tool: Tool | None) -> Json:
     return arguments
 
 
-LONGEST_PYTHON = 4000  # characters
-DEEPEST_PYTHON = 20  # brackets
-PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
-PYTHON_STRING = r"""(?P<text>\"""(?:[^\\]|\\.)*?\"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'
-    |"(?!"")(?:[^"\\\n]|\\.)*"|'(?!'')(?:[^'\\\n]|\\.)*')"""
-PYTHON_PART = re.compile(
-    rf"""{PYTHON_STRING}|(?P<open>[(\[{{])|(?P<close>[)\]}}])|[^"'()\[\]{{}}]+""",
-    re.DOTALL | re.VERBOSE,
-)
-PYTHON_TOKEN = re.compile(
-    rf"""{PYTHON_STRING}
-    |(?P<name>[A-Za-z_]\w*)(?=\s*=)
-    |(?P<word>\b(?:True|False|None|true|false|null)\b)
-    |-?\b\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?\b""",
-    re.DOTALL | re.VERBOSE,
-)
-PYTHON_NOISE = re.compile(r"[^0=\s,:()\[\]{}]|[0)\]}]\s*[0(\[{=]")
-PYTHON_ESCAPE = re.compile(r"\\(?=[^\n\\'\"abfnrtvxuU0])(.)|\\.", re.DOTALL)
-
-
-def python_arguments(text: str, tool: Tool | None) -> Json | None:
-    """The arguments of a call in their brackets; None if they are not literals."""
-    try:
-        call = ast.parse(f"f{as_literals(text)}", mode="eval").body
-        if not isinstance(call, ast.Call):
-            return None
-        values = [ast.literal_eval(argument) for argument in call.args]
-        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        named = zip(islice(properties_of(tool), len(values)), values, strict=True)
-        arguments = {**dict(named), **given}
-        json.dumps(arguments, allow_nan=False)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return None
-    return arguments
-
-
-def as_literals(text: str) -> str:
-    """The text as Python may have it; ValueError if there is more in it than literals.
-
-    Python's parser is given nothing else, as it recurses without an end of its own."""
-    bare = PYTHON_TOKEN.sub(lambda token: "" if token["name"] else "0", text)
-    depths = accumulate((c in "([{") - (c in ")]}") for c in bare)
-    if PYTHON_NOISE.search(bare) or max(depths, default=0) > DEEPEST_PYTHON:
-        reject_constant("more than literals")
-    return PYTHON_TOKEN.sub(as_literal, text)
-
-
-def as_literal(token: re.Match[str]) -> str:
-    if token["text"]:
-        return PYTHON_ESCAPE.sub(lambda e: f"\\{e[0]}" if e[1] else e[0], token[0])
-    return PYTHON_WORDS.get(token[0], token[0])
-
-
 def extract_tool_calls(
     events: Events, toolbox: Toolbox, strict: bool = False
 ) -> Events:
@@ -4765,64 +4726,87 @@ class ToolCallParser:
         self.toolbox = toolbox
         self.strict = strict
         self.done: Done | None = None
-        self.was_cut = False
-        self.pieces: deque[str] = deque()  # that came, and are to be looked at
+        self.coming = ""  # what came and was not looked at
         self.held = ""  # what was looked at, and may be a call or what closes it
-        self.events: list[Event] = []  # that nobody has taken yet
+        self.texts: list[str] = []  # that nobody has taken yet …
+        self.events: list[Event] = []  # … and what was told before them
         self.calls = 0
         self.openings: list[ToolCallFormat] = []  # that are not closed
         self.is_fresh = True  # nothing was said yet, or nothing since a call
 
     def parse(self) -> Events:
-        is_over = False
-        while not is_over and (self.held or (yield from self.more())):
-            is_over = yield from self.read_call()
+        readers = {
+            "object": self.read_object,
+            "named": self.read_named,
+            "tagged": self.read_tagged,
+            "python": self.read_object,
+        }
+        while self.held or (yield from self.more(skims=not self.openings)):
+            before, calls = self.openings, self.calls
+            if not before:
+                start = START.search(self.held)
+                end = start.start() if start else len(self.held)
+                self.emit_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
+            self.openings, holds, name, at = self.read_openings()
+            if holds == "result" and calls:
+                break  # what a tool gives is not the model's to say
+            if holds is None and (yield from self.more()):
+                self.openings = before
+            elif holds is None:
+                self.give_up(self.is_sure())
+            elif holds in readers:
+                yield from readers[holds](name, at)
+            else:
+                self.refuse(at)
+            if self.calls > calls:
+                yield from self.read_closings()
         yield from self.take()
         done = self.done or Done("stop")
-        reason = done.finish_reason
-        if self.was_cut:
-            reason = "length"
-        elif self.calls and reason == "stop":
-            reason = self.toolbox.called
-        yield Done(reason, done.usage)
+        is_called = self.calls and done.finish_reason == "stop"
+        yield Done(self.toolbox.called, done.usage) if is_called else done
 
-    def more(self) -> Waiting:
+    def more(self, skims: bool = False) -> Waiting:
         """Tell what is clear by now, and hold more text; False if there is none.
 
-        A long text comes in pieces, as what is held is copied again and again."""
-        while not self.pieces:
+        A long text comes in pieces, as what is held is copied again and again. If it
+        `skims`, what no call can begin in is told at once."""
+        while not self.coming:
             if self.done:
                 return False
             yield from self.take()
             event = next(self.source, Done("stop"))
-            if isinstance(event, Text):
-                size = LONGEST_PIECE
-                starts = range(0, len(event.text), size)
-                self.pieces.extend(event.text[at : at + size] for at in starts)
-            elif isinstance(event, Done):
+            if isinstance(event, Done):
                 self.done = event
-                self.was_cut = event.finish_reason == "length"
-            else:
+            elif not isinstance(event, Text):
                 yield event
-        self.held += self.pieces.popleft()
+            elif skims and not START_OR_SPACE.search(event.text):
+                self.is_fresh &= not event.text
+                yield event
+            else:
+                self.coming = event.text
+        self.held += self.coming[:LONGEST_PIECE]
+        self.coming = self.coming[LONGEST_PIECE:]
         return True
 
     def take(self) -> Events:
         """Give the events so far, with texts that follow each other as one."""
-        for kind, events in groupby(self.events, type):
-            if kind is Text:
-                yield Text("".join(e.text for e in events if isinstance(e, Text)))
-            else:
-                yield from events
-        self.events = []
+        self.join_texts()
+        yield from self.events
+        self.events.clear()
+
+    def join_texts(self) -> None:
+        if self.texts:
+            self.events.append(Text("".join(self.texts)))
+            self.texts.clear()
 
     def emit_text(self, length: int) -> None:
         if text := self.held[:length]:
             self.is_fresh = False
-            self.events.append(Text(text))
+            self.texts.append(text)
             self.held = self.held[length:]
 
     def emit_call(self, name: str, arguments: str = "") -> None:
+        self.join_texts()
         if not self.calls or self.toolbox.parallel:
             self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
         self.calls += 1
@@ -4841,126 +4825,136 @@ class ToolCallParser:
         first = len(self.held) - len(self.held.lstrip()) + 1
         self.emit_text(length if length > LONGEST_HEAD else first)
 
-    def drop(self) -> None:
-        """It was cut off in what would have been a call."""
-        self.held, self.was_cut = "", True
+    def give_up(self, is_call: bool) -> None:
+        """It ended in what may be a call: that is text, unless it was cut off."""
+        if is_call and self.done and self.done.finish_reason == "length":
+            self.held = ""
+        else:
+            self.refuse()
 
     def is_sure(self) -> bool:
         return any(opening.holds == "call" for opening in self.openings)
 
-    def read_call(self) -> Waiting:
-        """Tell text up to where a call may begin, and read it; True if that was all."""
-        open_before = self.openings
-        while True:
-            if not open_before:
-                start = START.search(self.held)
-                end = start.start() if start else len(self.held)
-                self.emit_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
-            self.openings = [*open_before]
-            found = self.read_openings()
-            if found:
-                break
-            if not (yield from self.more()):
-                if self.was_cut and self.is_sure():
-                    self.drop()
-                else:
-                    self.refuse()
-                return False
-        holds, name, at = found
-        calls = self.calls
-        readers = {
-            "object": self.read_object,
-            "named": self.read_named,
-            "tagged": self.read_tagged,
-            "python": self.read_python,
-        }
-        if holds == "result" and calls:
-            return True  # what a tool gives is not the model's to say
-        if holds in readers:
-            yield from readers[holds](name, at)
-        else:
-            self.refuse(at)
-        if self.calls > calls:
-            yield from self.read_closings()
-        return False
+    def read_openings(self) -> tuple[list[ToolCallFormat], str | None, str, int]:
+        """The openings, what they hold, the name in them, and where they end.
 
-    def read_openings(self) -> tuple[str, str, int] | None:
-        """What they hold, "" for no call, the name in them, and where they end.
-
-        None if that is yet to be seen."""
-        at, is_line, opened = 0, self.is_fresh, len(self.openings)
-        while len(self.openings) <= opened + MOST_OPENINGS:
+        They hold "" if it is no call, None if that is yet to be seen."""
+        at, is_line, openings = 0, self.is_fresh, [*self.openings]
+        while len(openings) <= len(self.openings) + MOST_OPENINGS:
             gap = GAP.match(self.held, at)
             start, at = at, gap.end() if gap else at
             if at == len(self.held):
-                return None
+                return openings, None, "", at
             is_line = self.is_fresh or "\n" in self.held[start:at]
             found = []
             formats = BY_BEGINNING.get(self.held[at], [])
-            for format in [*formats, *BY_BEGINNING["*"]] if self.openings else formats:
+            for format in [*formats, *BY_BEGINNING["*"]] if openings else formats:
                 is_place = is_line if format.where == LINE else format.where == ANYWHERE
                 opening = opening_at(format.opening, self.held, at, self.toolbox)
-                if opening and (is_place or self.openings):
+                if opening and (is_place or openings):
                     found.append((*opening, format))
             if any(end < 0 for _, end, _ in found):
-                return None
+                return openings, None, "", at
             if not found:
-                is_object = self.held[at] == "{" and (is_line or self.openings)
-                return "object" if is_object else "", "", at
+                is_object = self.held[at] == "{" and (is_line or openings)
+                return openings, "object" if is_object else "", "", at
             name, at, format = max(found, key=itemgetter(1))
-            if format in self.openings[opened:]:
+            if format in openings[len(self.openings) :]:
                 break
-            self.openings.append(format)
+            openings.append(format)
             if format.holds not in ("call", "object"):
-                return format.holds, name, at
-        return "", "", at
+                return openings, format.holds, name, at
+        return openings, "", "", at
+
+    def read_value(
+        self, reader: JSONReader, text: str, is_told: bool = False
+    ) -> Generator[Event, None, str]:
+        """Read JSON to its end, which is told as arguments while it comes, or held."""
+        values = [reader.feed(text)]
+        while True:
+            if is_told:
+                self.emit_arguments(values[-1])
+            if reader.is_done or reader.is_broken:
+                break
+            self.held = ""
+            if (yield from self.more()):
+                values.append(reader.feed(self.held))
+            elif is_told:
+                values.append(reader.finish(self.done or Done("stop")))
+            else:
+                break
+            reader.is_broken |= not is_told and reader.passed > LONGEST_CALL
+        self.held = reader.rest
+        return "".join(values)
 
     def read_object(self, name: str, at: int) -> Events:
-        """Read an object; its arguments at once if they begin as a call's."""
-        reader, text, piece = JSONReader(), self.held[:at], self.held[at:]
-        is_sure = self.is_sure()
-        while True:
-            is_new = len(text) - at < LONGEST_HEAD
-            text += piece
-            self.held = ""
-            if is_new:
-                head = text[at : at + LONGEST_HEAD]
-                is_sure = is_sure or bool(OPENAI_OBJECT.match(head))
-                found = object_head(head, self.toolbox, is_sure)
-                if found is None and not is_sure:
-                    self.held = text
-                    return self.refuse()
-                name, begin = found or ("", 0)
-                arguments = JSONReader()
-                if begin:
-                    arguments.feed(head[:begin])
-                    arguments.take()
-                if begin and arguments.is_strict:
-                    self.emit_call(name)
-                    self.held = text[at + begin :]
-                    depth = len(arguments.closers)
-                    return (yield from self.read_arguments(arguments, depth))
-            rest = reader.feed(piece)
-            length = len(text) - at - len(rest or "")
-            if rest is not None or length > LONGEST_CALL:
-                break
-            if not (yield from self.more()):
-                is_cut = self.was_cut or reader.is_cut() or bool(name and not begin)
-                if is_cut and (is_sure or name):
-                    return self.drop()
-                reader.finish()
-                break
-            piece = self.held
-        calls = calls_in(parsed(reader.take()), self.toolbox, is_sure)
-        known = all(self.toolbox.find(name) for name, _ in calls)
-        is_call = known or (is_sure and not self.strict)
-        if reader.is_done and length <= LONGEST_CALL and calls and is_call:
+        """Read an object; its arguments at once if they begin as a call's.
+
+        Or, after the name of a tool, the arguments of a call in Python."""
+        python, is_sure, begin = name, self.is_sure(), 0 if name else None
+        while begin is None:
+            head = self.held[at : at + LONGEST_HEAD]
+            is_sure = is_sure or "".join(head.split()).startswith(OPENAI_HEAD)
+            found = parse_head(head, self.toolbox, is_sure)
+            if not (found or is_sure):
+                return self.refuse()
+            name, begin = found or ("", 0)
+            if begin is None and len(head) == LONGEST_HEAD:
+                begin = 0
+            elif begin is None and not (yield from self.more()):
+                return self.give_up(is_sure or bool(name))
+        text, before = self.held[at:], self.held[:at]
+        if begin:
+            self.emit_call(name)
+            return (yield from self.read_arguments(text[begin:], text[:begin]))
+        names = properties_of(self.toolbox.find(python)) if python else None
+        reader = JSONReader(names=names)
+        value = yield from self.read_value(reader, text)
+        calls = [(python, value)] if python else []
+        if not python:
+            calls = calls_in(parsed(value), self.toolbox, is_sure)
+        is_known = all(self.toolbox.find(name) for name, _ in calls)
+        if reader.is_done and calls and (is_known or (is_sure and not self.strict)):
             for call in calls:
                 self.emit_call(*call)
-            self.held = rest or ""
+            del self.openings[len(self.openings) - bool(python) :]
+            return
+        self.held = before + "".join(reader.raw)
+        if reader.is_done or reader.is_broken:
+            self.refuse(min(len(before) + reader.passed + reader.at, LONGEST_CALL))
         else:
-            self.held = text
-            self.refuse(min(length, LONGEST_CALL))
+            self.give_up(is_sure or bool(name))
+
+    def read_arguments(self, text: str, around: str = "") -> Events:
+        """Tell arguments as they are written, and pass over what is around them."""
+        reader = JSONReader()
+        yield from self.read_value(reader, text, is_told=True)
+        if reader.is_broken:
+            told = "".join(reader.raw)[: reader.sound]
+            yield from self.read_broken_arguments(told.count("{") - told.count("}"))
+        if around:
+            reader = JSONReader()
+            reader.feed(around)
+            yield from self.read_value(reader, "{}" + self.held)
+
+    def read_broken_arguments(self, depth: int) -> Events:
+        """Tell the rest as it is, to its last bracket or what closes the call."""
+        closings = [o.closing for o in self.openings if len(o.closing) > 1]
+        marks = re.compile("|".join(map(re.escape, ["{", "}", *closings])))
+        is_more = True
+        while is_more:
+            end = len(self.held) - overhang(self.held, closings)
+            for mark in marks.finditer(self.held):
+                depth += (mark[0] == "{") - (mark[0] == "}")
+                if mark[0] in closings or not depth:
+                    end = mark.start() if mark[0] in closings else mark.end()
+                    is_more = False
+                    break
+            self.emit_arguments(self.held[:end])
+            self.held = self.held[end:]
+            if is_more and not (yield from self.more()):
+                self.emit_arguments(self.held)
+                self.held, is_more = "", False
 
     def read_named(self, name: str, at: int) -> Events:
         """Read the arguments after an opening that holds the name."""
@@ -4973,100 +4967,28 @@ class ToolCallParser:
             if brace or len(lead) >= LONGEST_LEAD:
                 break
             if not (yield from self.more()):
-                if LEAD.fullmatch(lead) or (self.was_cut and self.is_sure()):
-                    return self.drop()
-                return self.refuse()
+                return self.give_up(is_call=True)
         if not brace or len(lead) > LONGEST_LEAD or not LEAD.fullmatch(lead):
             return self.refuse()
         if "```" in lead:
             self.openings.append(ToolCallFormat("object", "```", "```"))
         self.emit_call(name)
-        self.held = self.held[at + len(lead) :]
-        yield from self.read_arguments(JSONReader(), 0)
-
-    def read_arguments(self, reader: JSONReader, depth: int) -> Events:
-        """Tell arguments as they are written, and pass over what is around them."""
-        rest: str | None = None
-        while rest is None:
-            text, self.held = self.held, ""
-            rest = reader.feed(text, depth)
-            ready = reader.take()
-            if reader.is_broken:
-                self.held = ready
-                return (yield from self.read_broken_arguments())
-            self.emit_arguments(ready)
-            if rest is None and not (yield from self.more()):
-                self.was_cut |= reader.is_cut()
-                if not self.was_cut:
-                    reader.finish(depth)
-                    self.emit_arguments(reader.take())
-                return
-        while depth and (rest := reader.feed(rest)) is None:
-            if not (yield from self.more()):
-                return
-            rest, self.held = self.held, ""
-        self.held = rest
-
-    def read_broken_arguments(self) -> Events:
-        """Tell the rest as it is, up to what closes the call."""
-        closings = [o.closing for o in self.openings if o.closing]
-        ends: list[int] = []
-        while not ends:
-            ends = [self.held.find(c) for c in closings if c in self.held]
-            end = min(ends) if ends else len(self.held) - overhang(self.held, closings)
-            self.emit_arguments(self.held[:end])
-            self.held = self.held[end:]
-            if not ends and not (yield from self.more()):
-                self.emit_arguments(self.held)
-                self.held = ""
-                return
+        yield from self.read_arguments(self.held[at + len(lead) :])
 
     def read_tagged(self, name: str, at: int) -> Events:
         """Read tags up to what closes them."""
-        closing = self.openings[-1].closing
-        text, self.held = self.held, ""
-        looked = at
-        while (end := text.find(closing, looked)) < 0 and len(text) <= LONGEST_CALL:
-            looked = max(at, len(text) - len(closing) + 1)
-            if not (yield from self.more()):
-                if self.was_cut or TAGGED.search(TAGGED_END.split(text)[-1]):
-                    return self.drop()
-                break
-            text += self.held
-            self.held = ""
-        self.held = text
-        end = len(text) if end < 0 else end
+        closing, looked, is_more = self.openings[-1].closing, at, True
+        while is_more and (end := self.held.find(closing, looked)) < 0:
+            looked = max(at, len(self.held) - len(closing) + 1)
+            is_more = len(self.held) <= LONGEST_CALL and (yield from self.more())
+        end = len(self.held) if end < 0 else end
         if end > LONGEST_CALL:
             return self.refuse(LONGEST_CALL)
+        if not is_more and TAGGED.search(TAGGED_END.split(self.held)[-1]):
+            return self.give_up(is_call=True)
         arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
         self.emit_call(name, compact(arguments))
         self.held = self.held[end:]
-
-    def read_python(self, name: str, at: int) -> Events:
-        """Read a call in Python to its last bracket."""
-        begin, depth = at, 1
-        while True:
-            text = self.held[: begin + LONGEST_PYTHON]
-            while depth and (part := PYTHON_PART.match(text, at)):
-                if part["text"] and part.end() == len(text):
-                    break  # two quotes may become three
-                at = part.end()
-                depth += bool(part["open"]) - bool(part["close"])
-            is_open = text[at : at + 3] in ('"""', "'''")
-            is_long = len(text) == begin + LONGEST_PYTHON
-            if not depth or is_long or ("\n" in text[at:] and not is_open):
-                break
-            if not (yield from self.more()):
-                return self.drop()
-        arguments = None
-        if not depth:
-            tool = self.toolbox.find(name)
-            arguments = python_arguments(f"({text[begin:at]}", tool)
-        if arguments is None:
-            return self.refuse(at if not depth else len(text))
-        self.emit_call(name, compact(arguments))
-        self.openings.pop()
-        self.held = self.held[at:]
 
     def read_closings(self) -> Events:
         """Drop what closes the openings of a call, and a bracket too many."""

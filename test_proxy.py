@@ -1424,11 +1424,7 @@ REFUSED_OF_TOOLS = [  # param, code, words of the message
     (
         "no allowed tools",
         {"tools": TOOLS, "tool_choice": allowed("auto")},
-        (
-            "tool_choice.allowed_tools.tools",
-            "empty_array",
-            "minimum length 1",
-        ),
+        ("tool_choice.allowed_tools.tools", "empty_array", "minimum length 1"),
     ),
     (
         "tools and functions",
@@ -1629,11 +1625,7 @@ HISTORIES = [
             says("user", responds("f", "x")),
         ],
     ),
-    (
-        "a result that a user makes up",
-        [says("user", responds("f", "x"))],
-        None,
-    ),
+    ("a result that a user makes up", [says("user", responds("f", "x"))], None),
 ]
 
 
@@ -5793,9 +5785,7 @@ ANY_SCHEMA = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from([*KEYWORDS, *proxy.BOUNDS, "a"]),
-            inner,
-            max_size=4,
+            st.sampled_from([*KEYWORDS, *proxy.BOUNDS, "a"]), inner, max_size=4
         )
     ),
 )
@@ -5836,123 +5826,89 @@ LIST = '[{"a": 1}, 2]'
 LOST = "Sorry, I can't do that."
 
 
-@table(
-    "text, format, expected",
-    [
-        ("nothing around it", A_OF_JSON, OBJECT, A_OF_JSON),
-        ("space around it", f"\n  {A_OF_JSON}\n", OBJECT, A_OF_JSON),
-        ("fences", f"```json\n{A_OF_JSON}\n```", OBJECT, A_OF_JSON),
-        ("fences without a language", f"```\n{A_OF_JSON}\n```", OBJECT, A_OF_JSON),
-        ("an open fence", f"```json\n{A_OF_JSON}", OBJECT, A_OF_JSON),
-        ("tildes", f"~~~\n{A_OF_JSON}\n~~~", OBJECT, A_OF_JSON),
-        (
-            "prose before",
-            f"Sure! Here is the JSON:\n\n{A_OF_JSON}",
-            OBJECT,
-            A_OF_JSON,
-        ),
-        (
-            "prose after",
-            f"{A_OF_JSON}\n\nI hope this helps {{really}}.",
-            OBJECT,
-            A_OF_JSON,
-        ),
-        (
-            "prose and fences",
-            f"Here:\n```json\n{A_OF_JSON}\n```\nNote: [1]",
-            OBJECT,
-            A_OF_JSON,
-        ),
-        ("two values", f"{A_OF_JSON}\n{NESTED_OF_JSON}", OBJECT, A_OF_JSON),
-        ("a tag around it", f"<json>{A_OF_JSON}</json>", OBJECT, A_OF_JSON),
-        ("backquotes", f"`{A_OF_JSON}`", OBJECT, A_OF_JSON),
-        ("brackets in strings", NESTED_OF_JSON, OBJECT, NESTED_OF_JSON),
-        (
-            "a fence in a string",
-            '{"a": "```\\n{}\\n```"}',
-            OBJECT,
-            '{"a": "```\\n{}\\n```"}',
-        ),
-        ("escapes", '{"a\\"{": "\\\\"} and "', OBJECT, '{"a\\"{": "\\\\"}'),
-        ("an escaped quote", '{"a": "\\"}"} OK', OBJECT, '{"a": "\\"}"}'),
-        ("an escape that is cut off", '{"a": "\\', OBJECT, '{"a": "\\'),
-        (
-            "braces in prose",
-            f"Fill {{name}} and {{ 1 }} and {{{{x}}}}: {A_OF_JSON}",
-            OBJECT,
-            A_OF_JSON,
-        ),
-        (
-            "a quoted word in braces",
-            f'The set {{"a", "b"}}: {A_OF_JSON}',
-            OBJECT,
-            A_OF_JSON,
-        ),
-        ("an empty object in prose", f"f() {{}} gives {A_OF_JSON}", OBJECT, A_OF_JSON),
-        (
-            "a footnote, where an object is wanted",
-            f"As said [1], [2]: {A_OF_JSON}",
-            OBJECT,
-            A_OF_JSON,
-        ),
-        ("a list around what is wanted", f"[{A_OF_JSON}]", OBJECT, A_OF_JSON),
-        (
-            "a long text in braces",
-            '{"' + "a" * 300 + '": 1} ' + A_OF_JSON,
-            OBJECT,
-            A_OF_JSON,
-        ),
-        ("an empty object", "{}", OBJECT, "{}"),
-        ("an empty object in fences", "```json\n{}\n```", OBJECT, "{}"),
-        ("a spacious one", "Here: { \n }", OBJECT, "{ \n }"),
-        ("a list", f"Here: {LIST}.", ARRAY, LIST),
-        ("a list, where anything is wanted", f"Here: {LIST}.", ANYTHING, LIST),
-        ("brackets in prose", f"[sic] [see below] {LIST}", ARRAY, LIST),
-        ("a list of lists", "Here: [[1, 2], [3]]!", ARRAY, "[[1, 2], [3]]"),
-        ("a list of strings", '["a]", "b"] ]', ARRAY, '["a]", "b"]'),
-        ("a list of numbers", "[-1.5e3, 2] ]", ARRAY, "[-1.5e3, 2]"),
-        ("a list of words", "[ true , null] ]", ARRAY, "[ true , null]"),
-        ("a list of empty ones", "[{}, [ ]] ]", ARRAY, "[{}, [ ]]"),
-        ("an empty list", "It is [] then.", ARRAY, "[]"),
-        ("a string", '```\n"two words"\n```', STRING_OF_JSON, '"two words"'),
-        ("a number", "The answer is 42.", NUMBER, "42"),
-        ("a number in a name", "gpt-4 says: 42", NUMBER, "42"),
-        ("null, where an object could be", "```\nnull\n```", EITHER, "null"),
-        ("an object, where null could be", f"```\n{A_OF_JSON}\n```", EITHER, A_OF_JSON),
-        ("no JSON", LOST, OBJECT, LOST),
-        ("nothing", "", OBJECT, ""),
-        (
-            "a refusal with a number",
-            "I can't say 5 things.",
-            ANYTHING,
-            "I can't say 5 things.",
-        ),
-        ("keys without quotes", "```\n{a: 1}\n```", OBJECT, '{"a": 1}'),
-        ("keys in single quotes", "As [1] says: {'a': 1}", OBJECT, '{"a": 1}'),
-        ("an open key", 'Here: {"a', OBJECT, 'Here: {"a'),
-        ("an open brace", "Here: {", OBJECT, "Here: {"),
-        ("an open value", f"Here: {A_OF_JSON[:-1]}", OBJECT, A_OF_JSON[:-1]),
-        ("an open string", 'Here: {"a": "b} ```', OBJECT, '{"a": "b} ```'),
-        ("a comma too many", 'Here: {"a": 1,} OK', OBJECT, '{"a": 1}'),
-        ("a bracket left open", '{"a": [1, 2} ```', OBJECT, '{"a": [1, 2]}'),
-        ("a bracket too many", '{"a": 1]} ```', OBJECT, '{"a": 1}'),
-        ("comments", '{"a": 1 // one\n} OK', OBJECT, '{"a": 1 \n}'),
-        ("single quotes inside", "{\"a\": 'b'} OK", OBJECT, '{"a": "b"}'),
-        ("Python's words", '{"a": [True, None]} OK', OBJECT, '{"a": [true, null]}'),
-        ("a comma and space", '{"a": [1, 2 , ]} OK', OBJECT, '{"a": [1, 2  ]}'),
-        (
-            "quotes in quotes",
-            'So: {"a": "the "Big" Apple", "b": 1}',
-            OBJECT,
-            '{"a": "the "Big" Apple", "b": 1}',
-        ),
-        ("no number", '{"a": NaN, "b": 1} OK', OBJECT, '{"a": NaN, "b": 1} OK'),
-        ("a fence that ends it", '{"a": [1 ```', OBJECT, '{"a": [1 ]}'),
-        ("a reference", f"As of [1] it is {A_OF_JSON}", REFERRING, A_OF_JSON),
-        ("a choice", f"As of [1] it is {A_OF_JSON}", CHOOSING, A_OF_JSON),
-        ("a choice of a number", "It is 5 then.", COUNTING, "5"),
-    ],
-)
+AROUND_AN_OBJECT = [  # of which only the object is told
+    ("nothing around it", A_OF_JSON),
+    ("space around it", f"\n  {A_OF_JSON}\n"),
+    ("fences", f"```json\n{A_OF_JSON}\n```"),
+    ("fences without a language", f"```\n{A_OF_JSON}\n```"),
+    ("an open fence", f"```json\n{A_OF_JSON}"),
+    ("tildes", f"~~~\n{A_OF_JSON}\n~~~"),
+    ("prose before", f"Sure! Here is the JSON:\n\n{A_OF_JSON}"),
+    ("prose after", '{"a": 1}\n\nI hope this helps {really}.'),
+    ("prose and fences", f"Here:\n```json\n{A_OF_JSON}\n```\nNote: [1]"),
+    ("two values", f"{A_OF_JSON}\n{NESTED_OF_JSON}"),
+    ("a tag around it", f"<json>{A_OF_JSON}</json>"),
+    ("backquotes", f"`{A_OF_JSON}`"),
+    ("braces in prose", 'Fill {name} and { 1 } and {{x}}: {"a": 1}'),
+    ("a quoted word in braces", 'The set {"a", "b"}: {"a": 1}'),
+    ("an empty object in prose", 'f() {} gives {"a": 1}'),
+    ("a footnote, where an object is wanted", f"As said [1], [2]: {A_OF_JSON}"),
+    ("a list around what is wanted", f"[{A_OF_JSON}]"),
+    ("a long text in braces", '{"' + "a" * 300 + '": 1} ' + A_OF_JSON),
+    ("keys without quotes", "```\n{a: 1}\n```"),
+    ("keys in single quotes", "As [1] says: {'a': 1}"),
+    ("a comma too many", 'Here: {"a": 1,} OK'),
+    ("a bracket too many", '{"a": 1]} ```'),
+]
+TOLD_WHOLE = [
+    ("brackets in strings", NESTED_OF_JSON),
+    ("a fence in a string", '{"a": "```\\n{}\\n```"}'),
+    ("an escape that is cut off", '{"a": "\\'),
+    ("an empty object", "{}"),
+    ("no JSON", LOST),
+    ("nothing", ""),
+    ("an open key", 'Here: {"a'),
+    ("an open brace", "Here: {"),
+    ("no number", '{"a": NaN, "b": 1} OK'),
+]
+JSON_IN_TEXT = [
+    *((why, text, OBJECT, A_OF_JSON) for why, text in AROUND_AN_OBJECT),
+    *((why, text, OBJECT, text) for why, text in TOLD_WHOLE),
+    ("escapes", '{"a\\"{": "\\\\"} and "', OBJECT, '{"a\\"{": "\\\\"}'),
+    ("an escaped quote", '{"a": "\\"}"} OK', OBJECT, '{"a": "\\"}"}'),
+    ("an empty object in fences", "```json\n{}\n```", OBJECT, "{}"),
+    ("a spacious one", "Here: { \n }", OBJECT, "{ \n }"),
+    ("a list", f"Here: {LIST}.", ARRAY, LIST),
+    ("a list, where anything is wanted", f"Here: {LIST}.", ANYTHING, LIST),
+    ("brackets in prose", f"[sic] [see below] {LIST}", ARRAY, LIST),
+    ("a list of lists", "Here: [[1, 2], [3]]!", ARRAY, "[[1, 2], [3]]"),
+    ("a list of strings", '["a]", "b"] ]', ARRAY, '["a]", "b"]'),
+    ("a list of numbers", "[-1.5e3, 2] ]", ARRAY, "[-1.5e3, 2]"),
+    ("a list of words", "[ true , null] ]", ARRAY, "[ true , null]"),
+    ("a list of empty ones", "[{}, [ ]] ]", ARRAY, "[{}, [ ]]"),
+    ("an empty list", "It is [] then.", ARRAY, "[]"),
+    ("a string", '```\n"two words"\n```', STRING_OF_JSON, '"two words"'),
+    ("a number", "The answer is 42.", NUMBER, "42"),
+    ("a number in a name", "gpt-4 says: 42", NUMBER, "42"),
+    ("null, where an object could be", "```\nnull\n```", EITHER, "null"),
+    ("an object, where null could be", f"```\n{A_OF_JSON}\n```", EITHER, A_OF_JSON),
+    (
+        "a refusal with a number",
+        "I can't say 5 things.",
+        ANYTHING,
+        "I can't say 5 things.",
+    ),
+    ("an open value", 'Here: {"a": 1', OBJECT, '{"a": 1'),
+    ("an open string", 'Here: {"a": "b} ```', OBJECT, '{"a": "b} ```'),
+    ("a bracket left open", '{"a": [1, 2} ```', OBJECT, '{"a": [1, 2]}'),
+    ("comments", '{"a": 1 // one\n} OK', OBJECT, '{"a": 1 \n}'),
+    ("single quotes inside", "{\"a\": 'b'} OK", OBJECT, '{"a": "b"}'),
+    ("Python's words", '{"a": [True, None]} OK', OBJECT, '{"a": [true, null]}'),
+    ("a comma and space", '{"a": [1, 2 , ]} OK', OBJECT, '{"a": [1, 2  ]}'),
+    (
+        "quotes in quotes",
+        'So: {"a": "the "Big" Apple", "b": 1}',
+        OBJECT,
+        '{"a": "the "Big" Apple", "b": 1}',
+    ),
+    ("a fence that ends it", '{"a": [1 ```', OBJECT, '{"a": [1 ]}'),
+    ("a reference", f"As of [1] it is {A_OF_JSON}", REFERRING, A_OF_JSON),
+    ("a choice", f"As of [1] it is {A_OF_JSON}", CHOOSING, A_OF_JSON),
+    ("a choice of a number", "It is 5 then.", COUNTING, "5"),
+]
+
+
+@table("text, format, expected", JSON_IN_TEXT)
 def test_only_the_json_is_told_however_it_is_cut_up(text, format, expected):
     assert heard(proxy.extract_json(play(text), format)) == (expected, "stop")
     assert heard(proxy.extract_json(play(*text), format)) == (expected, "stop")
@@ -6154,12 +6110,11 @@ def test_whatever_is_mended_is_json(text):
 @given(st.lists(PIECES, max_size=25).map("".join))
 def test_what_is_read_strictly_is_as_it_was_written(text):
     reader = proxy.JSONReader(keeps_space=True)
-    rest = reader.feed("{" + text)
+    told = reader.feed("{" + text)
     if reader.is_strict:
-        told = reader.take()
         assert ("{" + text).startswith(told)
         if reader.is_done:
-            assert told + rest == "{" + text
+            assert told + reader.rest == "{" + text
             json.loads(told)
 
 
@@ -6184,17 +6139,143 @@ def test_what_is_not_broken_is_only_compacted(value, indent, ascii):
 
 # -- Tool calls ----------------------------------------------------------------
 
-TOOL_CALL_FORMATS = [  # what is said, its text, its calls
+SPACED = '{"name": "get_weather", "arguments": {"city": "Paris"}}'
+CALL = '{"name":"get_weather","arguments":{"city":"Paris"}}'
+TIME_CALL = '{"name":"get_time","arguments":{}}'
+CITY = '{"city": "Paris"}'
+PARIS_ALONE = [  # each is a call of get_weather for Paris, and nothing else
+    ("as taught", f"<tool_call>{CALL}</tool_call>"),
+    ("an unclosed tag", f"<tool_call>\n{CALL}\n"),
     (
-        "as taught",
-        '<tool_call>{"name":"get_weather","arguments":{"city":"Paris"}}</tool_call>',
-        "",
-        [PARIS],
+        "a bracket missing",
+        '<tool_call>{"name":"get_weather","arguments":{"city":"Paris"}</tool_call>',
     ),
+    (
+        "arguments before the name",
+        '<tool_call>{"arguments": {"city": "Paris"}, "name":"get_weather"}</tool_call>',
+    ),
+    (
+        "arguments as a string",
+        '<tool_call>{"name":"get_weather","arguments":"{\\"city\\": \\"Paris\\"}'
+        '"}</tool_call>',
+    ),
+    (
+        "single quotes and commas",
+        "<tool_call>{'name': 'get_weather', 'arguments': {'city': 'Paris',},}"
+        "</tool_call>",
+    ),
+    ("granite 3", f"<|tool_call|>[{SPACED}]"),
+    ("granite, by its tag", f"<tool_call>[{SPACED}]"),
+    ("Mistral since its tokenizer 11", f"[TOOL_CALLS]get_weather[ARGS]{CITY}"),
+    (
+        "Qwen3 Coder, without an end",
+        "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<para",
+    ),
+    (
+        "gpt-oss",
+        "<|channel|>commentary to=functions.get_weather <|constrain|>"
+        f"json<|message|>{CITY}<|call|>",
+    ),
+    ("Gemma's fence", '```tool_code\nget_weather(city="Paris")\n```'),
+    ("a function tag", f"<function=get_weather>{CITY}</function>"),
+    (
+        "Llama 3",
+        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}',
+    ),
+    (
+        "Llama 3.2, with its type",
+        '{"type": "function", "name": "get_weather", "parameters": {"city": "Paris"}}',
+    ),
+    ("a bare object", '{"name": "get_weather", "parameters": {"city": "Paris"}}'),
+    (
+        "the name as function",
+        '{"function": "get_weather", "arguments": {"city": "Paris"}}',
+    ),
+    ("Python without names", '[get_weather("Paris")]'),
+    (
+        "arguments beside the name",
+        '<tool_call>{"name": "get_weather", "city": "Paris"}</tool_call>',
+    ),
+    ("the name as a key", '<tool_call>{"get_weather": {"city": "Paris"}}</tool_call>'),
+    ("the name before the object", f"<tool_call>get_weather\n{CITY}</tool_call>"),
+    ("the name as tool", '{"tool": "get_weather", "parameters": {"city": "Paris"}}'),
+    (
+        "the name as tool_name",
+        '<tool_call>{"tool_name":"get_weather","args":{"city":"Paris"}}</tool_call>',
+    ),
+    (
+        "the only argument as text",
+        '<tool_call>{"name": "get_weather", "arguments": "Paris"}</tool_call>',
+    ),
+    (
+        "a comment",
+        '<tool_call>{"name": "get_weather", "arguments": {// the city: "here", '
+        'so\n"city": "Paris" // it is\n}}</tool_call>',
+    ),
+    (
+        "a backquoted value",
+        '<tool_call>{"name":"get_weather","arguments":{"city":`Paris`}}</tool_call>',
+    ),
+    (
+        "MiniMax",
+        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter '
+        'name="city">Paris</parameter>\n</invoke>\n</minimax:tool_call>',
+    ),
+    (
+        "DeepSeek V3.2",
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+        '<｜DSML｜parameter name="city" string="true">Paris</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+    ),
+    (
+        "Kimi K2 without its prefix",
+        "<|tool_calls_section_begin|><|tool_call_begin|>"
+        f"get_weather:0<|tool_call_argument_begin|>{CITY}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+    ),
+    (
+        "gpt-oss, the tool in its role",
+        "<|start|>assistant to=functions.get_weather<|channel|>commentary "
+        f"json<|message|>{CITY}<|call|>",
+    ),
+    ("Gemini", '```tool_code\nprint(default_api.get_weather(city="Paris"))\n```'),
+]
+NOW_ALONE = [  # and these of get_time
+    ("half a closing tag", f"<tool_call>{TIME_CALL}</tool_c"),
+    (
+        "something after the arguments",
+        '<tool_call>{"name":"get_time","arguments":{},"id":"x"}</tool_call>',
+    ),
+    (
+        "Mistral with ids",
+        '[TOOL_CALLS][{"name":"get_time","arguments":{},"id":"VvvODy9mT"}]',
+    ),
+    ("a tool_call fence", f"```tool_call\n{TIME_CALL}\n```"),
+    ("a bare fence", f"```\n[{TIME_CALL}]\n```"),
+    ("a function_call tag", f"<function_call>{TIME_CALL}</function_call>"),
+    ("a bare object, no arguments", '{"name": "get_time"}'),
+    (
+        "OpenAI's shape of one",
+        '{"id": "x", "type": "function", "function": {"name": "get_time", '
+        '"arguments": {}}}',
+    ),
+    ("a prefix", '<tool_call>{"name": "functions.get_time"}</tool_call>'),
+    ("phi-4", '<|tool_call|>[{"name":"get_time"}]<|/tool_call|>'),
+    ("tags in a fence", '```xml\n<tool_call>{"name": "get_time"}</tool_call>\n```'),
+    (
+        "gpt-oss, in another channel",
+        "<|start|>assistant<|channel|>analysis to=functions.get_time "
+        "code<|message|>{}<|call|>",
+    ),
+]
+TOOL_CALL_FORMATS = [  # what is said, its text, its calls
+    *((why, said, "", [PARIS]) for why, said in PARIS_ALONE),
+    *((why, said, "", [NOW]) for why, said in NOW_ALONE),
     (
         "Hermes, with lines",
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
-        '</tool_call>\n<tool_call>\n{"name": "get_time", "arguments":{}}\n</tool_call>',
+        '</tool_call>\n<tool_call>\n{"name": "get_time", "arguments":{}}\n'
+        "</tool_call>",
         "",
         [PARIS, NOW],
     ),
@@ -6219,40 +6300,9 @@ TOOL_CALL_FORMATS = [  # what is said, its text, its calls
         [PARIS, ROME],
     ),
     (
-        "an unclosed tag",
-        '<tool_call>\n{"name":"get_weather","arguments":{"city":"Paris"}}\n',
-        "",
-        [PARIS],
-    ),
-    (
-        "half a closing tag",
-        '<tool_call>{"name":"get_time","arguments":{}}</tool_c',
-        "",
-        [NOW],
-    ),
-    (
-        "a bracket missing",
-        '<tool_call>{"name":"get_weather","arguments":{"city":"Paris"}</tool_call>',
-        "",
-        [PARIS],
-    ),
-    (
         "two brackets missing",
         '<tool_call>{"name":"get_weather","arguments":{"city":"Paris"</tool_call>.',
         ".",
-        [PARIS],
-    ),
-    (
-        "arguments before the name",
-        '<tool_call>{"arguments": {"city": "Paris"}, "name":"get_weather"}</tool_call>',
-        "",
-        [PARIS],
-    ),
-    (
-        "arguments as a string",
-        r'<tool_call>{"name":"get_weather","arguments":"{\"city\": \"Paris\"}"}'
-        "</tool_call>",
-        "",
         [PARIS],
     ),
     (
@@ -6262,31 +6312,6 @@ TOOL_CALL_FORMATS = [  # what is said, its text, its calls
         [("f", '{"x":1}')],
     ),
     (
-        "single quotes and commas",
-        "<tool_call>{'name': 'get_weather', 'arguments': {'city': 'Paris',},}"
-        "</tool_call>",
-        "",
-        [PARIS],
-    ),
-    (
-        "something after the arguments",
-        '<tool_call>{"name":"get_time","arguments":{},"id":"x"}</tool_call>',
-        "",
-        [NOW],
-    ),
-    (
-        "granite 3",
-        '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]',
-        "",
-        [PARIS],
-    ),
-    (
-        "granite, by its tag",
-        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}]',
-        "",
-        [PARIS],
-    ),
-    (
         "Mistral",
         '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}, '
         '{"name": "get_time", "arguments": {}}]',
@@ -6294,115 +6319,58 @@ TOOL_CALL_FORMATS = [  # what is said, its text, its calls
         [PARIS, NOW],
     ),
     (
-        "Mistral with ids",
-        '[TOOL_CALLS][{"name":"get_time","arguments":{},"id":"VvvODy9mT"}]',
-        "",
-        [NOW],
-    ),
-    (
-        "Mistral since its tokenizer 11",
-        '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}',
-        "",
-        [PARIS],
-    ),
-    (
         "Qwen3 Coder",
-        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n"
-        "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n"
+        "</parameter>\n<parameter=days>\n2\n</parameter>\n</function>\n"
+        "</tool_call>",
         "",
         [("get_weather", '{"city":"Paris","days":2}')],
     ),
     (
         "Qwen3 Coder, with all that a value may be",
         "<function=get_weather><parameter=city>\n2\n\n{<b>\n</parameter>"
-        '<parameter=x>{"a": null}</parameter><parameter=y>null</parameter></function>.',
+        '<parameter=x>{"a": null}</parameter><parameter=y>null</parameter>'
+        "</function>.",
         ".",
-        [("get_weather", r'{"city":"2\n\n{<b>","x":{"a":null},"y":null}')],
-    ),
-    (
-        "Qwen3 Coder, without an end",
-        "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<para",
-        "",
-        [PARIS],
+        [("get_weather", '{"city":"2\\n\\n{<b>","x":{"a":null},"y":null}')],
     ),
     (
         "GLM",
-        "I look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n"
-        "<arg_value>Paris</arg_value>\n</tool_call>",
+        "I look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>"
+        "Paris</arg_value>\n</tool_call>",
         "I look.",
         [PARIS],
     ),
     (
         "DeepSeek V3",
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n"
-        '```json\n{"city": "Paris"}\n```<｜tool▁call▁end｜>\n'
-        "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_time\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        '```json\n{"city": "Paris"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>'
+        "function<｜tool▁sep｜>get_time\n```json\n{}\n```<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜>",
         "",
         [PARIS, NOW],
     ),
     (
         "DeepSeek V3.1",
         "Well.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
-        '{"city": "Paris"}<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+        f"{CITY}<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         "Well.",
         [PARIS],
     ),
     (
         "Kimi K2",
-        "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0"
-        '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
-        "<|tool_call_begin|>functions.get_time:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        "<|tool_calls_section_begin|><|tool_call_begin|>"
+        'functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}'
+        "<|tool_call_end|><|tool_call_begin|>"
+        "functions.get_time:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
         "<|tool_calls_section_end|>",
         "",
         [PARIS, NOW],
     ),
     (
-        "gpt-oss",
-        "<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>"
-        '{"city": "Paris"}<|call|>',
-        "",
-        [PARIS],
-    ),
-    (
         "a json fence",
         'Sure:\n```json\n{"name": "get_weather", "arguments":{"city": "Paris"}}\n```\n',
         "Sure:",
-        [PARIS],
-    ),
-    (
-        "a tool_call fence",
-        '```tool_call\n{"name":"get_time","arguments":{}}\n```',
-        "",
-        [NOW],
-    ),
-    (
-        "a bare fence",
-        '```\n[{"name":"get_time","arguments":{}}]\n```',
-        "",
-        [NOW],
-    ),
-    (
-        "Gemma's fence",
-        '```tool_code\nget_weather(city="Paris")\n```',
-        "",
-        [PARIS],
-    ),
-    (
-        "a function tag",
-        '<function=get_weather>{"city": "Paris"}</function>',
-        "",
-        [PARIS],
-    ),
-    (
-        "a function_call tag",
-        '<function_call>{"name":"get_time","arguments":{}}</function_call>',
-        "",
-        [NOW],
-    ),
-    (
-        "Llama 3",
-        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Paris"}}',
-        "",
         [PARIS],
     ),
     (
@@ -6412,50 +6380,14 @@ TOOL_CALL_FORMATS = [  # what is said, its text, its calls
         "",
         [NOW, ROME],
     ),
-    (
-        "Llama 3.2, with its type",
-        '{"type": "function", "name": "get_weather", "parameters": {"city": "Paris"}}',
-        "",
-        [PARIS],
-    ),
-    (
-        "a bare object",
-        '{"name": "get_weather", "parameters": {"city": "Paris"}}',
-        "",
-        [PARIS],
-    ),
-    (
-        "a bare object after prose",
-        'I will look.\n{"name": "get_weather", "arguments": {"city": "Paris"}}',
-        "I will look.",
-        [PARIS],
-    ),
-    ("a bare object, no arguments", '{"name": "get_time"}', "", [NOW]),
-    (
-        "a bare list",
-        '[{"name":"get_time","arguments":{}},{"name":"get_time","arguments":{}}]',
-        "",
-        [NOW, NOW],
-    ),
+    ("a bare object after prose", f"I will look.\n{SPACED}", "I will look.", [PARIS]),
+    ("a bare list", f"[{TIME_CALL},{TIME_CALL}]", "", [NOW, NOW]),
     (
         "OpenAI's own shape",
-        '{"tool_calls": [{"type": "function", "function": {"name": "get_weather", '
-        '"arguments": "{\\"city\\": \\"Paris\\"}"}}, {"name": "get_time"} ] }\n',
+        '{"tool_calls": [{"type": "function", "function": {"name": "get_weather",'
+        ' "arguments": "{\\"city\\": \\"Paris\\"}"}}, {"name": "get_time"} ] }\n',
         "",
         [PARIS, NOW],
-    ),
-    (
-        "OpenAI's shape of one",
-        '{"id": "x", "type": "function", "function": {"name": "get_time", '
-        '"arguments": {}}}',
-        "",
-        [NOW],
-    ),
-    (
-        "the name as function",
-        '{"function": "get_weather", "arguments": {"city": "Paris"}}',
-        "",
-        [PARIS],
     ),
     ("Llama 4", '[get_weather(city="Paris"), get_time()]', "", [PARIS, NOW]),
     (
@@ -6464,11 +6396,10 @@ TOOL_CALL_FORMATS = [  # what is said, its text, its calls
         "",
         [("get_weather", '{"city":"P)(]","days":-1,"deep":{"a":[true,null]}}')],
     ),
-    ("Python without names", '[get_weather("Paris")]', "", [PARIS]),
     (
         "signs in strings",
-        '<tool_call>{"name":"get_weather","arguments":{"city":"</tool_call>{\\"`"}}'
-        "</tool_call>",
+        '<tool_call>{"name":"get_weather","arguments":{"city":"</tool_call>'
+        '{\\"`"}}</tool_call>',
         "",
         [("get_weather", '{"city":"</tool_call>{\\"`"}')],
     ),
@@ -6480,61 +6411,21 @@ TOOL_CALL_FORMATS = [  # what is said, its text, its calls
     ),
     (
         "a fence, then prose",
-        '```json\n{"name":"get_time","arguments":{}}\n```\nThat is it.',
+        f"```json\n{TIME_CALL}\n```\nThat is it.",
         "\nThat is it.",
         [NOW],
     ),
-]
-
-TOOL_CALL_FORMATS += [
     (
         "Python with JSON's words",
         '[get_weather(city="a\\d\\n", x=[true, null, -1.5e-3, "é\'"],)]',
         "",
-        [("get_weather", r'{"city":"a\\d\n","x":[true,null,-0.0015,"é' + "'" + '"]}')],
+        [("get_weather", '{"city":"a\\\\d\\n","x":[true,null,-1.5e-3,"é\'"]}')],
     ),
     (
         "Python with three quotes",
         '[get_weather(city="""it\'s\n("a")""")]',
         "",
         [("get_weather", '{"city":"it\'s\\n(\\"a\\")"}')],
-    ),
-    ("a prefix", '<tool_call>{"name": "functions.get_time"}</tool_call>', "", [NOW]),
-    (
-        "arguments beside the name",
-        '<tool_call>{"name": "get_weather", "city": "Paris"}</tool_call>',
-        "",
-        [PARIS],
-    ),
-    (
-        "the name as a key",
-        '<tool_call>{"get_weather": {"city": "Paris"}}</tool_call>',
-        "",
-        [PARIS],
-    ),
-    (
-        "the name before the object",
-        '<tool_call>get_weather\n{"city": "Paris"}</tool_call>',
-        "",
-        [PARIS],
-    ),
-    (
-        "the name as tool",
-        '{"tool": "get_weather", "parameters": {"city": "Paris"}}',
-        "",
-        [PARIS],
-    ),
-    (
-        "the name as tool_name",
-        '<tool_call>{"tool_name":"get_weather","args":{"city":"Paris"}}</tool_call>',
-        "",
-        [PARIS],
-    ),
-    (
-        "the only argument as text",
-        '<tool_call>{"name": "get_weather", "arguments": "Paris"}</tool_call>',
-        "",
-        [PARIS],
     ),
     (
         "a list of arguments",
@@ -6548,83 +6439,24 @@ TOOL_CALL_FORMATS += [
         ".",
         [NOW],
     ),
-    ("phi-4", '<|tool_call|>[{"name":"get_time"}]<|/tool_call|>', "", [NOW]),
-    (
-        "tags in a fence",
-        '```xml\n<tool_call>{"name": "get_time"}</tool_call>\n```',
-        "",
-        [NOW],
-    ),
-    (
-        "a comment",
-        '<tool_call>{"name": "get_weather", "arguments": {// the city: "here", so\n'
-        '"city": "Paris" // it is\n}}</tool_call>',
-        "",
-        [PARIS],
-    ),
-    (
-        "a backquoted value",
-        '<tool_call>{"name":"get_weather","arguments":{"city":`Paris`}}</tool_call>',
-        "",
-        [PARIS],
-    ),
-]
-TOOL_CALL_FORMATS += [
     (
         "Claude",
         'I will look.\n\n<function_calls>\n<invoke name="get_weather">\n'
-        '<parameter name="city">Paris</parameter>\n</invoke>\n<invoke name="get_time">'
-        "\n</invoke>\n</function_calls>",
+        '<parameter name="city">Paris</parameter>\n</invoke>\n<invoke '
+        'name="get_time">\n</invoke>\n</function_calls>',
         "I will look.",
         [PARIS, NOW],
-    ),
-    (
-        "MiniMax",
-        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris'
-        "</parameter>\n</invoke>\n</minimax:tool_call>",
-        "",
-        [PARIS],
-    ),
-    (
-        "DeepSeek V3.2",
-        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
-        '<｜DSML｜parameter name="city" string="true">Paris</｜DSML｜parameter>\n'
-        "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
-        "",
-        [PARIS],
-    ),
-    (
-        "Kimi K2 without its prefix",
-        "<|tool_calls_section_begin|><|tool_call_begin|>get_weather:0"
-        '<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>'
-        "<|tool_calls_section_end|>",
-        "",
-        [PARIS],
-    ),
-    (
-        "gpt-oss, the tool in its role",
-        "<|start|>assistant to=functions.get_weather<|channel|>commentary json"
-        '<|message|>{"city": "Paris"}<|call|>',
-        "",
-        [PARIS],
-    ),
-    (
-        "gpt-oss, in another channel",
-        "<|start|>assistant<|channel|>analysis to=functions.get_time code<|message|>{}"
-        "<|call|>",
-        "",
-        [NOW],
-    ),
-    (
-        "Gemini",
-        '```tool_code\nprint(default_api.get_weather(city="Paris"))\n```',
-        "",
-        [PARIS],
     ),
     (
         "quotes in quotes",
         '<function=get_weather>{"city": "the "Big" Apple"}</function>.',
         ".",
+        [("get_weather", '{"city":"the "Big" Apple"}')],
+    ),
+    (
+        "quotes in quotes, without a sign",
+        '{"name":"get_weather","arguments":{"city":"the "Big" Apple"}}\nThere.',
+        "\nThere.",
         [("get_weather", '{"city":"the "Big" Apple"}')],
     ),
 ]
@@ -6869,6 +6701,7 @@ NOTHING_LATE = [
     "[a](b)",
     "```py\nx = 1",
     "<b>x</b>",
+    "[get_weather(" + "x" * (proxy.LONGEST_WORD + 1),
 ]
 
 
@@ -6881,19 +6714,14 @@ def test_text_does_not_wait_for_the_end(said):
     assert text_of(told_before_the_end(extract_calls, said)) == said
 
 
-def test_python_that_does_not_end_is_not_held_for_ever():
-    said = "[get_weather(" + "x" * (proxy.LONGEST_PYTHON + 1)
-    assert text_of(told_before_the_end(extract_calls, said)) == said
-
-
-IN_TAGS = '<tool_call>{"name":"get_time","arguments":{}}</tool_call>'
+IN_TAGS = f"<tool_call>{TIME_CALL}</tool_call>"
 CUT_OFF = [  # what is said, and the arguments that are told of it
     (
         "in the arguments",
         '<tool_call>{"name":"get_weather","arguments":{"city":"Par',
         '{"city":"Par',
     ),
-    ("in a number", '{"name":"get_weather","arguments":{"days":1', '{"days":'),
+    ("in a number", '{"name":"get_weather","arguments":{"days":1', '{"days":1'),
     ("after a key", '{"name":"get_weather","arguments":{"city":', '{"city":'),
     ("in arguments as text", '{"name":"get_weather","arguments":"{\\"ci', None),
     ("in an open string", '<tool_call>{"arguments":{"city":"Pa', None),
@@ -6902,6 +6730,7 @@ CUT_OFF = [  # what is said, and the arguments that are told of it
     ("in their key, without a sign", '{"name": "get_time", "argu', None),
     ("in their key, in a fence", '```json\n{"name": "get_time", "argu', None),
     ("in the name", 'Well. <tool_call>{"name": "get_ti', None),
+    ("after a sign", "Well. <tool_call>", None),
     ("after a name in a sign", "<function=get_time>", None),
     ("in a tag", "<function=get_weather><parameter=city>Par", None),
     ("in Python", '[get_weather(city="Par', None),
@@ -6909,19 +6738,17 @@ CUT_OFF = [  # what is said, and the arguments that are told of it
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("finish_reason", ["stop", "length"])
 @table(("said", "arguments"), CUT_OFF)
-def test_a_call_that_is_cut_off_is_not_completed(said, arguments, finish_reason, cut):
-    heard = hear(cut(said), finish_reason=finish_reason)
-    assert [told for _, told in calls_of(heard)] == ([arguments] if arguments else [])
-    assert heard[-1].finish_reason == "length"
-    assert not set(text_of(heard)) & set("<{[`")
-
-
-@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-def test_a_sign_cut_off_for_its_length_is_not_shown(cut):
-    heard = hear(cut("Well. <tool_call>"), finish_reason="length")
-    assert summary(heard) == ("Well.", [], Done("length", Usage(1, 2)))
+def test_a_call_that_is_cut_off_is_not_completed(said, arguments, cut):
+    """What was not told of it yet is text, or nothing if it was cut for its length."""
+    for reason in ("stop", "length"):
+        text, calls, done = summary(hear(cut(said), finish_reason=reason))
+        assert [told for _, told in calls] == ([arguments] if arguments else [])
+        if reason == "length":
+            assert done.finish_reason == reason and not set(text) & set("<{[`")
+        else:
+            end = ("", "tool_calls") if arguments else (said, "stop")
+            assert (text, done.finish_reason) == end
 
 
 @table(("said", "text", "calls"), TOOL_CALL_FORMATS)
