@@ -31,6 +31,7 @@ from dataclasses import fields, replace
 from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
