@@ -1242,6 +1242,11 @@ class FakeReplicate:
                 return self.follow(call, find(self.streams, key))
             case ["GET", "models", owner, name]:
                 return Reply(200, self.find_model(f"{owner}/{name}"))
+            case ["GET", "models", owner, name, "versions", id]:
+                model = self.find_model(f"{owner}/{name}")
+                if model["is_official"] or version_id(model) != id:
+                    raise Refusal(NOT_FOUND)  # official models list none
+                return Reply(200, model["latest_version"])
             case ["GET", "deployments", owner, name]:
                 ref = deployed(owner, name)
                 version = version_id(self.find_model(ref))
@@ -1250,6 +1255,8 @@ class FakeReplicate:
                 return Reply(200, {**named, "current_release": release})
             case ["POST", "files"]:
                 return self.create_file(call)
+            case ["GET", "account"]:
+                return Reply(200, {"type": "user", "username": "fake"})
         raise Refusal(NOT_FOUND)
 
     def play_fault(

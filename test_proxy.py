@@ -5257,7 +5257,7 @@ def test_a_client_that_retries_does_not_pay_twice():
 
         def ask(row):
             with (
-                client_of(server, "key", retries=2) as client,
+                client_of(server, api_key="key", max_retries=2) as client,
                 suppress(openai.APIError),
             ):
                 client.chat.completions.create(model=f"fake/{row[0]}", messages=HI)
