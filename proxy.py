@@ -2820,9 +2820,9 @@ class ReplicateTransport(httpx.BaseTransport):
 
 ServerSentEvent = tuple[str, str]  # its name and its data
 
-# The fields that count, and the comment with which Replicate ends a stream early.
-FIELD = re.compile(rb"(?m)^(?:(data|event)(?::[ ]?(.*))?|(:408).*)$")
-TIMED_OUT = (":408", "")
+# The lines that count: fields, the comment with which Replicate ends a stream early,
+# and the empty one that ends an event.
+EVENT_LINE = re.compile(rb"(?m)^(?:(data|event)(?::[ ]?(.*))?|(:408).*|)$")
 
 
 def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
@@ -2839,33 +2839,26 @@ def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
             fresh = fresh.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         searched = max(len(data) - 1, 0)
         data += fresh
-        end = data.rfind(b"\n\n", searched) + 2
-        if end < 2:
-            if len(data) > MAX_RESPONSE:
-                raise http.client.HTTPException("an event has no end")
-            yield []
-            continue
-        events = [parse_event(block) for block in bytes(data[:end]).split(b"\n\n")]
+        last = data.rfind(b"\n\n", searched)
+        end = last + 2 if last >= 0 else 0  # of the events that are whole
+        if not end and len(data) > MAX_RESPONSE:
+            raise http.client.HTTPException("an event has no end")
+        events: list[ServerSentEvent] = []
+        name, lines = "", []
+        for key, value, is_timed_out in EVENT_LINE.findall(data, 0, end):
+            if key == b"data":
+                lines.append(value)
+            elif key:
+                name = value.decode("utf-8", "replace")
+            elif is_timed_out:
+                yield events
+                return
+            elif name or lines:
+                text = b"\n".join(lines).decode("utf-8", "replace")
+                events.append((name, text))
+                name, lines = "", []
         del data[:end]
-        if TIMED_OUT in events:
-            yield [event for event in events[: events.index(TIMED_OUT)] if event]
-            return
-        yield [event for event in events if event]
-
-
-def parse_event(block: bytes) -> ServerSentEvent | None:
-    name, data = b"", []
-    for key, value, timed_out in FIELD.findall(block):
-        if timed_out:
-            return TIMED_OUT
-        if key == b"data":
-            data.append(value)
-        else:
-            name = value
-    if not data and not name:
-        return None
-    text = b"\n".join(data).decode("utf-8", "replace")
-    return name.decode("utf-8", "replace"), text
+        yield events
 
 
 # -- Replicate -----------------------------------------------------------------
