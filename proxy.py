@@ -712,7 +712,7 @@ STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dic
 NUMBER = (int, float)
 
 INT64 = (-(2**63), 2**63 - 1)
-MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
+MAX_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
@@ -5820,9 +5820,9 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
     body = parse_body(request, COMPLETION, model)
     predictions = len(body["prompt"]) * body["n"]  # each of which is paid for
     require(
-        predictions <= MOST_PREDICTIONS,
+        predictions <= MAX_PREDICTIONS,
         f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
-        f"call may make {MOST_PREDICTIONS}. Send fewer prompts at once.",
+        f"call may make {MAX_PREDICTIONS}. Send fewer prompts at once.",
         code="array_above_max_length",
         param="prompt",
     )
