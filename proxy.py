@@ -5932,7 +5932,7 @@ class Handler(BaseHTTPRequestHandler):
         left = max(self.deadline - time.monotonic(), 0.001)
         try:
             set_timeout(self.connection, socket.SO_RCVTIMEO, left)
-            return bytes(self.connection.recv(SMALL_BODY))
+            return bytes(self.connection.recv(self.read_size))
         except (TimeoutError, BlockingIOError):
             raise BadMessage("it came too slowly", 408) from None
         except OSError as error:
@@ -5968,6 +5968,7 @@ class Handler(BaseHTTPRequestHandler):
         """Wait for its first byte; from then on, the client has to hurry."""
         server, timeouts, reader = self.server, self.server.timeouts, self.reader
         self.set_deadline(timeouts.drain if server.is_stopping else timeouts.idle)
+        self.read_size = READ_SIZE  # little memory while it waits
         server.connections[self.connection] = True
         with suppress(BadMessage, ClientDisconnected):
             for _ in self.body:  # of the request before, if nobody has read it
@@ -6018,6 +6019,7 @@ class Handler(BaseHTTPRequestHandler):
             if awaits_continue:
                 send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
             self.close_connection = True
+            self.read_size = 16 * READ_SIZE
             request.body = b"".join(self.body)
             self.close_connection = is_last
         return operation
@@ -6130,8 +6132,7 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         settings.check()
         models = ModelsFile(settings.models_path, FAMILIES)
-        address = (settings.host, settings.port)
-        super().__init__(address, Handler, bind_and_activate=False)
+        super().__init__((settings.host, settings.port), Handler, False)
         self.socket.close()
         self.socket = listener or listen(settings)
         self.socket.setblocking(False)
