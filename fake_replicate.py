@@ -1153,12 +1153,11 @@ class FakeReplicate:
 
     def __init__(
         self,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
         token: str = "r8_fake",
         default: str = "hello",
         record: bool = True,
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self.address = (host, port)
         self.token = token
@@ -1246,8 +1245,9 @@ class FakeReplicate:
                 ref = deployed(owner, name)
                 version = version_id(self.find_model(ref))
                 release = {"number": 1, "model": ref, "version": version}
-                named = {"owner": owner, "name": name}
-                return Reply(200, {**named, "current_release": release})
+                return Reply(200, {"name": name, "current_release": release})
+            case ["GET", "account"]:
+                return Reply(200, {"type": "user", "username": "fake"})
             case ["POST", "files"]:
                 return self.create_file(call)
         raise Refusal(NOT_FOUND)
