@@ -882,13 +882,10 @@ class Prediction:
             "logs": "",
             "error": None,
             "status": self.status_at(age),
-            "source": "api",
             "data_removed": gone,
             "created_at": iso(self.created),
             "urls": self.urls,
         }
-        if min(age, self.ending()[0]) > self.scenario.boot:
-            record["started_at"] = iso(self.created + self.scenario.boot)
         return record | self.closing(age) if over else record
 
     def closing(self, age: float) -> Json:
@@ -1149,8 +1146,6 @@ def read_upload(content_type: str, body: Any) -> FakeFile:
 class FakeReplicate:
     """Replicate, between start and stop."""
 
-    kept = 1000  # how many predictions are remembered when nothing is recorded
-
     def __init__(
         self,
         token: str = "r8_fake",
@@ -1241,6 +1236,11 @@ class FakeReplicate:
                 return self.follow(call, find(self.streams, key))
             case ["GET", "models", owner, name]:
                 return Reply(200, self.find_model(f"{owner}/{name}"))
+            case ["GET", "models", owner, name, "versions", id]:
+                model = self.find_model(f"{owner}/{name}")
+                if model["is_official"] or version_id(model) != id:
+                    raise Refusal(NOT_FOUND)  # official models list no versions
+                return Reply(200, model["latest_version"])
             case ["GET", "deployments", owner, name]:
                 ref = deployed(owner, name)
                 version = version_id(self.find_model(ref))
@@ -1327,7 +1327,7 @@ class FakeReplicate:
             url = url.format(streams=self.origin, key=prediction.key)
             prediction.urls["stream"] = url
         self.predictions[prediction.id] = self.streams[prediction.key] = prediction
-        if not self.record and len(self.predictions) > self.kept:
+        if not self.record and len(self.predictions) > 1000:  # forget one
             oldest = next(iter(self.predictions.values()))
             if oldest.is_over(oldest.age):
                 self.predictions.pop(oldest.id, None)
