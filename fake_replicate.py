@@ -882,13 +882,10 @@ class Prediction:
             "logs": "",
             "error": None,
             "status": self.status_at(age),
-            "source": "api",
             "data_removed": gone,
             "created_at": iso(self.created),
             "urls": self.urls,
         }
-        if min(age, self.ending()[0]) > self.scenario.boot:
-            record["started_at"] = iso(self.created + self.scenario.boot)
         return record | self.closing(age) if over else record
 
     def closing(self, age: float) -> Json:
@@ -1149,16 +1146,13 @@ def read_upload(content_type: str, body: Any) -> FakeFile:
 class FakeReplicate:
     """Replicate, between start and stop."""
 
-    kept = 1000  # how many predictions are remembered when nothing is recorded
-
     def __init__(
         self,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
         token: str = "r8_fake",
         default: str = "hello",
         record: bool = True,
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self.address = (host, port)
         self.token = token
@@ -1245,18 +1239,17 @@ class FakeReplicate:
             case ["GET", "models", owner, name, "versions", id]:
                 model = self.find_model(f"{owner}/{name}")
                 if model["is_official"] or version_id(model) != id:
-                    raise Refusal(NOT_FOUND)  # official models list none
+                    raise Refusal(NOT_FOUND)  # official models list no versions
                 return Reply(200, model["latest_version"])
             case ["GET", "deployments", owner, name]:
                 ref = deployed(owner, name)
                 version = version_id(self.find_model(ref))
                 release = {"number": 1, "model": ref, "version": version}
-                named = {"owner": owner, "name": name}
-                return Reply(200, {**named, "current_release": release})
-            case ["POST", "files"]:
-                return self.create_file(call)
+                return Reply(200, {"name": name, "current_release": release})
             case ["GET", "account"]:
                 return Reply(200, {"type": "user", "username": "fake"})
+            case ["POST", "files"]:
+                return self.create_file(call)
         raise Refusal(NOT_FOUND)
 
     def play_fault(
@@ -1334,7 +1327,7 @@ class FakeReplicate:
             url = url.format(streams=self.origin, key=prediction.key)
             prediction.urls["stream"] = url
         self.predictions[prediction.id] = self.streams[prediction.key] = prediction
-        if not self.record and len(self.predictions) > self.kept:
+        if not self.record and len(self.predictions) > 1000:  # forget one
             oldest = next(iter(self.predictions.values()))
             if oldest.is_over(oldest.age):
                 self.predictions.pop(oldest.id, None)
