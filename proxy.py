@@ -4236,7 +4236,7 @@ class JSONReader:
         next(self.reading)
 
     def feed(self, text: str, is_over: bool = False) -> str:
-        """Take more text, give what is ready."""
+        """Take more text; give what is ready."""
         self.raw.append(text)
         self.is_over = is_over
         try:
@@ -4305,6 +4305,7 @@ class JSONReader:
         yield from self.value()
 
     def value(self) -> Reading:
+        """Read what begins here."""
         c = self.next()
         if c not in ("{", "["):
             return self.string() if c in QUOTES else self.word()
@@ -4312,6 +4313,7 @@ class JSONReader:
         return self.container(c)
 
     def container(self, opener: str) -> Reading:
+        """Read what follows an opening bracket."""
         self.closers.append(CLOSERS[opener])
         if len(self.closers) > DEEPEST_JSON:
             raise ValueError("too deep")
@@ -4360,13 +4362,12 @@ class JSONReader:
         """Read a key; False if no value follows."""
         if opener == "(":
             keyword = yield from self.token(KEYWORD)
-            name: str | None = keyword.rstrip("= \n")
             if "=" not in keyword:
                 self.at -= len(keyword)
-                name = next(self.names, None)
-            if name is None:
+                keyword = next(self.names, "")
+            if not keyword:
                 raise ValueError("too many values")
-            self.write(compact(name) + ":")
+            self.write(compact(keyword.rstrip("= \t\r\n")) + ":")
             return True
         lacks = ":null" if self.next() in QUOTES else ""
         yield from (self.string() if lacks else self.word(is_key=True))
@@ -4701,9 +4702,8 @@ FORMAT_ROWS = (
     ("call", "[TOOL_CALLS]"),  # Mistral …
     ("named", "*[ARGS]", "", INSIDE),  # … since its tokenizer 11
     ("named", "<function=*>", "</function>"),  # Llama 3, Qwen3 Coder
-    ("tagged", "*\n<arg_key>", "</tool_call>", INSIDE),  # GLM
+    ("named", "*\n", "</tool_call>", INSIDE),  # GLM
     ("tagged", "*<arg_key>", "</tool_call>", INSIDE),
-    ("named", "*\n", "", INSIDE),
     ("call", "<function_calls>", "</function_calls>"),  # Claude
     ("named", '<invoke name="*">', "</invoke>"),
     ("call", "<minimax:tool_call>", "</minimax:tool_call>"),
@@ -4768,10 +4768,11 @@ LONGEST_LEAD = 80  # characters
 LEAD = re.compile(  # what may stand between a name and its arguments
     r"\s*(?:\d{1,3}\s*)?(?:(?:<\|\w{1,30}\|>|commentary|analysis|```|json|code)\s*){0,9}"
 )
-TAG_BEGINS = re.compile(r"<(?:｜DSML｜|antml:)?parameter")
+PARAMETER = "<(?:｜DSML｜|antml:)?parameter"
+TAG_BEGINS = re.compile(f"{PARAMETER}|<arg_key>")
 TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
     rf"<parameter=(?P<name>[^<>]{{1,64}})>"
-    rf'|{TAG_BEGINS.pattern} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
+    rf'|{PARAMETER} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
 TAGGED_END = re.compile(r"</(?:｜DSML｜|antml:)?parameter>|</arg_value>")
@@ -5080,8 +5081,8 @@ class ToolCallParser:
             closings = [opening.closing for opening in self.openings]
             closed = [i for i, c in enumerate(closings) if c and rest.startswith(c)]
             if closed:
-                self.held = rest.removeprefix(closings[closed[-1]])
-                del self.openings[closed[-1] :]
+                self.held = rest.removeprefix(closings[closed[0]])
+                del self.openings[closed[0] :]
             elif rest[:1] in ("}", "]") and self.is_sure():
                 self.held = rest[1:]
             elif rest and not any(closing.startswith(rest) for closing in closings):

@@ -1345,31 +1345,30 @@ BOTH, TIME_ALONE = ["get_weather", "get_time"], ["get_time"]
 IF_NEEDED = "Call a tool only if you need it"
 ONE_OF_THEM = "You must call one of these tools now"
 MANY, JUST_ONE = "To make several calls", "Make one call, not more."
+THIS_ONE = "You must call the tool get_time now"
+
+
+def choosing(choice):
+    return {"tools": TOOLS, "tool_choice": choice}
+
+
 TOOLBOXES = [  # the tools that a model is told of, and when to call how many
     ("no tools", {}, None),
     ("an empty list", {"tools": []}, None),
     ("no tools and a choice of none", {"tool_choice": "none"}, None),
     ("auto", {"tools": TOOLS}, (BOTH, IF_NEEDED, MANY)),
-    ("none", {"tools": TOOLS, "tool_choice": "none"}, None),
-    (
-        "required",
-        {"tools": TOOLS, "tool_choice": "required"},
-        (BOTH, ONE_OF_THEM, MANY),
-    ),
-    (
-        "a named one",
-        {"tools": TOOLS, "tool_choice": named("get_time")},
-        (TIME_ALONE, "You must call the tool get_time now", MANY),
-    ),
+    ("none", choosing("none"), None),
+    ("required", choosing("required"), (BOTH, ONE_OF_THEM, MANY)),
+    ("a named one", choosing(named("get_time")), (TIME_ALONE, THIS_ONE, MANY)),
     (
         "allowed ones",
-        {"tools": TOOLS, "tool_choice": allowed("auto", "get_time")},
+        choosing(allowed("auto", "get_time")),
         (TIME_ALONE, IF_NEEDED, MANY),
     ),
     (
         "one of the allowed ones",
-        {"tools": TOOLS, "tool_choice": allowed("required", "get_time")},
-        (TIME_ALONE, "You must call the tool get_time now", MANY),
+        choosing(allowed("required", "get_time")),
+        (TIME_ALONE, THIS_ONE, MANY),
     ),
     (
         "one at a time",
@@ -1387,7 +1386,7 @@ TOOLBOXES = [  # the tools that a model is told of, and when to call how many
             "functions": [WEATHER, TIME],
             "function_call": {"name": "get_time", "type": "allowed_tools"},
         },
-        (TIME_ALONE, "You must call the tool get_time now", JUST_ONE),
+        (TIME_ALONE, THIS_ONE, JUST_ONE),
     ),
 ]
 
@@ -1431,12 +1430,12 @@ REFUSED_OF_TOOLS = [  # param, code, words of the message
     ),
     (
         "a tool that is not there",
-        {"tools": TOOLS, "tool_choice": named("f")},
+        choosing(named("f")),
         ("tool_choice", "invalid_value", "'f' not found"),
     ),
     (
         "an allowed tool that is not there",
-        {"tools": TOOLS, "tool_choice": allowed("auto", "f")},
+        choosing(allowed("auto", "f")),
         ("tool_choice", "invalid_value", "'f' not found"),
     ),
     (
@@ -1481,22 +1480,22 @@ REFUSED_OF_TOOLS = [  # param, code, words of the message
     ),
     (
         "an unknown choice",
-        {"tools": TOOLS, "tool_choice": "any"},
+        choosing("any"),
         ("tool_choice", "invalid_value", "'none', 'auto', and 'required'"),
     ),
     (
         "an unknown kind of choice",
-        {"tools": TOOLS, "tool_choice": {"type": "custom"}},
+        choosing({"type": "custom"}),
         ("tool_choice.type", "invalid_value", "'custom'"),
     ),
     (
         "a choice without name",
-        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {}}},
+        choosing({"type": "function", "function": {}}),
         ("tool_choice.function.name", "missing_required_parameter", "Missing"),
     ),
     (
         "no allowed tools",
-        {"tools": TOOLS, "tool_choice": allowed("auto")},
+        choosing(allowed("auto")),
         ("tool_choice.allowed_tools.tools", "empty_array", "minimum length 1"),
     ),
     (
@@ -1844,7 +1843,7 @@ def test_a_format_reaches_a_model_that_knows_formats(fake, server, given, expect
     assert input_of(fake, server, body).get("response_format") == expected
 
 
-IN_FORMAT, SCHEMA = "response_format.json_schema", {"type": "json_schema"}
+IN_FORMAT, BY_SCHEMA = "response_format.json_schema", {"type": "json_schema"}
 
 
 @table(
@@ -1852,12 +1851,12 @@ IN_FORMAT, SCHEMA = "response_format.json_schema", {"type": "json_schema"}
     [
         ("no type", {"name": "x"}, MISSING, f"{FORMAT}.type"),
         ("another type", {"type": "xml"}, "invalid_value", f"{FORMAT}.type"),
-        ("no schema", SCHEMA, MISSING, IN_FORMAT),
-        ("no object", {**SCHEMA, "json_schema": []}, "invalid_type", IN_FORMAT),
-        ("no name", {**SCHEMA, "json_schema": {}}, MISSING, f"{IN_FORMAT}.name"),
+        ("no schema", BY_SCHEMA, MISSING, IN_FORMAT),
+        ("no object", {**BY_SCHEMA, "json_schema": []}, "invalid_type", IN_FORMAT),
+        ("no name", {**BY_SCHEMA, "json_schema": {}}, MISSING, f"{IN_FORMAT}.name"),
         (
             "no schema in it",
-            {**SCHEMA, "json_schema": {"name": "x"}},
+            {**BY_SCHEMA, "json_schema": {"name": "x"}},
             MISSING,
             f"{IN_FORMAT}.schema",
         ),
@@ -7123,6 +7122,12 @@ TOOL_CALL_FORMATS = [  # what is said, its text, its calls
         "what looks like Python after a closed sign",
         '<tool_call>{"name":"get_time"}</tool_call>get_weather("Paris") is next \n',
         'get_weather("Paris") is next \n',
+        [NOW],
+    ),
+    (
+        "GLM, and then what looks like Python",
+        "<tool_call>get_time\n</tool_call>get_time() is it.",
+        "get_time() is it.",
         [NOW],
     ),
     (
