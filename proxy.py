@@ -4186,19 +4186,21 @@ def inside(path: str, key: str | int) -> str:
 CLOSERS = {"{": "}", "[": "]", "(": ")"}
 QUOTES = ('"', "'", "`")
 DEEPEST_JSON = 200  # brackets
-LONGEST_WORD = 1000  # characters, also of a comment
-SPACE_OR_COMMENT = re.compile(r"[ \t\r\n]+|//[^\n]*(?=\n)|/\*.*?\*/", re.DOTALL)
+LONGEST_WORD = 1000  # characters, or what may have to wait for its end
+SPACE_OR_COMMENT = re.compile(
+    r"[ \t\r\n]+|//[^\n]{0,900}(?=\n)|/\*.{0,900}?\*/", re.DOTALL
+)
 SPACE_OR_SLASH = ("", " ", "\n", "\r", "\t", "/")
 HALF_COMMENT = re.compile(r"/(?:/[^\n]*|\*.*)?\Z", re.DOTALL)
 LITERAL = re.compile(
     r"true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII
 )
-WORD = re.compile(r"""(?:(?!//|/\*)[^,:{}\[\]"'`<\n])*""")
+WORD = re.compile(rf"""(?:(?!//|/\*)[^,:{{}}\[\]"'`<\n]){{0,{LONGEST_WORD}}}""")
 NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null"}
-PYTHON_WORD = re.compile(r"[\w.+-]*")
+PYTHON_WORD = re.compile(rf"[\w.+-]{{0,{LONGEST_WORD}}}")
 PYTHON_QUOTES = re.compile(r"\"{1,3}|'{1,3}|`")
-KEYWORD = re.compile(r"(?:\w+\s*(?:=\s*)?)?")
+KEYWORD = re.compile(r"(?:\w{1,100}\s{0,100}(?:=\s{0,100})?)?")
 ESCAPE = r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
 UNQUOTED = {q: re.compile(rf'(?:[^\\\x00-\x1f"{q}]+|{ESCAPE})+') for q in QUOTES}
 HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
@@ -4518,13 +4520,11 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
 
 def possible_brackets(schema: Json) -> str:
     """The brackets that values of a schema may begin with, as far as it says so."""
-    within = Validation(schema)
+    types, within = {"{": "object", "[": "array"}, Validation(schema)
     try:
-        may_be_object = may_be("object", schema, within)
-        may_be_array = may_be("array", schema, within)
+        return "".join(c for c in types if may_be(types[c], schema, within))
     except (TooManySteps, RecursionError):
         return "{["
-    return "{" * may_be_object + "[" * may_be_array
 
 
 def may_be(type: str, schema: Any, within: Validation) -> bool:
@@ -4922,7 +4922,7 @@ class ToolCallParser:
         """The openings, what they hold, the name in them, and where they end.
 
         They hold "" if it is no call, None if that is yet to be seen."""
-        at, is_line, openings = 0, self.is_fresh, [*self.openings]
+        at, openings = 0, [*self.openings]
         while len(openings) <= len(self.openings) + MOST_OPENINGS:
             gap = GAP.match(self.held, at)
             start, at = at, gap.end() if gap else at
