@@ -4097,19 +4097,21 @@ def inside(path: str, key: str | int) -> str:
 CLOSERS = {"{": "}", "[": "]", "(": ")"}
 QUOTES = ('"', "'", "`")
 DEEPEST_JSON = 200  # brackets
-LONGEST_WORD = 1000  # characters, also of a comment
-SPACE_OR_COMMENT = re.compile(r"[ \t\r\n]+|//[^\n]*(?=\n)|/\*.*?\*/", re.DOTALL)
+LONGEST_WORD = 1000  # characters, or what may have to wait for its end
+SPACE_OR_COMMENT = re.compile(
+    r"[ \t\r\n]+|//[^\n]{0,900}(?=\n)|/\*.{0,900}?\*/", re.DOTALL
+)
 SPACE_OR_SLASH = ("", " ", "\n", "\r", "\t", "/")
 HALF_COMMENT = re.compile(r"/(?:/[^\n]*|\*.*)?\Z", re.DOTALL)
 LITERAL = re.compile(
     r"true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII
 )
-WORD = re.compile(r"""(?:(?!//|/\*)[^,:{}\[\]"'`<\n])*""")
+WORD = re.compile(rf"""(?:(?!//|/\*)[^,:{{}}\[\]"'`<\n]){{0,{LONGEST_WORD}}}""")
 NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
 PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null"}
-PYTHON_WORD = re.compile(r"[\w.+-]*")
+PYTHON_WORD = re.compile(rf"[\w.+-]{{0,{LONGEST_WORD}}}")
 PYTHON_QUOTES = re.compile(r"\"{1,3}|'{1,3}|`")
-KEYWORD = re.compile(r"(?:\w+\s*(?:=\s*)?)?")
+KEYWORD = re.compile(r"(?:\w{1,100}\s{0,100}(?:=\s{0,100})?)?")
 ESCAPE = r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
 UNQUOTED = {q: re.compile(rf'(?:[^\\\x00-\x1f"{q}]+|{ESCAPE})+') for q in QUOTES}
 HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
@@ -4147,7 +4149,7 @@ class JSONReader:
         next(self.reading)
 
     def feed(self, text: str, is_over: bool = False) -> str:
-        """Take more text, give what is ready."""
+        """Take more text; give what is ready."""
         self.raw.append(text)
         self.is_over = is_over
         try:
@@ -4216,6 +4218,7 @@ class JSONReader:
         yield from self.value()
 
     def value(self) -> Reading:
+        """Read what begins here."""
         c = self.next()
         if c not in ("{", "["):
             return self.string() if c in QUOTES else self.word()
@@ -4223,6 +4226,7 @@ class JSONReader:
         return self.container(c)
 
     def container(self, opener: str) -> Reading:
+        """Read what follows an opening bracket."""
         self.closers.append(CLOSERS[opener])
         if len(self.closers) > DEEPEST_JSON:
             raise ValueError("too deep")
@@ -4271,13 +4275,12 @@ class JSONReader:
         """Read a key; False if no value follows."""
         if opener == "(":
             keyword = yield from self.token(KEYWORD)
-            name: str | None = keyword.rstrip("= \n")
             if "=" not in keyword:
                 self.at -= len(keyword)
-                name = next(self.names, None)
-            if name is None:
+                keyword = next(self.names, "")
+            if not keyword:
                 raise ValueError("too many values")
-            self.write(compact(name) + ":")
+            self.write(compact(keyword.rstrip("= \t\r\n")) + ":")
             return True
         lacks = ":null" if self.next() in QUOTES else ""
         yield from (self.string() if lacks else self.word(is_key=True))
@@ -4428,13 +4431,11 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
 
 def possible_brackets(schema: Json) -> str:
     """The brackets that values of a schema may begin with, as far as it says so."""
-    within = Validation(schema)
+    types, within = {"{": "object", "[": "array"}, Validation(schema)
     try:
-        may_be_object = may_be("object", schema, within)
-        may_be_array = may_be("array", schema, within)
+        return "".join(c for c in types if may_be(types[c], schema, within))
     except (TooManySteps, RecursionError):
         return "{["
-    return "{" * may_be_object + "[" * may_be_array
 
 
 def may_be(type: str, schema: Any, within: Validation) -> bool:
@@ -4612,9 +4613,8 @@ FORMAT_ROWS = (
     ("call", "[TOOL_CALLS]"),  # Mistral …
     ("named", "*[ARGS]", "", INSIDE),  # … since its tokenizer 11
     ("named", "<function=*>", "</function>"),  # Llama 3, Qwen3 Coder
-    ("tagged", "*\n<arg_key>", "</tool_call>", INSIDE),  # GLM
+    ("named", "*\n", "</tool_call>", INSIDE),  # GLM
     ("tagged", "*<arg_key>", "</tool_call>", INSIDE),
-    ("named", "*\n", "", INSIDE),
     ("call", "<function_calls>", "</function_calls>"),  # Claude
     ("named", '<invoke name="*">', "</invoke>"),
     ("call", "<minimax:tool_call>", "</minimax:tool_call>"),
@@ -4679,10 +4679,11 @@ LONGEST_LEAD = 80  # characters
 LEAD = re.compile(  # what may stand between a name and its arguments
     r"\s*(?:\d{1,3}\s*)?(?:(?:<\|\w{1,30}\|>|commentary|analysis|```|json|code)\s*){0,9}"
 )
-TAG_BEGINS = re.compile(r"<(?:｜DSML｜|antml:)?parameter")
+PARAMETER = "<(?:｜DSML｜|antml:)?parameter"
+TAG_BEGINS = re.compile(f"{PARAMETER}|<arg_key>")
 TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
     rf"<parameter=(?P<name>[^<>]{{1,64}})>"
-    rf'|{TAG_BEGINS.pattern} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
+    rf'|{PARAMETER} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
 TAGGED_END = re.compile(r"</(?:｜DSML｜|antml:)?parameter>|</arg_value>")
@@ -4832,7 +4833,7 @@ class ToolCallParser:
         """The openings, what they hold, the name in them, and where they end.
 
         They hold "" if it is no call, None if that is yet to be seen."""
-        at, is_line, openings = 0, self.is_fresh, [*self.openings]
+        at, openings = 0, [*self.openings]
         while len(openings) <= len(self.openings) + MOST_OPENINGS:
             gap = GAP.match(self.held, at)
             start, at = at, gap.end() if gap else at
@@ -4991,8 +4992,8 @@ class ToolCallParser:
             closings = [opening.closing for opening in self.openings]
             closed = [i for i, c in enumerate(closings) if c and rest.startswith(c)]
             if closed:
-                self.held = rest.removeprefix(closings[closed[-1]])
-                del self.openings[closed[-1] :]
+                self.held = rest.removeprefix(closings[closed[0]])
+                del self.openings[closed[0] :]
             elif rest[:1] in ("}", "]") and self.is_sure():
                 self.held = rest[1:]
             elif rest and not any(closing.startswith(rest) for closing in closings):
