@@ -6486,18 +6486,13 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
     """Run the program as a child, and anew whenever a file has changed."""
     rest = [argument for argument in arguments if argument != "--reload"]
     command = [sys.executable, str(HERE / "proxy.py"), *rest]
-    files = [
-        HERE / "proxy.py",
-        Path(options.env_file or HERE / ".env"),
-        Path(options.models or HERE / "models.json"),
-    ]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     while True:
-        before = modification_times(files)
+        before = modification_times(options)
         with subprocess.Popen(command) as child:
             try:
-                while modification_times(files) == before:
+                while modification_times(options) == before:
                     time.sleep(0.3)
             except KeyboardInterrupt:  # the child has got the signal too
                 return child.wait()
@@ -6508,7 +6503,11 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
             child.terminate()
 
 
-def modification_times(files: Iterable[Path]) -> list[float]:
+def modification_times(options: argparse.Namespace) -> list[float]:
+    """Those of the program, its settings and its models."""
+    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
+    with suppress(ConfigError):  # the child reports it
+        files.append(Path(read_settings(options).models_path))
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 

@@ -9324,10 +9324,12 @@ def test_the_line_to_try_finds_the_key_in_the_env_file(folder, replicate, tmp_pa
 
 def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "models.json").rename(copy / "other.json")
+    (copy / ".env").write_text(f"MODELS_PATH={copy / 'other.json'}")
     environ = settings_for(replicate)
     with started(copy, "--reload", environ=environ) as (program, (url, line)):
         assert "${PROXY_API_KEY%%,*}" in line and KEY not in line
-        for name in ("models.json", "proxy.py"):
+        for name in ("other.json", "proxy.py"):
             assert is_healthy(url)
             with (copy / name).open("a") as file:
                 file.write("\n")
