@@ -6507,6 +6507,15 @@ def create_response(proxy: Proxy, request: Request) -> Response:
     return Response(response.object)
 
 
+def count_input_tokens(proxy: Proxy, request: Request) -> Response:
+    """An estimate: Replicate counts no tokens before it runs a model."""
+    chat = parse_response_request(read_body(request))
+    with response_errors(request, chat):
+        generation = generate_chat(proxy, request, check(chat.body, CHAT))
+    count = ceil(len(generation.inputs[0].prompt) / CHARACTERS_PER_TOKEN)
+    return Response({"object": "response.input_tokens", "input_tokens": count})
+
+
 @contextmanager
 def response_errors(request: Request, chat: ChatRequest) -> Iterator[None]:
     """Raise errors in the terms of a request for a response.
@@ -6567,6 +6576,7 @@ ENDPOINTS = [
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
     Endpoint("POST", "/responses", create_response),
+    Endpoint("POST", "/responses/input_tokens", count_input_tokens),
     Endpoint("POST", "/engines/*/chat/completions", create_chat_completion),
     Endpoint("POST", "/engines/*/completions", create_completion),
 ]

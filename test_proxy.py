@@ -9974,6 +9974,12 @@ def test_openai_makes_a_response(client):
     assert made.usage.output_tokens == sum(map(bool, fake_replicate.HELLO))
 
 
+def test_openai_counts_the_tokens_of_an_input(client, fake):
+    counted = client.responses.input_tokens.count(model="gpt-4o", input="a" * 41)
+    assert counted.input_tokens == 11
+    assert not fake.creates()
+
+
 def test_openai_streams_a_response(client, lasting):
     fake, _ = lasting
     with client.responses.stream(model="fake/thinking", input="Hi") as stream:
