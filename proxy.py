@@ -1501,11 +1501,11 @@ def parse_response_request(asked: Json) -> ChatRequest:
         param="include",
     )
     items = check_items(resolve_items(body))
-    tools = Tools()
-    tools.add_all(body["tools"], "tools")
+    tools = ResponseTools()
+    tools.add(body["tools"], "tools")
     for index, item in enumerate(items):
         if item["type"] == "additional_tools":
-            tools.add_all(item["tools"], f"input[{index}].tools", is_newer=True)
+            tools.add(item["tools"], f"input[{index}].tools", is_newer=True)
     if tools.dropped:
         log.info("event=tools_dropped types=%s", quoted(", ".join(tools.dropped)))
     messages = build_messages(items)
@@ -1690,7 +1690,22 @@ def chat_part(part: Json, path: str) -> Json:
     return {"type": "text", "text": part["text"]}
 
 
-class Tools:
+def each_tool(
+    tools: list[Json], path: str, namespace: str = ""
+) -> Iterator[tuple[str, str, Json]]:
+    """Yield tools, those in namespaces one by one, with their paths and namespaces."""
+    for index, tool in enumerate(tools):
+        where = f"{path}[{index}]"
+        if tool.get("type") is None:
+            raise missing_parameter(f"{where}.type")
+        if tool["type"] == "namespace":
+            tool = check(tool, NAMESPACE, f"{where}.")
+            yield from each_tool(tool["tools"], f"{where}.tools", tool["name"])
+        else:
+            yield where, namespace, tool
+
+
+class ResponseTools:
     """The tools of a request as chat's functions."""
 
     def __init__(self) -> None:
@@ -1698,41 +1713,22 @@ class Tools:
         self.names: dict[str, ToolName] = {}  # by the name that the model knows
         self.dropped: set[str] = set()  # types
 
-    def add_all(
-        self,
-        tools: list[Json],
-        path: str,
-        *,
-        namespace: str = "",
-        is_newer: bool = False,  # and takes the place of one that has its name
-    ) -> None:
-        for index, tool in enumerate(tools):
-            self.add(tool, f"{path}[{index}]", namespace, is_newer)
-
-    def add(self, tool: Json, path: str, namespace: str, is_newer: bool) -> None:
-        kind = tool.get("type")
-        if kind is None:
-            raise missing_parameter(f"{path}.type")
-        if kind not in (*TOOL_TYPES, "namespace"):
-            self.dropped.add(str(kind))
-            return
-        if kind == "namespace":
-            tool = check(tool, NAMESPACE, f"{path}.")
-            self.add_all(
-                tool["tools"],
-                f"{path}.tools",
-                namespace=tool["name"],
-                is_newer=is_newer,
-            )
-            return
-        check(tool, NAME_ONLY, f"{path}.")
-        name = ToolName(tool["name"], namespace, kind == "custom")
-        function = custom_function(tool) if name.is_custom else without(tool, ["type"])
-        function["name"] = name.flat
-        is_second = name.flat in self.rows and not is_newer  # which chat refuses
-        key = path if is_second else name.flat
-        self.rows[key] = path, {"type": "function", "function": function}
-        self.names[name.flat] = name
+    def add(self, tools: list[Json], path: str, *, is_newer: bool = False) -> None:
+        """Add tools. Newer ones take the place of those that have their names."""
+        for where, namespace, tool in each_tool(tools, path):
+            if tool["type"] not in TOOL_TYPES:
+                self.dropped.add(str(tool["type"]))
+                continue
+            check(tool, NAME_ONLY, f"{where}.")
+            name = ToolName(tool["name"], namespace, tool["type"] == "custom")
+            function = without(tool, ["type"])
+            if name.is_custom:
+                function = custom_function(tool)
+            function["name"] = name.flat
+            is_second = name.flat in self.rows and not is_newer  # which chat refuses
+            key = where if is_second else name.flat
+            self.rows[key] = where, {"type": "function", "function": function}
+            self.names[name.flat] = name
 
     def choice(self, asked: Any) -> Any:
         """Build chat's `tool_choice`. Raise 400 if what is chosen can't run here."""
