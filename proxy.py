@@ -720,6 +720,7 @@ NO_LOGPROBS = "Replicate's models tell no log probabilities."
 STREAM_OPTIONS = {
     "include_usage": Param(BOOLEAN, default=False),
     "include_obfuscation": Param(BOOLEAN),
+    "continuous_usage_stats": Param(BOOLEAN, default=False),  # vLLM's
 }
 
 # Shared by chat and text completions. OpenAI's limit of stop strings is 4, but
@@ -3789,6 +3790,10 @@ def lost(message: str) -> APIError:
 CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
 
 
+def estimate_tokens(characters: int) -> int:
+    return -(-characters // CHARACTERS_PER_TOKEN)
+
+
 def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
     """End before the stop string that is complete first, however the text is cut."""
     held, reason = "", "stop"
@@ -3847,18 +3852,21 @@ def with_usage(
     events: Events, prompt: str, usages: list[Usage] | None = None
 ) -> Events:
     """Estimate the tokens that Replicate did not count, and add all to `usages`."""
-    length = 0
+    length = reasoning = 0
     for event in events:
-        if isinstance(event, (Reasoning, Text, Arguments)):
+        if isinstance(event, (Text, Arguments)):
             length += len(event.text)
+        elif isinstance(event, Reasoning):
+            reasoning += len(event.text)
         elif isinstance(event, Done):
             asked, answered, reasoned, _ = event.usage
-            usage = Usage(
-                -(-len(prompt) // CHARACTERS_PER_TOKEN) if asked is None else asked,
-                -(-length // CHARACTERS_PER_TOKEN) if answered is None else answered,
-                reasoned,
-                is_estimate=asked is None or answered is None,
-            )
+            is_estimate = asked is None or answered is None
+            if asked is None:
+                asked = estimate_tokens(len(prompt))
+            if answered is None:
+                answered = estimate_tokens(length + reasoning)
+            reasoned = reasoned or min(estimate_tokens(reasoning), answered)
+            usage = Usage(asked, answered, reasoned, is_estimate)
             event = Done(event.finish_reason, usage)
             if usages is not None:
                 usages.append(usage)
@@ -5179,7 +5187,9 @@ class CompletionInfo(NamedTuple):
     id: str
     created: int  # Unix seconds
     model: str  # as the client named it
-    include_usage: bool = False  # then every chunk has a place for it
+    include_usage: bool = False  # then every chunk has a place for it …
+    continuous_usage: bool = False  # … and an estimate there
+    prompt_tokens: int = 0  # an estimate
     legacy: bool = False  # a call is a `function_call`, as before there were tools
 
 
@@ -5241,6 +5251,11 @@ def usage_object(usage: Usage) -> Json:
     }
 
 
+def reasoning_fields(text: str) -> Json:
+    """DeepSeek's name for it, and that of OpenRouter and vLLM: clients read either."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
 def chat_message(choice: Choice, info: CompletionInfo) -> Json:
     message: Json = {"role": "assistant", "content": choice.text}
     if choice.calls:
@@ -5251,7 +5266,7 @@ def chat_message(choice: Choice, info: CompletionInfo) -> Json:
             message["tool_calls"] = list(choice.calls)
     message |= {"refusal": None, "annotations": []}
     if choice.reasoning:
-        message["reasoning_content"] = choice.reasoning
+        message |= reasoning_fields(choice.reasoning)
     return message
 
 
@@ -5281,7 +5296,7 @@ def chat_delta(event: Event, legacy: bool) -> Json:
         case Text(text):
             return {"content": text}
         case Reasoning(text):
-            return {"reasoning_content": text}
+            return reasoning_fields(text)
         case ToolCall(index, id, name):
             function = {"name": name, "arguments": ""}
             call = {"index": index, "id": id, "type": "function", "function": function}
@@ -5321,40 +5336,53 @@ def chat_stream(
 
     role = {"role": "assistant", "content": "", "refusal": None}
     roles = [[choice(index, role)] for index in range(choices)]
-    return completion_stream(events, chunk, choice_of, roles, info.include_usage)
+    return completion_stream(events, chunk, choice_of, info, roles)
 
 
 def completion_stream(
     events: IndexedEvents,
     chunk: Json,
     choice_of: Callable[[int, Event], Json],
-    first: list[list[Json]],  # the choices of chunks before all others
-    include_usage: bool,
+    info: CompletionInfo,
+    first: Sequence[list[Json]] = (),  # the choices of chunks before all others
 ) -> Iterator[bytes]:
     """Yield a frame per event, one of the usage if that is wanted, and [DONE].
 
     What is constant around the text of a chunk is encoded once: a token costs the
     encoding of its own text (0.95 us instead of 4.5)."""
-    chunk = {**chunk, "usage": None} if include_usage else chunk
-    start = b"".join(sse_frame({**chunk, "choices": choices}) for choices in first)
-    mark = random_id("", 20)
+    is_constant = not (info.include_usage and info.continuous_usage)
+    length = 0
+    usages: list[Usage] = []
     around: dict[int, tuple[bytes, bytes]] = {}  # the text of each choice
-    usages = []
+    mark = random_id("", 20)
+
+    def frame(choices: list[Json]) -> bytes:
+        usage = None
+        if not is_constant:
+            counts = Usage(info.prompt_tokens, estimate_tokens(length))
+            usage = usage_object(counts)
+        usages_place = {"usage": usage} if info.include_usage else {}
+        return sse_frame({**chunk, "choices": choices, **usages_place})
+
+    start = b"".join(map(frame, first))
     for index, event in events:
         if isinstance(event, Text) and index in around:
             before, after = around[index]
             yield before + encode_json(event.text) + after
             continue
-        if isinstance(event, Text):
-            marked = {**chunk, "choices": [choice_of(index, Text(mark))]}
-            before, _, after = sse_frame(marked).partition(encode_json(mark))
+        if isinstance(event, Text) and is_constant:
+            marked = frame([choice_of(index, Text(mark))])
+            before, _, after = marked.partition(encode_json(mark))
             around[index] = before, after
-        elif isinstance(event, Done):
+        if isinstance(event, Done):
             usages.append(event.usage)
-        yield start + sse_frame({**chunk, "choices": [choice_of(index, event)]})
+        elif not isinstance(event, ToolCall):
+            length += len(event.text)
+        yield start + frame([choice_of(index, event)])
         start = b""
-    if include_usage:
-        yield sse_frame({**chunk, "usage": usage_object(sum_usage(usages))})
+    if info.include_usage:
+        usage = usage_object(sum_usage(usages))
+        yield sse_frame({**chunk, "choices": [], "usage": usage})
     yield DONE_FRAME
 
 
@@ -5406,7 +5434,7 @@ def text_stream(
             return text_choice(index, event.text)
         return text_choice(index, "", cast(Done, event).finish_reason)
 
-    return completion_stream(events, chunk, choice_of, [], info.include_usage)
+    return completion_stream(events, chunk, choice_of, info)
 
 
 # -- Model objects -------------------------------------------------------------
@@ -5481,11 +5509,14 @@ class Generation(NamedTuple):
         build_object: Callable[[list[Choice], Usage, CompletionInfo], Json],
         build_stream: Callable[[IndexedEvents, CompletionInfo, int], Iterator[bytes]],
     ) -> Response:
+        options = self.body["stream_options"]
         info = CompletionInfo(
             id=random_id(id_prefix, 29),
             created=int(time.time()),
             model=self.body["model"],
-            include_usage=bool(self.body["stream_options"].get("include_usage")),
+            include_usage=bool(options.get("include_usage")),
+            continuous_usage=bool(options.get("continuous_usage_stats")),
+            prompt_tokens=sum(estimate_tokens(len(i.prompt)) for i in self.inputs),
             legacy=bool(self.toolbox and self.toolbox.legacy),
         )
         model = self.inputs[0].model

@@ -6209,11 +6209,12 @@ def test_echo_says_the_prompt_first():
 @table(
     "counted, expected",
     [
-        ("true counts stay", (5, 7), (5, 7)),
+        ("true counts stay", (5, 7), (5, 7, 1)),
+        ("of reasoning too", (5, 7, 6), (5, 7, 6)),
         ("0 is a count", (0, 0, 3), (0, 0, 3)),
-        ("no counts", (), (2, 3, 0, True)),
-        ("one count", (None, 7), (2, 7, 0, True)),
-        ("the other", (5, None), (5, 3, 0, True)),
+        ("no counts", (), (2, 3, 1, True)),
+        ("one count", (None, 7), (2, 7, 1, True)),
+        ("the other", (5, None), (5, 3, 1, True)),
     ],
 )
 def test_usage_is_completed_by_estimate(counted, expected):
@@ -7947,8 +7948,13 @@ OBJECTS = [  # what the model says, body, deltas but for the first, message
         "reasoning",
         "<think>Hm</think>ä\n",
         {},
-        [{"reasoning_content": "Hm"}, {"content": "ä\n"}],
-        {**CHAT_MESSAGE, "annotations": [], "reasoning_content": "Hm"},
+        [{"reasoning_content": "Hm", "reasoning": "Hm"}, {"content": "ä\n"}],
+        {
+            **CHAT_MESSAGE,
+            "annotations": [],
+            "reasoning_content": "Hm",
+            "reasoning": "Hm",
+        },
     ),
     (
         "a call",
@@ -8006,6 +8012,8 @@ def test_an_answer_has_openais_keys_in_their_order(
     end = {"tools": "tool_calls", "functions": "function_call"}.get(
         next(iter(body), ""), "stop"
     )
+    details = USAGE["completion_tokens_details"]
+    reasoned = {**details, "reasoning_tokens": int("reasoning" in message)}
     whole = json.loads(
         masked(post_json(server, CHAT_PATH, **asked).body), object_pairs_hook=list
     )
@@ -8023,7 +8031,11 @@ def test_an_answer_has_openais_keys_in_their_order(
                     "finish_reason": end,
                 }
             ],
-            "usage": {**USAGE, **dict(dict(whole)["usage"][:3])},
+            "usage": {
+                **USAGE,
+                **dict(dict(whole)["usage"][:3]),
+                "completion_tokens_details": reasoned,
+            },
             "service_tier": "default",
             "system_fingerprint": None,
         }
@@ -8102,6 +8114,20 @@ def test_usage_is_in_a_last_chunk_of_its_own_and_null_before(lasting, path):
     assert not any(
         "usage" in c for c in post_json(server, path, **asked, stream=True).chunks
     )
+
+
+def test_usage_so_far_is_in_every_chunk_for_clients_of_vllm(lasting):
+    fake, server = lasting
+    model = model_saying(fake, "abcdefghi", counts=True)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, counts in (
+        (CHAT_PATH, [0, 3, 3, 1]),  # the first has the role, the last the true count
+        ("/v1/completions", [3, 3, 1]),
+    ):
+        asked = {"model": model, "messages": HI, "prompt": "Hi", "stream": True}
+        chunks = post_json(server, path, **asked, stream_options=options).chunks
+        assert [c["usage"]["completion_tokens"] for c in chunks] == counts
+        assert {c["usage"]["prompt_tokens"] for c in chunks[:-1]} == {1}
 
 
 TEXTS = st.lists(
