@@ -864,7 +864,7 @@ CHAT = {
 COMPLETION = {
     **SAMPLING,
     "prompt": Param((str, list), 1, 128, default=["<|endoftext|>"], items=STRING),
-    "max_tokens": Param(INTEGER, 1, INT64[1], default=16),
+    "max_tokens": Param(INTEGER, 0, INT64[1], default=16),
     "echo": Param(BOOLEAN, default=False),
     "suffix": Param(
         refused="Replicate's models don't fill in the middle.", choices=("",)
@@ -5625,6 +5625,10 @@ class Generation(NamedTuple):
     ) -> Iterator[Events]:
         """Create a prediction; after, it is over or cancelled."""
         upstream, log = self.proxy.upstream, self.request.log
+        if self.body["max_tokens"] == 0:  # no text is wanted, so no model has to run
+            end = (done for done in [Done("length", Usage(None, 0))])
+            yield with_usage(end, prediction_input.prompt, log.usages)
+            return
         with upstream.counted():
             prediction = upstream.create(
                 prediction_input, cancellation, log, wait=not self.body["stream"]

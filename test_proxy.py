@@ -8130,6 +8130,21 @@ def test_usage_so_far_is_in_every_chunk_for_clients_of_vllm(lasting):
         assert {c["usage"]["prompt_tokens"] for c in chunks[:-1]} == {1}
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_no_model_runs_where_no_text_is_wanted(lasting, stream):
+    fake, server = lasting
+    fake.seen.clear()
+    asked = {"model": "fake/hello", "prompt": "Hi", "max_tokens": 0, "stream": stream}
+    for echo, text in ((False, ""), (True, "Hi")):
+        answer = post_json(server, "/v1/completions", **asked, echo=echo)
+        choices = answer.json["choices"] if not stream else None
+        if stream:
+            choices = [choice for chunk in answer.chunks for choice in chunk["choices"]]
+        assert "".join(choice["text"] for choice in choices) == text
+        assert choices[-1]["finish_reason"] == "length"
+    assert answer.status == 200 and not fake.creates()
+
+
 TEXTS = st.lists(
     st.text(
         st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=5
