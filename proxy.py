@@ -86,8 +86,9 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from base64 import b64decode, b64encode
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     Callable,
     Collection,
@@ -598,9 +599,26 @@ class ModelsFile:
             return self.models
 
 
+DATE = re.compile(r"-(\d{4}|\d{8}|\d{4}-\d{2}-\d{2}|latest)$")
+
+
+def find_ref(models: Models, id: str) -> str | None:
+    """What Replicate calls a model: by its name in the file, or by the form of a ref.
+
+    Clients write names in other case, with a date (gpt-4o-2024-08-06, gpt-4-0613),
+    with what Ollama (name:latest) or LiteLLM (replicate/owner/name) put to them."""
+    name = id.strip(" ").removesuffix(":latest")
+    if REF.fullmatch(rest := name.removeprefix("replicate/")):
+        name = rest
+    mappings = {key.casefold(): ref for key, ref in models.mappings.items()}
+    listed = mappings.get(name.casefold())
+    undated = mappings.get(DATE.sub("", name.casefold()))
+    return listed or (name if REF.fullmatch(name) else undated)
+
+
 def find_model(models: Models, id: str) -> Model:
-    """Find by mapping, else by the form of a ref, else the default; raise 404."""
-    known = models.mappings.get(id) or (id if REF.fullmatch(id) else None)
+    """Find by name or ref, else the default, which the log says once; raise 404."""
+    known = models.mappings.get(id) or find_ref(models, id)
     ref = known or models.default_model
     if not ref:
         raise APIError(
@@ -609,8 +627,15 @@ def find_model(models: Models, id: str) -> Model:
             "name that GET /v1/models lists, or a model of Replicate as owner/name.",
             code="model_not_found",
         )
+    if not known:
+        warn_of_default(id, ref)
     config = models.configs.get(ref) or models.configs.get(without_version(ref))
     return Model(id, ref, config or ModelConfig(), is_default=not known)
+
+
+@lru_cache(1000)  # once for each name
+def warn_of_default(id: str, ref: str) -> None:
+    log.warning("event=default_model model=%s ref=%s", quoted(id), quoted(ref))
 
 
 # ==== 2. REQUESTS =============================================================
@@ -704,6 +729,7 @@ class Param(NamedTuple):
     each: Mapping[str, Param] | None = None  # what an object holds, or those in it
     required: bool = False
     by_type: bool = False  # required if the `type` beside it has its name
+    unset: tuple[Any, ...] = ()  # values that mean the same as null
     refused: str = ""  # why any value but null and the choices is refused
 
 
@@ -715,7 +741,11 @@ MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
+NO_LIMIT = (-1,)  # as LM Studio's examples and llama.cpp have it
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
+
+GRAMMARS = ("guided_regex", "guided_grammar", "guided_choice", "regex", "grammar")
+NO_GRAMMAR = "Only a JSON Schema can be asked for, as response_format."
 
 STREAM_OPTIONS = {
     "include_usage": Param(BOOLEAN, default=False),
@@ -733,11 +763,11 @@ SAMPLING = {
     "top_p": Param(NUMBER, 0, 1),
     "presence_penalty": Param(NUMBER, -2, 2),
     "frequency_penalty": Param(NUMBER, -2, 2),
-    "max_tokens": Param(INTEGER, 1, INT64[1]),
-    "max_completion_tokens": Param(INTEGER, 1, INT64[1]),
+    "max_tokens": Param(INTEGER, 1, INT64[1], unset=NO_LIMIT),
+    "max_completion_tokens": Param(INTEGER, 1, INT64[1], unset=NO_LIMIT),
     "stop": Param((str, list), 0, 64, default=[], items=STRING),
     "seed": Param(INTEGER, *INT64),
-    "reasoning_effort": Param(STRING, choices=EFFORTS),
+    "reasoning_effort": Param(STRING, choices=EFFORTS, unset=("auto",)),
     "verbosity": Param(STRING, choices=VERBOSITIES),
     "n": Param(INTEGER, 1, 8, default=1),
     "logit_bias": Param(
@@ -772,6 +802,7 @@ PART = one_of(
     text=Param(STRING),
     refusal=Param(STRING),
     image_url=Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
+    video_url=Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
     input_audio=Param(OBJECT, each=INPUT_AUDIO),
     file=Param(OBJECT, each=FILE),
 )
@@ -831,7 +862,7 @@ MESSAGE = {  # parse_messages checks what depends on the role
 }
 
 JSON_SCHEMA = {
-    "name": Param(STRING, 1, 64, required=True, pattern="[a-zA-Z0-9_-]+"),
+    "name": Param(STRING, 1, 64, default="answer", pattern="[a-zA-Z0-9_-]+"),
     "description": Param(STRING, default=""),
     "schema": Param(OBJECT, required=True),
     "strict": Param(BOOLEAN, default=False),
@@ -858,13 +889,14 @@ CHAT = {
         refused="Replicate's language models answer in text.", choices=(["text"],)
     ),
     "audio": Param(refused="Replicate's language models answer in text."),
+    **dict.fromkeys(GRAMMARS, Param(refused=NO_GRAMMAR)),
     "web_search_options": Param(refused="Replicate's language models don't search."),
 }
 
 COMPLETION = {
     **SAMPLING,
     "prompt": Param((str, list), 1, 128, default=["<|endoftext|>"], items=STRING),
-    "max_tokens": Param(INTEGER, 0, INT64[1], default=16),
+    "max_tokens": Param(INTEGER, 0, INT64[1], default=16, unset=NO_LIMIT),
     "echo": Param(BOOLEAN, default=False),
     "suffix": Param(
         refused="Replicate's models don't fill in the middle.", choices=("",)
@@ -887,13 +919,68 @@ IGNORED = {
 }
 
 
+PART_TYPES = {"input_text": "text", "output_text": "text"}  # of the Responses API
+PASSED_OVER = ("reasoning", "thinking", "redacted_thinking")  # parts of an answer
+
+
+def in_openais_words(body: Json) -> Json:
+    """Translate what clients of other servers send for the same wish.
+
+    A schema of the answer: llama.cpp and Together have it in `response_format`, or
+    as `json_schema`, vLLM as `guided_json` or in `structured_outputs`, Ollama as
+    `format`. Parts of messages: clients send back what another API gave them."""
+    asked = as_object(body.get("response_format"))
+    outputs = as_object(body.get("structured_outputs"))
+    for name in GRAMMARS:  # which are refused
+        if (short := name.removeprefix("guided_")) in outputs:
+            body = {**body, name: outputs[short]}
+    schemas = {
+        "response_format": asked.get("schema"),
+        "structured_outputs": outputs.get("json"),
+        **{key: body.get(key) for key in ("json_schema", "guided_json", "format")},
+    }
+    if asked.get("type") == "text" or "json_schema" in asked:
+        schemas = {}
+    for key, schema in schemas.items():
+        value = parsed(schema) if isinstance(schema, str) else schema
+        if isinstance(value, dict) and not isinstance(value.get("format"), dict):
+            asked = {"type": "json_schema", "json_schema": {"schema": value}}
+            body = {**without(body, [key]), "response_format": asked}
+        elif schema == "json":
+            body = {**without(body, [key]), "response_format": {"type": "json_object"}}
+    messages = [
+        {**message, "content": list(map(as_chat_part, filter(is_said, content)))}
+        if isinstance(content := as_object(message).get("content"), list)
+        else message
+        for message in as_list(body.get("messages"))
+    ]
+    return {**body, "messages": messages} if messages else body
+
+
+def is_said(part: Any) -> bool:
+    """Whether a part is not what a model only thought."""
+    return as_object(part).get("type") not in PASSED_OVER
+
+
+def as_chat_part(part: Any) -> Any:
+    """A part of a message under the name that chat has for it."""
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return part
+    if isinstance(part.get("image_url"), str):
+        return {**part, "type": "image_url", "image_url": {"url": part["image_url"]}}
+    return {**part, "type": PART_TYPES.get(part["type"], part["type"])}
+
+
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
     """Return the body with every parameter of the table; raise 400 if one is wrong."""
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
     checked = {}
     for name, param in params.items():
         is_named = param.by_type and given.get("type") == name
-        if param.required or is_named or name in given:
+        is_given = name in given and given[name] not in param.unset
+        if param.by_type and not is_named:  # what is left over from another type
+            is_given = False
+        if param.required or is_named or is_given:
             checked[name] = check_param(path + name, given.get(name), param)
         else:
             checked[name] = param.default
@@ -916,6 +1003,8 @@ def check_param(path: str, value: Any, param: Param) -> Any:
         harmless = any(type(value) is type(c) and value == c for c in param.choices)
         require(harmless, message, code="unsupported_parameter", param=path)
         return param.default
+    if param.kinds == INTEGER and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 256.0 is a whole number in JSON
     check_kind(path, value, param.kinds)
     if isinstance(value, str) and param.items == STRING:
         value = [value]  # one string stands for an array of one
@@ -1045,6 +1134,7 @@ class Attachment(NamedTuple):
 
 ATTACHABLE = {  # the field with its URL or data, what to send, the code of an error
     "image_url": ("url", "https://… or data:image/png;base64,…", "invalid_image_url"),
+    "video_url": ("url", "https://… or data:video/mp4;base64,…", "invalid_value"),
     "input_audio": ("data", "base64", "invalid_value"),
     "file": (
         "file_data",
@@ -1684,6 +1774,7 @@ class Family(NamedTuple):
     always: Json = {}  # inputs that go with every prompt
     native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
     required: tuple[str, ...] = ()  # inputs without which it does not run
+    omits_think: bool = False  # an answer may begin with what it thinks, but no tag
     is_language: bool = True
 
 
@@ -1733,7 +1824,10 @@ AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would com
 IN_PLACE = {"image_url": Slot("", 100)}
 ONE_IMAGE = {"image_url": Slot("image")}
 IMAGE_INPUT = {"image_url": Slot("image_input", 100, as_list=True)}
-IMAGES = {"image_url": Slot("images", 10, as_list=True)}
+IMAGES = {
+    "image_url": Slot("images", 10, as_list=True),
+    "video_url": Slot("videos", 10, as_list=True),
+}
 IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
 
 
@@ -1790,9 +1884,12 @@ FAMILIES = {
     "gpt-5": gpt(r"openai/gpt-5(-mini|-nano)?", "verbosity", "minimal low medium high"),
     "kimi-k2.5": Family(r"moonshotai/kimi-k2\.5", KIMI, slots=ONE_IMAGE),
     "deepseek-v3.1": Family(r"deepseek-ai/deepseek-v3\.1", DEEPSEEK_31),
+    "deepseek-r1": Family(
+        r"deepseek-ai/deepseek-r1|moonshotai/kimi-k2-thinking", OPEN, omits_think=True
+    ),
     "open": Family(
-        r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
-        r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
+        r"deepseek-ai/deepseek-v3|openai/gpt-oss-(20b|120b)|xai/grok-4|"
+        r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-instruct",
         OPEN,
     ),
     "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", GPT_4),
@@ -1852,6 +1949,7 @@ ATTACHED = {
     "image_url": (
         "images image_input input_images image_urls image input_image image_url media"
     ),
+    "video_url": "videos video_input video_urls video input_video video_url",
     "input_audio": "audio audio_file audio_input input_audio audio_url",
     "file": "file files pdf document documents input_file",
 }
@@ -2155,6 +2253,7 @@ class PredictionInput(NamedTuple):
     limit: int | None  # of tokens, as it was sent
     cut: int | None  # of tokens, where the client's limit is below the model's least
     seed: Field | None = None  # the input that choices differ in: the client named it
+    omits_think: bool = False
 
 
 def with_tools_and_format(
@@ -2186,7 +2285,7 @@ def with_tools_and_format(
 def build_chat_input(body: Json, model: Model, family: Family) -> PredictionInput:
     body, model = with_system_texts(body, model)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
-    messages, placed = place_attachments(body["messages"], model, family)
+    messages, placed = place_attachments(body["messages"], family)
     rendered = family.render(messages, family.system, family.prompt)
     return build_input(body, model, family, {**rendered, **placed}, prompt)
 
@@ -2242,31 +2341,56 @@ def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
 TAKERS = {
     "image_url": "openai/gpt-4o and google/gemini-2.5-flash take several images, "
     "anthropic/claude-4.5-sonnet takes one.",
+    "video_url": "google/gemini-2.5-flash takes several.",
     "input_audio": "google/gemini-3-flash takes one.",
 }
 
 
-def place_attachments(
-    messages: Messages, model: Model, family: Family
-) -> tuple[Messages, Json]:
-    """Move what has an input of its own out of the messages.
+def fit_attachments(messages: Messages, model: Model, family: Family) -> Messages:
+    """Put words in place of what is more than the model takes, the earliest first.
 
-    Raise 400 for what the model does not take, or not so much of.
-    """
+    Raise 400 if that comes with the user's last message, or after it."""
+    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+    now = Counter(kind for kind, _ in attachments(messages[last:]))
+    excess = Counter(kind for kind, _ in attachments(messages))
+    for kind in list(excess):
+        most = family.slots.get(kind, Slot("", 0)).most
+        require(
+            now[kind] <= most,
+            f"The model `{model.id}` ({model.ref}) takes {most or 'no'} parts of type "
+            f"'{kind}', but got {now[kind]}. "
+            f"{TAKERS.get(kind, 'No model known here does.')}",
+            code="invalid_value",
+            param="messages",
+        )
+        excess[kind] -= most
+        if excess[kind] > 0:
+            log.warning("event=left_out parts=%d type=%s", excess[kind], kind)
+
+    def fit(part: Json) -> Json:
+        kind = part["type"]
+        if excess[kind] <= 0:
+            return part
+        excess[kind] -= 1
+        noun = re.sub("input_|_url", "", kind)
+        return {"type": "text", "text": f"[{noun}]"}
+
+    return [
+        {**message, "content": join_texts(list(map(fit, message["content"])))}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def place_attachments(messages: Messages, family: Family) -> tuple[Messages, Json]:
+    """Move what has an input of its own out of the messages."""
     urls = defaultdict(list)
     for kind, url in attachments(messages):
         urls[kind].append(url)
     placed: Json = {}
     for kind, found in urls.items():
-        slot = family.slots.get(kind, Slot("", 0))
-        require(
-            len(found) <= slot.most,
-            f"The model `{model.id}` ({model.ref}) takes {slot.most or 'no'} parts of "
-            f"type '{kind}', but got {len(found)}. "
-            f"{TAKERS.get(kind, 'No model known here does.')}",
-            code="invalid_value",
-            param="messages",
-        )
+        slot = family.slots[kind]
         if slot.name:
             placed[slot.name] = found if slot.as_list else found[0]
     moved = {kind for kind, slot in family.slots.items() if slot.name}
@@ -2318,6 +2442,7 @@ def build_input(
         limit=limit,
         cut=wanted if wanted and limit and wanted < limit else None,
         seed=seed if is_ours else None,
+        omits_think=family.omits_think,
     )
 
 
@@ -3873,7 +3998,6 @@ def with_usage(
         yield event
 
 
-THINKERS = re.compile(r"(?i).*(deepseek-r1|thinking|reasoner|qwq|magistral).*")
 THINK, THINK_END = "<think>", "</think>"
 
 # gpt-oss writes in channels: OpenAI's harmony format.
@@ -3888,11 +4012,12 @@ LONGEST_HEADER = 400  # characters
 LONGEST_SPACE = 200  # characters that wait for what may follow them
 
 
-def split_reasoning(events: Events, starts_inside: bool) -> Events:
+def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) -> Events:
     """Tell reasoning from the answer.
 
     `starts_inside`: an answer without the first tag begins with reasoning. Where no
-    tag ends that, it was the answer after all, and is given as text, too."""
+    tag ends that, it was the answer after all, and is given as text: `holds` waits to
+    see that, without it the text has been given as reasoning before."""
     state, held = "before", ""
     thoughts: list[str] = []
     for event in events:
@@ -3904,7 +4029,7 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
                 tags = () if is_far else (THINK, *HARMONY)
                 if begun.startswith(tags[:1]):
                     held, state = begun[len(THINK) :], "inside"
-                    starts_inside = False
+                    starts_inside = holds = False
                 elif begun.startswith(tags):
                     yield from split_harmony(begun, events)
                     return
@@ -3918,8 +4043,11 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
                     end = len(held) - overhang(held, [THINK_END])
                     thought, rest = held[:end], held[end:]
                 if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
-                    yield Reasoning(thought)
                     thoughts.append(thought)
+                    if not holds:
+                        yield Reasoning(thought)
+                    elif tag:
+                        yield Reasoning("".join(thoughts))
                 elif not tag:
                     continue  # space alone is no reasoning
                 held, state = rest, "between" if tag else state
@@ -3931,11 +4059,14 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
                 break
             continue
         if isinstance(event, Done):
-            if held:
-                yield Reasoning(held) if state == "inside" else Text(held)
             is_answer = starts_inside and event.finish_reason != "length"
+            thought = "".join(thoughts) + held if holds else held
+            if state == "inside" and not (holds and is_answer) and thought:
+                yield Reasoning(thought)
             if state == "inside" and is_answer:
                 yield Text("".join(thoughts) + held)
+            elif state != "inside" and held:
+                yield Text(held)
         yield event
     yield from events
 
@@ -5647,8 +5778,8 @@ class Generation(NamedTuple):
         stop strings are looked for in what the client reads, not in tags, fences or
         calls; and what was sent in the end is counted."""
         if "messages" in self.body:
-            model = prediction_input.model.owner_and_name
-            events = split_reasoning(events, bool(THINKERS.fullmatch(model)))
+            omits, stream = prediction_input.omits_think, self.body["stream"]
+            events = split_reasoning(events, omits, holds=omits and not stream)
         if prediction_input.cut:
             events = cut_after(events, prediction_input.cut)
         if self.toolbox:
@@ -5765,6 +5896,7 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
     chosen = find_model(proxy.models.current(), body["model"])
     kinds = {kind for kind, _ in attachments(body["messages"])}
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
+    body["messages"] = fit_attachments(body["messages"], chosen, family)
     toolbox, format = parse_toolbox(body), parse_response_format(body)
     body = with_tools_and_format(body, family, toolbox, format)
     generation = Generation(
@@ -5809,7 +5941,9 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
         body["model"] = model
     require(body.get("model"), "you must provide a model parameter")
     request.log.model = str(body["model"])
-    checked = check(body, params)
+    if body.get("best_of") == (body.get("n") or 1):  # all choices are wanted
+        del body["best_of"]
+    checked = check(in_openais_words(body), params)
     only_streamed = (
         "The 'stream_options' parameter is only allowed when 'stream' is enabled."
     )
@@ -5831,9 +5965,10 @@ ENDPOINTS = [
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
-    Endpoint("POST", "/engines/*/chat/completions", create_chat_completion),
-    Endpoint("POST", "/engines/*/completions", create_completion),
 ]
+
+# A base URL may end in /v1, or be Azure's; there, and in old clients, it has the model.
+BASE_PATH = r"(?:/openai)?(?:/v1)*(?:/(?:engines|deployments)/(?P<model>.+))?"
 
 
 def find_operation(
@@ -5852,11 +5987,16 @@ def find_operation(
 @lru_cache(16)  # programs use few, and anyone may send long ones
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
-    wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
+    wanted = re.sub("/+", "/", unquote(path)).rstrip("/")
     found = [
-        (endpoint, match.groups())
+        (endpoint, tuple(filter(None, match.groups())))
         for endpoint in ENDPOINTS
-        if (match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted))
+        if (
+            match := re.fullmatch(
+                BASE_PATH + endpoint.path.replace("*", "(.+)"), wanted
+            )
+        )
+        and (endpoint.method == "POST" or not match["model"])
     ]
     if not found:
         message = (
@@ -5903,7 +6043,7 @@ def given_key(headers: Mapping[str, str]) -> str | None:
     scheme, _, key = headers.get("authorization", "").strip().partition(" ")
     if scheme:
         return key.strip() if scheme.lower() == "bearer" else ""
-    return headers.get("api-key")
+    return headers.get("api-key") or headers.get("x-api-key")
 
 
 CORS = {
@@ -6043,6 +6183,32 @@ def check_body_size(size: int, limit: int) -> None:
     if size > limit:
         message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
         raise APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
+
+
+def check_codings(headers: Mapping[str, str]) -> list[str]:
+    """In which codings a body is, the last one first. Raise 415 for another."""
+    given = headers.get("content-encoding", "").lower().split(",")
+    codings = [coding for each in given if (coding := each.strip()) != "identity"]
+    for coding in filter(None, codings):
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            message = (
+                f"Unsupported content encoding: '{coding}'. Send the body as it is, or "
+                "in gzip or deflate."
+            )
+            raise APIError(415, message, code="unsupported_content_encoding")
+    return [*filter(None, reversed(codings))]
+
+
+def decompress(data: bytes, limit: int) -> bytes:
+    """What is in gzip or deflate, also in one without zlib's head. Raise APIError."""
+    for window in (47, -15):  # 32 + 15: gzip or zlib, by its head; no head
+        decoder = zlib.decompressobj(window)
+        with suppress(zlib.error):
+            decoded = decoder.decompress(data, limit + 1)
+            check_body_size(len(decoded), limit)
+            if decoder.eof:
+                return decoded
+    raise bad_request("its body is not what its Content-Encoding says")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -6311,6 +6477,7 @@ class Handler(BaseHTTPRequestHandler):
         if length == 0 and "content-length" not in self.api_request.headers:
             raise bad_request("a body needs a Content-Length", 411)
         check_body_size(length or 0, limit)
+        codings = check_codings(self.api_request.headers)
         server.admit(self.api_request)
         self.reader.set_deadline(server.timeouts.body)
         if self.awaits_continue:
@@ -6321,6 +6488,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             body = read_exactly(self.stream, length)
         self.unread = 0
+        for _ in codings:
+            body = decompress(body, limit)
         return body
 
     def send(self, response: Response) -> None:

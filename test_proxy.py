@@ -23,12 +23,14 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from base64 import b64encode
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
@@ -731,6 +733,46 @@ def test_another_name_is_the_default_with_its_config(fake, listed):
     assert create["input"]["temperature"] == 0.1
 
 
+@table(
+    "id, expected",
+    [
+        ("a date", "gpt-4o-2024-08-06", "openai/gpt-4o"),
+        ("a short date", "gpt-4-0613", "openai/gpt-4"),
+        ("Anthropic's date", "claude-sonnet-4-5-20250929", "anthropic/claude"),
+        ("the latest", "gpt-4o-latest", "openai/gpt-4o"),
+        ("Ollama's latest", "gpt-4o:latest", "openai/gpt-4o"),
+        ("Ollama's latest of a ref", "me/x:latest", "me/x"),
+        ("LiteLLM's prefix", "replicate/me/x", "me/x"),
+        ("an owner of that name", "replicate/x", "replicate/x"),
+        ("another case", "GPT-4o", "openai/gpt-4o"),
+        ("a name in another case", "MY-Model", "me/mine"),
+        ("spaces around", " gpt-4o ", "openai/gpt-4o"),
+        ("a name with a date of its own", "gpt-4o-2024-05-13", "me/old"),
+        ("no date", "gpt-4o-20", "a/default; default"),
+        ("another model", "gpt-4o-mini", "a/default; default"),
+    ],
+)
+def test_names_are_found_as_clients_write_them(fake, tmp_path, caplog, id, expected):
+    models = {
+        "mappings": {
+            "gpt-4o": "openai/gpt-4o",
+            "gpt-4": "openai/gpt-4",
+            "gpt-4o-2024-05-13": "me/old",
+            "my-model": "me/mine",
+            "claude-sonnet-4-5": "anthropic/claude",
+        },
+        "default_model": "a/default",
+    }
+    with serving_models(fake, tmp_path, models) as server:
+        for _ in range(2):
+            answer = ask_model(server, id)
+            assert answer.json["model"] == id
+            assert answer.headers["x-replicate-model"] == expected
+    is_default = expected.endswith("default")
+    warnings = caplog.text.count(f"event=default_model model={id} ref=a/default")
+    assert warnings == (1 if is_default else 0)
+
+
 @pytest.fixture(scope="module")
 def without_default(replicate, tmp_path_factory):
     with serving_models(replicate, tmp_path_factory.mktemp("none"), {}) as server:
@@ -879,7 +921,8 @@ def test_the_models_that_are_shipped_can_be_asked():
 
 ANY_CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 IMAGE = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
-FILM = {"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}}
+FILM = {"type": "film", "film": {"url": "https://example.com/a.mp4"}}
+CHOICES = "guided_choice"
 
 
 def saying(content, role="user"):
@@ -955,11 +998,14 @@ def test_it_is_said_why_a_body_is_no_json_object(server, body, why):
         ("an object", saying({}), "invalid_type", "messages[0].content"),
         ("a part", saying(["a"]), "invalid_type", "messages[0].content[0]"),
         ("a film", saying([TEXT, FILM]), "invalid_value", f"{IN_PARTS}[1].type"),
+        ("by a grammar", {"guided_regex": "a+"}, UNSUPPORTED, "guided_regex"),
+        ("by choice", {"structured_outputs": {"choice": []}}, UNSUPPORTED, CHOICES),
+        ("a tool choice of no type", {"tool_choice": {}}, MISSING, "tool_choice.type"),
         ("an unknown role", saying("", "boss"), "invalid_value", "messages[0].role"),
         ("a text as a number", {"top_p": "1"}, "invalid_type", "top_p"),
         ("a boolean as a number", {"top_p": True}, "invalid_type", "top_p"),
         ("a boolean as an integer", {"seed": True}, "invalid_type", "seed"),
-        ("a decimal as an integer", {"seed": 7.0}, "invalid_type", "seed"),
+        ("a decimal as an integer", {"seed": 7.5}, "invalid_type", "seed"),
         ("an integer as a boolean", {"stream": 1}, "invalid_type", "stream"),
         ("a number to stop at", {"stop": ["a", 5]}, "invalid_type", "stop[1]"),
         ("a nested one", {"stream_options": {INCLUDE: 1}}, "invalid_type", NESTED),
@@ -1070,6 +1116,8 @@ def test_each_refusal_says_what_is_wrong_in_openais_words(server, code):
         {"tool_choice": "none"},
         {"functions": [], "function_call": "auto"},
         {"response_format": {"type": "text"}},
+        {"response_format": {"type": "text", "json_schema": {}, "schema": 5}},
+        {"reasoning_effort": "auto"},
         {"modalities": ["text"]},
         {"stop": ["a"] * 64},
         {"seed": -(2**63)},
@@ -1082,7 +1130,11 @@ def test_what_asks_for_nothing_special_is_accepted(server, given):
     assert ask(server, given).status == 200
 
 
-@pytest.mark.parametrize("given", [{"suffix": ""}, {"best_of": 1}, {"n": 1}], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{"suffix": ""}, {"best_of": 1}, {"n": 1}, {"n": 2, "best_of": 2}],
+    ids=str,
+)
 def test_what_asks_for_nothing_special_is_accepted_for_completions(server, given):
     assert ask(server, given, TEXT_PATH).status == 200
 
@@ -1115,6 +1167,53 @@ def test_one_string_stands_for_an_array_of_one(fake, server, given, expected):
 
 def test_what_openai_does_not_document_is_no_error(server):
     assert ask(server, {"min_p": 0.1, "chat_template_kwargs": {}}).status == 200
+
+
+@table(
+    "given, sent",
+    [
+        ("LM Studio's no limit", {"max_tokens": -1}, {}),
+        ("no newer limit", {"max_completion_tokens": -1}, {}),
+        ("a whole decimal", {"max_tokens": 256.0}, {"max_completion_tokens": 256}),
+        ("no effort named", {"reasoning_effort": "auto"}, {}),
+        (
+            "parts of the Responses API",
+            saying([{"type": "input_text", "text": "a"}]),
+            saying("a"),
+        ),
+        (
+            "parts that come back",
+            {
+                "messages": [
+                    *saying("a")["messages"],
+                    {
+                        "role": "assistant",
+                        "content": [
+                            {"type": "thinking", "thinking": "Hm", "signature": "x"},
+                            {"type": "reasoning", "text": "Hm"},
+                            {"type": "output_text", "text": "b", "annotations": []},
+                        ],
+                    },
+                ]
+            },
+            {"messages": [says("user", "a"), says("assistant", "b")]},
+        ),
+        (
+            "a link as a string",
+            saying([{"type": "image_url", "image_url": "https://example.com/a.png"}]),
+            saying([IMAGE]),
+        ),
+        (
+            "an image of the Responses API",
+            saying([{"type": "input_image", "image_url": "https://example.com/a.png"}]),
+            saying([IMAGE]),
+        ),
+    ],
+)
+def test_what_clients_of_other_servers_send_is_understood(fake, server, given, sent):
+    body = {"model": "openai/gpt-4o", **given}
+    plain = input_of(fake, server, {"model": "openai/gpt-4o", **ANY_CHAT})
+    assert input_of(fake, server, body) == {**plain, **sent}
 
 
 NOT_OPENAIS = {"replicate", "top_k", "min_tokens", "repetition_penalty"}
@@ -1914,6 +2013,37 @@ def test_a_format_reaches_a_model_that_knows_formats(fake, server, given, expect
     assert input_of(fake, server, body).get("response_format") == expected
 
 
+WANTED = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@table(
+    "given",
+    [
+        ("llama.cpp", {FORMAT: {"type": "json_object", "schema": WANTED}}),
+        (
+            "no name",
+            {FORMAT: {"type": "json_schema", "json_schema": {"schema": WANTED}}},
+        ),
+        ("one level up", {FORMAT: {"type": "json_schema", "schema": WANTED}}),
+        ("llama.cpp, at the top", {"json_schema": WANTED}),
+        ("vLLM, formerly", {"guided_json": WANTED}),
+        ("vLLM, as a text", {"guided_json": json.dumps(WANTED)}),
+        ("vLLM", {"structured_outputs": {"json": WANTED}}),
+        ("Ollama", {"format": WANTED}),
+    ],
+)
+def test_a_schema_of_another_servers_client_is_taken_as_one(fake, server, given):
+    body = {"model": KNOWS_FORMATS, **given}
+    sent = input_of(fake, server, body)
+    assert sent["response_format"]["json_schema"]["schema"] == WANTED
+    assert not sent.keys() & (given.keys() - {FORMAT})
+
+
+def test_ollamas_json_is_any_object(fake, server):
+    sent = input_of(fake, server, {"model": KNOWS_FORMATS, "format": "json"})
+    assert sent["response_format"] == {"type": "json_object"}
+
+
 IN_FORMAT = "response_format.json_schema"
 
 
@@ -1928,12 +2058,6 @@ IN_FORMAT = "response_format.json_schema"
             {"type": "json_schema", "json_schema": []},
             "invalid_type",
             IN_FORMAT,
-        ),
-        (
-            "no name",
-            {"type": "json_schema", "json_schema": {"schema": {}}},
-            MISSING,
-            f"{IN_FORMAT}.name",
         ),
         (
             "no schema in it",
@@ -2249,6 +2373,7 @@ INPUTS = {
     "gpt-5": {**BY_MESSAGES, "reasoning_effort": "high", "verbosity": "low"},
     "kimi-k2.5": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
     "open": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
+    "deepseek-r1": {**BY_LONG_PROMPT, **OPEN, "max_tokens": 100},
     "deepseek-v3.1": {
         **BY_LONG_PROMPT,
         **OPEN,
@@ -2288,8 +2413,9 @@ MODELS_OF = {
     "gpt-5": "openai/gpt-5 openai/gpt-5-mini openai/gpt-5-nano",
     "kimi-k2.5": "moonshotai/kimi-k2.5",
     "deepseek-v3.1": "deepseek-ai/deepseek-v3.1",
-    "open": """deepseek-ai/deepseek-r1 deepseek-ai/deepseek-v3
-    openai/gpt-oss-20b openai/gpt-oss-120b xai/grok-4 moonshotai/kimi-k2-thinking
+    "deepseek-r1": "deepseek-ai/deepseek-r1 moonshotai/kimi-k2-thinking",
+    "open": """deepseek-ai/deepseek-v3
+    openai/gpt-oss-20b openai/gpt-oss-120b xai/grok-4
     qwen/qwen3-235b-a22b-instruct-2507""",
     "gpt-4": """openai/gpt-4o openai/gpt-4o-mini openai/gpt-4.1 openai/gpt-4.1-mini
     openai/gpt-4.1-nano""",
@@ -3268,6 +3394,60 @@ def test_attachments_have_their_slots(inputs, properties, parts, expected):
         assert expected in inputs.refused(ref, given)["message"]
     else:
         assert inputs.sent(ref, given) == expected
+
+
+SEEN = says("user", [text_part("See?"), *images(PNGS[0])])
+
+
+@table(
+    "slots, messages, sent",  # how many images it takes, and who has how many
+    [
+        ("as many", 2, [(1, "user"), (0, "assistant"), (1, "user")], [1, 1]),
+        ("more", 1, [(1, "user"), (0, "assistant"), (1, "user")], [0, 1]),
+        ("more in one", 2, [(3, "user"), (0, "assistant"), (1, "user")], [1, 1]),
+        ("a turn without", 1, [(2, "user"), (0, "assistant"), (0, "user")], [1, 0]),
+        ("none taken", 0, [(1, "user"), (0, "assistant"), (0, "user")], [0, 0]),
+        ("none taken now", 0, [(0, "user"), (0, "assistant"), (1, "user")], None),
+        ("too many now", 1, [(0, "user"), (0, "assistant"), (2, "user")], None),
+    ],
+)
+def test_the_images_of_earlier_turns_make_room(inputs, caplog, slots, messages, sent):
+    row = {"type": "array", "items": IMAGE_OUTPUT, "maxItems": slots}
+    ref = inputs.model(
+        document({"prompt": STRING} | ({"images": row} if slots else {}))
+    )
+    urls = iter(PNGS)
+    given, left = [], []
+    for count, role in messages:
+        those = list(islice(urls, count))
+        given.append(says(role, [text_part("See?"), *images(*those)]))
+        left.append(those)
+    if sent is None:
+        assert (
+            "parts of type 'image_url'"
+            in inputs.refused(ref, {"messages": given})["message"]
+        )
+        return
+    input = inputs.sent(ref, {"messages": given})
+    kept = [
+        url for those, n in zip(left[::2], sent, strict=True) for url in those[-n:] if n
+    ]
+    gone = sum(map(len, left)) - len(kept)
+    assert input.get("images", []) == kept
+    assert input["prompt"].count("[image]") == gone
+    assert (f"event=left_out parts={gone} type=image_url" in caplog.text) == bool(gone)
+
+
+@pytest.mark.parametrize("name", ["videos", "video", "input_video"])
+def test_a_video_goes_where_the_model_takes_one(inputs, name):
+    url = "https://example.com/a.mp4"
+    film = {"type": "video_url", "video_url": {"url": url}}
+    row = {"type": "array", "items": IMAGE_OUTPUT} if name == "videos" else IMAGE_OUTPUT
+    ref = inputs.model(document({"prompt": STRING, name: row}))
+    given = {"messages": [says("user", [text_part("Hm?"), film])]}
+    expected = [url] if name == "videos" else url
+    assert inputs.sent(ref, given) == {"prompt": "Hm?", name: expected}
+    assert inputs.sent("google/gemini-2.5-flash", given)["videos"] == [url]
 
 
 @table(
@@ -5632,7 +5812,7 @@ SAID = [
     ("slow", "".join(f"{n} " for n in range(1, 21)), (1, 20, 0)),
     ("cold", HELLO, (1, 8, 0)),
     ("silence", "", (1, 0, 0)),
-    ("thinking", "Hello.", (1, 9, 0)),
+    ("thinking", "Hello.", (1, 9, 4)),
     ("firehose", "".join(f"{n} " for n in range(1, 2001)), (1, 2000, 0)),
     ("odd-text", ODD, (1, 18, 0)),
     # the forms of output
@@ -6327,18 +6507,33 @@ def test_space_is_not_held_for_long():
     assert text_of(told_before_the_end(part, *pieces)) == "".join(pieces)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("name", "thinks"),
-    [("deepseek-r1", True), ("kimi-k2-thinking", True), ("deepseek-v3", False)],
+@table(
+    "family, texts, stream, reasoning, content",
+    [
+        ("known for it", "deepseek-r1", "Hm.</think>Hi.", True, "Hm.", "Hi."),
+        ("and whole", "deepseek-r1", "Hm.</think>Hi.", False, "Hm.", "Hi."),
+        ("with a tag", "deepseek-r1", "<think>Hm.</think>Hi.", False, "Hm.", "Hi."),
+        ("no tag in a whole", "deepseek-r1", "Hm. Hi.", False, "", "Hm. Hi."),
+        ("no tag in a stream", "deepseek-r1", "Hm. Hi.", True, "Hm. Hi.", "Hm. Hi."),
+        ("others close no tag", "open", "Hm.</think>Hi.", True, "", "Hm.</think>Hi."),
+        ("nothing thought", "open", "<think>\n\n</think>Hi.", False, "", "Hi."),
+    ],
 )
-def test_models_that_think_are_known_by_name(server, fake, name, thinks, stream):
-    fake.scenarios[name] = fake_replicate.Scenario(
-        "the template wrote its tag", ["Hm.</think>Hi."]
-    )
-    message = chat(server, name, stream=stream).message
-    expected = ("Hm.", "Hi.") if thinks else ("", "Hm.</think>Hi.")
-    assert (message.reasoning, message.content) == expected
+def test_some_models_leave_out_the_first_tag(
+    fake, tmp_path, family, texts, stream, reasoning, content
+):
+    ref = model_saying(fake, *re.findall(".{1,3}", texts, re.S))
+    models = {"model_configs": {ref: {"family": family}}}
+    with serving_models(fake, tmp_path, models) as server:
+        answer = ask_model(server, ref, stream=stream).message
+    assert (answer.reasoning, answer.content) == (reasoning, content)
+
+
+def test_models_that_leave_out_the_first_tag_are_known_by_name():
+    known = [n for n, family in proxy.FAMILIES.items() if family.omits_think]
+    assert known == ["deepseek-r1"]
+    assert proxy.row_of("deepseek-ai/deepseek-r1").omits_think
+    assert proxy.row_of("moonshotai/kimi-k2-thinking").omits_think
 
 
 # -- JSON Schema ---------------------------------------------------------------
@@ -8619,6 +8814,11 @@ PATHS = [
     ("a query", "POST", "/v1/chat/completions?api-version=1", "chat.completion"),
     ("a whole URL", "POST", "http://x:1/v1/chat/completions", "chat.completion"),
     ("an engine", "POST", "/v1/engines/gpt-4o/chat/completions", "chat.completion"),
+    ("Azure's", "POST", "/openai/deployments/a/chat/completions", "chat.completion"),
+    ("Azure's text", "POST", "/openai/deployments/a/b/completions", "text_completion"),
+    ("Azure's newer", "POST", "/openai/v1/chat/completions?x=1", "chat.completion"),
+    ("Azure's models", "GET", "/openai/v1/models", "list"),
+    ("/v1 twice", "POST", "/v1/v1/chat/completions", "chat.completion"),
     ("an engine's text", "POST", "/v1/engines/a%2Fb/completions", "text_completion"),
     ("texts", "POST", "/v1/completions", "text_completion"),
     ("models", "GET", "/v1/models", "list"),
@@ -8666,6 +8866,7 @@ def test_a_path_or_method_we_lack_is_told(server, method, path, status, code, al
     assert path in error["message"]
 
 
+WRONG_KEY = "invalid_api_key"
 KEYS = [  # method, path, headers, status, code
     ("the key", "POST", CHAT_PATH, {"authorization": f"Bearer {KEY}"}, 200, None),
     (
@@ -8685,6 +8886,8 @@ KEYS = [  # method, path, headers, status, code
         None,
     ),
     ("as Azure has it", "POST", CHAT_PATH, {"api-key": KEY}, 200, None),
+    ("as Anthropic has it", "POST", CHAT_PATH, {"x-api-key": KEY}, 200, None),
+    ("a wrong x-api-key", "POST", CHAT_PATH, {"x-api-key": "x"}, 401, WRONG_KEY),
     ("none", "POST", CHAT_PATH, {}, 401, None),
     (
         "a wrong one",
@@ -9152,6 +9355,40 @@ def test_a_header_holds_what_headers_can(server):
     raw = request(CLOSE, name + b": a\xfcb", method=b"OPTIONS")
     answer, _ = parse(exchange(server, raw))
     assert answer.headers["access-control-allow-headers"] == "a?b"
+
+
+def zipped(data, window):
+    encoder = zlib.compressobj(wbits=window)
+    return encoder.compress(data) + encoder.flush()
+
+
+A_CHAT = json.dumps({"model": "gpt-4o", "messages": HI}).encode()
+
+
+@table(
+    "coding, body, status",
+    [
+        ("gzip", "gzip", zipped(A_CHAT, 31), 200),
+        ("in capitals", "GZIP", zipped(A_CHAT, 31), 200),
+        ("deflate", "deflate", zipped(A_CHAT, 15), 200),
+        ("deflate without a head", "deflate", zipped(A_CHAT, -15), 200),
+        ("none", "identity", A_CHAT, 200),
+        ("two", "deflate, gzip", zipped(zipped(A_CHAT, 15), 31), 200),
+        ("cut off", "gzip", zipped(A_CHAT, 31)[:-9], 400),
+        ("not encoded", "gzip", A_CHAT, 400),
+        ("no JSON in it", "gzip", zipped(b"{", 31), 400),
+        ("a bomb", "gzip", zipped(bytes(10**6), 31), 413),
+        ("a bomb of two", "gzip, gzip", zipped(zipped(bytes(10**6), 31), 31), 413),
+        ("Brotli", "br", A_CHAT, 415),
+    ],
+)
+def test_a_body_may_be_compressed(fake, coding, body, status):
+    with fronting(fake, proxy_api_key=KEY, max_body_bytes=99_999) as server:
+        headers = {**AUTHORIZATION, "content-encoding": coding}
+        answer = send(server, "POST", CHAT_PATH, body, headers)
+    assert answer.status == status
+    if status == 415:
+        assert "'br'" in answer.error["message"]
 
 
 # -- Watching ------------------------------------------------------------------
@@ -9839,7 +10076,7 @@ def test_hostile_json_is_refused_quickly_and_briefly(lasting, body):
 
 
 NAMES = ["../account", "a/../../account", "a/b\r\nX: y", "a/b%00", "a/b?x=y", "a/b#c"]
-NAMES += ["deployments/../account", "/a/b", "a/b/", "a//b", "a/b:c/d", "\x00", " a/b"]
+NAMES += ["deployments/../account", "/a/b", "a/b/", "a//b", "a/b:c/d", "\x00"]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -10086,7 +10323,7 @@ def test_stamped_streams_come_side_by_side_and_a_hang_up_ends_its_own(fake, serv
 
 def stamped(server):
     reply = chat(server, "stamped", stream=True, max_tokens=5)
-    return [int(stamp) for stamp in re.findall(rb'"content":"(\d+) "', reply.body)]
+    return [int(stamp) for stamp in reply.streamed_text.split()]
 
 
 def test_a_connection_for_which_there_is_no_thread_is_closed(settings, caplog):
