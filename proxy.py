@@ -767,7 +767,7 @@ SAMPLING = {
     "max_completion_tokens": Param(INTEGER, 1, INT64[1], unset=NO_LIMIT),
     "stop": Param((str, list), 0, 64, default=[], items=STRING),
     "seed": Param(INTEGER, *INT64),
-    "reasoning_effort": Param(STRING, choices=EFFORTS, unset=("auto",)),
+    "reasoning_effort": Param(STRING, choices=EFFORTS, unset=("auto", "default")),
     "verbosity": Param(STRING, choices=VERBOSITIES),
     "n": Param(INTEGER, 1, 8, default=1),
     "logit_bias": Param(
@@ -788,6 +788,8 @@ def one_of(*others: str, **rows: Param) -> dict[str, Param]:
     return {"type": type, **needed}
 
 
+IMAGE_URL = {"url": Param(STRING, 1, required=True), "detail": Param(STRING)}
+
 INPUT_AUDIO = {
     "data": Param(STRING, 1, required=True),
     "format": Param(STRING, required=True, choices=("wav", "mp3")),
@@ -796,12 +798,13 @@ INPUT_AUDIO = {
 FILE = {
     "file_id": Param(refused="No files are kept here. Send it as file_data."),
     "file_data": Param(STRING, 1, required=True),
+    "filename": Param(STRING),
 }
 
 PART = one_of(
     text=Param(STRING),
     refusal=Param(STRING),
-    image_url=Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
+    image_url=Param(OBJECT, each=IMAGE_URL),
     video_url=Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
     input_audio=Param(OBJECT, each=INPUT_AUDIO),
     file=Param(OBJECT, each=FILE),
@@ -934,6 +937,7 @@ def in_openais_words(body: Json) -> Json:
     for name in GRAMMARS:  # which are refused
         if (short := name.removeprefix("guided_")) in outputs:
             body = {**body, name: outputs[short]}
+    body = with_effort(body)
     schemas = {
         "response_format": asked.get("schema"),
         "structured_outputs": outputs.get("json"),
@@ -955,6 +959,17 @@ def in_openais_words(body: Json) -> Json:
         for message in as_list(body.get("messages"))
     ]
     return {**body, "messages": messages} if messages else body
+
+
+def with_effort(body: Json) -> Json:
+    """Anthropic's `thinking` and OpenRouter's `reasoning` as reasoning_effort."""
+    efforts = {"disabled": "none", "enabled": "medium", "adaptive": "medium"}
+    for name, efforts_by in (("thinking", efforts), ("reasoning", {})):
+        if isinstance(given := body.get(name), dict):
+            effort = given.get("effort") or efforts_by.get(str(given.get("type")))
+            named = {"reasoning_effort": body.get("reasoning_effort") or effort}
+            body = {**without(body, [name]), **named}
+    return body
 
 
 def is_said(part: Any) -> bool:
@@ -984,7 +999,8 @@ def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
             checked[name] = check_param(path + name, given.get(name), param)
         else:
             checked[name] = param.default
-    return {**given, **checked}
+    # A model may have parameters of its own, but it refuses more in a message.
+    return checked if path else {**given, **checked}
 
 
 def missing_parameter(path: str) -> APIError:
@@ -1163,7 +1179,7 @@ def parse_part(part: Json, path: str) -> Json:
             require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
             attached = attached._replace(kind=media_type)
         url = attached.url
-    return without_nulls({**part, kind: {**part[kind], "url": url}})
+    return {"type": kind, kind: without_nulls({**part[kind], "url": url})}
 
 
 def read_data_url(url: str) -> Attachment | None:
@@ -1172,6 +1188,7 @@ def read_data_url(url: str) -> Attachment | None:
     scheme, _, rest = head.partition(":")
     kind, *parameters = [word.strip().lower() for word in rest.split(";")]
     in_base64 = scheme.lower() == "data" and parameters[-1:] == ["base64"]
+    kind = kind or "application/octet-stream"  # an image's own bytes tell its type
     if not (comma and in_base64 and MEDIA_TYPE.fullmatch(kind)):
         return None
     line = "".join(unquote(data).split()).replace("-", "+").replace("_", "/")
@@ -1199,6 +1216,9 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
     ]
 
 
+NO_NAME = re.compile(r"[\s<|\\/>]+")  # what OpenAI's models refuse in one
+
+
 def parse_messages(messages: list[Json]) -> Messages:
     """Bring messages, which have passed the tables, to the form described above.
 
@@ -1218,7 +1238,8 @@ def parse_messages(messages: list[Json]) -> Messages:
         if isinstance(content, list):
             parts = [parse_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
             content = join_texts(parts)
-        named = {"content": content or "", "name": message["name"] or None}
+        name = NO_NAME.sub("_", message["name"] or "") or None
+        named = {"content": content or "", "name": name}
         parsed.append(without_nulls({**message, "refusal": None, **named}))
     check_pairing(parsed)
     return functions_as_tools(parsed)
@@ -5309,7 +5330,11 @@ def sse_frame(data: Json) -> bytes:
 
 def encode_json(value: Any) -> bytes:
     """Half a surrogate pair, which a model may write, becomes `?`."""
-    return compact(value).encode("utf-8", "replace")
+    text = compact(value)
+    if not text.isascii():  # some clients end lines there
+        for end in "\u0085\u2028\u2029":
+            text = text.replace(end, f"\\u{ord(end):04x}")
+    return text.encode("utf-8", "replace")
 
 
 class CompletionInfo(NamedTuple):

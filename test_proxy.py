@@ -1199,6 +1199,36 @@ def test_what_openai_does_not_document_is_no_error(server):
             {"messages": [says("user", "a"), says("assistant", "b")]},
         ),
         (
+            "what other servers put beside a message",
+            {
+                "messages": [
+                    {**says("user", "a"), "cache_control": {"type": "ephemeral"}},
+                    {
+                        **says("assistant", "b"),
+                        "reasoning_content": "Hm",
+                        "annotations": [],
+                        "provider_specific_fields": {},
+                        "id": "m1",
+                    },
+                    says(
+                        "user", [{**TEXT, "cache_control": {}}, {**IMAGE, "index": 1}]
+                    ),
+                ]
+            },
+            {
+                "messages": [
+                    says("user", "a"),
+                    says("assistant", "b"),
+                    says("user", [TEXT, IMAGE]),
+                ]
+            },
+        ),
+        (
+            "a name with a space",
+            {"messages": [{**says("user", "a"), "name": "John Doe"}]},
+            {"messages": [{**says("user", "a"), "name": "John_Doe"}]},
+        ),
+        (
             "a link as a string",
             saying([{"type": "image_url", "image_url": "https://example.com/a.png"}]),
             saying([IMAGE]),
@@ -1214,6 +1244,22 @@ def test_what_clients_of_other_servers_send_is_understood(fake, server, given, s
     body = {"model": "openai/gpt-4o", **given}
     plain = input_of(fake, server, {"model": "openai/gpt-4o", **ANY_CHAT})
     assert input_of(fake, server, body) == {**plain, **sent}
+
+
+@table(
+    "given, thinking",
+    [
+        ("off, as Anthropic has it", {"thinking": {"type": "disabled"}}, "None"),
+        ("on", {"thinking": {"type": "enabled", "budget_tokens": 99}}, "medium"),
+        ("as OpenRouter has it", {"reasoning": {"effort": "none"}}, "None"),
+        ("more", {"reasoning": {"effort": "high", "exclude": True}}, "medium"),
+        ("no effort", {"reasoning": {"exclude": True}}, None),
+        ("the model's own", {"thinking": "medium"}, "medium"),
+    ],
+)
+def test_an_effort_is_understood_in_other_words(fake, server, given, thinking):
+    sent = input_of(fake, server, {"model": "deepseek-ai/deepseek-v3.1", **given})
+    assert sent.get("thinking") == thinking
 
 
 NOT_OPENAIS = {"replicate", "top_k", "min_tokens", "repetition_penalty"}
@@ -1352,6 +1398,7 @@ IN_BASE64 = b64encode(PNG + b"\xff\xfe\xfb").decode()
         ("with a charset", f"data:image/png;charset=utf-8;base64,{IN_BASE64}"),
         ("with a name", f"data:image/png; name=a.png;base64,{IN_BASE64}"),
         ("in capitals", f"DATA:IMAGE/PNG;BASE64,{IN_BASE64}"),
+        ("with no type", f"data:;base64,{IN_BASE64}"),
         ("in lines", f"data:image/png;base64,{IN_BASE64[:8]}\r\n {IN_BASE64[8:]}\n"),
         ("for URLs", "data:image/png;base64," + IN_BASE64.translate({43: 45, 47: 95})),
         ("unpadded", f"data:image/png;base64,{IN_BASE64.rstrip('=')}"),
@@ -8338,6 +8385,17 @@ def test_no_model_runs_where_no_text_is_wanted(lasting, stream):
         assert "".join(choice["text"] for choice in choices) == text
         assert choices[-1]["finish_reason"] == "length"
     assert answer.status == 200 and not fake.creates()
+
+
+def test_no_line_ends_in_a_frame_but_those_of_its_events(lasting):
+    """httpx and others end lines at Unicode's line ends too."""
+    fake, server = lasting
+    ends = "a\u2028b\u2029c\u0085d\u000be"
+    asked = {"model": model_saying(fake, ends), "messages": HI}
+    streamed = post_json(server, CHAT_PATH, **asked, stream=True)
+    assert streamed.streamed_text == ends
+    lines = streamed.body.decode().splitlines()
+    assert all(line.startswith("data: ") for line in lines if line)
 
 
 TEXTS = st.lists(
