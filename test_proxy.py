@@ -8,6 +8,7 @@ import gc
 import gzip
 import http.client
 import inspect
+import itertools
 import json
 import operator
 import os
@@ -30,7 +31,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
@@ -3466,7 +3466,7 @@ def test_the_images_of_earlier_turns_make_room(inputs, caplog, slots, messages, 
     urls = iter(PNGS)
     given, left = [], []
     for count, role in messages:
-        those = list(islice(urls, count))
+        those = list(itertools.islice(urls, count))
         given.append(says(role, [text_part("See?"), *images(*those)]))
         left.append(those)
     if sent is None:
@@ -6128,6 +6128,60 @@ def test_a_stream_that_breaks_while_the_record_lags_says_nothing_twice(looks):
     with raw_replicate(stream=stream, looks=looks, hangs_up=ends) as (host, server):
         assert chat(server, "hello", stream=True).streamed_text == "one two"
         assert len(host.paths("GET", "/v1/streams")) == 1
+
+
+WORDS = ["a ", "b ", "c"]
+CUT_AFTER = range(4)  # so many words, by the end of the connection or by a comment
+ENDS = {"cut": b"", "timed out": b"11\r\n:408: Time-out\n\n\r\n0\r\n\r\n"}
+RECORD_HAS = {"nothing": -9, "less": -1, "as much": 0, "more": 1, "all": 9}
+OPENED_AGAIN = ["replays", "goes on", "skips", "refuses"]
+BREAKS_AGAIN = [False, True]
+
+
+def test_a_stream_that_breaks_loses_no_word_and_tells_none_twice():
+    """Whatever was told, whatever the record has, and whatever an opened one says."""
+    rows = list(
+        itertools.product(CUT_AFTER, ENDS, RECORD_HAS, OPENED_AGAIN, BREAKS_AGAIN)
+    )
+    opened, looked, created = Counter(), Counter(), itertools.count()
+
+    def record(id, words, status="processing"):
+        urls = {"stream": f"{host.url}/v1/streams/{id}"}
+        return recorded(words or None, status, id=id, urls=urls)
+
+    def says(method, path):
+        if method == "POST" and path.endswith("/predictions"):
+            return record(f"p{next(created)}", [])
+        if not (match := re.search(r"/(streams|predictions)/p(\d+)$", path)):
+            return NO_SUCH
+        id = f"p{match[2]}"
+        count, end, has, again, breaks = rows[int(match[2])]
+        if match[1] == "predictions":
+            looked[id] += 1
+            if looked[id] > 2:
+                return record(id, WORDS, "succeeded")
+            return record(id, WORDS[: max(0, count + RECORD_HAS[has])])
+        opened[id] += 1
+        if opened[id] == 1:
+            return stream_of(*map(output_events, WORDS[:count]), end=ENDS[end])
+        if again == "refuses":
+            return NO_SUCH
+        begin = {"replays": 0, "goes on": count, "skips": count + 1}[again]
+        words = WORDS[begin : begin + 1 if breaks else None]
+        done = [] if breaks else [SAYS_DONE]
+        return stream_of(*map(output_events, words), *done, end=b"")
+
+    def ask_once(_):
+        return chat(server, "hello", stream=True)
+
+    with (
+        hosting(says, hangs_up="GET /v1/streams") as host,
+        fronting(host, SHORT, proxy_api_key=KEY) as server,
+        ThreadPoolExecutor(48) as pool,
+    ):
+        for answer in pool.map(ask_once, rows):
+            row = rows[int(answer.headers["x-replicate-prediction-id"][1:])]
+            assert answer.streamed_text == "a b c", row
 
 
 def test_texts_that_came_together_are_one_chunk():
