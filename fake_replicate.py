@@ -8,13 +8,13 @@ a scenario, a row of SCENARIOS, and a model whose owner is `fake` chooses it by
 name. `version: "fake/out-of-credit"` is refused for want of credit; every
 other model plays `fake.default`.
 
-    client                                          a scenario, an input
-      |           call                                       |
-      +--> Server ----> Endpoints ---> Account ---> Predictions
-      |           reply                                      |
-      +<-- Server <---- Endpoints <--------------------------+
-      |           frames                                     |
-      +<-- Server <--------- Wires <-------------------------+
+    client                                  a scenario, an input
+      |           call                               |
+      +--> Server ----> Stand-in ---> Predictions <--+
+      |           reply                 |
+      +<-- Server <---- Stand-in <------+
+      |           frames                |
+      +<-- Server <---- Wires <---------+
 
 A prediction is a function of its age: creating, waiting, looking it up and
 following its stream all read the same timeline, and none of them drives it.
@@ -29,10 +29,8 @@ look up is said to be a guess where it stands.
     Scenarios    what can happen: one row per case
     Models       what a model says of itself: one row per model
     Predictions  a scenario, an input and a moment of birth
-    Account      all that exists at this Replicate, and all it has been asked
-    Endpoints    one row per path, one function per operation
     Server       sockets and HTTP
-    Stand-in     the server and its account, as a context manager
+    Stand-in     all that exists at this Replicate, all it has been asked, its API
     Main         the program
 """
 
@@ -43,12 +41,10 @@ import base64
 import codecs
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import heapq
 import itertools
 import json
-import operator
 import os
 import random
 import re
@@ -64,6 +60,7 @@ from dataclasses import dataclass, field
 from http.client import responses
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, filterfalse, islice
+from operator import ge, le
 from time import perf_counter as clock
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,18 +74,13 @@ ALWAYS = sys.maxsize
 # The bodies are those that were recorded or quoted; those of 403 and 409 are not
 # known, and have the form of the others.
 
-JSON_TYPE = "application/json; charset=UTF-8"
-PROBLEM_TYPE = "application/problem+json"
-HTML_TYPE = "text/html; charset=UTF-8"
-EVENT_TYPE = "text/event-stream"
-
 
 class Reply(NamedTuple):
     """An answer; an iterator of frames as its body is sent as it comes."""
 
     status: int
     body: Any = None
-    type: str = JSON_TYPE
+    type: str = "application/json; charset=UTF-8"
     headers: Mapping[str, str] = {}
 
 
@@ -103,7 +95,7 @@ class Refusal(Exception):
 def problem(status: int, detail: str, title: str = "", **more: Any) -> Reply:
     body = {"title": title, "detail": detail, "status": status, **more}
     present = {name: value for name, value in body.items() if value != ""}
-    return Reply(status, present, PROBLEM_TYPE)
+    return Reply(status, present, "application/problem+json")
 
 
 def throttled(words: str = "", header: str = "", **more: Any) -> Reply:
@@ -113,7 +105,7 @@ def throttled(words: str = "", header: str = "", **more: Any) -> Reply:
 
 def page(status: int, title: str) -> Reply:
     html = f"<html><head><title>{title}</title></head><body>{title}</body></html>"
-    return Reply(status, html.encode(), HTML_TYPE)
+    return Reply(status, html.encode(), "text/html; charset=UTF-8")
 
 
 def invalid_input(problems: Sequence[tuple[str, str, str]]) -> Reply:
@@ -197,14 +189,6 @@ def frame(event: str, data: str, id: str = "") -> bytes:
 
 def is_done(frame: bytes) -> bool:
     return frame.startswith(b"event: done")
-
-
-def without_done(frames: Frames) -> Frames:
-    return filterfalse(is_done, frames)
-
-
-def done_alone(frames: Frames) -> Frames:
-    return filter(is_done, frames)
 
 
 def replacing(old: bytes, new: bytes) -> Wire:
@@ -436,6 +420,15 @@ def refused(reply: Reply, how: str = "", times: int = ALWAYS) -> Scenario:
     return Scenario(why, on_create=Fault(reply, times=times))
 
 
+def once(reply: Reply) -> Fault:
+    return Fault(reply, times=1)
+
+
+def three(end: str, error: str | None = None) -> Scenario:
+    why = f"{end} after 3 tokens"
+    return Scenario(why, SIX, pace=0.02, after=3, end=end, error=error)
+
+
 def wired(why: str, wire: Wire) -> Scenario:
     return Scenario(f"odd text, {why}", ODD, wire=wire, pace=0.002)
 
@@ -458,21 +451,11 @@ def cut(count: int, why: str, replays: bool) -> Scenario:
 SCENARIOS = {
     # it succeeds
     "hello": Scenario("greets at once"),
-    "demo": Scenario(
-        "says that no model ran, and repeats what it was asked",
-        demonstrate,
-        boot=0.3,
-        pace=1 / 30,
-    ),
+    "demo": Scenario("repeats what it was asked", demonstrate, boot=0.3, pace=1 / 30),
     "echo": Scenario("says the JSON of its input", echo),
     "slow": Scenario("20 tokens, 50 ms apart", counting(20), pace=0.05),
     "story": Scenario("50 tokens, 20 ms apart", counting(50), pace=0.02),
-    "stamped": Scenario(
-        "50 tokens or to the limit, 20 ms apart: when each was sent",
-        stamps,
-        pace=0.02,
-        paced=True,
-    ),
+    "stamped": Scenario("says when, 20 ms apart", stamps, pace=0.02, paced=True),
     "stamped-at-once": Scenario("the same, as fast as can be", stamps),
     "firehose": Scenario("2,000 tokens as fast as can be", counting(2000)),
     "endless": Scenario("a token every 20 ms, for an hour", ENDLESS, pace=0.02),
@@ -490,21 +473,15 @@ SCENARIOS = {
     "number-output": whole("the output is 42", lambda t: 42),
     "no-stream": Scenario("the output is a list, but no stream", stream_url=""),
     "counts-in-logs": Scenario("tokens counted in logs", counts=False, logs=COUNTS),
-    "reasoning-in-logs": Scenario(
-        "reasoning tokens counted in logs", counts=False, logs=MORE_COUNTS
-    ),
+    "reasoning-in-logs": Scenario("reasoning in logs", counts=False, logs=MORE_COUNTS),
     "no-counts": Scenario("no token counts at all", counts=False),
     "null-logs": Scenario("the logs are null", logs=None),
     "empty-error": Scenario('the error of a success is ""', error=""),
     "data-removed": Scenario("at the end, input and output are gone", removed=True),
-    "wait-processing": Scenario(
-        "Prefer: wait is answered `processing`, with all the output", late=0.3
-    ),
+    "wait-processing": Scenario("`processing` for 0.3 s, with all its text", late=0.3),
     "wait-ran-out": Scenario("Prefer: wait runs out at once", boot=0.2, hold=0),
     "late-end": Scenario("`processing` for 0.5 s after the end", late=0.5),
-    "unknown-status": Scenario(
-        "`pondering`, for ever", running="pondering", late=FOREVER
-    ),
+    "unknown-status": Scenario("is `pondering`", running="pondering", late=FOREVER),
     # it does not succeed
     "stuck": Scenario("`processing` for ever, without a word", after=0, end=None),
     "interrupted": failed("infrastructure", INTERRUPTED),
@@ -517,12 +494,8 @@ SCENARIOS = {
     "oom": failed("out of memory", "CUDA out of memory. Tried to allocate 2.00 GiB"),
     "too-long": failed("the prompt is too long", TOO_LONG),
     "failed": failed("in the model's own words", "list index out of range"),
-    "failed-late": Scenario(
-        "fails after 3 tokens", SIX, pace=0.02, after=3, end="failed", error="it broke"
-    ),
-    "canceled": Scenario(
-        "canceled by Replicate after 3 tokens", SIX, pace=0.02, after=3, end="canceled"
-    ),
+    "failed-late": three("failed", "it broke"),
+    "canceled": three("canceled"),
     "aborted": Scenario("aborted before it ran", boot=0.05, after=0, end="aborted"),
     "deadline": lengthy("canceled after 0.3 s", deadline=0.3),
     "deadline-cold": lengthy("aborted after 0.3 s", deadline=0.3, boot=9),
@@ -549,30 +522,19 @@ SCENARIOS = {
     "reset-after": Scenario("created, then reset", on_create=Fault(RESET, done=True)),
     "hang-before": Scenario("the create hangs", on_create=Fault(wait=FOREVER)),
     "hang": Scenario("created, then hangs", on_create=Fault(wait=FOREVER, done=True)),
-    "slow-create": lengthy(
-        "created, told 1 s later", on_create=Fault(wait=1, done=True)
-    ),
+    "slow-create": lengthy("told 1 s later", on_create=Fault(wait=1, done=True)),
     # other requests go wrong
-    "get-500-once": Scenario("the first look is 500", on_look=Fault(BROKEN, times=1)),
-    "get-502-once": Scenario(
-        "the first look is 502", on_look=Fault(BAD_GATEWAY, times=1)
-    ),
-    "get-reset-once": Scenario(
-        "the first look is reset", on_look=Fault(RESET, times=1)
-    ),
+    "get-500-once": Scenario("the first look is 500", on_look=once(BROKEN)),
+    "get-502-once": Scenario("the first look is 502", on_look=once(BAD_GATEWAY)),
+    "get-reset-once": Scenario("the first look is reset", on_look=once(RESET)),
     "get-404": Scenario("every look is 404, as if expired", on_look=Fault(NOT_FOUND)),
     "cancel-500": lengthy("cannot be cancelled", on_cancel=Fault(BROKEN)),
     "cancel-slow": lengthy("a cancel takes 2 s", on_cancel=Fault(wait=2)),
     "stream-404": Scenario("the stream is 404", on_stream=Fault(NOT_FOUND)),
     "stream-500": Scenario("the stream is 500", on_stream=Fault(BROKEN)),
     "stream-html": Scenario("the stream is HTML", on_stream=Fault(page(200, "Hi"))),
-    "stream-reset-once": Scenario(
-        "the first reading of the stream is reset", on_stream=Fault(RESET, times=1)
-    ),
-    "stream-elsewhere": Scenario(
-        "the stream is said to be on a foreign host",
-        stream_url="https://evil.example/v1/{key}",
-    ),
+    "stream-reset-once": Scenario("the first reading is reset", on_stream=once(RESET)),
+    "stream-elsewhere": Scenario("on another host", stream_url="https://evil.example"),
     # the same events on other wires
     "crlf": wired("lines end in CR LF", replacing(b"\n", b"\r\n")),
     "cr": wired("lines end in CR", replacing(b"\n", b"\r")),
@@ -595,15 +557,16 @@ SCENARIOS = {
     "timeout-408": broken("times out after 2 tokens", ends_after(2, TIME_OUT)),
     "timeout-408-cold": broken("times out before the first", ends_after(0, TIME_OUT)),
     "silent-stream": ruined("falls silent after 2 tokens", ends_after(2, how=Silence)),
-    "no-done": ruined("ends without done", without_done),
-    "never-said": ruined("says done, and nothing else", done_alone),
+    "no-done": ruined("ends without done", lambda all: filterfalse(is_done, all)),
+    "never-said": ruined(
+        "says done, and nothing else", lambda all: filter(is_done, all)
+    ),
 }
 
 # == Models ====================================================================
 # What GET /v1/models says. A row's fields are written as short as can be:
 # name* type =default [minimum..maximum], where * is for a required one.
 
-SHA = re.compile(r"[0-9a-f]{64}")
 FIELD = re.compile(
     r"(?P<name>\w+)(?P<required>\*?) (?P<type>\[?\w+\]?)(?P<enum> [\w, ]+?)?"
     r"(?: ?=(?P<default>.+?))?(?: \[(?P<minimum>\S*?)\.\.(?P<maximum>\S*)\])?"
@@ -638,9 +601,7 @@ def make_model(ref: str, fields: str | None = None, official: bool = True) -> Js
         "visibility": "public",
         "run_count": 1,
         "is_official": official,
-        "latest_version": None if fields is None else make_version(ref, fields),
-        **dict.fromkeys(("github_url", "paper_url", "license_url"), None),
-        **dict.fromkeys(("cover_image_url", "default_example"), None),
+        "latest_version": fields and make_version(ref, fields),
     }
 
 
@@ -648,7 +609,6 @@ def make_version(ref: str, fields: str) -> Json:
     return {
         "id": hashlib.sha256(ref.encode()).hexdigest(),
         "created_at": "2025-01-01T00:00:00.000000Z",
-        "cog_version": "0.14.0",
         "openapi_schema": {
             "openapi": "3.0.2",
             "info": {"title": "Cog", "version": "0.1.0"},
@@ -658,54 +618,47 @@ def make_version(ref: str, fields: str) -> Json:
     }
 
 
-def make_schemas(fields: str) -> dict[str, Json]:
-    rows = [find_field(text) for text in " ".join(fields.split()).split("; ")]
-    schemas: dict[str, Json] = {"Output": OUTPUT}
-    schemas |= {row["name"]: make_enum(row) for row in rows if row["enum"]}
-    schemas["Input"] = {
-        "type": "object",
-        "title": "Input",
-        "required": [row["name"] for row in rows if row["required"]],
-        "properties": {row["name"]: make_field(i, row) for i, row in enumerate(rows)},
-    }
+def version_id(model: Json) -> str | None:
+    version = model.get("latest_version") or {}
+    return version.get("id")
+
+
+def input_schemas(model: Json) -> dict[str, Json]:
+    version = model.get("latest_version") or {}
+    schema = version.get("openapi_schema") or {}
+    schemas: dict[str, Json] = schema.get("components", {}).get("schemas", {})
     return schemas
 
 
-def find_field(text: str) -> dict[str, str]:
-    match = FIELD.fullmatch(text)
-    assert match, f"not in the notation of MODELS: {text}"
-    return match.groupdict("")
+def ref_of(model: Json) -> str:
+    return f"{model['owner']}/{model['name']}"
 
 
-def make_enum(row: Mapping[str, str]) -> Json:
-    values = row["enum"].strip().split(", ")
-    return {"type": "string", "title": row["name"], "enum": values, "description": ""}
+def make_schemas(fields: str) -> dict[str, Json]:
+    schemas: dict[str, Json] = {"Output": OUTPUT}
+    properties: Json = {}
+    required: list[str] = []
+    for order, text in enumerate(" ".join(fields.split()).split("; ")):
+        match = FIELD.fullmatch(text)
+        assert match, f"not in the notation of MODELS: {text}"
+        row = match.groupdict("")
+        name = row["name"]
+        made = dict(TYPES.get(row["type"], {}))
+        if row["enum"]:
+            values = row["enum"].strip().split(", ")
+            schemas[name] = {"type": "string", "title": name, "enum": values}
+            made = {"allOf": [{"$ref": f"#/components/schemas/{name}"}]}
+        numbers = [key for key in ("default", "minimum", "maximum") if row[key]]
+        made |= {key: json.loads(row[key]) for key in numbers}
+        properties[name] = {**made, "title": name.capitalize(), "x-order": order}
+        required += [name] if row["required"] else []
+    schemas["Input"] = {"type": "object", "title": "Input", "properties": properties}
+    schemas["Input"]["required"] = required
+    return schemas
 
 
-def make_field(order: int, row: Mapping[str, str]) -> Json:
-    refers = {"allOf": [{"$ref": f"#/components/schemas/{row['name']}"}]}
-    made = dict(refers if row["enum"] else TYPES[row["type"]])
-    numbers = ("default", "minimum", "maximum")
-    made |= {name: json.loads(row[name]) for name in numbers if row[name]}
-    return {**made, "title": row["name"].capitalize(), "x-order": order}
-
-
-class Rule(NamedTuple):
-    """A keyword of JSON Schema, and what is said of a value that breaks it."""
-
-    type: str
-    holds: Callable[[Any, Any], bool]
-    text: str
-
-
-KINDS: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
-    "object": (dict,),
-}
+KINDS: dict[str, Any] = {"string": str, "integer": int, "number": (int, float)}
+KINDS |= {"boolean": bool, "array": list, "object": dict}
 
 
 def is_kind(value: Any, kind: str) -> bool:
@@ -714,43 +667,53 @@ def is_kind(value: Any, kind: str) -> bool:
     return isinstance(value, KINDS[kind])
 
 
-# The one recorded wording ("prompt is required", 3.1) is gojsonschema's, so the
-# others are taken from there too.
-RULES = {
-    "type": Rule("invalid_type", is_kind, "Invalid type. Expected: {}"),
-    "enum": Rule(
-        "enum", lambda value, enum: value in enum, "Must be one of the following: {}"
-    ),
-    "minimum": Rule("number_gte", operator.ge, "Must be greater than or equal to {}"),
-    "maximum": Rule("number_lte", operator.le, "Must be less than or equal to {}"),
+# Keywords of JSON Schema, and what is said of a value that breaks them. The one
+# recorded wording ("prompt is required", 3.1) is gojsonschema's, so the others are
+# taken from there too.
+RULES: dict[str, tuple[str, Callable[[Any, Any], bool], str]] = {
+    "type": ("invalid_type", is_kind, "Invalid type. Expected: {}"),
+    "enum": ("enum", lambda value, e: value in e, "Must be one of the following: {}"),
+    "minimum": ("number_gte", ge, "Must be greater than or equal to {}"),
+    "maximum": ("number_lte", le, "Must be less than or equal to {}"),
 }
 
 
 def check_input(input: Json, schemas: dict[str, Json]) -> None:
     """Refuse what Replicate refuses; fields of unknown names pass."""
     known = schemas.get("Input", {})
-    fields = known.get("properties", {})
     problems = [
         ("required", "input", f"{name} is required")
         for name in known.get("required", [])
         if name not in input
     ]
-    for name in [name for name in fields if name in input]:
-        problems += check_field(name, input[name], fields[name], schemas)
+    fields = known.get("properties", {})
+    for name, schema in [(name, fields[name]) for name in fields if name in input]:
+        if "allOf" in schema:
+            schema = schemas[schema["allOf"][0]["$ref"].rpartition("/")[2]]
+        broken = [
+            (type, f"input.{name}", text.format(schema[keyword]))
+            for keyword, (type, holds, text) in RULES.items()
+            if keyword in schema and not holds(input[name], schema[keyword])
+        ]
+        problems += broken[:1]
     if problems:
         raise Refusal(invalid_input(problems))
 
 
-def check_field(
-    name: str, value: Any, schema: Json, schemas: dict[str, Json]
-) -> list[tuple[str, str, str]]:
-    if "allOf" in schema:
-        schema = schemas[schema["allOf"][0]["$ref"].rpartition("/")[2]]
-    for keyword, rule in RULES.items():
-        if keyword in schema and not rule.holds(value, schema[keyword]):
-            text = rule.text.format(schema[keyword])
-            return [(rule.type, f"input.{name}", text)]
-    return []
+def check_body(body: Any, required: set[str]) -> None:
+    """Refuse unknown keys (1.2; the status of that is not known)."""
+    if not isinstance(body, dict):
+        raise Refusal(problem(400, "The request body is not a JSON object."))
+    problems = [
+        ("required", "", f"{key} is required") for key in sorted(required - body.keys())
+    ]
+    for key in sorted(body.keys() - required - {"stream"}):
+        text = f"Additional property {key} is not allowed"
+        problems.append(("additional_property_not_allowed", "", text))
+    if not isinstance(body.get("input", {}), dict):
+        problems.append(("invalid_type", "input", "Invalid type. Expected: object"))
+    if problems:
+        raise Refusal(invalid_input(problems))
 
 
 PLAIN = """
@@ -797,8 +760,6 @@ MODEL_FIELDS = {
         presence_penalty float =0; frequency_penalty float =0; stop [str] =[];
         seed int; stream bool =false
     """,
-    # a placeholder of a schema, as some official models have
-    "snowflake/snowflake-arctic-instruct": "name str; name_file uri",
     # nobody's: a model that no client has heard of, with rarer names for its fields
     "acme/parrot": """
         prompt* str; system_instruction str; max_length int =256 [1..1024];
@@ -825,13 +786,12 @@ REASONS = {"failed": "error", "canceled": "canceled", "aborted": "canceled"}  # 
 
 
 def random_name(length: int) -> str:
-    name = base64.b32encode(os.urandom(length))[:length]
-    return name.decode().lower()
+    return base64.b32encode(os.urandom(length))[:length].decode().lower()
 
 
-def iso(moment: float, digits: int = 6) -> str:
+def iso(moment: float) -> str:
     to_seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(moment))
-    return f"{to_seconds}.{int(moment % 1 * 10**digits):0{digits}}Z"
+    return f"{to_seconds}.{int(moment % 1 * 10**6):06}Z"
 
 
 @dataclass(eq=False)
@@ -839,10 +799,8 @@ class Prediction:
     """A scenario played to an input."""
 
     scenario: Scenario
-    ref: str
-    version: str
+    model: Json
     input: Json
-    pace: float
     deadline: float
     id: str = field(default_factory=lambda: random_name(26))
     key: str = field(default_factory=lambda: random_name(52))
@@ -850,14 +808,13 @@ class Prediction:
     created: float = field(default_factory=time.time)
     born: float = field(default_factory=clock)
     readings: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
     halted: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         scenario, text = self.scenario, self.scenario.text
         self.tokens: Text = text(self.input) if callable(text) else text
         self.count = len(self.tokens) if scenario.after is None else scenario.after
-        finish = scenario.boot + self.count * self.pace
+        finish = scenario.boot + self.count * scenario.pace
         self.finish = FOREVER if scenario.end is None else finish
         self.stopped_at = self.deadline
         self.stopped_as = "canceled" if self.deadline > scenario.boot else "aborted"
@@ -884,12 +841,13 @@ class Prediction:
             return self.ending(self.scenario.late)[1]
         return self.scenario.running if age > self.scenario.boot else "starting"
 
-    def count_at(self, age: float) -> int:
-        """How many tokens there are at that age."""
-        ran = min(age, self.ending()[0]) - self.scenario.boot
-        if age <= self.scenario.boot or ran < 0:
-            return 0
-        return min(self.count, int(ran / self.pace) + 1) if self.pace else self.count
+    def tokens_at(self, age: float) -> list[str]:
+        boot, pace = self.scenario.boot, self.scenario.pace
+        ran = min(age, self.ending()[0]) - boot
+        if age <= boot or ran < 0:
+            return []
+        count = min(self.count, int(ran / pace) + 1) if pace else self.count
+        return [self.tokens[index] for index in range(count)]
 
     def cancel(self) -> None:
         """Stop now, if it has not ended (not known of an ended one: 1.4)."""
@@ -904,9 +862,6 @@ class Prediction:
             if not self.halted.wait(min(left, 1)) and left > 1:
                 pause(0.001)
 
-    def tokens_at(self, age: float) -> list[str]:
-        return [self.tokens[index] for index in range(self.count_at(age))]
-
     def output(self, age: float) -> Any:
         """A list grows; anything else comes at the end."""
         tokens, succeeded = self.tokens_at(age), self.status_at(age) == "succeeded"
@@ -915,54 +870,45 @@ class Prediction:
         return self.scenario.form(tokens) if succeeded else None
 
     def record(self, age: float) -> Json:
-        """The prediction object: at birth its time has fewer digits."""
-        over = self.is_over(age)
+        """The prediction object, as it is at that age."""
+        official, over = self.model["is_official"], self.is_over(age)
         gone = over and self.scenario.removed
         record = {
             "id": self.id,
-            "model": self.ref,
-            "version": self.version,
+            "model": ref_of(self.model),
+            "version": "hidden" if official else version_id(self.model),
             "input": {} if gone else self.input,
             "output": None if gone else self.output(age),
             "logs": "",
             "error": None,
             "status": self.status_at(age),
-            "source": "api",
             "data_removed": gone,
-            "created_at": iso(self.created, 6 if age else 3),
+            "created_at": iso(self.created),
             "urls": self.urls,
         }
-        if self.deadline < FOREVER:
-            record["deadline"] = iso(self.created + self.deadline)
-        if min(age, self.ending()[0]) > self.scenario.boot:
-            record["started_at"] = iso(self.created + self.scenario.boot)
         return record | self.closing(age) if over else record
 
     def closing(self, age: float) -> Json:
         """What only the record of an ended prediction has."""
         scenario, (ended, status) = self.scenario, self.ending(self.scenario.late)
         metrics: Json = {"predict_time": max(ended - scenario.boot, 0.0)}
-        metrics["total_time"] = float(ended)
         closing: Json = {"completed_at": iso(self.created + ended), "metrics": metrics}
         if status == scenario.end:
             closing["error"] = scenario.error
         if status == "succeeded":
-            counts = self.counts(age)
+            counts = {
+                "input_token_count": len(" ".join(strings(self.input)).split()),
+                "output_token_count": sum(map(bool, self.tokens_at(age))),
+            }
             metrics |= counts if scenario.counts else {}
             closing["logs"] = scenario.logs and scenario.logs.format(**counts)
         return closing
-
-    def counts(self, age: float) -> dict[str, int]:
-        """Words of the input, and tokens of the output that are not empty."""
-        given = len(" ".join(strings(self.input)).split())
-        output = sum(map(bool, self.tokens_at(age)))
-        return {"input_token_count": given, "output_token_count": output}
 
     def reading(self, pause: Callable[[float], None]) -> Frames:
         """The stream, as the scenario's wire carries this reading of it."""
         self.readings += 1
         live = self.readings > 1 and not self.scenario.replays
-        frames = self.frames(self.count_at(self.age) if live else 0, pause)
+        frames = self.frames(len(self.tokens_at(self.age)) if live else 0, pause)
         spoiled = self.readings <= self.scenario.spoils
         return self.scenario.wire(frames) if spoiled else frames
 
@@ -974,472 +920,18 @@ class Prediction:
                 self.wait_until(step, pause)
 
     def script(self, first: int = 0) -> Script:
-        boot, second = self.scenario.boot, int(self.created)
         for index in range(first, self.count):
-            age = boot + index * self.pace
+            age = self.scenario.boot + index * self.scenario.pace
             yield age
             if age > self.ending()[0]:
                 break
-            yield frame("output", self.tokens[index], f"{second}:{index}")
+            yield frame("output", self.tokens[index], f"{int(self.created)}:{index}")
         yield self.ending()[0]
-        yield from self.last_frames()
-
-    def last_frames(self) -> Frames:
-        """They have no id."""
         status = self.ending()[1]
-        if status == "failed":
+        if status == "failed":  # the last two frames have no id
             yield frame("error", json.dumps({"detail": self.scenario.error}))
         reason = {"reason": REASONS[status]} if status in REASONS else {}
         yield frame("done", json.dumps(reason))
-
-
-# == Account ===================================================================
-# All that exists here. Tests look at it, and may add to it, at any time.
-
-
-class Call(NamedTuple):
-    """A request, and a way to wait that ends when its client leaves."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: Any
-    pause: Callable[[float], None]
-
-
-class Seen(NamedTuple):
-    """What tests see of a request: names of headers are in lower case."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    body: Any  # JSON if it says so, else bytes, or None
-    at: float  # time.monotonic()
-
-
-@dataclass(frozen=True)
-class FakeFile:
-    content: bytes
-    content_type: str
-    filename: str
-    created: float = field(default_factory=time.time)
-
-
-class Account:
-    """All that the stand-in knows and remembers."""
-
-    file_limit = 100 * 2**20
-    on_upload = NO_FAULT
-    kept = 1000  # how many predictions are remembered when nothing is recorded
-
-    def __init__(
-        self, token: str, default: str, pace: float | None, record: bool
-    ) -> None:
-        self.token = token
-        self.default = default
-        self.pace = pace
-        self.record = record
-        self.base_url = ""
-        self.origin = ""
-        self.scenarios = dict(SCENARIOS)
-        self.models = dict(MODELS)
-        self.seen: list[Seen] = []
-        self.predictions: dict[str, Prediction] = {}
-        self.streams: dict[str, Prediction] = {}
-        self.cancels: list[str] = []
-        self.files: dict[str, FakeFile] = {}
-        self.faults: Counter[str] = Counter()
-        self.changed = threading.Condition()
-
-    def creates(self) -> list[Seen]:
-        """The requests that tried to create a prediction, whatever came of them."""
-        tried = [seen for seen in self.seen if seen.method == "POST"]
-        return [seen for seen in tried if seen.path.endswith("/predictions")]
-
-    def wait_for(self, condition: Callable[[], object], timeout: float = 5.0) -> None:
-        end = time.monotonic() + timeout
-        while not condition():
-            if time.monotonic() > end:
-                raise AssertionError(f"still not so after {timeout} s")
-            with self.changed:
-                self.changed.wait(0.01)
-
-    def announce(self) -> None:
-        with self.changed:
-            self.changed.notify_all()
-
-    def note(self, call: Call) -> None:
-        if self.record:
-            self.seen.append(Seen(*call[:4], time.monotonic()))
-            self.announce()
-
-    def choose(self, ref: str) -> str:
-        """The name of the scenario that a ref plays."""
-        owner, _, name = ref.partition("/")
-        chosen = name.partition(":")[0] if owner == "fake" else self.default
-        if chosen not in self.scenarios:
-            raise Refusal(NO_VERSION)
-        return chosen
-
-    def find_model(self, name: str) -> Json:
-        """A model of any name there is, but of the owner `missing`."""
-        owner, _, scenario = name.partition("/")
-        if name in self.models:
-            return self.models[name]
-        if owner == "missing" or (owner == "fake" and scenario not in self.scenarios):
-            raise Refusal(NOT_FOUND)
-        return make_model(name, PLAIN if owner == "fake" else None)
-
-    def find_version(self, ref: str) -> Json:
-        """The model that POST /predictions runs for a ref."""
-        name, _, version = ref.partition(":")
-        if SHA.fullmatch(ref):
-            return self.find_owner(ref)
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or not self.choose(name):
-            raise Refusal(NO_VERSION)
-        model = self.find_model(name)
-        if not version and not model["is_official"]:
-            raise Refusal(NOT_FOUND)
-        if version and name in self.models and version != version_id(model):
-            raise Refusal(NO_VERSION)
-        return model
-
-    def find_owner(self, version: str) -> Json:
-        for model in self.models.values():
-            if version_id(model) == version:
-                return model
-        raise Refusal(NO_VERSION)
-
-    def add(self, prediction: Prediction) -> Prediction:
-        urls = {"get": f"{self.base_url}/predictions/{prediction.id}"}
-        urls["cancel"] = f"{urls['get']}/cancel"
-        urls["web"] = f"https://replicate.com/p/{prediction.id}"
-        if url := prediction.scenario.stream_url:
-            urls["stream"] = url.format(streams=self.origin, key=prediction.key)
-        prediction.urls = urls
-        self.predictions[prediction.id] = prediction
-        self.streams[prediction.key] = prediction
-        if not self.record and len(self.predictions) > self.kept:
-            self.forget_one()
-        self.announce()
-        return prediction
-
-    def forget_one(self) -> None:
-        """The oldest prediction, if it is over."""
-        oldest = next(iter(self.predictions.values()))
-        if oldest.is_over(oldest.age):
-            self.predictions.pop(oldest.id, None)
-            self.streams.pop(oldest.key, None)
-
-
-def version_id(model: Json) -> str | None:
-    version = model.get("latest_version") or {}
-    return version.get("id")
-
-
-# == Endpoints =================================================================
-# One function per operation. To add one: a function, and a row of ENDPOINTS.
-
-
-def play_fault(
-    fault: Fault, count: Counter[str], name: str, call: Call, work: Callable[[], Reply]
-) -> Reply:
-    """Do the work, so far as the fault lets it."""
-    if count[name] >= fault.times:
-        return work()
-    count[name] += 1
-    own = work() if fault.done else None
-    if fault.wait:
-        call.pause(fault.wait)
-    return fault.reply or own or work()
-
-
-def create_prediction(account: Account, call: Call) -> Reply:
-    body = check_body(call.body, {"version", "input"})
-    return create(account, call, account.find_version(str(body["version"])))
-
-
-def create_model_prediction(
-    account: Account, call: Call, owner: str, name: str
-) -> Reply:
-    """For official models alone; a community model is not found."""
-    check_body(call.body, {"input"})
-    model = account.find_model(f"{owner}/{name}")
-    if not model["is_official"]:
-        raise Refusal(NOT_FOUND)
-    return create(account, call, model)
-
-
-def create_deployed(account: Account, call: Call, owner: str, name: str) -> Reply:
-    check_body(call.body, {"input"})
-    return create(account, call, account.find_model(deployed(owner, name)))
-
-
-def deployed(owner: str, name: str) -> str:
-    """The model that a deployment runs; any other name is of the model's own."""
-    return DEPLOYMENTS.get(f"{owner}/{name}", f"{owner}/{name}")
-
-
-def check_body(body: Any, required: set[str]) -> Json:
-    """Refuse unknown keys (1.2; the status of that is not known)."""
-    if not isinstance(body, dict):
-        raise Refusal(problem(400, "The request body is not a JSON object."))
-    known = {"stream", "webhook", "webhook_events_filter"} | required
-    problems = [
-        ("required", "", f"{key} is required") for key in sorted(required - body.keys())
-    ]
-    for key in sorted(body.keys() - known):
-        text = f"Additional property {key} is not allowed"
-        problems.append(("additional_property_not_allowed", "", text))
-    if not isinstance(body.get("input", {}), dict):
-        problems.append(("invalid_type", "input", "Invalid type. Expected: object"))
-    if problems:
-        raise Refusal(invalid_input(problems))
-    return body
-
-
-def create(account: Account, call: Call, model: Json) -> Reply:
-    check_input(call.body["input"], input_schemas(model))
-    name = account.choose(f"{model['owner']}/{model['name']}")
-    scenario = account.scenarios[name]
-    work = functools.partial(begin, account, call, model, scenario)
-    return play_fault(scenario.on_create, account.faults, name, call, work)
-
-
-def input_schemas(model: Json) -> dict[str, Json]:
-    version = model.get("latest_version") or {}
-    schema = version.get("openapi_schema") or {}
-    schemas: dict[str, Json] = schema.get("components", {}).get("schemas", {})
-    return schemas
-
-
-def begin(account: Account, call: Call, model: Json, scenario: Scenario) -> Reply:
-    """A prediction that is waited for has the record of that moment."""
-    pace = scenario.pace if account.pace is None else account.pace
-    deadline = min(scenario.deadline, seconds(call.headers.get("cancel-after")))
-    ref = f"{model['owner']}/{model['name']}"
-    version = "hidden" if model["is_official"] else str(version_id(model))
-    prediction = account.add(
-        Prediction(scenario, ref, version, call.body["input"], pace, deadline)
-    )
-    preference = call.headers.get("prefer", "")
-    if not (match := re.fullmatch(r"wait(?:=(\d+))?", preference)):
-        return Reply(201, prediction.record(0))
-    held = min(int(match[1] or 60), scenario.hold)
-    prediction.wait_until(min(held, prediction.finish), call.pause)
-    is_over = prediction.age >= prediction.ending()[0]
-    record = prediction.record(prediction.age)
-    headers = {"Preference-Applied": preference}
-    return Reply(201 if is_over else 202, record, headers=headers)
-
-
-def seconds(duration: str | None) -> float:
-    """`Cancel-After`; that it is 5 s at least is for tests not enforced."""
-    if not duration:
-        return FOREVER
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", duration)
-    if not match:
-        raise Refusal(problem(422, f"Cancel-After: {duration!r} is no duration"))
-    hours, minutes, rest = (int(group or 0) for group in match.groups())
-    return hours * 3600 + minutes * 60 + rest
-
-
-def list_predictions(account: Account, call: Call) -> Reply:
-    latest = [*account.predictions.values()][:-101:-1]
-    records = [prediction.record(prediction.age) for prediction in latest]
-    return Reply(200, {"next": None, "previous": None, "results": records})
-
-
-def look_up(account: Account, call: Call, id: str) -> Reply:
-    prediction = find(account.predictions, id)
-    fault = prediction.scenario.on_look
-    return play_fault(
-        fault, prediction.faults, "look", call, lambda: respond_with_record(prediction)
-    )
-
-
-def cancel(account: Account, call: Call, id: str) -> Reply:
-    prediction = find(account.predictions, id)
-    account.cancels.append(id)
-    account.announce()
-    fault = prediction.scenario.on_cancel
-    return play_fault(
-        fault, prediction.faults, "cancel", call, lambda: stop(prediction)
-    )
-
-
-def stop(prediction: Prediction) -> Reply:
-    prediction.cancel()
-    return respond_with_record(prediction)
-
-
-def respond_with_record(prediction: Prediction) -> Reply:
-    return Reply(200, prediction.record(prediction.age))
-
-
-def find(rows: Mapping[str, Found], key: str) -> Found:
-    if key not in rows:
-        raise Refusal(NOT_FOUND)
-    return rows[key]
-
-
-def retrieve_model(account: Account, call: Call, owner: str, name: str) -> Reply:
-    return Reply(200, account.find_model(f"{owner}/{name}"))
-
-
-def retrieve_version(
-    account: Account, call: Call, owner: str, name: str, id: str
-) -> Reply:
-    """Official models list no versions."""
-    model = account.find_model(f"{owner}/{name}")
-    if model["is_official"] or version_id(model) != id:
-        raise Refusal(NOT_FOUND)
-    return Reply(200, model["latest_version"])
-
-
-def retrieve_deployment(account: Account, call: Call, owner: str, name: str) -> Reply:
-    ref = deployed(owner, name)
-    version = version_id(account.find_model(ref))
-    release = {"number": 1, "model": ref, "version": version}
-    return Reply(200, {"owner": owner, "name": name, "current_release": release})
-
-
-def retrieve_account(account: Account, call: Call) -> Reply:
-    row = {"type": "user", "username": "fake", "name": "A stand-in"}
-    return Reply(200, {**row, "github_url": None, "avatar_url": None})
-
-
-def create_file(account: Account, call: Call) -> Reply:
-    file = read_upload(call.headers.get("content-type", ""), call.body)
-    if len(file.content) > account.file_limit:
-        raise Refusal(problem(413, "The file is too large."))
-    work = functools.partial(keep_file, account, file)
-    return play_fault(account.on_upload, account.faults, "upload", call, work)
-
-
-def keep_file(account: Account, file: FakeFile) -> Reply:
-    id = random_name(26)
-    account.files[id] = file
-    return Reply(201, file_object(account, id))
-
-
-def read_upload(content_type: str, body: Any) -> FakeFile:
-    """The part `content` of a multipart body."""
-    boundary = re.search(r'boundary="?([^";]+)', content_type)
-    parts = body.split(f"--{boundary[1]}".encode()) if boundary and body else []
-    for part in parts:
-        lines, _, content = part.partition(b"\r\n\r\n")
-        if b'name="content"' in lines:
-            kind = re.search(r"(?i)content-type: *([^\r]+)", lines.decode())
-            name = re.search(r'filename="([^"]*)"', lines.decode())
-            type = kind[1] if kind else "application/octet-stream"
-            return FakeFile(content[:-2], type, name[1] if name else "")
-    raise Refusal(invalid_input([("required", "", "content is required")]))
-
-
-def file_object(account: Account, id: str) -> Json:
-    file = find(account.files, id)
-    sha256 = hashlib.sha256(file.content).hexdigest()
-    return {
-        "id": id,
-        "name": file.filename,
-        "content_type": file.content_type,
-        "size": len(file.content),
-        "etag": sha256[:32],
-        "checksums": {"sha256": sha256, "md5": sha256[:32]},
-        "metadata": {},
-        "created_at": iso(file.created),
-        "expires_at": iso(file.created + 24 * 3600),
-        "urls": {"get": f"{account.base_url}/files/{id}"},
-    }
-
-
-def retrieve_file(account: Account, call: Call, id: str) -> Reply:
-    return Reply(200, file_object(account, id))
-
-
-def download_file(account: Account, call: Call, id: str) -> Reply:
-    file = find(account.files, id)
-    return Reply(200, file.content, file.content_type)
-
-
-def delete_file(account: Account, call: Call, id: str) -> Reply:
-    find(account.files, id)
-    account.files.pop(id, None)
-    return Reply(204, b"")
-
-
-def follow(account: Account, call: Call, key: str) -> Reply:
-    prediction = find(account.streams, key)
-    headers = {"Cache-Control": "no-store"}
-
-    def work() -> Reply:
-        scenario, pause = prediction.scenario, call.pause
-        body = prediction if scenario.paced else prediction.reading(pause)
-        return Reply(200, body, EVENT_TYPE, headers)
-
-    fault = prediction.scenario.on_stream
-    return play_fault(fault, prediction.faults, "stream", call, work)
-
-
-class Endpoint(NamedTuple):
-    method: str
-    path: str  # `*` is an argument of the operation
-    operation: Callable[..., Reply]
-    limit: int = 3000  # requests a minute; sent in headers, never enforced
-
-
-ENDPOINTS = (
-    Endpoint("POST", "/v1/predictions", create_prediction, 600),
-    Endpoint("POST", "/v1/models/*/*/predictions", create_model_prediction, 600),
-    Endpoint("POST", "/v1/deployments/*/*/predictions", create_deployed, 600),
-    Endpoint("GET", "/v1/predictions", list_predictions),
-    Endpoint("GET", "/v1/predictions/*", look_up),
-    Endpoint("POST", "/v1/predictions/*/cancel", cancel),
-    Endpoint("GET", "/v1/models/*/*", retrieve_model),
-    Endpoint("GET", "/v1/models/*/*/versions/*", retrieve_version),
-    Endpoint("GET", "/v1/deployments/*/*", retrieve_deployment),
-    Endpoint("GET", "/v1/account", retrieve_account),
-    Endpoint("POST", "/v1/files", create_file),
-    Endpoint("GET", "/v1/files/*", retrieve_file),
-    Endpoint("GET", "/v1/files/*/download", download_file),
-    Endpoint("DELETE", "/v1/files/*", delete_file),
-    Endpoint("GET", "/v1/streams/*", follow),
-)
-
-
-def answer(account: Account, call: Call) -> Reply:
-    account.note(call)
-    limit = 3000
-    try:
-        authorize(account, call.headers.get("authorization"))
-        endpoint, args = find_endpoint(call)
-        limit = endpoint.limit
-        reply = endpoint.operation(account, call, *args)
-    except Refusal as refusal:
-        reply = refusal.reply
-    rate = {"ratelimit-remaining": str(limit - 1), "ratelimit-reset": "1"}
-    return reply._replace(headers={**rate, **reply.headers})
-
-
-def authorize(account: Account, given: str | None) -> None:
-    if not given:
-        raise Refusal(NO_TOKEN)
-    if given != f"Bearer {account.token}":
-        raise Refusal(BAD_TOKEN)
-
-
-@functools.cache
-def path_pattern(path: str) -> re.Pattern[str]:
-    return re.compile(re.escape(path).replace(r"\*", "([^/]+)"))
-
-
-def find_endpoint(call: Call) -> tuple[Endpoint, list[str]]:
-    for endpoint in ENDPOINTS:
-        match = path_pattern(endpoint.path).fullmatch(call.path)
-        if match and call.method == endpoint.method:
-            return endpoint, [*match.groups()]
-    raise Refusal(NOT_FOUND)
 
 
 # == Server ====================================================================
@@ -1447,13 +939,15 @@ def find_endpoint(call: Call) -> tuple[Endpoint, list[str]]:
 # client wait.
 
 
-class Play(NamedTuple):
-    """A script that is being sent."""
+class Call(NamedTuple):
+    """A request; names of headers are in lower case."""
 
-    prediction: Prediction
-    script: Script
-    send: Callable[[bytes], None]
-    over: threading.Event
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: Any  # JSON if it says so, else bytes, or None
+    at: float  # time.monotonic()
+    pause: Callable[[float], None]  # ends when the client leaves
 
 
 class Pacer:
@@ -1461,49 +955,57 @@ class Pacer:
     A thread for each costs more, and a benchmark would blame the proxy for it."""
 
     def __init__(self) -> None:
-        self.due: list[tuple[float, int, Play]] = []  # a heap: when, number, what
+        self.due: list[tuple[float, int, Iterator[float]]] = []  # when, number, what
         self.playing = 0
         self.numbers = itertools.count()
         self.changed = threading.Condition()
 
     def play(self, prediction: Prediction, send: Callable[[bytes], None]) -> None:
         """Send all of it, then return."""
-        play = Play(prediction, prediction.script(), send, threading.Event())
+        over = threading.Event()
+        sender = self.send(prediction, send, over)
         with self.changed:
-            heapq.heappush(self.due, (0, next(self.numbers), play))
+            heapq.heappush(self.due, (0, next(self.numbers), sender))
             self.playing += 1
             if self.playing == 1:
                 threading.Thread(target=self.run, daemon=True).start()
             self.changed.notify()
-        play.over.wait()
+        over.wait()
+
+    def send(
+        self,
+        prediction: Prediction,
+        send: Callable[[bytes], None],
+        over: threading.Event,
+    ) -> Iterator[float]:
+        """Send what is due; yield when the next is, if that is yet to come."""
+        with contextlib.suppress(OSError):  # the client may leave
+            for step in prediction.script():
+                if isinstance(step, bytes):
+                    send(step)
+                elif (due := prediction.born + step) > clock():
+                    yield due
+        over.set()
 
     def run(self) -> None:
-        while due := self.wait():
-            self.step(*due)
+        while waited := self.wait():
+            number, sender = waited
+            due = next(sender, None)
+            with self.changed:
+                if due is None:
+                    self.playing -= 1
+                else:
+                    heapq.heappush(self.due, (due, number, sender))
 
-    def wait(self) -> tuple[float, int, Play] | None:
+    def wait(self) -> tuple[int, Iterator[float]] | None:
         """Wait for what is due next; None if nothing is played any more."""
         with self.changed:
             while self.playing:
                 left = self.due[0][0] - clock()
                 if left <= 0:
-                    return heapq.heappop(self.due)
+                    return heapq.heappop(self.due)[1:]
                 self.changed.wait(left)
         return None
-
-    def step(self, due: float, number: int, play: Play) -> None:
-        """Send what is due: up to the next age that is yet to come, or the end."""
-        with contextlib.suppress(OSError):  # the client may leave
-            for step in play.script:
-                if isinstance(step, bytes):
-                    play.send(step)
-                elif (due := play.prediction.born + step) > clock():
-                    with self.changed:
-                        heapq.heappush(self.due, (due, number, play))
-                    return
-        with self.changed:
-            self.playing -= 1
-        play.over.set()
 
 
 class Server(ThreadingHTTPServer):
@@ -1511,8 +1013,8 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 1024  # 5 leave most of 200 clients at once without answer
     allow_reuse_port = False  # two on one port would share its clients
 
-    def __init__(self, account: Account, address: tuple[str, int]) -> None:
-        self.account = account
+    def __init__(self, address: tuple[str, int], answer: Callable[[Call], Reply]):
+        self.answer = answer
         self.connections: set[socket.socket] = set()
         self.pacer = Pacer()
         super().__init__(address, Handler)
@@ -1521,9 +1023,6 @@ class Server(ThreadingHTTPServer):
         """Bind, and ask no DNS for our name, as HTTPServer's own does."""
         socketserver.TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
-
-    def serve(self) -> None:
-        self.serve_forever(poll_interval=0.02)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)
@@ -1539,27 +1038,6 @@ class Server(ThreadingHTTPServer):
         if not isinstance(sys.exc_info()[1], OSError):
             super().handle_error(request, client_address)
 
-    def stop(self) -> None:
-        """End all connections, then what their threads wait for, then wait for them."""
-        self.shutdown()
-        self.server_close()
-        for connection in list(self.connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        for prediction in list(self.account.predictions.values()):
-            prediction.cancel()
-        deadline = time.monotonic() + 2
-        while self.connections and time.monotonic() < deadline:
-            time.sleep(0.001)
-
-
-def head(reply: Reply, framing: str, value: object) -> bytes:
-    """By hand, as the head then goes out in one write with its body."""
-    headers = {framing: value, "Content-Type": reply.type, **reply.headers}
-    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    phrase = responses.get(reply.status, "")  # Cloudflare has codes of its own
-    return f"HTTP/1.1 {reply.status} {phrase}\r\n{lines}\r\n".encode()
-
 
 class Handler(BaseHTTPRequestHandler):
     """Lives as long as a connection, and keeps nothing between its calls."""
@@ -1570,15 +1048,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self) -> None:
         try:
-            self.send(answer(self.server.account, self.read_call()))
+            self.send(self.server.answer(self.read_call()))
         except Cut as cut:
             self.close_connection = True
             if isinstance(cut, Silence):
                 self.pause(FOREVER)
-            if isinstance(cut, Reset):
-                self.arm_reset()
+            if isinstance(cut, Reset):  # lingering for 0 s, the close sends RST
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_QUERY = respond
+    do_GET = do_POST = respond
 
     def read_call(self) -> Call:
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -1587,7 +1066,7 @@ class Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(ValueError):
                 body = json.loads(body)
         path = self.path.partition("?")[0]
-        return Call(self.command, path, headers, body, self.pause)
+        return Call(self.command, path, headers, body, time.monotonic(), self.pause)
 
     def pause(self, seconds: float) -> None:
         """Sleep; if the client leaves, ConnectionError."""
@@ -1600,30 +1079,28 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.connection.settimeout(None)
 
-    def arm_reset(self) -> None:
-        """Have the close that follows send RST: what it has still to say is 0 s."""
-        linger = struct.pack("ii", 1, 0)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
     def send(self, reply: Reply) -> None:
+        body = reply.body
         if not reply.status:
             raise Reset
-        if isinstance(reply.body, (Iterator, Prediction)):
-            self.wfile.write(head(reply, "Transfer-Encoding", "chunked"))
-            self.send_stream(reply.body)
+        if isinstance(body, (Iterator, Prediction)):
+            self.wfile.write(self.head(reply, "Transfer-Encoding: chunked"))
+            if isinstance(body, Prediction):
+                self.server.pacer.play(body, self.send_frame)
+            else:  # one write each, and an empty one would end the body
+                for sent in filter(None, body):
+                    self.send_frame(sent)
+            self.connection.sendall(b"0\r\n\r\n")
         else:
-            body = reply.body
             sent = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.wfile.write(head(reply, "Content-Length", len(sent)) + sent)
+            self.wfile.write(self.head(reply, f"Content-Length: {len(sent)}") + sent)
 
-    def send_stream(self, stream: Frames | Prediction) -> None:
-        """One write each. An empty one would end the body."""
-        if isinstance(stream, Prediction):
-            self.server.pacer.play(stream, self.send_frame)
-        else:
-            for sent in filter(None, stream):
-                self.send_frame(sent)
-        self.connection.sendall(b"0\r\n\r\n")
+    def head(self, reply: Reply, framing: str) -> bytes:
+        """By hand, as the head then goes out in one write with its body."""
+        headers = {"Content-Type": reply.type, "ratelimit-reset": "1", **reply.headers}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        phrase = responses.get(reply.status, "")  # Cloudflare has codes of its own
+        return f"HTTP/1.1 {reply.status} {phrase}\r\n{framing}\r\n{lines}\r\n".encode()
 
     def send_frame(self, sent: bytes) -> None:
         self.connection.sendall(b"%x\r\n%b\r\n" % (len(sent), sent))
@@ -1633,79 +1110,287 @@ class Handler(BaseHTTPRequestHandler):
 
 
 # == Stand-in ==================================================================
-# The one name most programs need.
+# All that exists here, and a method per operation; to add one, a case in `dispatch`
+# too. Tests look at what there is, and may add to it, at any time.
 
 
-class FakeReplicate(Account):
+@dataclass(frozen=True)
+class FakeFile:
+    content: bytes
+    content_type: str
+
+
+def deployed(owner: str, name: str) -> str:
+    """The model that a deployment runs; any other name is of the model's own."""
+    return DEPLOYMENTS.get(f"{owner}/{name}", f"{owner}/{name}")
+
+
+def find(rows: Mapping[str, Found], key: str) -> Found:
+    if key not in rows:
+        raise Refusal(NOT_FOUND)
+    return rows[key]
+
+
+def read_upload(content_type: str, body: Any) -> FakeFile:
+    """The part `content` of a multipart body."""
+    boundary = re.search(r'boundary="?([^";]+)', content_type)
+    parts = body.split(f"--{boundary[1]}".encode()) if boundary and body else []
+    for part in parts:
+        lines, _, content = part.partition(b"\r\n\r\n")
+        if b'name="content"' in lines:
+            kind = re.search(r"(?i)content-type: *([^\r]+)", lines.decode())
+            return FakeFile(content[:-2], kind[1] if kind else "")
+    raise Refusal(invalid_input([("required", "", "content is required")]))
+
+
+class FakeReplicate:
     """Replicate, between start and stop."""
 
     def __init__(
         self,
-        *,
-        host: str = "127.0.0.1",
-        port: int = 0,
         token: str = "r8_fake",
         default: str = "hello",
-        pace: float | None = None,
         record: bool = True,
+        host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
-        super().__init__(token, default, pace, record)
-        self.host = host
-        self.port = port
+        self.address = (host, port)
+        self.token = token
+        self.default = default  # what models play whose owner is not `fake`
+        self.record = record
         self.servers: list[Server] = []
-
-    def start(self) -> FakeReplicate:
-        server = Server(self, (self.host, self.port))
-        self.origin = f"http://{self.host}:{server.server_port}"
-        self.base_url = f"{self.origin}/v1"
-        self.servers = [server]
-        threading.Thread(target=server.serve, daemon=True).start()
-        return self
-
-    def stop(self) -> None:
-        for server in self.servers:
-            server.stop()
-        self.servers = []
+        self.scenarios = dict(SCENARIOS)
+        self.models = dict(MODELS)
+        self.seen: list[Call] = []
+        self.predictions: dict[str, Prediction] = {}
+        self.streams: dict[str, Prediction] = {}
+        self.cancels: list[str] = []
+        self.files: dict[str, FakeFile] = {}
+        self.on_upload = NO_FAULT
+        self.faults: Counter[str] = Counter()
 
     def __enter__(self) -> FakeReplicate:
-        return self if self.servers else self.start()
+        server = Server(self.address, self.answer)
+        self.origin = f"http://{self.address[0]}:{server.server_port}"
+        self.base_url = f"{self.origin}/v1"
+        self.servers = [server]
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
+        """End all connections, then what their threads wait for, then wait for them."""
+        [server] = self.servers
+        server.shutdown()
+        server.server_close()
+        for connection in list(server.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for prediction in list(self.predictions.values()):
+            prediction.cancel()
+        deadline = time.monotonic() + 2
+        while server.connections and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def creates(self) -> list[Call]:
+        """The requests that tried to create a prediction, whatever came of them."""
+        tried = [seen for seen in self.seen if seen.method == "POST"]
+        return [seen for seen in tried if seen.path.endswith("/predictions")]
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 5.0) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"still not so after {timeout} s")
+            time.sleep(0.002)
+
+    def answer(self, call: Call) -> Reply:
+        if self.record:
+            self.seen.append(call)
+        try:
+            given = call.headers.get("authorization")
+            if given != f"Bearer {self.token}":
+                raise Refusal(BAD_TOKEN if given else NO_TOKEN)
+            return self.dispatch(call)
+        except Refusal as refusal:
+            return refusal.reply
+
+    def dispatch(self, call: Call) -> Reply:
+        match [call.method, *call.path.removeprefix("/v1/").split("/")]:
+            case ["POST", "predictions"]:
+                check_body(call.body, {"version", "input"})
+                return self.create(call, self.find_version(str(call.body["version"])))
+            case ["POST", "models", owner, name, "predictions"]:
+                check_body(call.body, {"input"})
+                model = self.find_model(f"{owner}/{name}")
+                if not model["is_official"]:
+                    raise Refusal(NOT_FOUND)
+                return self.create(call, model)
+            case ["POST", "deployments", owner, name, "predictions"]:
+                check_body(call.body, {"input"})
+                return self.create(call, self.find_model(deployed(owner, name)))
+            case ["GET", "predictions", id]:
+                return self.look_up(call, find(self.predictions, id))
+            case ["POST", "predictions", id, "cancel"]:
+                return self.cancel(call, find(self.predictions, id))
+            case ["GET", "streams", key]:
+                return self.follow(call, find(self.streams, key))
+            case ["GET", "models", owner, name]:
+                return Reply(200, self.find_model(f"{owner}/{name}"))
+            case ["GET", "models", owner, name, "versions", id]:
+                model = self.find_model(f"{owner}/{name}")
+                if model["is_official"] or version_id(model) != id:
+                    raise Refusal(NOT_FOUND)  # official models list no versions
+                return Reply(200, model["latest_version"])
+            case ["GET", "deployments", owner, name]:
+                ref = deployed(owner, name)
+                version = version_id(self.find_model(ref))
+                release = {"number": 1, "model": ref, "version": version}
+                return Reply(200, {"name": name, "current_release": release})
+            case ["GET", "account"]:
+                return Reply(200, {"type": "user", "username": "fake"})
+            case ["POST", "files"]:
+                return self.create_file(call)
+        raise Refusal(NOT_FOUND)
+
+    def play_fault(
+        self, fault: Fault, name: str, call: Call, work: Callable[[], Reply]
+    ) -> Reply:
+        """Do the work, so far as the fault of that name lets it."""
+        if self.faults[name] >= fault.times:
+            return work()
+        self.faults[name] += 1
+        own = work() if fault.done else None
+        if fault.wait:
+            call.pause(fault.wait)
+        return fault.reply or own or work()
+
+    def find_model(self, name: str) -> Json:
+        """A model of any name there is, but of the owner `missing`."""
+        owner, _, scenario = name.partition("/")
+        if name in self.models:
+            return self.models[name]
+        if owner == "missing" or (owner == "fake" and scenario not in self.scenarios):
+            raise Refusal(NOT_FOUND)
+        return make_model(name, PLAIN if owner == "fake" else None)
+
+    def find_version(self, ref: str) -> Json:
+        """The model that POST /predictions runs for a ref, or the id of a version."""
+        versions = {version_id(model): model for model in self.models.values()}
+        name, _, version = ref.partition(":")
+        if ref in versions:
+            return versions[ref]
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise Refusal(NO_VERSION)
+        self.choose(name)
+        model = self.find_model(name)
+        if not version and not model["is_official"]:
+            raise Refusal(NOT_FOUND)
+        if version and name in self.models and version != version_id(model):
+            raise Refusal(NO_VERSION)
+        return model
+
+    def choose(self, ref: str) -> str:
+        """The name of the scenario that a model plays."""
+        owner, _, name = ref.partition("/")
+        chosen = name if owner == "fake" else self.default
+        if chosen not in self.scenarios:
+            raise Refusal(NO_VERSION)
+        return chosen
+
+    def create(self, call: Call, model: Json) -> Reply:
+        input = call.body["input"]
+        check_input(input, input_schemas(model))
+        name = self.choose(ref_of(model))
+        scenario = self.scenarios[name]
+        given = re.fullmatch(r"(\d+)s", call.headers.get("cancel-after", ""))
+        deadline = min(scenario.deadline, float(given[1]) if given else FOREVER)
+
+        def begin() -> Reply:
+            """A prediction that is waited for has the record of that moment."""
+            prediction = self.add(Prediction(scenario, model, input, deadline))
+            preference = call.headers.get("prefer", "")
+            if not (match := re.fullmatch(r"wait(?:=(\d+))?", preference)):
+                return Reply(201, prediction.record(0))
+            held = min(int(match[1] or 60), scenario.hold)
+            prediction.wait_until(min(held, prediction.finish), call.pause)
+            age = prediction.age
+            status = 201 if age >= prediction.ending()[0] else 202
+            headers = {"Preference-Applied": preference}
+            return Reply(status, prediction.record(age), headers=headers)
+
+        return self.play_fault(scenario.on_create, name, call, begin)
+
+    def add(self, prediction: Prediction) -> Prediction:
+        get = f"{self.base_url}/predictions/{prediction.id}"
+        prediction.urls = {"get": get, "cancel": f"{get}/cancel"}
+        if url := prediction.scenario.stream_url:
+            url = url.format(streams=self.origin, key=prediction.key)
+            prediction.urls["stream"] = url
+        self.predictions[prediction.id] = self.streams[prediction.key] = prediction
+        if not self.record and len(self.predictions) > 1000:  # forget one
+            oldest = next(iter(self.predictions.values()))
+            if oldest.is_over(oldest.age):
+                self.predictions.pop(oldest.id, None)
+                self.streams.pop(oldest.key, None)
+        return prediction
+
+    def look_up(self, call: Call, prediction: Prediction) -> Reply:
+        def look() -> Reply:
+            return Reply(200, prediction.record(prediction.age))
+
+        fault = prediction.scenario.on_look
+        return self.play_fault(fault, f"look {prediction.id}", call, look)
+
+    def cancel(self, call: Call, prediction: Prediction) -> Reply:
+        def stop() -> Reply:
+            prediction.cancel()
+            return Reply(200, prediction.record(prediction.age))
+
+        self.cancels.append(prediction.id)
+        fault = prediction.scenario.on_cancel
+        return self.play_fault(fault, f"cancel {prediction.id}", call, stop)
+
+    def follow(self, call: Call, prediction: Prediction) -> Reply:
+        scenario = prediction.scenario
+
+        def read() -> Reply:
+            body = prediction if scenario.paced else prediction.reading(call.pause)
+            return Reply(200, body, "text/event-stream", {"Cache-Control": "no-store"})
+
+        fault = scenario.on_stream
+        return self.play_fault(fault, f"stream {prediction.id}", call, read)
+
+    def create_file(self, call: Call) -> Reply:
+        file = read_upload(call.headers.get("content-type", ""), call.body)
+
+        def keep() -> Reply:
+            id = random_name(26)
+            self.files[id] = file
+            made: Json = {"id": id, "content_type": file.content_type}
+            made |= {"size": len(file.content), "created_at": iso(time.time())}
+            return Reply(201, {**made, "urls": {"get": f"{self.base_url}/files/{id}"}})
+
+        return self.play_fault(self.on_upload, "upload", call, keep)
 
 
 # == Main ======================================================================
 
 
-def list_scenarios(scenarios: Mapping[str, Scenario]) -> str:
-    return "\n".join(f"  fake/{name:18}  {row.why}" for name, row in scenarios.items())
-
-
-def read_arguments() -> argparse.Namespace:
+def main() -> None:
+    rows = [f"  fake/{name:18}  {row.why}" for name, row in SCENARIOS.items()]
+    listed = "\n".join(rows)
     parser = argparse.ArgumentParser(
         description="Play Replicate's HTTP API over loopback: no model runs.",
-        epilog=f"models, each a scenario:\n{list_scenarios(SCENARIOS)}",
+        epilog=f"models, each a scenario:\n{listed}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=4000, help="4000; 0: any free one")
     parser.add_argument("--token", default="r8_fake", help="what clients must show")
-    parser.add_argument(
-        "--default",
-        default="hello",
-        choices=SCENARIOS,
-        metavar="SCENARIO",
-        help="what models not of the owner `fake` play",
-    )
-    parser.add_argument("--pace", type=float, help="seconds between tokens, always")
-    return parser.parse_args()
-
-
-def main() -> None:
-    fake = FakeReplicate(record=False, **vars(read_arguments()))
+    parser.add_argument("--default", default="hello", help="what all other models play")
+    fake = FakeReplicate(record=False, **vars(parser.parse_args()))
     with fake, contextlib.suppress(KeyboardInterrupt):
-        print("Models, and what each of them plays:\n")
-        print(list_scenarios(fake.scenarios))
+        print(f"Models, and what each of them plays:\n\n{listed}")
         print(f"\nREPLICATE_BASE_URL={fake.base_url}")
         print(f"REPLICATE_API_TOKEN={fake.token}", flush=True)
         threading.Event().wait()

@@ -39,6 +39,7 @@ Each section uses only names from those above it.
     4. Predictions
         Events              what is seen of a prediction, and the log of a request
         Cancellation        how a request in progress is made to stop
+        HTTP messages       heads and bodies, read strictly, a client's or Replicate's
         HTTP client         connections to Replicate's hosts, and event streams
         Replicate           its API, what it refuses, and the records it keeps
         Uploads             large data put into Replicate's files
@@ -55,7 +56,6 @@ Each section uses only names from those above it.
     7. Serving
         Generation          n choices, retries, and the response made of them
         Endpoints           one row per method and path, one function per operation
-        HTTP                requests as they come over a socket, read strictly
         Server              connections, hang-ups, silences and the end
         Workers             several servers on one port, each a process
         Command line        the program
@@ -65,12 +65,11 @@ from __future__ import annotations
 
 import _thread
 import argparse
-import ast
 import gc
 import http.client
-import io
 import json
 import logging
+import multiprocessing
 import os
 import re
 import secrets
@@ -102,6 +101,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
     closing,
     contextmanager,
+    nullcontext,
     suppress,
 )
 from contextvars import ContextVar
@@ -112,7 +112,7 @@ from hmac import compare_digest
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, groupby, islice, pairwise, repeat, takewhile
-from math import ceil, floor, isfinite
+from math import ceil, floor, inf, isfinite
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
@@ -448,7 +448,7 @@ def parse_env_file(text: str) -> dict[str, str]:
 #
 # models.json says which model a name stands for. It is read again when it has
 # changed. To add a model: a row in models.json. To add a key: a field of
-# ModelConfig, and a row in `config_rules`.
+# ModelConfig, and a row in `parse_models`.
 
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -456,6 +456,8 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 REF = re.compile(
     rf"deployments/{NAME}/{NAME}|(?!deployments/){NAME}/{NAME}(:{NAME})?|[0-9a-f]{{64}}"
 )
+
+OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
 
 
 class ModelConfig(NamedTuple):
@@ -496,65 +498,52 @@ def is_ref(value: Any) -> bool:
 
 
 def is_range(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(map(is_number, value))
-        and value[0] <= value[1]
-    )
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(map(is_number, value)) and bool(value[0] <= value[1])
+
+
+def expect(is_valid: object, path: str, expected: str) -> None:
+    if not is_valid:
+        raise ConfigError(f"{path}: expected {expected}.")
 
 
 Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, what is expected
 
+A_REF: Rule = (is_ref, "owner/name")
 AN_OBJECT: Rule = (lambda v: isinstance(v, dict), "an object")
-
-ROOT_RULES = {
-    "default_model": (lambda v: v is None or is_ref(v), "owner/name"),
-    "mappings": AN_OBJECT,
-    "model_configs": AN_OBJECT,
-}
-
-
-def config_rules(families: Sequence[str]) -> dict[str, Rule]:
-    names = ["", *families]
-    return {
-        "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
-        "temperature_range": (is_range, "two numbers, the lower one first"),
-        "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
-        "family": (lambda v: v in names, f"one of {', '.join(families)}"),
-        "input": AN_OBJECT,
-    }
-
-
-def check_rule(value: Any, rule: Rule, path: str) -> None:
-    is_valid, expected = rule
-    if not is_valid(value):
-        raise ConfigError(f"{path}: expected {expected}.")
 
 
 def check_object(value: Any, rules: Mapping[str, Rule], path: str) -> Json:
-    """Return an object without its comments; raise ConfigError if it breaks a rule."""
-    check_rule(value, AN_OBJECT, path)
-    row = {key: item for key, item in value.items() if not key.startswith("_")}
-    unknown = (lambda _: False, f"one of {', '.join(rules)}")
+    """Return an object without comments and nulls; raise ConfigError if it is wrong."""
+    expect(isinstance(value, dict), path, "an object")
+    row = {k: v for k, v in value.items() if not (k.startswith("_") or v is None)}
     for key, item in row.items():
-        check_rule(item, rules.get(key, unknown), f"{path}.{key}")
+        unknown = (lambda _: False, f"one of {', '.join(rules)}")
+        is_valid, expected = rules.get(key, unknown)
+        expect(is_valid(item), f"{path}.{key}", expected)
     return row
 
 
 def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models:
     """Raise ConfigError with the JSON path of what is wrong and what was expected."""
+    keys = {"default_model": A_REF, "mappings": AN_OBJECT, "model_configs": AN_OBJECT}
+    config_keys: dict[str, Rule] = {
+        "max_tokens": (lambda v: type(v) is int and v >= 1, "a whole number from 1"),
+        "temperature_range": (is_range, "two numbers, the lower one first"),
+        "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
+        "family": (lambda v: v in families, f"one of {', '.join(families)}"),
+        "input": AN_OBJECT,
+    }
     try:
         value = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"it is not JSON: {error}") from None
-    root = check_object(value, ROOT_RULES, "$")
+    root = check_object(value, keys, "$")
     mappings = root.get("mappings", {})
     for name, ref in mappings.items():
-        check_rule(ref, (is_ref, "owner/name"), f'$.mappings["{name}"]')
-    rules = config_rules(families)
+        expect(is_ref(ref), f'$.mappings["{name}"]', "owner/name")
     configs = {
-        ref: ModelConfig(**check_object(row, rules, f'$.model_configs["{ref}"]'))
+        ref: ModelConfig(**check_object(row, config_keys, f'$.model_configs["{ref}"]'))
         for ref, row in root.get("model_configs", {}).items()
     }
     return Models(mappings, root.get("default_model"), configs, created)
@@ -647,8 +636,8 @@ def warn_of_default(id: str, ref: str) -> None:
 # there twice, is refused. Every parameter that OpenAI documents is in exactly one
 # place: a row here (honoured, or refused with the reason), or IGNORED (harmless to
 # drop). What OpenAI does not document goes to the model if its family names it.
-# null is the same as absent. To add a parameter: a row here, and its name in the
-# families.
+# null is the same as absent. To add a parameter: a row here, in SAMPLING or
+# EXTENSIONS if models have an input for it, and its name in the families.
 
 
 NOT_JSON = (
@@ -661,12 +650,11 @@ MAX_JSON_DEPTH = 400  # more, and the SDK's encoder meets Python's recursion lim
 
 
 def json_depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        children = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [c for each in children for c in each if isinstance(c, (dict, list))]
-        depth += 1
-    return depth
+    """How deep arrays and objects go; or raise RecursionError."""
+    inside = value.values() if isinstance(value, dict) else value
+    return 1 + max(
+        (json_depth(v) for v in inside if isinstance(v, (dict, list))), default=0
+    )
 
 
 def parse_json_body(data: bytes, content_type: str) -> Json:
@@ -731,21 +719,70 @@ class Param(NamedTuple):
     by_type: bool = False  # required if the `type` beside it has its name
     unset: tuple[Any, ...] = ()  # values that mean the same as null
     refused: str = ""  # why any value but null and the choices is refused
+    names: str = ""  # what models call it, the best first; "": as OpenAI does
 
 
 STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dict,)
 NUMBER = (int, float)
 
 INT64 = (-(2**63), 2**63 - 1)
-MOST_PREDICTIONS = 128  # of one call; OpenAI's most choices
+MAX_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
-NEWER = {"max_tokens": "max_completion_tokens"}  # OpenAI's second name for one
 NO_LIMIT = (-1,)  # as LM Studio's examples and llama.cpp have it
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
-
-GRAMMARS = ("guided_regex", "guided_grammar", "guided_choice", "regex", "grammar")
 NO_GRAMMAR = "Only a JSON Schema can be asked for, as response_format."
+GRAMMARS = ("guided_regex", "guided_grammar", "guided_choice", "regex", "grammar")
+
+
+def refuse(reason: str, *harmless: Any) -> Param:
+    """Of a parameter that asks for what can't be had, unless it has such a value."""
+    return Param(refused=reason, choices=harmless)
+
+
+# OpenAI's parameters that models have an input for. Choices stand in order, the
+# least first. OpenAI's limit of stop strings is 4, but SillyTavern and Continue
+# send more to servers like this.
+SAMPLING = {
+    "temperature": Param(NUMBER, 0, 2, names="temperature temp"),
+    "top_p": Param(NUMBER, 0, 1),
+    "presence_penalty": Param(NUMBER, -2, 2),
+    "frequency_penalty": Param(NUMBER, -2, 2),
+    "max_tokens": Param(
+        INTEGER,
+        1,
+        INT64[1],
+        unset=NO_LIMIT,
+        names="max_completion_tokens max_output_tokens max_tokens max_new_tokens "
+        "max_tokens_to_generate num_predict max_length",
+    ),
+    "stop": Param(
+        (str, list),
+        0,
+        64,
+        default=[],
+        items=STRING,
+        names="stop stop_sequences stop_strings stop_words",
+    ),
+    "seed": Param(INTEGER, *INT64, names="seed random_seed"),
+    "reasoning_effort": Param(
+        STRING,
+        choices=EFFORTS,
+        unset=("auto", "default"),
+        names="reasoning_effort thinking_level effort reasoning thinking "
+        "thinking_budget",
+    ),
+    "verbosity": Param(STRING, choices=VERBOSITIES),
+}
+
+# Not OpenAI's, but sent by many clients to models that have them.
+EXTENSIONS = {
+    "top_k": Param(INTEGER, *INT64),
+    "min_tokens": Param(INTEGER, *INT64, names="min_tokens min_new_tokens min_length"),
+    "repetition_penalty": Param(NUMBER, 0, names="repetition_penalty repeat_penalty"),
+}
+
+MODEL_PARAMS = {**SAMPLING, **EXTENSIONS}
 
 STREAM_OPTIONS = {
     "include_usage": Param(BOOLEAN, default=False),
@@ -753,30 +790,14 @@ STREAM_OPTIONS = {
     "continuous_usage_stats": Param(BOOLEAN, default=False),  # vLLM's
 }
 
-# Shared by chat and text completions. OpenAI's limit of stop strings is 4, but
-# SillyTavern and Continue send more to servers like this.
-SAMPLING = {
+SHARED = {  # by chat and text completions
+    **MODEL_PARAMS,
     "model": Param(STRING, 1, 256),
     "stream": Param(BOOLEAN, default=False),
     "stream_options": Param(OBJECT, default={}, each=STREAM_OPTIONS),
-    "temperature": Param(NUMBER, 0, 2),
-    "top_p": Param(NUMBER, 0, 1),
-    "presence_penalty": Param(NUMBER, -2, 2),
-    "frequency_penalty": Param(NUMBER, -2, 2),
-    "max_tokens": Param(INTEGER, 1, INT64[1], unset=NO_LIMIT),
     "max_completion_tokens": Param(INTEGER, 1, INT64[1], unset=NO_LIMIT),
-    "stop": Param((str, list), 0, 64, default=[], items=STRING),
-    "seed": Param(INTEGER, *INT64),
-    "reasoning_effort": Param(STRING, choices=EFFORTS, unset=("auto", "default")),
-    "verbosity": Param(STRING, choices=VERBOSITIES),
     "n": Param(INTEGER, 1, 8, default=1),
-    "logit_bias": Param(
-        refused="Token ids mean nothing to Replicate's models.", choices=({},)
-    ),
-    # Not OpenAI's, but sent by many clients to models that have them.
-    "top_k": Param(INTEGER, *INT64),
-    "min_tokens": Param(INTEGER, *INT64),
-    "repetition_penalty": Param(NUMBER, 0),
+    "logit_bias": refuse("Token ids mean nothing to Replicate's models.", {}),
     "replicate": Param(OBJECT, default={}),  # into the input, over all else
 }
 
@@ -796,7 +817,7 @@ INPUT_AUDIO = {
 }
 
 FILE = {
-    "file_id": Param(refused="No files are kept here. Send it as file_data."),
+    "file_id": refuse("No files are kept here. Send it as file_data."),
     "file_data": Param(STRING, 1, required=True),
     "filename": Param(STRING),
 }
@@ -821,9 +842,8 @@ FUNCTION = {
 
 TOOL = one_of(
     function=Param(OBJECT, each=FUNCTION),
-    custom=Param(
-        refused="Replicate's models can't be given custom tools. Use one of type "
-        "'function'."
+    custom=refuse(
+        "Replicate's models can't be given custom tools. Use one of type 'function'."
     ),
 )
 
@@ -876,7 +896,7 @@ RESPONSE_FORMAT = one_of(
 )
 
 CHAT = {
-    **SAMPLING,
+    **SHARED,
     "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
     "tools": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=TOOL),
     "tool_choice": Param(
@@ -885,41 +905,32 @@ CHAT = {
     "parallel_tool_calls": Param(BOOLEAN, default=True),
     "functions": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=FUNCTION),
     "function_call": Param((str, dict), choices=("none", "auto"), each=NAME_ONLY),
-    "logprobs": Param(refused=NO_LOGPROBS, choices=(False,)),
-    "top_logprobs": Param(refused=NO_LOGPROBS, choices=(0,)),
+    "logprobs": refuse(NO_LOGPROBS, False),
+    "top_logprobs": refuse(NO_LOGPROBS, 0),
     "response_format": Param(OBJECT, each=RESPONSE_FORMAT),
-    "modalities": Param(
-        refused="Replicate's language models answer in text.", choices=(["text"],)
-    ),
-    "audio": Param(refused="Replicate's language models answer in text."),
-    **dict.fromkeys(GRAMMARS, Param(refused=NO_GRAMMAR)),
-    "web_search_options": Param(refused="Replicate's language models don't search."),
+    "modalities": refuse("Replicate's language models answer in text.", ["text"]),
+    "audio": refuse("Replicate's language models answer in text."),
+    **dict.fromkeys(GRAMMARS, refuse(NO_GRAMMAR)),
+    "web_search_options": refuse("Replicate's language models don't search."),
 }
 
 COMPLETION = {
-    **SAMPLING,
+    **SHARED,
     "prompt": Param((str, list), 1, 128, default=["<|endoftext|>"], items=STRING),
-    "max_tokens": Param(INTEGER, 0, INT64[1], default=16, unset=NO_LIMIT),
+    "max_tokens": SAMPLING["max_tokens"]._replace(low=0, default=16),
     "echo": Param(BOOLEAN, default=False),
-    "suffix": Param(
-        refused="Replicate's models don't fill in the middle.", choices=("",)
-    ),
-    "logprobs": Param(refused=NO_LOGPROBS),
-    "best_of": Param(refused="All choices are returned, with n.", choices=(1,)),
+    "suffix": refuse("Replicate's models don't fill in the middle.", ""),
+    "logprobs": refuse(NO_LOGPROBS),
+    "best_of": refuse("All choices are returned, with n.", 1),
 }
 
-IGNORED = {
-    "user",
-    "safety_identifier",
-    "store",
-    "metadata",
-    "service_tier",
-    "prediction",
-    "moderation",
-    "prompt_cache_key",
-    "prompt_cache_options",
-    "prompt_cache_retention",
-}
+IGNORED_NAMES = (
+    "user safety_identifier store metadata service_tier prediction moderation "
+    "prompt_cache_key prompt_cache_options prompt_cache_retention"
+)
+IGNORED = {*IGNORED_NAMES.split()}
+
+DOCUMENTED = {*CHAT, *COMPLETION, *IGNORED} - EXTENSIONS.keys()  # by OpenAI
 
 
 PART_TYPES = {"input_text": "text", "output_text": "text"}  # of the Responses API
@@ -1099,31 +1110,32 @@ def check_length(path: str, value: str | list[Any], param: Param) -> None:
 
 Messages = list[Json]
 
-WORDS = ("text", "refusal")  # the parts of a message that are text
+TEXT_PARTS = ("text", "refusal")  # the parts of a message that are text
 
 
 def text_of(content: str | list[Json]) -> str:
     """The text of a message, its parts joined without a gap."""
     if isinstance(content, str):
         return content
-    return "".join(part[part["type"]] for part in content if part["type"] in WORDS)
+    return "".join(part[part["type"]] for part in content if part["type"] in TEXT_PARTS)
 
 
 def join_texts(parts: list[Json]) -> str | list[Json]:
     """A string where nothing is attached, as every model knows one."""
-    return text_of(parts) if all(part["type"] in WORDS for part in parts) else parts
+    return (
+        text_of(parts) if all(part["type"] in TEXT_PARTS for part in parts) else parts
+    )
 
 
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
 
 MEDIA_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+")
 
-SIGNATURES = {
-    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    "jpeg": re.compile(rb"\xff\xd8\xff"),
-    "gif": re.compile(rb"GIF8[79]a"),
-    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
-}
+IMAGE_START = re.compile(
+    rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<gif>GIF8[79]a)|"
+    rb"(?P<webp>RIFF....WEBP)",
+    re.DOTALL,
+)
 
 BASE64 = re.compile(r"[A-Za-z0-9+/]*")
 
@@ -1148,24 +1160,20 @@ class Attachment(NamedTuple):
         return f"data:{self.kind};base64,{self.base64}"
 
 
-ATTACHABLE = {  # the field with its URL or data, what to send, the code of an error
-    "image_url": ("url", "https://… or data:image/png;base64,…", "invalid_image_url"),
-    "video_url": ("url", "https://… or data:video/mp4;base64,…", "invalid_value"),
-    "input_audio": ("data", "base64", "invalid_value"),
-    "file": (
-        "file_data",
-        "https://… or data:application/pdf;base64,…",
-        "invalid_value",
-    ),
+ATTACHABLE = {  # the field with its URL or data, and what to send in it
+    "image_url": ("url", "https://… or data:image/png;base64,…"),
+    "video_url": ("url", "https://… or data:video/mp4;base64,…"),
+    "input_audio": ("data", "base64"),
+    "file": ("file_data", "https://… or data:application/pdf;base64,…"),
 }
 
 
 def parse_part(part: Json, path: str) -> Json:
     """Bring the URL of an attachment to a form that any model reads; or raise 400."""
     kind = part["type"]
-    if kind in WORDS:
+    if kind in TEXT_PARTS:
         return without_nulls(part)
-    key, expected, code = ATTACHABLE[kind]
+    key, expected = ATTACHABLE[kind]
     path, url = f"{path}.{kind}.{key}", part[kind][key].strip()
     if kind == "input_audio":
         url = f"data:audio/{part[kind]['format']};base64,{url}"
@@ -1173,6 +1181,7 @@ def parse_part(part: Json, path: str) -> Json:
         attached = read_data_url(url)
         if attached is None:
             message = f"Invalid '{path}': it has to be {expected}, with the right data."
+            code = "invalid_image_url" if kind == "image_url" else "invalid_value"
             raise APIError(400, message, code=code, param=path)
         if kind == "image_url":
             media_type = image_type(attached)
@@ -1200,9 +1209,8 @@ def read_data_url(url: str) -> Attachment | None:
 
 def image_type(attached: Attachment) -> str:
     """Tell an image by its first bytes, as many programs send a fixed type; or ""."""
-    start = b64decode(attached.base64[:64])
-    names = (name for name, form in SIGNATURES.items() if form.match(start))
-    return next((f"image/{name}" for name in names), "")
+    match = IMAGE_START.match(b64decode(attached.base64[:64]))
+    return f"image/{match.lastgroup}" if match else ""
 
 
 def attachments(messages: Messages) -> list[tuple[str, str]]:
@@ -1212,7 +1220,7 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
         for message in messages
         if isinstance(message["content"], list)
         for part in message["content"]
-        if part["type"] not in WORDS
+        if part["type"] not in TEXT_PARTS
     ]
 
 
@@ -1245,25 +1253,31 @@ def parse_messages(messages: list[Json]) -> Messages:
     return functions_as_tools(parsed)
 
 
-NO_CALL_BEFORE = (
-    "Invalid parameter: messages with role 'tool' must be a response to a preceeding "
-    "message with 'tool_calls'."
-)
-
-
 def check_pairing(messages: Messages) -> None:
     """Raise 400 unless each call has one result, right after the message it is in."""
     results: dict[str, int] = {}  # by the ids of the last calls; -1: none yet
-    for index, message in enumerate(messages):
-        where = f"messages.[{index}]"
+    for index, message in enumerate([*messages, {"role": "the end"}]):
+        where = f"messages.[{min(index, len(messages) - 1)}]"
         if message["role"] != "tool":
-            check_answered(results, index)
+            unanswered = ", ".join(id for id, result in results.items() if result < 0)
+            require(
+                not unanswered,
+                "An assistant message with 'tool_calls' must be followed by tool "
+                "messages responding to each 'tool_call_id'. The following "
+                f"tool_call_ids did not have response messages: {unanswered}",
+                param=f"{where}.role",
+            )
             results = {call["id"]: -1 for call in message.get("tool_calls", [])}
             continue
         id = message.get("tool_call_id")
         if not id:
             raise missing_parameter(f"messages[{index}].tool_call_id")
-        require(results, NO_CALL_BEFORE, param=f"{where}.role")
+        require(
+            results,
+            "Invalid parameter: messages with role 'tool' must be a response to a "
+            "preceeding message with 'tool_calls'.",
+            param=f"{where}.role",
+        )
         unknown = (
             f"Invalid parameter: 'tool_call_id' of '{id}' not found in 'tool_calls' of "
             "previous message."
@@ -1275,17 +1289,6 @@ def check_pairing(messages: Messages) -> None:
         )
         require(results[id] < 0, duplicate, param=f"{where}.tool_call_id")
         results[id] = index
-    check_answered(results, len(messages) - 1)
-
-
-def check_answered(results: Mapping[str, int], index: int) -> None:
-    unanswered = ", ".join(id for id, result in results.items() if result < 0)
-    message = (
-        "An assistant message with 'tool_calls' must be followed by tool messages "
-        "responding to each 'tool_call_id'. The following tool_call_ids did not have "
-        f"response messages: {unanswered}"
-    )
-    require(not unanswered, message, param=f"messages.[{index}].role")
 
 
 def functions_as_tools(messages: Messages) -> Messages:
@@ -1295,21 +1298,21 @@ def functions_as_tools(messages: Messages) -> Messages:
     translated: Messages = []
     open_call = ""  # the id of a call that has no result yet
     for index, message in enumerate(messages):
-        call = {"id": f"call_{index}", "type": "function"}
+        call: Json = {"id": f"call_{index}", "type": "function"}
         function = message.pop("function_call", None)
         if message["role"] == "function":
             name = message.pop("name", "")
             if not open_call:
-                calls = [{**call, "function": {"name": name, "arguments": "{}"}}]
-                translated.append(
-                    {"role": "assistant", "content": "", "tool_calls": calls}
-                )
-            message |= {"role": "tool", "tool_call_id": open_call or call["id"]}
+                open_call = call["id"]
+                call["function"] = {"name": name, "arguments": "{}"}
+                asking = {"role": "assistant", "content": "", "tool_calls": [call]}
+                translated.append(asking)
+            message |= {"role": "tool", "tool_call_id": open_call}
             open_call = ""
         elif function:
-            calls = [*message.get("tool_calls", []), {**call, "function": function}]
-            message["tool_calls"] = calls
             open_call = call["id"]
+            calls = message.get("tool_calls", [])
+            message["tool_calls"] = [*calls, {**call, "function": function}]
         translated.append(message)
     return translated
 
@@ -1351,9 +1354,10 @@ class Toolbox(NamedTuple):
 def parse_toolbox(body: Json) -> Toolbox | None:
     """Return what may be called, None for nothing; `body` has passed the tables.
 
-    The older `functions` and `function_call` are translated: code below sees only
-    the flag `legacy`, by which the answer has the older form."""
-    for param, among in (("tool_choice", "tools"), ("function_call", "functions")):
+    The older `functions` are tools too: code below sees only the flag `legacy`, by
+    which the answer has the older form."""
+    pairs = ("tool_choice", "tools"), ("function_call", "functions")
+    for param, among in pairs:
         message = (
             f"Invalid value for '{param}': "
             f"'{param}' is only allowed when '{among}' are specified."
@@ -1363,37 +1367,34 @@ def parse_toolbox(body: Json) -> Toolbox | None:
     legacy = bool(body["functions"])
     both = "Only one of 'tools' and 'functions' can be given."
     require(not (legacy and body["tools"]), both, param="functions")
-    among, param = (
-        ("functions", "function_call") if legacy else ("tools", "tool_choice")
-    )
+    param, among = pairs[legacy]
     functions = body["functions"] or [tool["function"] for tool in body["tools"]]
-    choice = body[param]
-    if legacy and isinstance(choice, dict):
-        choice = {"type": "function", "function": choice}
     known = [function["name"] for function in functions]
     for name in known:
         message = (
             f"Invalid '{among}': '{name}' is there twice; each needs its own name."
         )
         require(known.count(name) == 1, message, code="invalid_value", param=among)
+    choice = body[param]
     allowed, must_call = known, choice == "required"
-    if isinstance(choice, dict):
-        rows, must_call = [choice], True
-        if choice["type"] == "allowed_tools":
-            rows = choice["allowed_tools"]["tools"]
-            must_call = choice["allowed_tools"]["mode"] == "required"
-        allowed = [row["function"]["name"] for row in rows]
+    match choice:
+        case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": rows}}:
+            allowed = [row["function"]["name"] for row in rows]
+            must_call = mode == "required"
+        case {"function": {"name": name}} | {"name": name}:
+            allowed, must_call = [name], True
     for name in allowed:
         message = f"Tool choice '{name}' not found in '{among}' parameter."
         require(name in known, message, code="invalid_value", param=param)
     if not functions or choice == "none":
         return None
-    tools = tuple(
+    called = tuple(
         Tool(function["name"], function["description"], function["parameters"])
         for function in functions
         if function["name"] in allowed
     )
-    return Toolbox(tools, must_call, body["parallel_tool_calls"] and not legacy, legacy)
+    parallel = body["parallel_tool_calls"] and not legacy
+    return Toolbox(called, must_call, parallel, legacy)
 
 
 def properties_of(tool: Tool | None) -> Json:
@@ -1460,7 +1461,7 @@ MANY_CALLS = "To make several calls, write these tags once for each."
 def tool_instructions(toolbox: Toolbox) -> str:
     # with a description, even if empty: a tool that is recited looks unlike a call
     lines = [
-        compact({"name": tool.name, "description": "", **function_object(tool)})
+        compact({"name": tool.name, "description": "", **without_empty(tool)})
         for tool in toolbox.tools
     ]
     return TOOL_INSTRUCTIONS.format(
@@ -1507,9 +1508,8 @@ def retry_json_instructions(format: ResponseFormat, why: str) -> str:
     )
 
 
-def function_object(tool: Tool) -> Json:
-    fields = tool._asdict()
-    return {name: value for name, value in fields.items() if value not in ("", {})}
+def without_empty(row: Tool | ResponseFormat) -> Json:
+    return {key: v for key, v in row._asdict().items() if v not in ("", {})}
 
 
 def native_inputs(
@@ -1518,13 +1518,12 @@ def native_inputs(
     """Tools and format as `chat` completions have them, or the API of `responses`."""
     inputs: Json = {}
     if toolbox:
-        functions = [function_object(tool) for tool in toolbox.tools]
+        functions = [without_empty(tool) for tool in toolbox.tools]
         if api == "chat":
             functions = [{"function": function} for function in functions]
         inputs["tools"] = [{"type": "function", **function} for function in functions]
     if format:
-        schema = {k: v for k, v in format._asdict().items() if v != ""}
-        schema = schema if format.name else {}
+        schema = without_empty(format) if format.name else {}
         type = {"type": "json_schema" if schema else "json_object"}
         if api == "responses":  # openai/gpt-5-structured has its own name for it
             inputs["json_schema"] = {"format": {**type, **schema}}
@@ -1583,7 +1582,7 @@ def with_attachments(text: str, message: Json) -> list[Json]:
     """A text in place of the message's own, and what is attached to the message."""
     content = message["content"]
     parts = [] if isinstance(content, str) else content
-    attached = [part for part in parts if part["type"] not in WORDS]
+    attached = [part for part in parts if part["type"] not in TEXT_PARTS]
     return [{"type": "text", "text": text}, *attached]
 
 
@@ -1720,42 +1719,16 @@ def render_response_items(messages: Messages, system: str, _: str) -> Json:
 # OpenAI's parameters, by its page on Replicate. It is an allow-list: what it leaves
 # out is not sent. To add a family: a row; the first row whose pattern matches
 # owner/name counts. A pattern names language models that are known to be so and
-# no others of their makers, whose own schemas know better. To add a parameter, or
-# a name that models have for one: a row of PARAMETERS, or a word in it.
+# no others of their makers, whose own schemas know better. Fields are in the
+# notation of `parse_field`, with bounds only where those of OpenAI's do not do.
 
 
-class Parameter(NamedTuple):
-    """What OpenAI has one name for, and models have several."""
-
-    type: str  # the JSON type of its values
-    names: str  # what models call it, the best first
-    scale: tuple[str, ...] = ()  # its levels, the least first
+def names_of(parameter: str) -> list[str]:
+    """What models call it, the best first."""
+    return MODEL_PARAMS[parameter].names.split() or [parameter]
 
 
-PARAMETERS = {
-    "max_tokens": Parameter(
-        "integer",
-        "max_completion_tokens max_output_tokens max_tokens max_new_tokens "
-        "max_tokens_to_generate num_predict max_length",
-    ),
-    "min_tokens": Parameter("integer", "min_tokens min_new_tokens min_length"),
-    "temperature": Parameter("number", "temperature temp"),
-    "top_p": Parameter("number", "top_p"),
-    "top_k": Parameter("integer", "top_k"),
-    "presence_penalty": Parameter("number", "presence_penalty"),
-    "frequency_penalty": Parameter("number", "frequency_penalty"),
-    "repetition_penalty": Parameter("number", "repetition_penalty repeat_penalty"),
-    "stop": Parameter("array", "stop stop_sequences stop_strings stop_words"),
-    "seed": Parameter("integer", "seed random_seed"),
-    "reasoning_effort": Parameter(
-        "string",
-        "reasoning_effort thinking_level effort reasoning thinking thinking_budget",
-        EFFORTS,
-    ),
-    "verbosity": Parameter("string", "verbosity", VERBOSITIES),
-}
-
-PARAMETER_OF = {n: key for key, row in PARAMETERS.items() for n in row.names.split()}
+PARAMETER_OF = {name: row for row in MODEL_PARAMS for name in names_of(row)}
 
 # An effort as tokens to think with, as Google counts them behind an API like OpenAI's.
 BUDGETS = {
@@ -1769,20 +1742,12 @@ BUDGETS = {
 class Field(NamedTuple):
     """One input of a model: its name, and what it may be."""
 
-    name: str
+    name: str  # of one for attachments, "": they stay in the messages
     low: float | None = None
-    high: float | None = None
+    high: float | None = None  # of an array, how many items
     default: Any = None  # sent when nobody named a value
     choices: tuple[Any, ...] = ()
-    type: str = ""  # its JSON type; "": that of the parameter
-
-
-class Slot(NamedTuple):
-    """Where a model takes what is attached to messages, and how many of it."""
-
-    name: str  # "": in the messages themselves
-    most: int = 1
-    as_list: bool = False
+    kinds: tuple[type, ...] = ()  # (): those of the parameter
 
 
 class Family(NamedTuple):
@@ -1791,7 +1756,7 @@ class Family(NamedTuple):
     render: Callable[[Messages, str, str], Json] = render_transcript
     system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
-    slots: Mapping[str, Slot] = {}  # by the type of part
+    attachments: Mapping[str, Field] = {}  # by the type of part
     always: Json = {}  # inputs that go with every prompt
     native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
     required: tuple[str, ...] = ()  # inputs without which it does not run
@@ -1801,150 +1766,137 @@ class Family(NamedTuple):
 
 # Where a model's own default is short (128 to 2,048 tokens), an answer would
 # break off in the middle for programs that name no limit: ask for more.
-LONG = 4096
+DEFAULT_MAX_TOKENS = 4096
+
+JSON_TYPES = {
+    "string": STRING,
+    "integer": INTEGER,
+    "number": NUMBER,
+    "boolean": BOOLEAN,
+    "array": ARRAY,
+    "object": OBJECT,
+}
+
+NOTATION = re.compile(r"(\w+)(?::(\w+))?(?:=(\d+))?(?:\[(.*)\.\.(.*)\])?(?:\((.*)\))?")
 
 
-def inputs_of(names: str, *others: Field) -> dict[str, Field]:
-    """Inputs by the parameters they are for; others have bounds or defaults too."""
-    rows = [*map(Field, names.split()), *others]
-    return {PARAMETER_OF[row.name]: row for row in rows}
+def parse_field(text: str) -> Field:
+    """Read `name:type=default[low..high](choice,…)`, all but its name optional."""
+    match = NOTATION.fullmatch(text)
+    assert match, text
+    name, type, *numbers, words = match.groups("")
+    default, low, high = map(parsed, numbers)
+    choices = tuple(words.split(",")) if words else ()
+    return Field(name, low, high, default, choices, JSON_TYPES.get(type, ()))
 
 
-def levels(name: str, choices: str) -> Field:
-    """An input that takes one of these words."""
-    return Field(name, choices=tuple(choices.split()))
+def family(pattern: str, fields: str, **others: Any) -> Family:
+    """A row; of two fields for one parameter the last counts."""
+    rows = map(parse_field, fields.split())
+    return Family(pattern, {PARAMETER_OF[row.name]: row for row in rows}, **others)
 
 
-PENALTIES = "presence_penalty frequency_penalty"
-COMMA_STOP = Field("stop_sequences", type="string")
-LONG_LIMIT = Field("max_tokens", 1, default=LONG)
-OPEN = inputs_of(f"temperature top_p {PENALTIES}", LONG_LIMIT)
-LLAMA = {**OPEN, **inputs_of("top_k min_tokens", COMMA_STOP)}
-MISTRAL = inputs_of(
-    "top_p top_k seed",
-    Field("temperature", 0.01, 5),
-    Field("min_new_tokens", -1),
-    LONG_LIMIT._replace(name="max_new_tokens"),
-    COMMA_STOP,
+IN_PLACE = {"image_url": Field("", kinds=ARRAY)}
+ONE_IMAGE = {"image_url": Field("image")}
+IMAGES = {
+    "image_url": Field("images", high=10, kinds=ARRAY),
+    "video_url": Field("videos", high=10, kinds=ARRAY),
+}
+IMAGES_AND_SOUND = {**IMAGES, "input_audio": Field("audio")}
+
+LIMIT = f"max_tokens={DEFAULT_MAX_TOKENS}"
+SAMPLED = "temperature top_p presence_penalty frequency_penalty"
+OPEN = f"{SAMPLED} {LIMIT}"
+LLAMA = f"{OPEN} top_k min_tokens stop_sequences:string"
+MISTRAL = (
+    "temperature[0.01..] top_p top_k seed min_new_tokens[-1..] stop_sequences:string "
+    f"max_new_tokens={DEFAULT_MAX_TOKENS}"
 )
-LLAMA_2 = {**MISTRAL, **inputs_of("", Field("top_k", 0))}
-LLAMA_2_7B = {**MISTRAL, **inputs_of("repetition_penalty", Field("top_k", -1))}
-GRANITE_LIMIT = LONG_LIMIT._replace(name="max_completion_tokens")
-GRANITE = {**OPEN, **inputs_of("top_k min_tokens seed stop", GRANITE_LIMIT)}
-KIMI = {**OPEN, **inputs_of("", LONG_LIMIT._replace(high=131072))}
-DEEPSEEK_31 = {**OPEN, **inputs_of("", levels("thinking", "None medium"))}
-GPT_4 = f"temperature top_p {PENALTIES}"
-STRUCTURED = inputs_of(
-    "verbosity",
-    Field("max_output_tokens", 1),
-    levels("reasoning_effort", "minimal low medium high"),
-)
+GPT = "max_completion_tokens"
+GPT_5 = f"{GPT} verbosity reasoning_effort"
+GEMINI = "temperature top_p max_output_tokens[..65535]"
+GEMINI_3 = f"{GEMINI} thinking_level"
 
 AS_IT_IS = {"prompt_template": "{prompt}"}  # the model's own template would come around
 
-IN_PLACE = {"image_url": Slot("", 100)}
-ONE_IMAGE = {"image_url": Slot("image")}
-IMAGE_INPUT = {"image_url": Slot("image_input", 100, as_list=True)}
-IMAGES = {
-    "image_url": Slot("images", 10, as_list=True),
-    "video_url": Slot("videos", 10, as_list=True),
-}
-IMAGES_AND_SOUND = {**IMAGES, "input_audio": Slot("audio")}
-
-
-def gpt(pattern: str, names: str = "", efforts: str = "") -> Family:
-    """A model of OpenAI's that takes messages, and images in them."""
-    fields = inputs_of(names, Field("max_completion_tokens", 1))
-    if efforts:
-        fields |= inputs_of("", levels("reasoning_effort", efforts))
-    return Family(pattern, fields, render_messages, "system", slots=IN_PLACE)
-
-
-def claude(pattern: str, least: int, most: int, slots: Mapping[str, Slot]) -> Family:
-    fields = inputs_of("", Field("max_tokens", least, most))
-    return Family(pattern, fields, system="system_prompt", slots=slots)
-
-
-def gemini(pattern: str, efforts: str, slots: Mapping[str, Slot]) -> Family:
-    budget = Field("thinking_budget", 0, 24576, type="integer")
-    fields = inputs_of(
-        "top_p",
-        Field("temperature", 0, 2),
-        Field("max_output_tokens", 1, 65535),
-        levels("thinking_level", efforts) if efforts else budget,
-    )
-    return Family(pattern, fields, system="system_instruction", slots=slots)
-
+llama_2 = partial(family, render=render_llama_2, system="system_prompt")
+llama = partial(family, fields=LLAMA, always=AS_IT_IS)
+gpt = partial(family, render=render_messages, system="system", attachments=IN_PLACE)
+claude = partial(family, system="system_prompt")
+gemini = partial(family, system="system_instruction", attachments=IMAGES_AND_SOUND)
 
 FAMILIES = {
-    "llama-2-7b": Family(
-        r"meta/llama-2-7b-chat", LLAMA_2_7B, render_llama_2, "system_prompt"
+    "llama-2-7b": llama_2(
+        r"meta/llama-2-7b-chat", f"{MISTRAL} top_k[-1..] repetition_penalty"
     ),
-    "llama-2": Family(
-        r"meta/llama-2-.*-chat", LLAMA_2, render_llama_2, "system_prompt"
-    ),
-    "llama-3": Family(
-        r"meta/meta-llama-3.*-instruct", LLAMA, render_llama_3, always=AS_IT_IS
-    ),
-    "llama-4": Family(
-        r"meta/llama-4-.*-instruct", LLAMA, render_llama_4, always=AS_IT_IS
-    ),
-    "gpt-5-structured": Family(
+    "llama-2": llama_2(r"meta/llama-2-.*-chat", f"{MISTRAL} top_k[0..]"),
+    "llama-3": llama(r"meta/meta-llama-3.*-instruct", render=render_llama_3),
+    "llama-4": llama(r"meta/llama-4-.*-instruct", render=render_llama_4),
+    "gpt-5-structured": family(
         r"openai/gpt-5-structured",
-        STRUCTURED,
-        render_response_items,
-        "instructions",
-        slots=IMAGE_INPUT,
+        "max_output_tokens verbosity reasoning_effort(minimal,low,medium,high)",
+        render=render_response_items,
+        system="instructions",
+        attachments={"image_url": Field("image_input", kinds=ARRAY)},
         native="responses",
     ),
-    "o1-mini": gpt(r"openai/o1-mini")._replace(system="user", slots={}),
-    "o-series": gpt(r"openai/o(1|3|3-mini|4-mini)", "", "low medium high"),
-    "gpt-5-pro": gpt(r"openai/gpt-5-pro", "verbosity"),
-    "gpt-5.1": gpt(r"openai/gpt-5\.1", "verbosity", "none low medium high"),
-    "gpt-5.2": gpt(r"openai/gpt-5\.\d", "verbosity", "none low medium high xhigh"),
-    "gpt-5": gpt(r"openai/gpt-5(-mini|-nano)?", "verbosity", "minimal low medium high"),
-    "kimi-k2.5": Family(r"moonshotai/kimi-k2\.5", KIMI, slots=ONE_IMAGE),
-    "deepseek-v3.1": Family(r"deepseek-ai/deepseek-v3\.1", DEEPSEEK_31),
-    "deepseek-r1": Family(
+    "o1-mini": gpt(r"openai/o1-mini", GPT, system="user", attachments={}),
+    "o-series": gpt(
+        r"openai/o(1|3|3-mini|4-mini)", f"{GPT} reasoning_effort(low,medium,high)"
+    ),
+    "gpt-5-pro": gpt(r"openai/gpt-5-pro", "max_completion_tokens verbosity"),
+    "gpt-5.1": gpt(r"openai/gpt-5\.1", f"{GPT_5}(none,low,medium,high)"),
+    "gpt-5.2": gpt(r"openai/gpt-5\.\d", f"{GPT_5}(none,low,medium,high,xhigh)"),
+    "gpt-5": gpt(r"openai/gpt-5(-mini|-nano)?", f"{GPT_5}(minimal,low,medium,high)"),
+    "kimi-k2.5": family(
+        r"moonshotai/kimi-k2\.5", f"{SAMPLED} {LIMIT}[..131072]", attachments=ONE_IMAGE
+    ),
+    "deepseek-v3.1": family(
+        r"deepseek-ai/deepseek-v3\.1", f"{OPEN} thinking(None,medium)"
+    ),
+    "deepseek-r1": family(
         r"deepseek-ai/deepseek-r1|moonshotai/kimi-k2-thinking", OPEN, omits_think=True
     ),
-    "open": Family(
+    "open": family(
         r"deepseek-ai/deepseek-v3|openai/gpt-oss-(20b|120b)|xai/grok-4|"
         r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-instruct",
         OPEN,
     ),
-    "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", GPT_4),
-    "claude-3.5": claude(r"anthropic/claude-(3\.5-|4\.5-haiku).*", 1, 8192, {}),
-    "claude": claude(r"anthropic/claude-.*", 1024, 64000, ONE_IMAGE),
-    "gemini-3.1": gemini(
-        r"google/gemini-3\.1-(pro|flash)", "low medium high", IMAGES_AND_SOUND
+    "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", f"{GPT} {SAMPLED}"),
+    "claude-3.5": claude(
+        r"anthropic/claude-(3\.5-|4\.5-haiku).*", "max_tokens[..8192]"
     ),
-    "gemini-3": gemini(r"google/gemini-3-(pro|flash)", "low high", IMAGES_AND_SOUND),
-    "gemini": gemini(r"google/gemini-2\.5-flash", "", IMAGES),
-    "granite": Family(
+    "claude": claude(
+        r"anthropic/claude-.*", "max_tokens[1024..64000]", attachments=ONE_IMAGE
+    ),
+    "gemini-3.1": gemini(
+        r"google/gemini-3\.1-(pro|flash)", f"{GEMINI_3}(low,medium,high)"
+    ),
+    "gemini-3": gemini(r"google/gemini-3-(pro|flash)", f"{GEMINI_3}(low,high)"),
+    "gemini": gemini(
+        r"google/gemini-2\.5-flash",
+        f"{GEMINI} thinking_budget:integer[0..24576]",
+        attachments=IMAGES,
+    ),
+    "granite": family(
         r"ibm-granite/granite-3\.[012]-.*-instruct", LLAMA, system="system_prompt"
     ),
-    "granite-messages": Family(
+    "granite-messages": family(
         r"ibm-granite/granite-(3\.3-8b-instruct|4\.0-h-small)",
-        GRANITE,
-        render_messages,
-        "system",
+        f"{SAMPLED} top_k min_tokens seed stop "
+        f"max_completion_tokens={DEFAULT_MAX_TOKENS}",
+        render=render_messages,
+        system="system",
         native="chat",
     ),
-    "mistral": Family(r"mistralai/mistral-7b-v0\.1", MISTRAL),
+    "mistral": family(r"mistralai/mistral-7b-v0\.1", MISTRAL),
 }
-
-PLAIN = Family()
 
 
 @lru_cache(1000)  # every request looks for one
-def row_of(name: str) -> Family:
-    matching = (
-        family
-        for family in FAMILIES.values()
-        if re.fullmatch(family.pattern, name, re.IGNORECASE)
-    )
-    return next(matching, PLAIN)
+def find_family(name: str) -> Family | None:
+    rows = FAMILIES.values()
+    return next((f for f in rows if re.fullmatch(f.pattern, name, re.I)), None)
 
 
 # -- Input schemas -------------------------------------------------------------
@@ -1966,7 +1918,7 @@ SYSTEMS = (
 SYSTEM_NAMES = SYSTEMS.split()
 
 # … and what is attached to it, by the type of part.
-ATTACHED = {
+ATTACHMENT_NAMES = {
     "image_url": (
         "images image_input input_images image_urls image input_image image_url media"
     ),
@@ -1975,34 +1927,17 @@ ATTACHED = {
     "file": "file files pdf document documents input_file",
 }
 
-# The types of inputs, as `input_type` gives them, that take a value of a type, or
-# the messages, the text, or a file. An input that says no type takes any.
-ACCEPTED = {
-    "messages": ("objects", "array"),
-    "text": ("string",),
-    "file": ("file", "files", "string", "strings", "array"),
-    "integer": ("integer", "number"),
-    "number": ("number",),
-    "string": ("string", "enum"),
-    "array": ("string", "strings", "array"),
+# The types of inputs, as `input_type` gives them, that take values of a parameter.
+ACCEPTED: dict[tuple[type, ...], tuple[str, ...]] = {
+    INTEGER: ("integer", "number"),
+    NUMBER: ("number",),
+    STRING: ("string", "enum"),
+    (str, list): ("string", "strings", "array"),
 }
 
-NOT_OPENAI = {"top_k", "min_tokens", "repetition_penalty"}  # though they have rows
-DOCUMENTED = {*CHAT, *COMPLETION, *IGNORED} - NOT_OPENAI
-
-JSON_TYPES = {
-    "string": STRING,
-    "integer": INTEGER,
-    "number": NUMBER,
-    "boolean": BOOLEAN,
-    "array": ARRAY,
-    "object": OBJECT,
-}
-ANYTHING = tuple(KINDS)
 ALTERNATIVES = ("anyOf", "oneOf")
 TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
 MAX_HOPS = 8  # from a schema to what it refers to
-MANY = 100  # attachments, where the schema sets no bound
 
 
 def resolve(schema: Any, schemas: Json) -> Json:
@@ -2013,10 +1948,8 @@ def resolve(schema: Any, schemas: Json) -> Json:
         flat = {**schema, **flat}
         if isinstance(ref := schema.get("$ref"), str):
             schema = schemas.get(ref.rpartition("/")[2])
-        elif parts := as_list(schema.get("allOf")):
-            schema = parts[0]
         else:  # of several alternatives it may be any
-            parts = alternatives(schema)
+            parts = as_list(schema.get("allOf"))[:1] or alternatives(schema)
             schema = parts[0] if len(parts) == 1 else None
     return flat
 
@@ -2066,51 +1999,55 @@ def read_family(document: Any) -> Family | None:
     """Read a model's OpenAPI document; None if none of its inputs takes the text."""
     schemas = as_object(as_object(as_object(document).get("components")).get("schemas"))
     if not is_text(resolve(schemas.get("Output"), schemas), schemas):
-        return PLAIN._replace(is_language=False)
+        return Family(is_language=False)
     inputs = resolve(schemas.get("Input"), schemas)
     rows = as_object(inputs.get("properties")).items()
     known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
     types = {name: input_type(row, schemas) for name, row in known.items()}
+    all_fields = {name: read_field(name, row) for name, row in known.items()}
     listed = as_list(inputs.get("required"))
     needed = tuple(n for n in known if n in listed and "default" not in known[n])
 
-    def find(names: str, type: str) -> str:
+    def find(names: Iterable[str], *accepted: str) -> str:
         """The best input of these names, one that the model needs before others."""
-        accepted = ("", *ACCEPTED[type])
-        fitting = [name for name in names.split() if types.get(name, "-") in accepted]
+        fitting = [name for name in names if types.get(name, "-") in ("", *accepted)]
         return min(fitting, key=lambda name: name not in needed, default="")
 
-    messages, prompt = find("messages", "messages"), find(PROMPTS, "text")
+    messages = find(["messages"], "objects", "array")
+    prompt, system = find(PROMPTS.split(), "string"), find(SYSTEM_NAMES, "string")
     if not (messages or prompt):
         return None
-    family = Family(system=find(SYSTEMS, "text"), prompt=prompt)
+    family = Family(system=system, prompt=prompt)
     if messages and prompt not in needed:
         family = family._replace(render=render_messages, system="system")
-    fields = {
-        parameter: read_field(name, known[name], parameter)
-        for parameter, row in PARAMETERS.items()
-        if (name := find(row.names, row.type)) and has_levels(known[name], row.scale)
+    fields: dict[str, Field] = {}
+    for parameter, param in MODEL_PARAMS.items():
+        if name := find(names_of(parameter), *ACCEPTED[param.kinds]):
+            field = all_fields[name]
+            if levels_in(field, param) or not (field.choices and param.choices):
+                fields[parameter] = field
+    if limit := fields.get("max_tokens"):
+        default = known[limit.name].get("default")
+        if is_bound(default) and 0 < default < DEFAULT_MAX_TOKENS:
+            fields["max_tokens"] = limit._replace(default=DEFAULT_MAX_TOKENS)
+    attachments = {
+        part: all_fields[name]
+        for part, names in ATTACHMENT_NAMES.items()
+        if (name := find(names.split(), "file", "files", "string", "strings", "array"))
     }
-    slots = {
-        part: read_slot(name, known[name])
-        for part, names in ATTACHED.items()
-        if (name := find(names, "file"))
-    }
-    if "image_url" in slots and family.render is render_messages:
-        slots |= IN_PLACE
+    if "image_url" in attachments and family.render is render_messages:
+        attachments |= IN_PLACE
     named = {*DOCUMENTED, *(field.name for field in fields.values()), messages, prompt}
-    others = {n: read_field(n, row) for n, row in known.items() if n not in named}
-    fields = {**others, **fields}
-    return family._replace(fields=fields, slots=slots, required=needed)
+    fields = {**without(all_fields, named), **fields}
+    return family._replace(fields=fields, attachments=attachments, required=needed)
 
 
-def has_levels(schema: Json, scale: Sequence[str]) -> bool:
-    """Whether an input's words, if it lists any, are levels of OpenAI's scale."""
-    words = as_list(schema.get("enum"))
-    return not (words and scale) or any(str(word).lower() in scale for word in words)
+def levels_in(field: Field, param: Param) -> list[Any]:
+    """The choices of an input that are levels of OpenAI's, in any case."""
+    return [c for c in field.choices if str(c).lower() in param.choices]
 
 
-def read_field(name: str, schema: Json, parameter: str = "") -> Field:
+def read_field(name: str, schema: Json) -> Field:
     """What an input takes: of integers, between whole bounds."""
     type = json_type(schema)
     step = 1 if type == "integer" else 0.01  # inwards from a bound that is left out
@@ -2121,32 +2058,18 @@ def read_field(name: str, schema: Json, parameter: str = "") -> Field:
 
     lows = bounds("minimum") + bounds("exclusiveMinimum", step)
     highs = bounds("maximum") + bounds("exclusiveMaximum", -step)
+    if type == "array":
+        highs = [most for most in bounds("maxItems") if most >= 1]
     low, high = max(lows, default=None), min(highs, default=None)
     if type == "integer":
         low, high = low and ceil(low), high and floor(high)
     choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
-    default = schema.get("default")
-    is_short = is_bound(default) and 0 < default < LONG
-    longer = LONG if parameter == "max_tokens" and is_short else None
-    return Field(name, low, high, longer, tuple(choices), type)
+    kinds = JSON_TYPES.get(type, ())
+    return Field(name, low, high, choices=tuple(choices), kinds=kinds)
 
 
 def is_bound(value: Any) -> TypeGuard[float]:
     return is_number(value) and abs(value) < 2**64
-
-
-def read_slot(name: str, schema: Json) -> Slot:
-    if json_type(schema) != "array":
-        return Slot(name)
-    most = schema.get("maxItems")
-    return Slot(name, int(most) if is_bound(most) and most >= 1 else MANY, as_list=True)
-
-
-SCHEMA_LASTS = 3600  # seconds, for one that was read …
-RETRY_AFTER = 60  # … and for one that could not be
-MOST_SCHEMAS = 1000
-
-OWNED = re.compile(rf"({NAME})/({NAME})(?::({NAME}))?")
 
 
 def merge(row: Family, read: Family | None) -> Family:
@@ -2156,17 +2079,24 @@ def merge(row: Family, read: Family | None) -> Family:
     taken = {field.name for field in row.fields.values()}
     fields = {key: f for key, f in read.fields.items() if f.name not in taken}
     in_place = row.render is render_messages and not row.native
-    slots = {kind: s for kind, s in read.slots.items() if s.name or in_place}
-    return row._replace(fields={**fields, **row.fields}, slots={**slots, **row.slots})
+    more = {part: f for part, f in read.attachments.items() if f.name or in_place}
+    return row._replace(
+        fields={**fields, **row.fields}, attachments={**more, **row.attachments}
+    )
+
+
+SCHEMA_LASTS = 3600  # seconds, for one that was read …
+RETRY_AFTER = 60  # … and for one that could not be
+MAX_SCHEMAS = 1000
 
 
 @dataclass
 class SchemaEntry:
-    """One look-up of a schema, for all the requests that wait for it."""
+    """The family that a schema was last read as, if it ever was."""
 
-    family: Family | None
-    expires: float
-    done: threading.Event = field(default_factory=threading.Event)
+    family: Family | None = None
+    expires: float = 0
+    is_read: threading.Event = field(default_factory=threading.Event)
 
 
 class SchemaCache:
@@ -2184,30 +2114,27 @@ class SchemaCache:
         self.clock = clock
         self.limit = limit
         self.lock = threading.Lock()
-        self.entries: dict[str, SchemaEntry] = {}
+        self.entries: dict[str, SchemaEntry] = {}  # the last used one is the last
 
     def find(self, ref: str) -> Family | None:
         """The last family that was read, or None: no schema, or not in time."""
         if "/" not in ref:
             return None  # Replicate tells nothing of a version without its model
         with self.lock:
-            entry = self.entries.get(ref)
-            if entry is None or self.clock() >= entry.expires:
-                expires = self.clock() + RETRY_AFTER
-                entry = SchemaEntry(entry.family if entry else None, expires)
-                thread = threading.Thread(
-                    target=self.fill, args=(ref, entry), daemon=True
-                )
+            self.entries[ref] = entry = self.entries.pop(ref, None) or SchemaEntry()
+            if len(self.entries) > MAX_SCHEMAS:
+                del self.entries[next(iter(self.entries))]
+            if self.clock() >= entry.expires:
+                entry.expires = self.clock() + RETRY_AFTER
+                entry.is_read.clear()
                 try:
-                    thread.start()
+                    fill = partial(self.fill, ref, entry)
+                    threading.Thread(target=fill, daemon=True).start()
                 except RuntimeError:  # none to be had: the next request tries again
+                    entry.expires = 0
                     return entry.family
-                self.entries.pop(ref, None)
-                self.entries[ref] = entry
-                if len(self.entries) > MOST_SCHEMAS:
-                    del self.entries[next(iter(self.entries))]
         if entry.family is None:
-            entry.done.wait(self.limit)
+            entry.is_read.wait(self.limit)
         return entry.family
 
     def fill(self, ref: str, entry: SchemaEntry) -> None:
@@ -2217,18 +2144,17 @@ class SchemaCache:
         except Exception as error:
             log.warning("the schema of %s can't be read: %s", ref, as_api_error(error))
         finally:
-            entry.done.set()
+            entry.is_read.set()
 
     def read(self, ref: str) -> Family | None:
         """Of a deployment: the row of the model that it runs, or that one's schema."""
-        if ref.startswith("deployments/"):
-            _, owner, name = ref.split("/")
-            ref = self.release_of(owner, name)
-            row = row_of(without_version(ref))
-            if row is not PLAIN:
-                return merge(row, self.find(ref))
-        owned = OWNED.fullmatch(ref)
-        return read_family(self.look_up(*owned.groups(""))) if owned else None
+        owner, _, name = ref.partition("/")
+        if owner == "deployments":
+            ref = self.release_of(*name.split("/"))
+            row = find_family(without_version(ref))
+            return merge(row, self.find(ref)) if row else self.read(ref)
+        name, _, version = name.partition(":")
+        return read_family(self.look_up(owner, name, version))
 
 
 def family_for(
@@ -2236,16 +2162,15 @@ def family_for(
 ) -> Family:
     """Its row if that says all that is needed, so that a known model costs no GET."""
     named = model.config.family
-    row = FAMILIES[named] if named else row_of(model.owner_and_name)
-    known = {*DOCUMENTED, *row.fields, *(field.name for field in row.fields.values())}
-    known |= {*SYSTEM_NAMES} if "messages" in body else set()
-    sent = {name for name, value in body.items() if value is not None}
-    if row is PLAIN:
-        family = schemas.find(model.ref) or PLAIN
-    elif sent <= known and attached <= row.slots.keys():
-        family = row
+    row = FAMILIES[named] if named else find_family(model.owner_and_name)
+    if row is None:
+        family = schemas.find(model.ref) or Family()
     else:
-        family = merge(row, schemas.find(model.ref))
+        known = {*DOCUMENTED, *row.fields, *(f.name for f in row.fields.values())}
+        known |= {*SYSTEM_NAMES} if "messages" in body else set()
+        sent = {name for name, value in body.items() if value is not None}
+        is_enough = sent <= known and attached <= row.attachments.keys()
+        family = row if is_enough else merge(row, schemas.find(model.ref))
     require(
         family.is_language,
         f"The model `{model.id}` is not a language model: what it makes is not text. "
@@ -2261,7 +2186,9 @@ def family_for(
 # known of it to write the answer. It is built once, for all its n choices.
 
 
-LONGEST = 6 * 2**20  # users report that Replicate interrupts what is larger
+MAX_INPUT_SIZE = 6 * 2**20  # users report that Replicate interrupts what is larger
+
+ANYTHING = tuple(KINDS)
 
 
 class PredictionInput(NamedTuple):
@@ -2281,20 +2208,16 @@ def with_tools_and_format(
     body: Json, family: Family, toolbox: Toolbox | None, format: ResponseFormat | None
 ) -> Json:
     """The body with tools, format, calls and results as the family takes them."""
-    inputs: Json = {}
-    messages, texts = body["messages"], []
     if family.native:  # what is left to say to a model that takes them as inputs
         inputs = native_inputs(family.native, toolbox, format)
-        if toolbox:
-            when = [when_to_call(toolbox)] if toolbox.must_call else []
-            how_many = [] if toolbox.parallel else [ONE_CALL]
-            texts = [" ".join([*when, *how_many])]
+        messages = body["messages"]
+        when = when_to_call(toolbox) if toolbox and toolbox.must_call else ""
+        how_many = ONE_CALL if toolbox and not toolbox.parallel else ""
+        texts = [f"{when} {how_many}".strip()]
     else:
-        messages = plain_history(messages)
-        if toolbox:
-            texts.append(tool_instructions(toolbox))
-        if format:
-            texts.append(json_instructions(format))
+        inputs, messages = {}, plain_history(body["messages"])
+        texts = [tool_instructions(toolbox)] if toolbox else []
+        texts += [json_instructions(format)] if format else []
     first = [{"role": "system", "content": text} for text in texts if text]
     return {
         **body,
@@ -2304,7 +2227,7 @@ def with_tools_and_format(
 
 
 def build_chat_input(body: Json, model: Model, family: Family) -> PredictionInput:
-    body, model = with_system_texts(body, model)
+    body = with_system_texts(body, model.config)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
     messages, placed = place_attachments(body["messages"], family)
     rendered = family.render(messages, family.system, family.prompt)
@@ -2344,22 +2267,19 @@ def with_seed(built: PredictionInput, offset: int) -> PredictionInput:
     return built._replace(input={**built.input, name: seed})
 
 
-def with_system_texts(body: Json, model: Model) -> tuple[Json, Model]:
+def with_system_texts(body: Json, config: ModelConfig) -> Json:
     """System text beside the messages as one of them: an input would hide theirs."""
-    sources = (model.config.input, body)
-    texts = [
-        check({name: source[name]}, {name: Param(STRING)})[name]
-        for source in sources
+    first = [
+        {"role": "system", "content": check_param(name, source[name], Param(STRING))}
+        for source in (config.input, body)
         for name in SYSTEM_NAMES
         if source.get(name)
     ]
-    first = [{"role": "system", "content": text} for text in texts]
-    given, body = (without(source, SYSTEM_NAMES) for source in sources)
-    model = replace(model, config=model.config._replace(input=given))
-    return {**body, "messages": [*first, *body["messages"]]}, model
+    messages = [*first, *body["messages"]]
+    return {**without(body, SYSTEM_NAMES), "messages": messages}
 
 
-TAKERS = {
+MODELS_WITH_ATTACHMENTS = {
     "image_url": "openai/gpt-4o and google/gemini-2.5-flash take several images, "
     "anthropic/claude-4.5-sonnet takes one.",
     "video_url": "google/gemini-2.5-flash takes several.",
@@ -2370,27 +2290,29 @@ TAKERS = {
 def fit_attachments(messages: Messages, model: Model, family: Family) -> Messages:
     """Put words in place of what is more than the model takes, the earliest first.
 
-    Raise 400 if that comes with the user's last message, or after it."""
+    Raise 400 if that comes with the user's last message, or after it.
+    """
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
     now = Counter(kind for kind, _ in attachments(messages[last:]))
     excess = Counter(kind for kind, _ in attachments(messages))
-    for kind in list(excess):
-        most = family.slots.get(kind, Slot("", 0)).most
+    for kind, count in excess.items():
+        field = family.attachments.get(kind, Field("", high=0, kinds=ARRAY))
+        most = field.high if field.kinds == ARRAY else 1
         require(
-            now[kind] <= most,
+            most is None or now[kind] <= most,
             f"The model `{model.id}` ({model.ref}) takes {most or 'no'} parts of type "
             f"'{kind}', but got {now[kind]}. "
-            f"{TAKERS.get(kind, 'No model known here does.')}",
+            f"{MODELS_WITH_ATTACHMENTS.get(kind, 'No model known here does.')}",
             code="invalid_value",
             param="messages",
         )
-        excess[kind] -= most
-        if excess[kind] > 0:
+        excess[kind] = 0 if most is None else max(0, count - int(most))
+        if excess[kind]:
             log.warning("event=left_out parts=%d type=%s", excess[kind], kind)
 
     def fit(part: Json) -> Json:
         kind = part["type"]
-        if excess[kind] <= 0:
+        if not excess[kind]:
             return part
         excess[kind] -= 1
         noun = re.sub("input_|_url", "", kind)
@@ -2406,15 +2328,15 @@ def fit_attachments(messages: Messages, model: Model, family: Family) -> Message
 
 def place_attachments(messages: Messages, family: Family) -> tuple[Messages, Json]:
     """Move what has an input of its own out of the messages."""
-    urls = defaultdict(list)
-    for kind, url in attachments(messages):
-        urls[kind].append(url)
     placed: Json = {}
-    for kind, found in urls.items():
-        slot = family.slots[kind]
-        if slot.name:
-            placed[slot.name] = found if slot.as_list else found[0]
-    moved = {kind for kind, slot in family.slots.items() if slot.name}
+    by_kind = defaultdict(list)
+    for kind, url in attachments(messages):
+        by_kind[kind].append(url)
+    for kind, urls in by_kind.items():
+        field = family.attachments[kind]
+        if field.name:
+            placed[field.name] = urls if field.kinds == ARRAY else urls[0]
+    moved = {kind for kind, field in family.attachments.items() if field.name}
     rest = []
     for message in messages:
         content = message["content"]
@@ -2428,25 +2350,34 @@ def build_input(
     body: Json, model: Model, family: Family, rendered: Json, prompt: str
 ) -> PredictionInput:
     """Raise 400 for values that the model's inputs can't take, and for missing ones."""
-    too_long = "This is more text than Replicate takes (6 MiB). Send less of it."
-    short_enough = len(prompt.encode()) <= LONGEST
-    param = "messages" if "messages" in body else "prompt"
-    require(short_enough, too_long, code="context_length_exceeded", param=param)
-    fields = family.fields
-    asked = read_asked(body, fields, model.config)
+    fields, config = family.fields, model.config
+    limit = body["max_completion_tokens"] or body["max_tokens"]  # the newer name first
+    stop = [text for text in body["stop"] if text]
+    body = {**body, "max_tokens": limit, "stop": stop or None}
+    asked: Json = {}  # by parameter, after the operator's word on it
     inputs: Json = {}
     for parameter, row in fields.items():
-        value = asked.get(parameter, row.default)
+        names = [name for name in (row.name, parameter) if body.get(name) is not None]
+        value = fit(names[0], body[names[0]], parameter, row) if names else None
+        if parameter == "max_tokens" and config.max_tokens:
+            value = min(value or config.max_tokens, config.max_tokens)
+        if parameter == "temperature" and value is not None:
+            value = clamp(value, *(config.temperature_range or (None, None)))
+        if value is None:
+            value = row.default
+        else:
+            asked[parameter] = value
         if is_number(value):
             bring = wrap if parameter == "seed" else clamp
             value = bring(value, row.low, row.high)
         if value is not None:
             inputs[row.name] = value
+    is_chat = "messages" in body  # then the system's words are in them
     input = {  # what comes later counts
         **inputs,
         **rendered,
         **family.always,
-        **model.config.input,
+        **without(config.input, SYSTEM_NAMES if is_chat else ()),
         **body["replicate"],
     }
     require_inputs(model, family, input)
@@ -2458,7 +2389,7 @@ def build_input(
     return PredictionInput(
         model,
         input,
-        names={row.name: parameter for parameter, row in fields.items()},
+        names={field.name: parameter for parameter, field in fields.items()},
         prompt=prompt,
         limit=limit,
         cut=wanted if wanted and limit and wanted < limit else None,
@@ -2467,67 +2398,42 @@ def build_input(
     )
 
 
-def read_asked(body: Json, fields: Mapping[str, Field], config: ModelConfig) -> Json:
-    """What the client asks for, by parameter, after the operator's word on it.
-
-    The model's own name counts before OpenAI's, and the newer of those first."""
-    body = {**body, "stop": list(filter(None, body["stop"])) or None}
-    asked: Json = {}
-    for parameter, row in fields.items():
-        own = [row.name] if row.name != parameter else []
-        names = [*own, NEWER.get(parameter, parameter), parameter]
-        given = next((name for name in names if body.get(name) is not None), None)
-        if given:
-            value = fit(given, body[given], parameter, row)
-            if value is not None:
-                asked[parameter] = value
-    if config.max_tokens and "max_tokens" in fields:
-        limits = (asked.get("max_tokens"), config.max_tokens)
-        asked["max_tokens"] = min(filter(None, limits))
-    if config.temperature_range and "temperature" in asked:
-        asked["temperature"] = clamp(asked["temperature"], *config.temperature_range)
-    return asked
-
-
 def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
     """Bring a value to the type, and the words, of an input.
 
     None if nothing of it is left to send; raise 400 if it can't be brought."""
-    row = PARAMETERS.get(parameter, Parameter("", ""))
-    type = field.type or row.type
-    if parameter == "stop" and type == "string" and isinstance(value, list):
+    param = MODEL_PARAMS.get(parameter, Param(ANYTHING))
+    kinds = field.kinds or param.kinds
+    if parameter == "stop" and kinds == STRING and isinstance(value, list):
         # a separator that is known; a stop string that holds it can't be sent
         return ",".join(s for s in map(str, value) if "," not in s) or None
-    if parameter == "reasoning_effort" and type == "integer" and value in [*BUDGETS]:
+    if parameter == "reasoning_effort" and kinds == INTEGER and value in [*BUDGETS]:
         value = BUDGETS[value]
-    if type == "integer" and isinstance(value, float) and value.is_integer():
+    if kinds == INTEGER and isinstance(value, float) and value.is_integer():
         value = int(value)  # 2.0 is whole in JSON; either side of 2.5 is a guess
-    if type == "array" and isinstance(value, str):
+    if kinds == ARRAY and isinstance(value, str):
         value = [value]  # as in OpenAI's API
-    levels = [c for c in field.choices if str(c).lower() in row.scale]
-    if levels and value in row.scale and value not in field.choices:
-        rank = row.scale.index(value)
-        value = min(levels, key=lambda c: abs(row.scale.index(c.lower()) - rank))
-    param = Param(JSON_TYPES.get(type, ANYTHING), choices=field.choices, items=ANYTHING)
-    return check({name: value}, {name: param})[name]
+    scale, levels = param.choices, levels_in(field, param)
+    if levels and value in scale and value not in field.choices:
+        rank = scale.index(value)
+        value = min(levels, key=lambda c: abs(scale.index(c.lower()) - rank))
+    return check_param(name, value, Param(kinds, choices=field.choices, items=ANYTHING))
 
 
 def require_inputs(model: Model, family: Family, input: Json) -> None:
     """Raise 400 for what the schema says the model can't run without."""
-    missing = [name for name in family.required if name not in input]
-    if not missing:
-        return
-    parts = {slot.name: f"a part of type '{p}'" for p, slot in family.slots.items()}
-    remedies = {**parts, family.system: "a system message"}
-    elsewise = f'"replicate": {{"{missing[0]}": …}} in the body'
-    named = " and ".join(f"'{name}'" for name in missing)
-    raise APIError(
-        400,
-        f"The model `{model.id}` needs the input {named}, which nothing in this call "
-        f"gives. Send {remedies.get(missing[0], elsewise)}.",
-        code="missing_required_parameter",
-        param=missing[0],
-    )
+    attachments = family.attachments.items()
+    remedies = {row.name: f"a part of type '{part}'" for part, row in attachments}
+    remedies[family.system] = "a system message"
+    for name in family.required:
+        otherwise = f'"replicate": {{"{name}": …}} in the body'
+        require(
+            name in input,
+            f"The model `{model.id}` needs the input '{name}', which nothing in this "
+            f"call gives. Send {remedies.get(name, otherwise)}.",
+            code="missing_required_parameter",
+            param=name,
+        )
 
 
 # ==== 4. PREDICTIONS ==========================================================
@@ -2659,156 +2565,188 @@ class Cancellation:
                 self.callbacks.remove(callback)
 
 
-# -- HTTP client ---------------------------------------------------------------
+# -- HTTP messages -------------------------------------------------------------
 #
-# Connections to Replicate's hosts, kept for the next request, and event streams. The
-# SDK's requests go over them too: httpx's own pool is quadratic in its connections.
-# http.client connects; its response parser takes four times the CPU of this one, and
-# gives each chunk alone, where here tokens that came together stay together.
-# What can be read in two ways is refused, of a client's request as well.
+# How both sides read HTTP/1.1. http.server and http.client take bare line feeds,
+# folded lines and two lengths, behind which one message could hide another: here,
+# what can be read in two ways is refused. They also take four times the CPU, and
+# give each chunk alone, where here tokens that came together stay together.
 
 
 MAX_HEAD = 65536  # bytes
-MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
-READ_SIZE = 8192  # bytes
-MAX_IDLE = 100  # connections to one host
 
+EMPTY_LINE = re.compile(rb"\r?\n\r?\n")
 HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~\x80-\xff]*\r\n)*")
 SINGLE_HEADERS = ("content-length", "transfer-encoding", "host", "authorization")
-STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: .*)?")
 
 # A line end before a chunk ends the chunk before it; the first chunk is given one.
-CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;.*)?\r\n")
-LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;.*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
-PARTIAL_CHUNK_HEAD = re.compile(
-    rb"\r?\Z|\r\n[0-9A-Fa-f]*[ \t]*(?:;.*)?\r?\Z|\r\n0+[ \t]*(?:;.*)?\r\n"
-)
+CHUNK_HEAD = re.compile(rb"\r\n0*([1-9A-Fa-f][0-9A-Fa-f]{0,7})[ \t]*(?:;[ -~]*)?\r\n")
+LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[ -~]*)?(?=\r\n)")
+
+CHUNKED = -1  # as the length of a body
 
 
-class BadHead(http.client.HTTPException):
-    """What is wrong with a message's head, as the end of a sentence."""
+class BadMessage(http.client.HTTPException):
+    """What is wrong with a message, as the end of a sentence, and a status for it."""
+
+    def __init__(self, why: str, status: int = 400) -> None:
+        super().__init__(why)
+        self.status = status
 
 
-def parse_headers(lines: Iterable[bytes]) -> dict[str, str]:
-    """Names in lower case; the values of a repeated name are joined. Raise BadHead."""
-    text = b"".join(line + b"\r\n" for line in lines)
-    if not HEADERS.fullmatch(text):
-        raise BadHead("a header is not of the form Name: value")
+def parse_headers(lines: bytes) -> dict[str, str]:
+    """Names in lower case; the values of a repeated name are joined."""
+    if not HEADERS.fullmatch(lines):
+        raise BadMessage("a header is not of the form Name: value")
     headers: dict[str, str] = {}
-    for line in text.decode("latin-1").split("\r\n")[:-1]:
+    for line in lines.decode("latin-1").split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers and name in SINGLE_HEADERS:
-            raise BadHead(f"it has two headers {name}")
+            raise BadMessage(f"it has two headers {name}")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
-def parse_content_length(headers: Mapping[str, str]) -> int | None:
-    length = headers.get("content-length")
-    if length is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,18}", length):
-        raise BadHead("its Content-Length is not a number")
-    return int(length)
+def parse_body_length(headers: Mapping[str, str]) -> int | None:
+    """In bytes, or CHUNKED; None if it is not given."""
+    length, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if length is not None and not re.fullmatch(r"[0-9]{1,18}", length):
+        raise BadMessage("its Content-Length is not a number")
+    if coding is None:
+        return None if length is None else int(length)
+    if length is not None:
+        raise BadMessage("its length is given in two ways")
+    if coding.lower() != "chunked":
+        raise BadMessage("its Transfer-Encoding is not just chunked", 501)
+    return CHUNKED
 
 
-BodyPieces = Generator[bytes, None, bytes]  # returns what follows the body
+def body_too_large(size: int, limit: float) -> APIError:
+    message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
+    return APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
-def unchunked(pieces: Iterable[bytes]) -> BodyPieces:
-    """Yield what is in the chunks, together what was received together."""
-    data, left = b"\r\n", 0  # bytes to come of the chunk
-    for piece in pieces:
-        data, at, content = data + piece, 0, []
-        while at < len(data):
-            if not left:
-                if not (head := CHUNK_HEAD.match(data, at)):
-                    break
-                at, left = head.end(), int(head[1], 16)
-            content.append(data[at : at + left])
-            at += len(content[-1])
-            left -= len(content[-1])
-        if content:
-            yield b"".join(content)
-        data = data[at:]
-        if left:
-            continue
-        if last := LAST_CHUNK.match(data):
-            return data[last.end() :]
-        if not PARTIAL_CHUNK_HEAD.match(data) or len(data) > MAX_HEAD:
-            raise BadHead("a chunk has no size")
-    raise http.client.IncompleteRead(data)
+class MessageReader:
+    """Reads messages, one after another. Raise BadMessage, or what `receive` raises."""
+
+    def __init__(self, receive: Callable[[], bytes]) -> None:
+        self.receive = receive  # gives b"" at the end
+        self.data = b""  # received, and not read yet
+        self.is_done = False  # the message has been read to its end
+
+    def fill(self) -> None:
+        if not (piece := self.receive()):
+            raise BadMessage("it stops early")
+        self.data += piece
+
+    def read_head(self) -> tuple[bytes, dict[str, str]]:
+        """Read the first line and the headers."""
+        self.is_done, searched = False, 0
+        while not (end := EMPTY_LINE.search(self.data, searched, MAX_HEAD)):
+            if len(self.data) >= MAX_HEAD:
+                raise BadMessage(f"its head is larger than {MAX_HEAD} bytes", 431)
+            searched = max(len(self.data) - 3, 0)
+            self.fill()
+        if end[0] != b"\r\n\r\n":
+            raise BadMessage("one of its lines does not end in CR LF")
+        head, self.data = self.data[: end.start() + 2], self.data[end.end() :]
+        first, _, lines = head.partition(b"\r\n")
+        return first, parse_headers(lines)
+
+    def read_body(self, length: int | None, limit: float = inf) -> Iterator[bytes]:
+        """Yield what comes; without a length, that is all until the connection ends."""
+        self.is_done = length == 0
+        if length == CHUNKED:
+            return self.read_chunks(limit)
+        return self.read_all() if length is None else self.read_bytes(length)
+
+    def read_all(self) -> Iterator[bytes]:
+        yield self.data
+        while piece := self.receive():
+            yield piece
+
+    def read_bytes(self, length: int) -> Iterator[bytes]:
+        while length:
+            if not self.data:
+                self.fill()
+            piece, self.data = self.data[:length], self.data[length:]
+            length -= len(piece)
+            self.is_done = length == 0
+            yield piece
+
+    def read_chunks(self, limit: float) -> Iterator[bytes]:
+        """Yield what is in the chunks, together what was received together.
+
+        Raise 413 for a chunk that would go beyond the limit.
+        """
+        data, left, total = b"\r\n" + self.data, 0, 0  # `left` to come of a chunk
+        while True:
+            at, content = 0, []
+            while at < len(data):
+                if not left:
+                    if not (head := CHUNK_HEAD.match(data, at)):
+                        break
+                    at, left = head.end(), int(head[1], 16)
+                    total += left
+                    if total > limit:
+                        raise body_too_large(total, limit)
+                content.append(data[at : at + left])
+                at += len(content[-1])
+                left -= len(content[-1])
+            if content:
+                yield b"".join(content)
+                data = data[at:]
+            if last := LAST_CHUNK.match(data):
+                break
+            if data.count(b"\n") > 1 or len(data) > MAX_HEAD:
+                raise BadMessage("the size of a chunk is missing or wrong")
+            if not (piece := self.receive()):
+                raise BadMessage("it stops early")
+            data += piece
+        self.data = data[last.end() :]
+        self.read_head()  # the trailers, behind a first line that is empty
+        self.is_done = True
 
 
-def first_bytes(pieces: Iterable[bytes], length: int) -> BodyPieces:
-    """Yield the first `length` bytes."""
-    for piece in pieces:
-        yield piece[:length]
-        length -= len(piece)
-        if length <= 0:
-            return piece[len(piece) + length :]
-    raise http.client.IncompleteRead(b"", length)
+# -- HTTP client ---------------------------------------------------------------
+#
+# Connections to Replicate's hosts, kept for the next request, and event streams. The
+# SDK's requests go over them too: httpx's own pool is quadratic in its connections.
 
+
+MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
+READ_SIZE = 8192  # bytes
+MAX_IDLE = 100  # connections to one host
+
+STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: .*)?")
 
 Origin = tuple[str, str]  # scheme, and host with port
 
 
-class ServerResponse:
+class HTTPResponse:
     """A response of Replicate's: its head was read, and `body` yields the rest."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.buffer = memoryview(bytearray(READ_SIZE))  # new ones would leave holes
-        head, rest = self.receive_head(b"")
-        while head.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # an interim response
-            head, rest = self.receive_head(rest)
-        first, *lines = head.split(b"\r\n")
-        if not (status := STATUS_LINE.fullmatch(first)):
-            raise http.client.BadStatusLine(repr(first[:80]))
-        self.status = int(status[2])
-        self.headers = parse_headers(lines)
+        self.reader = MessageReader(self.receive)
+        self.status = 100
+        while self.status < 200:  # an interim response
+            first, self.headers = self.reader.read_head()
+            if not (match := STATUS_LINE.fullmatch(first)):
+                raise BadMessage(f"its first line is {first[:80]!r}")
+            version, self.status = match[1], int(match[2])
         closes = "close" in self.headers.get("connection", "").lower()
-        self.is_reusable = status[1] == b"1" and not closes
-        self.is_complete = False
-        self.body = self.read_body(rest)
+        self.keeps_alive = version == b"1" and not closes
+        length = 0 if self.status in (204, 304) else parse_body_length(self.headers)
+        self.body = self.reader.read_body(length)
 
     def receive(self) -> bytes:
         try:
             return bytes(self.buffer[: self.sock.recv_into(self.buffer)])
         except BlockingIOError:  # see set_timeout
             raise TimeoutError("nothing came in time") from None
-
-    def receive_head(self, data: bytes) -> tuple[bytes, bytes]:
-        while b"\r\n\r\n" not in data:
-            piece = self.receive()
-            if not piece and not data:
-                raise http.client.RemoteDisconnected("it ended without a response")
-            if not piece or len(data) > MAX_HEAD:
-                raise http.client.BadStatusLine(repr(data[:80]))
-            data += piece
-        head, _, rest = data.partition(b"\r\n\r\n")
-        return head, rest
-
-    def receive_all(self, piece: bytes) -> Iterator[bytes]:
-        yield piece
-        while piece := self.receive():
-            yield piece
-
-    def read_body(self, rest: bytes) -> Iterator[bytes]:
-        pieces, coding = self.receive_all(rest), self.headers.get("transfer-encoding")
-        length = parse_content_length(self.headers)
-        if coding and (coding.lower() != "chunked" or length is not None):
-            raise BadHead("its length is given in two ways, or in an unknown one")
-        if coding:
-            beyond = yield from unchunked(pieces)
-        elif length is not None or self.status in (204, 304):
-            beyond = yield from first_bytes(pieces, length or 0)
-        else:
-            yield from pieces
-            beyond = b"the connection has ended"
-        self.is_complete = True
-        self.is_reusable = self.is_reusable and not beyond
 
 
 class NotConnected(OSError):
@@ -2823,7 +2761,6 @@ class ConnectionPool:
         self.tls = tls
         self.keep = 60.0  # seconds that a connection may be idle
         self.idle: dict[Origin, deque[tuple[float, socket.socket]]] = defaultdict(deque)
-        self.is_closed = False
 
     @contextmanager
     def request(
@@ -2833,7 +2770,7 @@ class ConnectionPool:
         message: bytes,
         timeout: float,
         cancellation: Cancellation,
-    ) -> Iterator[ServerResponse]:
+    ) -> Iterator[HTTPResponse]:
         """Send a message; inside, its response can be read.
 
         Raise NotConnected if nothing was sent, else OSError or HTTPException, or the
@@ -2841,25 +2778,24 @@ class ConnectionPool:
         sent again; a POST never is.
         """
 
-        def send(sock: socket.socket) -> ServerResponse:
+        def send(sock: socket.socket) -> HTTPResponse:
             try:
                 with cancellation.on_cancel(partial(shut, sock)):
                     set_timeout(sock, socket.SO_RCVTIMEO, timeout)
                     sock.sendall(message)
-                    return ServerResponse(sock)
+                    return HTTPResponse(sock)
             except BaseException:
                 sock.close()
                 cancellation.check()
                 raise
 
-        response, kept = None, self.take(origin)
-        if kept:
-            try:
-                response = send(kept)
-            except (OSError, http.client.HTTPException) as error:
-                if method != "GET" or isinstance(error, TimeoutError):
-                    raise
-        response = response or send(self.connect(origin))
+        kept = self.take(origin)
+        try:
+            response = send(kept or self.connect(origin))
+        except (OSError, http.client.HTTPException) as error:
+            if not kept or method != "GET" or isinstance(error, TimeoutError):
+                raise
+            response = send(self.connect(origin))
         try:
             with cancellation.on_cancel(partial(shut, response.sock)):
                 yield response
@@ -2887,11 +2823,11 @@ class ConnectionPool:
         host, port, is_tls = url.hostname or "", url.port, url.scheme == "https"
         proxy = find_proxy(host) if is_tls else urlsplit("")
         address = (proxy.hostname, proxy.port or 80) if proxy.hostname else (host, port)
-        connection = (
-            http.client.HTTPSConnection(*address, timeout=timeout, context=self.tls)
-            if is_tls
-            else http.client.HTTPConnection(*address, timeout=timeout)
-        )
+        connection = http.client.HTTPConnection(*address, timeout=timeout)
+        if is_tls:
+            connection = http.client.HTTPSConnection(
+                *address, timeout=timeout, context=self.tls
+            )
         if proxy.hostname:
             user = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}"
             basic = f"Basic {b64encode(user.encode()).decode()}"
@@ -2905,15 +2841,15 @@ class ConnectionPool:
         set_timeout(connection.sock, socket.SO_SNDTIMEO, self.timeouts.create)
         return cast(socket.socket, connection.sock)
 
-    def release(self, origin: Origin, response: ServerResponse) -> None:
+    def release(self, origin: Origin, response: HTTPResponse) -> None:
         """Keep the connection if the last bytes of its response are here already."""
-        sock = response.sock
+        sock, reader = response.sock, response.reader
         with suppress(OSError, http.client.HTTPException):
-            if not response.is_complete:
+            if not reader.is_done:
                 sock.settimeout(0.001)
                 for _ in islice(response.body, 2):  # a little, and then its end
                     pass
-            if response.is_complete and response.is_reusable and not self.is_closed:
+            if reader.is_done and not reader.data and response.keeps_alive:
                 idle = self.idle[origin]
                 idle.append((time.monotonic(), sock))
                 self.trim(idle)
@@ -2929,7 +2865,7 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Keep none from now on, and none of those that are idle."""
-        self.is_closed, self.keep = True, 0
+        self.keep = 0
         for idle in list(self.idle.values()):
             self.trim(idle)
 
@@ -3032,9 +2968,9 @@ class ReplicateTransport(httpx.BaseTransport):
 
 ServerSentEvent = tuple[str, str]  # its name and its data
 
-# The fields that count, and the comment with which Replicate ends a stream early.
-FIELD = re.compile(rb"(?m)^(?:(data|event)(?::[ ]?(.*))?|(:408).*)$")
-TIMED_OUT = (":408", "")
+# The lines that count: fields, the comment with which Replicate ends a stream early,
+# and the empty one that ends an event.
+EVENT_LINE = re.compile(rb"(?m)^(?:(data|event)(?::[ ]?(.*))?|(:408).*|)$")
 
 
 def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
@@ -3051,33 +2987,26 @@ def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
             fresh = fresh.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         searched = max(len(data) - 1, 0)
         data += fresh
-        end = data.rfind(b"\n\n", searched) + 2
-        if end < 2:
-            if len(data) > MAX_RESPONSE:
-                raise http.client.HTTPException("an event has no end")
-            yield []
-            continue
-        events = [parse_event(block) for block in bytes(data[:end]).split(b"\n\n")]
+        last = data.rfind(b"\n\n", searched)
+        end = last + 2 if last >= 0 else 0  # of the events that are whole
+        if not end and len(data) > MAX_RESPONSE:
+            raise http.client.HTTPException("an event has no end")
+        events: list[ServerSentEvent] = []
+        name, lines = "", []
+        for key, value, is_timed_out in EVENT_LINE.findall(data, 0, end):
+            if key == b"data":
+                lines.append(value)
+            elif key:
+                name = value.decode("utf-8", "replace")
+            elif is_timed_out:
+                yield events
+                return
+            elif name or lines:
+                text = b"\n".join(lines).decode("utf-8", "replace")
+                events.append((name, text))
+                name, lines = "", []
         del data[:end]
-        if TIMED_OUT in events:
-            yield [event for event in events[: events.index(TIMED_OUT)] if event]
-            return
-        yield [event for event in events if event]
-
-
-def parse_event(block: bytes) -> ServerSentEvent | None:
-    name, data = b"", []
-    for key, value, timed_out in FIELD.findall(block):
-        if timed_out:
-            return TIMED_OUT
-        if key == b"data":
-            data.append(value)
-        else:
-            name = value
-    if not data and not name:
-        return None
-    text = b"\n".join(data).decode("utf-8", "replace")
-    return name.decode("utf-8", "replace"), text
+        yield events
 
 
 # -- Replicate -----------------------------------------------------------------
@@ -3623,10 +3552,10 @@ def replace_strings(value: Any, links: Mapping[str, str]) -> Any:
 def check_size(input: Json) -> None:
     """Encode it only if it can be too large: that takes 0.2 ms for 20 kB of text."""
     at_most = sum(6 * len(v) if isinstance(v, str) else 24 for v in leaves(input))
-    if at_most > LONGEST:
+    if at_most > MAX_INPUT_SIZE:
         size = len(json.dumps(input, ensure_ascii=False).encode())
         too_long = "This is more than Replicate takes (6 MiB). Send less of it."
-        require(size <= LONGEST, too_long, code="context_length_exceeded")
+        require(size <= MAX_INPUT_SIZE, too_long, code="context_length_exceeded")
 
 
 # -- Predictions ---------------------------------------------------------------
@@ -4318,232 +4247,265 @@ def inside(path: str, key: str | int) -> str:
 
 # -- JSON ----------------------------------------------------------------------
 #
-# One reader of JSON as models write it, for tool calls and for answers. What is JSON
-# it copies as it stands. What can mean only one thing it mends: other quotes, Python's
-# words, comments, a comma too many, a bracket missing. Where quotes don't balance, it
-# is no JSON: after a string comes a comma, a colon, a bracket or the end.
+# JSON as models write it, for tool calls and for answers. What is JSON is copied as
+# it stands. What can mean only one thing is repaired: other quotes, Python's words,
+# comments, a comma too many, a bracket missing. Where quotes don't balance, it is no
+# JSON: after a string comes a comma, a colon, a bracket or the end.
 # An answer that is to be JSON is asked for in the model's own way if it has one, else
 # in the system text; then the value is taken out of what surrounds it.
 
 
-KEY, COLON, VALUE, NEXT = "key", "colon", "value", "next"  # what is to come
-CLOSERS = {"{": "}", "[": "]"}
-BRACKETS = {"{": "object", "[": "array"}
+CLOSERS = {"{": "}", "[": "]", "(": ")"}
+QUOTES = ('"', "'", "`")
 DEEPEST_JSON = 200  # brackets
-LONGEST_WORD = 1000  # characters, also of a comment
-JSON_TOKEN = re.compile(
-    r"""(?P<space>[ \t\r\n]+)
-    | (?P<mark>[{}\[\],:])
-    | (?P<quote>["'`])
-    | (?P<comment>//[^\n]*(?=\n)|/\*.*?\*/)
-    | (?P<literal>(?:true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)
-        (?=[\s,:{}\[\]"'`<]|//|/\*))
-    | (?P<word>(?:(?!//|/\*)[^\s,:{}\[\]"'`<])+
-        (?:[ \t]+(?:(?!//|/\*)[^\s,:{}\[\]"'`<])+)*
-        (?=[ \t\r]*(?:[\n,:{}\[\]"'`<]|//|/\*)))
-    | (?P<end><\||<｜|</(?:tool_call|function|invoke|json))
-    | (?P<bad><[^|｜/]|</[^tfij]|[^\S \t\r\n])""",
-    re.ASCII | re.DOTALL | re.VERBOSE,
+LONGEST_WORD = 1000  # characters, or what may have to wait for its end
+SPACE_OR_COMMENT = re.compile(
+    r"[ \t\r\n]+|//[^\n]{0,900}(?=\n)|/\*.{0,900}?\*/", re.DOTALL
 )
-JSON_WORDS = {"True": "true", "False": "false", "None": "null"}
+SPACE_OR_SLASH = ("", " ", "\n", "\r", "\t", "/")
+HALF_COMMENT = re.compile(r"/(?:/[^\n]*|\*.*)?\Z", re.DOTALL)
+LITERAL = re.compile(
+    r"true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?", re.ASCII
+)
+WORD = re.compile(rf"""(?:(?!//|/\*)[^,:{{}}\[\]"'`<\n]){{0,{LONGEST_WORD}}}""")
 NO_NUMBER = re.compile(r"[+-]?(?:nan|inf|infinity)", re.IGNORECASE)
-UNQUOTED = {q: re.compile(rf'[^\\\x00-\x1f"{q}]+') for q in "\"'`"}
-ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+PYTHON_LITERALS = {"True": "true", "False": "false", "None": "null"}
+PYTHON_WORD = re.compile(rf"[\w.+-]{{0,{LONGEST_WORD}}}")
+PYTHON_QUOTES = re.compile(r"\"{1,3}|'{1,3}|`")
+KEYWORD = re.compile(r"(?:\w{1,100}\s{0,100}(?:=\s{0,100})?)?")
+ESCAPE = r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
+UNQUOTED = {q: re.compile(rf'(?:[^\\\x00-\x1f"{q}]+|{ESCAPE})+') for q in QUOTES}
 HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+END = re.compile(r"`|<[|｜]|</(?:tool_call|function|invoke|json)")
+HALF_END = re.compile(r"</?[a-z_]{0,8}\Z")
+
+Reading = Generator[None, str, None]  # waits for text
 
 
 class JSONReader:
-    """Reads one object or array that comes in pieces.
+    """Reads one object or array that comes in pieces, whatever is wrong with it.
 
-    `take` gives it as it was written for as long as nothing has to be mended; then
-    nothing until it `is_done`, and the rest, mended. If it `is_broken` beyond that,
-    it gives the rest as it comes."""
+    What is JSON as it stands is given at once; from the first repair on, nothing is
+    until the value ends. With the `names` of parameters it reads the arguments of a
+    call in Python."""
 
-    def __init__(self, keeps_space: bool = False) -> None:
+    def __init__(
+        self, keeps_space: bool = False, names: Iterable[str] | None = None
+    ) -> None:
         self.keeps_space = keeps_space  # between tokens
-        self.closers: list[str] = []  # of what is open; "" for a bracket left out
-        self.place = VALUE
-        self.quote = ""  # of the string it is in
-        self.key = ""  # the kind of its token, if a key came last
-        self.after_string = False
-        self.comma = ""  # with the space after it: it waits for what follows
-        self.held = ""  # a token that may go on
-        self.json: list[str] = []
+        self.is_python = names is not None
+        self.names = iter(names or ())
         self.raw: list[str] = []  # all that came
-        self.seen = 0  # characters of it that were read
-        self.sound = 0, 0  # how far `json` and `raw` are good as they were written
-        self.is_strict = True  # nothing had to be mended
+        self.text, self.at = "", 0  # what is looked at, and how far it was read
+        self.passed = 0  # characters before `text`
+        self.ready: list[str] = []  # JSON as it was written
+        self.repaired: list[str] = []  # what follows from the first repair on
+        self.sound = 0  # characters before the end of `ready`
+        self.closers: list[str] = []  # of what is open
+        self.is_strict = True  # nothing had to be repaired
+        self.is_over = False  # nothing more comes
         self.is_done = self.is_broken = False
+        self.rest = ""  # what follows the value; what was not given if it is broken
+        self.reading = self.container("(") if self.is_python else self.first()
+        next(self.reading)
 
-    def take(self) -> str:
-        """What is safe to emit and was not taken yet."""
-        if self.is_broken:
-            pieces, at = self.sound
-            text = "".join([*self.json[:pieces], "".join(self.raw)[at:]])
-            self.json, self.raw, self.sound = [], [], (0, 0)
-        elif self.is_strict or self.is_done:
-            text, self.json = "".join(self.json), []
-            self.sound = 0, self.sound[1]
-        else:
-            text = ""
-        return text
-
-    def is_cut(self) -> bool:
-        """Whether more is missing than brackets."""
-        is_token = bool(self.held) and not self.held.startswith("<")
-        return bool(self.quote) or is_token or self.place != NEXT
-
-    def feed(self, text: str, depth: int = 0) -> str | None:
-        """Read until no more than `depth` brackets are open; give what follows then."""
+    def feed(self, text: str, is_over: bool = False) -> str:
+        """Take more text; give what is ready."""
         self.raw.append(text)
-        text, self.held, at = self.held + text, "", 0
-        while at < len(text) and not self.is_broken:
-            if self.is_strict:
-                self.sound = len(self.json), self.seen + at - len(self.comma)
-            if self.quote:
-                start, at = at, self.read_string(text, at)
-                if at == start:
-                    break
-                continue
-            token = JSON_TOKEN.match(text, at)
-            if not token:
-                self.is_broken = len(text) - at > LONGEST_WORD
-                break
-            kind = token.lastgroup
-            if kind == "end" or (token[0] == "`" and self.place not in (KEY, VALUE)):
-                self.finish(depth)
-                return text[at:]
-            at = token.end()
-            self.read_token(str(kind), token[0])
-            if kind == "mark" and len(self.closers) <= depth and not self.is_broken:
-                self.is_done = True
-                return text[at:]
-        self.seen += at
-        self.held = text[at:]
-        if self.is_strict and not self.is_broken:
-            self.sound = len(self.json), self.seen - len(self.comma)
-        return self.held if self.is_broken else None
-
-    def read_string(self, text: str, at: int) -> int:
-        """Read a part of a string, and say where it ends."""
-        if plain := UNQUOTED[self.quote].match(text, at) or ESCAPE.match(text, at):
-            self.json.append(plain[0])
-            return plain.end()
-        c = text[at]
-        if c == self.quote:
-            self.json.append('"')
-            self.quote, self.after_string = "", True
-        elif HALF_ESCAPE.match(text, at):
-            return at
-        elif c == "\\" and text[at + 1] in "'`":
-            self.repair(text[at + 1])
-            return at + 2
-        else:  # an unknown escape stands for its backslash
-            self.repair(json.dumps(c)[1:-1])
-        return at + 1
-
-    def repair(self, instead: str = "") -> None:
-        self.is_strict = False
-        self.json.append(instead)
-
-    def read_token(self, kind: str, token: str) -> None:
-        if kind == "space" and self.comma:
-            self.comma += token
-        elif kind == "space":
-            self.json.append(token if self.keeps_space else "")
-        elif kind == "comment":
-            self.repair()
-        elif kind == "bad":
+        self.is_over = is_over
+        try:
+            self.reading.send(text)
+        except StopIteration:
+            self.is_done = True
+            self.ready += self.repaired
+            self.sound = self.passed + self.at
+        except ValueError:
             self.is_broken = True
-        elif token == ":":
-            self.is_broken |= self.place != COLON
-            self.json.append(token)
-            self.place = VALUE
-        elif token == ",":
-            if self.place == NEXT or (self.is_in_object() and self.place != KEY):
-                self.end_item()
-                self.comma = ","
-                self.place = KEY if self.is_in_object() else VALUE
-            else:  # nothing stands before it
-                self.repair()
-        elif token in ("}", "]"):  # closes what is open in it as well
-            closers = ("}", "") if token == "}" else ("]",)
-            depths = [i for i, closer in enumerate(self.closers) if closer in closers]
-            if depths:
-                self.close(depths[-1])
-            else:  # it closes nothing
-                self.repair()
-        elif token == "{" and self.place == KEY and not self.comma:  # {{ for {
-            self.repair()
-            self.closers.append("")
+        if self.is_done or self.is_broken:
+            self.rest = "".join(self.raw)[self.sound :]
+        ready = "".join(self.ready)
+        self.ready.clear()
+        return ready
+
+    def finish(self, done: Done) -> str:
+        """Give the rest: nothing more comes, and only brackets may be missing."""
+        if done.finish_reason == "length":
+            self.is_broken, self.rest = True, "".join(self.raw)[self.sound :]
+            return ""
+        return self.feed("", is_over=True)
+
+    def more(self) -> Reading:
+        if self.is_over or len(self.text) - self.at > LONGEST_WORD:
+            raise ValueError("no end")
+        self.passed += self.at
+        self.text, self.at = self.text[self.at :] + (yield), 0
+
+    def write(self, text: str) -> None:
+        if self.is_strict:
+            self.ready.append(text)
+            self.sound = self.passed + self.at
         else:
-            self.begin_item(kind, token)
-        self.is_broken |= len(self.closers) > DEEPEST_JSON
+            self.repaired.append(text)
 
-    def is_in_object(self) -> bool:
-        return bool(self.closers) and self.closers[-1] != "]"
+    def next(self) -> str:
+        return self.text[self.at : self.at + 1]
 
-    def begin_item(self, kind: str, token: str) -> None:
-        """Begin a key or a value, after the comma that it needs."""
-        if self.place == NEXT and not self.after_string and kind in ("quote", "mark"):
-            self.repair(",")
-            self.place = KEY if self.is_in_object() else VALUE
-        is_key = self.place == KEY
-        self.is_broken |= self.place not in (KEY, VALUE) or (is_key and kind == "mark")
-        self.json.append(self.comma if self.keeps_space else self.comma[:1])
-        self.comma, self.after_string = "", False
-        self.place = COLON if is_key else NEXT
-        self.key = kind if is_key else ""
-        if kind == "mark":
-            self.json.append(token)
-            self.closers.append(CLOSERS[token])
-            self.place = KEY if token == "{" else VALUE
-        elif kind == "quote":
-            self.quote = token
-            self.json.append('"')
-            self.is_strict &= token == '"'
-        elif kind == "literal" and not is_key:
-            self.is_broken |= token[-1].isdigit() and not isfinite(float(token))
-            self.json.append(token)
+    def token(self, pattern: re.Pattern[str]) -> Generator[None, str, str]:
+        """What matches here, once it is sure where that ends."""
+        while True:
+            found = pattern.match(self.text, self.at)
+            if found and found.end() < len(self.text):
+                self.at = found.end()
+                return found[0]
+            yield from self.more()
+
+    def space(self) -> Generator[None, str, str]:
+        """The space that comes next, without the comments in it."""
+        space = ""
+        while (c := self.next()) in SPACE_OR_SLASH:
+            if found := SPACE_OR_COMMENT.match(self.text, self.at):
+                self.at = found.end()
+                self.is_strict &= c != "/"
+                space += found[0] if self.keeps_space and c != "/" else ""
+            elif HALF_COMMENT.match(self.text, self.at) if c else not self.is_over:
+                yield from self.more()
+            else:
+                break
+        return space
+
+    def first(self) -> Reading:
+        while not self.text:
+            yield from self.more()
+        yield from self.value()
+
+    def value(self) -> Reading:
+        """Read what begins here."""
+        c = self.next()
+        if c not in ("{", "["):
+            return self.string() if c in QUOTES else self.word()
+        self.at += 1
+        return self.container(c)
+
+    def container(self, opener: str) -> Reading:
+        """Read what follows an opening bracket."""
+        self.closers.append(CLOSERS[opener])
+        if len(self.closers) > DEEPEST_JSON:
+            raise ValueError("too deep")
+        self.write("[" if opener == "[" else "{")
+        comma = ""  # with the space after it: it waits for an item
+        last = ""  # the end of the last item
+        doubled = 0  # braces: {{ for {
+        while True:
+            space = yield from self.space()
+            if comma:
+                comma += space
+            elif space:
+                self.write(space)
+            while (c := self.next()) == "<" and HALF_END.match(self.text, self.at):
+                yield from self.more()
+            is_after_item = last and not comma
+            if c in self.closers and not (doubled and c == "}"):
+                break  # it closes what is open in it as well
+            if is_after_item and (not c or END.match(self.text, self.at)):
+                break
+            if is_after_item and c == ",":
+                comma = c
+                self.at += 1
+            elif c in (",", "}", "]") or (c == opener == "{" and not last):
+                doubled = max(0, doubled + (c == "{") - (c == "}"))
+                self.is_strict = False
+                self.at += 1
+            else:
+                if is_after_item:
+                    if last == '"' or c not in (*QUOTES, "{", "["):
+                        raise ValueError("no comma")
+                    self.is_strict = False
+                    comma = ","
+                if comma:
+                    self.write(comma if self.keeps_space else comma[:1])
+                    comma = ""
+                if opener == "[" or (yield from self.key(opener)):
+                    yield from self.value()
+                last = (self.repaired or self.ready)[-1][-1:]
+        self.is_strict &= not comma and c == self.closers[-1]
+        self.at += c == self.closers.pop()
+        self.write(comma[1:] if self.keeps_space else "")
+        self.write("]" if opener == "[" else "}")
+
+    def key(self, opener: str) -> Generator[None, str, bool]:
+        """Read a key; False if no value follows."""
+        if opener == "(":
+            keyword = yield from self.token(KEYWORD)
+            if "=" not in keyword:
+                self.at -= len(keyword)
+                keyword = next(self.names, "")
+            if not keyword:
+                raise ValueError("too many values")
+            self.write(compact(keyword.rstrip("= \t\r\n")) + ":")
+            return True
+        lacks = ":null" if self.next() in QUOTES else ""
+        yield from (self.string() if lacks else self.word(is_key=True))
+        self.write((yield from self.space()))
+        if has_colon := self.next() == ":":
+            self.at += 1
+            self.write(":")
+            self.write((yield from self.space()))
+            lacks = "null"
+        if lacks and self.next() in (",", "}", "]"):
+            self.is_strict = False
+            self.write(lacks)
+            return False
+        if not has_colon:
+            raise ValueError("no colon")
+        return True
+
+    def word(self, is_key: bool = False) -> Reading:
+        word = yield from self.token(PYTHON_WORD if self.is_python else WORD)
+        token = word.rstrip()
+        self.at -= len(word) - len(token)
+        if not token or NO_NUMBER.fullmatch(token):
+            raise ValueError("no value")
+        if LITERAL.fullmatch(token) and not is_key:
+            if token[-1].isdigit():
+                finite_float(token)
+        elif self.is_python and token not in PYTHON_LITERALS:
+            raise ValueError("no literal")
         else:
-            self.is_broken |= bool(NO_NUMBER.fullmatch(token))
-            value = compact(token)
-            self.repair(value if is_key else JSON_WORDS.get(token, value))
+            self.is_strict = False
+            token = (not is_key and PYTHON_LITERALS.get(token)) or compact(token)
+        self.write(token)
 
-    def end_item(self) -> None:
-        """Put what is missing where a key or a value ends."""
-        if self.place == COLON:
-            self.is_broken |= self.key != "quote"
-            self.repair(":null")
-        elif self.place == VALUE and self.is_in_object():
-            self.repair("null")
-        elif self.comma:
-            self.repair(self.comma[1:] if self.keeps_space else "")
-            self.comma = ""
-
-    def close(self, depth: int = 0) -> None:
-        """Close what is open, down to so many brackets."""
-        self.is_strict &= len(self.closers) == depth + 1
-        while len(self.closers) > depth:
-            self.end_item()
-            self.json.append(self.closers.pop())
-            self.place, self.after_string = NEXT, False
-
-    def finish(self, depth: int = 0) -> None:
-        """End where nothing more comes: only brackets may be missing."""
-        self.is_broken |= self.is_cut()
-        self.close(depth)
-        self.is_done = not self.is_broken
+    def string(self) -> Reading:
+        if self.is_python:
+            quote = yield from self.token(PYTHON_QUOTES)
+        else:
+            quote = self.next()
+            self.at += 1
+        self.is_strict &= quote == '"'
+        self.write('"')
+        while len(quote) != 2:
+            if plain := UNQUOTED[quote[0]].match(self.text, self.at):
+                self.at = plain.end()
+                self.write(plain[0])
+            rest = self.text[self.at : self.at + 3]
+            if rest.startswith(quote):
+                self.at += len(quote)
+                break
+            if quote.startswith(rest) or HALF_ESCAPE.match(self.text, self.at):
+                yield from self.more()
+            else:  # an unknown escape stands for its backslash
+                self.is_strict = False
+                self.at += rest[:2] in ("\\'", "\\`")
+                self.write(json.dumps(self.next())[1:-1])
+                self.at += 1
+        self.write('"')
 
 
 def repair_json(text: str) -> str:
-    """The object in a text as JSON; "" if there is none that could be mended."""
-    reader = JSONReader()
-    if "{" in text:
-        reader.feed(text[text.index("{") :] + "\n")
-        if not reader.is_done:
-            reader.finish()
-    return reader.take() if reader.is_done else ""
+    """The object in a text as JSON; "" if there is none that could be repaired."""
+    reader, (_, brace, rest) = JSONReader(), text.partition("{")
+    value = reader.feed(f"{brace}{rest}\n", is_over=True)
+    return value if reader.is_done else ""
 
 
 def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
@@ -4558,8 +4520,8 @@ def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
 
 
 # A brace in prose begins no JSON unless a key and a colon follow it, nor does a
-# bracket without an item. Until that is clear, text is held. What has nothing in its
-# brackets, or keys without quotes, can't be distinguished from prose before the end.
+# bracket without an item. What has nothing in its brackets, or keys without quotes,
+# can't be distinguished from prose before the end.
 GAPS = r"\s{0,20}"
 QUOTED = r"""(?:"(?:[^"\\]|\\.){0,100}"|'(?:[^'\\]|\\.){0,100}')"""
 SCALAR = r"(?:-?[0-9]{1,20}(?:\.[0-9]{1,20})?(?:[eE][+-]?[0-9]{1,3})?|true|false|null)"
@@ -4569,13 +4531,7 @@ BEGINS = re.compile(
     |(?:\[{GAPS}){{1,8}}(?:"|(?:{SCALAR}|{EMPTY}){GAPS}[,\]])""",
     re.DOTALL | re.VERBOSE,
 )
-MAY_BEGIN = re.compile(
-    rf"""(?:\[{GAPS}){{0,8}}
-    (?:\]{GAPS} | (?:[a-z]{{1,5}}|[0-9.eE+-]{{1,47}}){GAPS}
-    | \{{{GAPS}(?:"(?:[^"\\]|\\.){{0,100}}\\?|'(?:[^'\\]|\\.){{0,100}}\\?
-        |{QUOTED}{GAPS}|\}}{GAPS})?)?""",
-    re.DOTALL | re.VERBOSE,
-)
+LONGEST_BEGINNING = 420  # characters
 LONE_VALUE = re.compile(
     rf'[{{\[]|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
 )
@@ -4585,107 +4541,92 @@ LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
 
 def extract_json(events: Events, format: ResponseFormat) -> Events:
     """Tell of the text only the value in it, or all of it if there is none."""
-    types = root_types(format.schema)
-    openings = re.compile(
-        "|".join(re.escape(c) for c, name in BRACKETS.items() if name in types)
-        or "(?!)"
-    )
-    passed: list[str] = []  # text that no value begins in
-    held = ""  # text that one may begin with
+    brackets = possible_brackets(format.schema)
+    bracket = re.compile(f"[{re.escape(brackets)}]" if brackets else "(?!)")
+    text, looked = "", 0
     with closing(events):
         for event in events:
             if isinstance(event, Text):
-                held += event.text
-                at, begins = find_value(held, openings)
-                passed.append(held[:at])
-                held = held[at:]
-                if begins:
+                text += event.text
+                matches = (
+                    BEGINS.match(text, b.start())
+                    for b in bracket.finditer(text, looked)
+                )
+                found = [(match.end(), match.start()) for match in matches if match]
+                if found:  # of several, that which could be told first
                     break
+                looked = max(0, len(text) - LONGEST_BEGINNING)
                 continue
             if isinstance(event, (ToolCall, Done)):
-                text = "".join(passed) + held
                 if isinstance(event, Done):
-                    text = lone_value(text, format, types)
+                    text = lone_value(text, format, brackets)
                 if text:
                     yield Text(text)
-                passed, held = [], ""
+                text, looked = "", 0
             yield event
+        else:
+            return
         reader, epilogue = JSONReader(keeps_space=True), 0
-        for event in chain((Text(held),), events):
+        for event in chain((Text(text[min(found)[1] :]),), events):
+            ready = rest = ""
+            is_over = reader.is_done or reader.is_broken
             if isinstance(event, Text):
-                rest: str | None = event.text
-                if not reader.is_done:
-                    rest = reader.feed(event.text)
-                    if ready := reader.take():
-                        yield Text(ready)
-                epilogue += len(rest or "") if reader.is_done else 0
-                if epilogue > LONGEST_EPILOGUE:
-                    yield Done("stop")
-                    return
-                continue
-            if isinstance(event, Done):
-                if not (reader.is_done or reader.is_broken):
-                    reader.is_broken = event.finish_reason == "length"
-                    reader.finish()
-                if ready := reader.take():
-                    yield Text(ready)
-                if reader.is_done:  # what was cut off after it was no part of it
-                    event = Done("stop", event.usage)
-            yield event
+                ready = "" if is_over else reader.feed(event.text)
+                rest = event.text if is_over else reader.rest
+            elif isinstance(event, Done) and not is_over:
+                ready, rest = reader.finish(event), reader.rest
+            if reader.is_done:
+                epilogue += len(rest)
+            elif reader.is_broken:
+                ready += rest
+            if ready:
+                yield Text(ready)
+            if isinstance(event, Done) and reader.is_done:
+                event = Done("stop", event.usage)  # what was cut off was no part of it
+            if epilogue > LONGEST_EPILOGUE:
+                yield Done("stop")
+                return
+            if not isinstance(event, Text):
+                yield event
 
 
-def root_types(schema: Json) -> set[str]:
-    """The types of a schema's values, as far as it says them; else all."""
+def possible_brackets(schema: Json) -> str:
+    """The brackets that values of a schema may begin with, as far as it says so."""
+    types, within = {"{": "object", "[": "array"}, Validation(schema)
     try:
-        return types_of(schema, Validation(schema))
+        return "".join(c for c in types if may_be(types[c], schema, within))
     except (TooManySteps, RecursionError):
-        return set(TYPES)
+        return "{["
 
 
-def types_of(schema: Any, within: Validation) -> set[str]:
+def may_be(type: str, schema: Any, within: Validation) -> bool:
     within.spend()
-    types, schema = set(TYPES), as_object(schema)
-    given = schema.get("type")
-    names = {name for name in [given, *as_list(given)] if isinstance(name, str)}
-    if names & types:
-        types = names
-    elif "properties" in schema:
-        types = {"object"}
+    schema = as_object(schema)
+    given = schema.get("type", "object" if "properties" in schema else None)
+    names = [name for name in [given, *as_list(given)] if name in [*TYPES]]
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    choices = [as_list(schema[k]) for k in ("anyOf", "oneOf") if as_list(schema.get(k))]
+    all_of = as_list(schema.get("allOf"))
     if "$ref" in schema:
-        types &= types_of(within.target(schema["$ref"]), within)
-    for one in as_list(schema.get("allOf")):
-        types &= types_of(one, within)
-    for keyword in ("anyOf", "oneOf"):
-        if choices := as_list(schema.get(keyword)):
-            types &= set().union(*(types_of(one, within) for one in choices))
-    for values in (
-        schema.get("enum"),
-        [schema["const"]] if "const" in schema else None,
-    ):
-        if isinstance(values, list):
-            types &= {name for name in TYPES for value in values if TYPES[name](value)}
-    return types
+        all_of = [*all_of, within.target(schema["$ref"])]
+    return (
+        (not names or type in names)
+        and (not isinstance(values, list) or any(map(TYPES[type], values)))
+        and all(may_be(type, one, within) for one in all_of)
+        and all(any(may_be(type, one, within) for one in each) for each in choices)
+    )
 
 
-def find_value(text: str, openings: re.Pattern[str]) -> tuple[int, bool]:
-    """Where a value begins, or may begin if that is yet to be seen."""
-    for opening in openings.finditer(text):
-        at = opening.start()
-        if begins := BEGINS.match(text, at) or MAY_BEGIN.fullmatch(text, at):
-            return at, begins.re is BEGINS
-    return len(text), False
-
-
-def lone_value(text: str, format: ResponseFormat, types: set[str]) -> str:
+def lone_value(text: str, format: ResponseFormat, brackets: str) -> str:
     """A value that does not look like one, if it fits the schema, else the text."""
     for found in islice(LONE_VALUE.finditer(text), MOST_LONE_VALUES):
         value = found[0]
-        if value in BRACKETS:
+        if value in ("{", "["):
             reader = JSONReader(keeps_space=True)
-            reader.feed(text[found.start() :])
-            value = reader.take() if reader.is_done else ""
-        elif types == set(TYPES):
-            continue
+            value = reader.feed(text[found.start() :])
+            value = value if reader.is_done else ""
+        elif brackets == "{[":
+            continue  # the schema says nothing
         if value and not parsed_or_why(value, format)[1]:
             return value
     return text
@@ -4712,48 +4653,51 @@ def tool_call_error(name: str, arguments: str, toolbox: Toolbox) -> str:
 
 NAME_KEYS = ("name", "function", "tool", "tool_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
-HEAD_KEYS = (*NAME_KEYS, "type", "id", "tool_calls")
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
 SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
 NAME_CHARACTERS = ALPHABET + "_-"
 LONGEST_HEAD = 400  # characters, up to where arguments begin
-OPENAI_OBJECT = re.compile(r'\{\s*"tool_calls"\s*:\s*\[')
-OBJECT_HEAD = re.compile(
-    rf"""\{{ (?:\s*"(?:id|type)"\s*:\s*"[\w-]{{0,64}}"\s*, | \s*"function"\s*:\s*\{{)*
-    \s*(?:"(?:{"|".join(NAME_KEYS)})"\s*:\s*"(?P<name>[\w-]{{0,64}})(?P<end>"|\Z))?""",
+OPENAI_HEAD = '{"tool_calls":['
+HEAD = re.compile(  # without its space
+    rf"""\{{(?:"(?:id|type)":"[\w-]{{0,64}}",|"function":\{{)*
+    (?:"(?:{"|".join(NAME_KEYS)})":"(?P<name>[\w-]{{0,64}})(?:(?P<end>")|\Z)
+    (?P<given>,"(?:{"|".join(ARGUMENT_KEYS)})":\{{(?P<first>"(?P<key>[^"]*)"|\}})?)?)?""",
     re.ASCII | re.VERBOSE,
 )
-HALF_HEAD = re.compile(r'(?:"(?P<key>\w*)(?:"\s*(?::\s*(?:"[\w-]{0,64}"?\s*)?)?)?)?')
-ARGUMENTS_BEGIN = re.compile(
-    rf"""\s*,\s*"(?:{"|".join(ARGUMENT_KEYS)})"\s*:\s*
-    (?P<brace>\{{)\s*(?P<first>\}}|"(?P<key>[^"]*)"|)""",
-    re.VERBOSE,
-)
+HALF_HEADS = (OPENAI_HEAD[1:], *(f'"{key}":"' for key in (*NAME_KEYS, "type", "id")))
+HALF_PAIR = re.compile(r'"(?:id|type)":"[\w-]{0,64}"?', re.ASCII)
 
 
-def object_head(head: str, toolbox: Toolbox, is_sure: bool) -> tuple[str, int] | None:
-    """Which tool an object calls, "" while it may name one, and where arguments begin.
+def parse_head(
+    text: str, toolbox: Toolbox, is_sure: bool
+) -> tuple[str, int | None] | None:
+    """Which tool an object calls, if it says so yet, and where its arguments begin.
 
-    None if no call begins so, or if it is a tool that is described, not called."""
-    head = head.replace("'", '"')
-    begun = OBJECT_HEAD.match(head)
-    if not begun or OPENAI_OBJECT.match(head):
-        return "", 0
-    if begun["name"] is None:
-        half = HALF_HEAD.fullmatch(head, begun.end())
-        is_begun = half and any(k.startswith(half["key"] or "") for k in HEAD_KEYS)
-        return ("", 0) if is_begun else None
-    name, is_whole = begun["name"], begun["end"] == '"'
-    if not toolbox.knows(name, is_whole):
+    That is 0 if they can't be streamed, None if it is yet to be seen; all is None if
+    no call begins so, or if it is a tool that is described, not called."""
+    head = "".join(text.split()).replace("'", '"')
+    found = HEAD.match(head)
+    assert found
+    name, key, rest = found["name"], found["key"], head[found.end() :]
+    if name is None:
+        is_half = any(begin.startswith(rest) for begin in HALF_HEADS)
+        if is_half or HALF_PAIR.fullmatch(rest):
+            return "", None
+        return ("", 0) if head.startswith(OPENAI_HEAD) else None
+    is_described = key in SCHEMA_KEYS and key not in properties_of(toolbox.find(name))
+    is_whole = bool(found["end"])
+    if not toolbox.knows(name, is_whole) or (is_described and not is_sure):
         return None
-    arguments = ARGUMENTS_BEGIN.match(head, begun.end())
-    if not arguments:
-        return name if is_whole else "", 0
-    key, known = arguments["key"], properties_of(toolbox.find(name))
-    if not is_sure and key in SCHEMA_KEYS and key not in known:
-        return None
-    is_clear = is_sure or arguments["first"]
-    return name, arguments.start("brace") if is_clear else 0
+    if not is_whole:
+        return "", None
+    if not found["given"]:
+        is_half = any(f',"{key}":{{'.startswith(rest) for key in ARGUMENT_KEYS)
+        return name, None if is_half else 0
+    if not (is_sure or found["first"]):
+        return name, None if rest[:1] in ("", '"') else 0
+    braces = [brace.start() for brace in re.finditer("{", text)]
+    at = braces[head[: found.start("given")].count("{")]
+    return name, 0 if "'" in text[:at] else at
 
 
 def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str]]:
@@ -4830,9 +4774,8 @@ FORMAT_ROWS = (
     ("call", "[TOOL_CALLS]"),  # Mistral …
     ("named", "*[ARGS]", "", INSIDE),  # … since its tokenizer 11
     ("named", "<function=*>", "</function>"),  # Llama 3, Qwen3 Coder
-    ("tagged", "*\n<arg_key>", "</tool_call>", INSIDE),  # GLM
+    ("named", "*\n", "</tool_call>", INSIDE),  # GLM
     ("tagged", "*<arg_key>", "</tool_call>", INSIDE),
-    ("named", "*\n", "", INSIDE),
     ("call", "<function_calls>", "</function_calls>"),  # Claude
     ("named", '<invoke name="*">', "</invoke>"),
     ("call", "<minimax:tool_call>", "</minimax:tool_call>"),
@@ -4888,6 +4831,7 @@ def opening_at(
 
 
 START = re.compile(r"[<\[{`]")  # what any call begins with
+START_OR_SPACE = re.compile(r"[<\[{`]|\s\Z")
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
 MOST_OPENINGS = 6  # of one call
 LONGEST_CALL = 200_000  # characters that are held
@@ -4896,10 +4840,11 @@ LONGEST_LEAD = 80  # characters
 LEAD = re.compile(  # what may stand between a name and its arguments
     r"\s*(?:\d{1,3}\s*)?(?:(?:<\|\w{1,30}\|>|commentary|analysis|```|json|code)\s*){0,9}"
 )
-TAG_BEGINS = re.compile(r"<(?:｜DSML｜|antml:)?parameter")
+PARAMETER = "<(?:｜DSML｜|antml:)?parameter"
+TAG_BEGINS = re.compile(f"{PARAMETER}|<arg_key>")
 TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
     rf"<parameter=(?P<name>[^<>]{{1,64}})>"
-    rf'|{TAG_BEGINS.pattern} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
+    rf'|{PARAMETER} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
     r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
 )
 TAGGED_END = re.compile(r"</(?:｜DSML｜|antml:)?parameter>|</arg_value>")
@@ -4916,59 +4861,6 @@ def tagged_arguments(text: str, tool: Tool | None) -> Json:
             is_json = value is not None or text.strip() == "null"
             arguments[name] = value if is_json and not is_string(tool, name) else text
     return arguments
-
-
-LONGEST_PYTHON = 4000  # characters
-DEEPEST_PYTHON = 20  # brackets
-PYTHON_WORDS = {"true": "True", "false": "False", "null": "None"}
-PYTHON_STRING = r"""(?P<text>\"""(?:[^\\]|\\.)*?\"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'
-    |"(?!"")(?:[^"\\\n]|\\.)*"|'(?!'')(?:[^'\\\n]|\\.)*')"""
-PYTHON_PART = re.compile(
-    rf"""{PYTHON_STRING}|(?P<open>[(\[{{])|(?P<close>[)\]}}])|[^"'()\[\]{{}}]+""",
-    re.DOTALL | re.VERBOSE,
-)
-PYTHON_TOKEN = re.compile(
-    rf"""{PYTHON_STRING}
-    |(?P<name>[A-Za-z_]\w*)(?=\s*=)
-    |(?P<word>\b(?:True|False|None|true|false|null)\b)
-    |-?\b\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?\b""",
-    re.DOTALL | re.VERBOSE,
-)
-PYTHON_NOISE = re.compile(r"[^0=\s,:()\[\]{}]|[0)\]}]\s*[0(\[{=]")
-PYTHON_ESCAPE = re.compile(r"\\(?=[^\n\\'\"abfnrtvxuU0])(.)|\\.", re.DOTALL)
-
-
-def python_arguments(text: str, tool: Tool | None) -> Json | None:
-    """The arguments of a call in their brackets; None if they are not literals."""
-    try:
-        call = ast.parse(f"f{as_literals(text)}", mode="eval").body
-        if not isinstance(call, ast.Call):
-            return None
-        values = [ast.literal_eval(argument) for argument in call.args]
-        given = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        named = zip(islice(properties_of(tool), len(values)), values, strict=True)
-        arguments = {**dict(named), **given}
-        json.dumps(arguments, allow_nan=False)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return None
-    return arguments
-
-
-def as_literals(text: str) -> str:
-    """The text as Python may have it; ValueError if there is more in it than literals.
-
-    Python's parser is given nothing else, as it recurses without an end of its own."""
-    bare = PYTHON_TOKEN.sub(lambda token: "" if token["name"] else "0", text)
-    depths = accumulate((c in "([{") - (c in ")]}") for c in bare)
-    if PYTHON_NOISE.search(bare) or max(depths, default=0) > DEEPEST_PYTHON:
-        reject_constant("more than literals")
-    return PYTHON_TOKEN.sub(as_literal, text)
-
-
-def as_literal(token: re.Match[str]) -> str:
-    if token["text"]:
-        return PYTHON_ESCAPE.sub(lambda e: f"\\{e[0]}" if e[1] else e[0], token[0])
-    return PYTHON_WORDS.get(token[0], token[0])
 
 
 def extract_tool_calls(
@@ -4989,64 +4881,87 @@ class ToolCallParser:
         self.toolbox = toolbox
         self.strict = strict
         self.done: Done | None = None
-        self.was_cut = False
-        self.pieces: deque[str] = deque()  # that came, and are to be looked at
+        self.coming = ""  # what came and was not looked at
         self.held = ""  # what was looked at, and may be a call or what closes it
-        self.events: list[Event] = []  # that nobody has taken yet
+        self.texts: list[str] = []  # that nobody has taken yet …
+        self.events: list[Event] = []  # … and what was told before them
         self.calls = 0
         self.openings: list[ToolCallFormat] = []  # that are not closed
         self.is_fresh = True  # nothing was said yet, or nothing since a call
 
     def parse(self) -> Events:
-        is_over = False
-        while not is_over and (self.held or (yield from self.more())):
-            is_over = yield from self.read_call()
+        readers = {
+            "object": self.read_object,
+            "named": self.read_named,
+            "tagged": self.read_tagged,
+            "python": self.read_object,
+        }
+        while self.held or (yield from self.more(skims=not self.openings)):
+            before, calls = self.openings, self.calls
+            if not before:
+                start = START.search(self.held)
+                end = start.start() if start else len(self.held)
+                self.emit_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
+            self.openings, holds, name, at = self.read_openings()
+            if holds == "result" and calls:
+                break  # what a tool gives is not the model's to say
+            if holds is None and (yield from self.more()):
+                self.openings = before
+            elif holds is None:
+                self.give_up(self.is_sure())
+            elif holds in readers:
+                yield from readers[holds](name, at)
+            else:
+                self.refuse(at)
+            if self.calls > calls:
+                yield from self.read_closings()
         yield from self.take()
         done = self.done or Done("stop")
-        reason = done.finish_reason
-        if self.was_cut:
-            reason = "length"
-        elif self.calls and reason == "stop":
-            reason = self.toolbox.called
-        yield Done(reason, done.usage)
+        is_called = self.calls and done.finish_reason == "stop"
+        yield Done(self.toolbox.called, done.usage) if is_called else done
 
-    def more(self) -> Waiting:
+    def more(self, skims: bool = False) -> Waiting:
         """Tell what is clear by now, and hold more text; False if there is none.
 
-        A long text comes in pieces, as what is held is copied again and again."""
-        while not self.pieces:
+        A long text comes in pieces, as what is held is copied again and again. If it
+        `skims`, what no call can begin in is told at once."""
+        while not self.coming:
             if self.done:
                 return False
             yield from self.take()
             event = next(self.source, Done("stop"))
-            if isinstance(event, Text):
-                size = LONGEST_PIECE
-                starts = range(0, len(event.text), size)
-                self.pieces.extend(event.text[at : at + size] for at in starts)
-            elif isinstance(event, Done):
+            if isinstance(event, Done):
                 self.done = event
-                self.was_cut = event.finish_reason == "length"
-            else:
+            elif not isinstance(event, Text):
                 yield event
-        self.held += self.pieces.popleft()
+            elif skims and not START_OR_SPACE.search(event.text):
+                self.is_fresh &= not event.text
+                yield event
+            else:
+                self.coming = event.text
+        self.held += self.coming[:LONGEST_PIECE]
+        self.coming = self.coming[LONGEST_PIECE:]
         return True
 
     def take(self) -> Events:
         """Give the events so far, with texts that follow each other as one."""
-        for kind, events in groupby(self.events, type):
-            if kind is Text:
-                yield Text("".join(e.text for e in events if isinstance(e, Text)))
-            else:
-                yield from events
-        self.events = []
+        self.join_texts()
+        yield from self.events
+        self.events.clear()
+
+    def join_texts(self) -> None:
+        if self.texts:
+            self.events.append(Text("".join(self.texts)))
+            self.texts.clear()
 
     def emit_text(self, length: int) -> None:
         if text := self.held[:length]:
             self.is_fresh = False
-            self.events.append(Text(text))
+            self.texts.append(text)
             self.held = self.held[length:]
 
     def emit_call(self, name: str, arguments: str = "") -> None:
+        self.join_texts()
         if not self.calls or self.toolbox.parallel:
             self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
         self.calls += 1
@@ -5065,126 +4980,136 @@ class ToolCallParser:
         first = len(self.held) - len(self.held.lstrip()) + 1
         self.emit_text(length if length > LONGEST_HEAD else first)
 
-    def drop(self) -> None:
-        """It was cut off in what would have been a call."""
-        self.held, self.was_cut = "", True
+    def give_up(self, is_call: bool) -> None:
+        """It ended in what may be a call: that is text, unless it was cut off."""
+        if is_call and self.done and self.done.finish_reason == "length":
+            self.held = ""
+        else:
+            self.refuse()
 
     def is_sure(self) -> bool:
         return any(opening.holds == "call" for opening in self.openings)
 
-    def read_call(self) -> Waiting:
-        """Tell text up to where a call may begin, and read it; True if that was all."""
-        open_before = self.openings
-        while True:
-            if not open_before:
-                start = START.search(self.held)
-                end = start.start() if start else len(self.held)
-                self.emit_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
-            self.openings = [*open_before]
-            found = self.read_openings()
-            if found:
-                break
-            if not (yield from self.more()):
-                if self.was_cut and self.is_sure():
-                    self.drop()
-                else:
-                    self.refuse()
-                return False
-        holds, name, at = found
-        calls = self.calls
-        readers = {
-            "object": self.read_object,
-            "named": self.read_named,
-            "tagged": self.read_tagged,
-            "python": self.read_python,
-        }
-        if holds == "result" and calls:
-            return True  # what a tool gives is not the model's to say
-        if holds in readers:
-            yield from readers[holds](name, at)
-        else:
-            self.refuse(at)
-        if self.calls > calls:
-            yield from self.read_closings()
-        return False
+    def read_openings(self) -> tuple[list[ToolCallFormat], str | None, str, int]:
+        """The openings, what they hold, the name in them, and where they end.
 
-    def read_openings(self) -> tuple[str, str, int] | None:
-        """What they hold, "" for no call, the name in them, and where they end.
-
-        None if that is yet to be seen."""
-        at, is_line, opened = 0, self.is_fresh, len(self.openings)
-        while len(self.openings) <= opened + MOST_OPENINGS:
+        They hold "" if it is no call, None if that is yet to be seen."""
+        at, openings = 0, [*self.openings]
+        while len(openings) <= len(self.openings) + MOST_OPENINGS:
             gap = GAP.match(self.held, at)
             start, at = at, gap.end() if gap else at
             if at == len(self.held):
-                return None
+                return openings, None, "", at
             is_line = self.is_fresh or "\n" in self.held[start:at]
             found = []
             formats = BY_BEGINNING.get(self.held[at], [])
-            for format in [*formats, *BY_BEGINNING["*"]] if self.openings else formats:
+            for format in [*formats, *BY_BEGINNING["*"]] if openings else formats:
                 is_place = is_line if format.where == LINE else format.where == ANYWHERE
                 opening = opening_at(format.opening, self.held, at, self.toolbox)
-                if opening and (is_place or self.openings):
+                if opening and (is_place or openings):
                     found.append((*opening, format))
             if any(end < 0 for _, end, _ in found):
-                return None
+                return openings, None, "", at
             if not found:
-                is_object = self.held[at] == "{" and (is_line or self.openings)
-                return "object" if is_object else "", "", at
+                is_object = self.held[at] == "{" and (is_line or openings)
+                return openings, "object" if is_object else "", "", at
             name, at, format = max(found, key=itemgetter(1))
-            if format in self.openings[opened:]:
+            if format in openings[len(self.openings) :]:
                 break
-            self.openings.append(format)
+            openings.append(format)
             if format.holds not in ("call", "object"):
-                return format.holds, name, at
-        return "", "", at
+                return openings, format.holds, name, at
+        return openings, "", "", at
+
+    def read_value(
+        self, reader: JSONReader, text: str, is_told: bool = False
+    ) -> Generator[Event, None, str]:
+        """Read JSON to its end, which is told as arguments while it comes, or held."""
+        values = [reader.feed(text)]
+        while True:
+            if is_told:
+                self.emit_arguments(values[-1])
+            if reader.is_done or reader.is_broken:
+                break
+            self.held = ""
+            if (yield from self.more()):
+                values.append(reader.feed(self.held))
+            elif is_told:
+                values.append(reader.finish(self.done or Done("stop")))
+            else:
+                break
+            reader.is_broken |= not is_told and reader.passed > LONGEST_CALL
+        self.held = reader.rest
+        return "".join(values)
 
     def read_object(self, name: str, at: int) -> Events:
-        """Read an object; its arguments at once if they begin as a call's."""
-        reader, text, piece = JSONReader(), self.held[:at], self.held[at:]
-        is_sure = self.is_sure()
-        while True:
-            is_new = len(text) - at < LONGEST_HEAD
-            text += piece
-            self.held = ""
-            if is_new:
-                head = text[at : at + LONGEST_HEAD]
-                is_sure = is_sure or bool(OPENAI_OBJECT.match(head))
-                found = object_head(head, self.toolbox, is_sure)
-                if found is None and not is_sure:
-                    self.held = text
-                    return self.refuse()
-                name, begin = found or ("", 0)
-                arguments = JSONReader()
-                if begin:
-                    arguments.feed(head[:begin])
-                    arguments.take()
-                if begin and arguments.is_strict:
-                    self.emit_call(name)
-                    self.held = text[at + begin :]
-                    depth = len(arguments.closers)
-                    return (yield from self.read_arguments(arguments, depth))
-            rest = reader.feed(piece)
-            length = len(text) - at - len(rest or "")
-            if rest is not None or length > LONGEST_CALL:
-                break
-            if not (yield from self.more()):
-                is_cut = self.was_cut or reader.is_cut() or bool(name and not begin)
-                if is_cut and (is_sure or name):
-                    return self.drop()
-                reader.finish()
-                break
-            piece = self.held
-        calls = calls_in(parsed(reader.take()), self.toolbox, is_sure)
-        known = all(self.toolbox.find(name) for name, _ in calls)
-        is_call = known or (is_sure and not self.strict)
-        if reader.is_done and length <= LONGEST_CALL and calls and is_call:
+        """Read an object; its arguments at once if they begin as a call's.
+
+        Or, after the name of a tool, the arguments of a call in Python."""
+        python, is_sure, begin = name, self.is_sure(), 0 if name else None
+        while begin is None:
+            head = self.held[at : at + LONGEST_HEAD]
+            is_sure = is_sure or "".join(head.split()).startswith(OPENAI_HEAD)
+            found = parse_head(head, self.toolbox, is_sure)
+            if not (found or is_sure):
+                return self.refuse()
+            name, begin = found or ("", 0)
+            if begin is None and len(head) == LONGEST_HEAD:
+                begin = 0
+            elif begin is None and not (yield from self.more()):
+                return self.give_up(is_sure or bool(name))
+        text, before = self.held[at:], self.held[:at]
+        if begin:
+            self.emit_call(name)
+            return (yield from self.read_arguments(text[begin:], text[:begin]))
+        names = properties_of(self.toolbox.find(python)) if python else None
+        reader = JSONReader(names=names)
+        value = yield from self.read_value(reader, text)
+        calls = [(python, value)] if python else []
+        if not python:
+            calls = calls_in(parsed(value), self.toolbox, is_sure)
+        is_known = all(self.toolbox.find(name) for name, _ in calls)
+        if reader.is_done and calls and (is_known or (is_sure and not self.strict)):
             for call in calls:
                 self.emit_call(*call)
-            self.held = rest or ""
+            del self.openings[len(self.openings) - bool(python) :]
+            return
+        self.held = before + "".join(reader.raw)
+        if reader.is_done or reader.is_broken:
+            self.refuse(min(len(before) + reader.passed + reader.at, LONGEST_CALL))
         else:
-            self.held = text
-            self.refuse(min(length, LONGEST_CALL))
+            self.give_up(is_sure or bool(name))
+
+    def read_arguments(self, text: str, around: str = "") -> Events:
+        """Tell arguments as they are written, and pass over what is around them."""
+        reader = JSONReader()
+        yield from self.read_value(reader, text, is_told=True)
+        if reader.is_broken:
+            told = "".join(reader.raw)[: reader.sound]
+            yield from self.read_broken_arguments(told.count("{") - told.count("}"))
+        if around:
+            reader = JSONReader()
+            reader.feed(around)
+            yield from self.read_value(reader, "{}" + self.held)
+
+    def read_broken_arguments(self, depth: int) -> Events:
+        """Tell the rest as it is, to its last bracket or what closes the call."""
+        closings = [o.closing for o in self.openings if len(o.closing) > 1]
+        marks = re.compile("|".join(map(re.escape, ["{", "}", *closings])))
+        is_more = True
+        while is_more:
+            end = len(self.held) - overhang(self.held, closings)
+            for mark in marks.finditer(self.held):
+                depth += (mark[0] == "{") - (mark[0] == "}")
+                if mark[0] in closings or not depth:
+                    end = mark.start() if mark[0] in closings else mark.end()
+                    is_more = False
+                    break
+            self.emit_arguments(self.held[:end])
+            self.held = self.held[end:]
+            if is_more and not (yield from self.more()):
+                self.emit_arguments(self.held)
+                self.held, is_more = "", False
 
     def read_named(self, name: str, at: int) -> Events:
         """Read the arguments after an opening that holds the name."""
@@ -5197,100 +5122,28 @@ class ToolCallParser:
             if brace or len(lead) >= LONGEST_LEAD:
                 break
             if not (yield from self.more()):
-                if LEAD.fullmatch(lead) or (self.was_cut and self.is_sure()):
-                    return self.drop()
-                return self.refuse()
+                return self.give_up(is_call=True)
         if not brace or len(lead) > LONGEST_LEAD or not LEAD.fullmatch(lead):
             return self.refuse()
         if "```" in lead:
             self.openings.append(ToolCallFormat("object", "```", "```"))
         self.emit_call(name)
-        self.held = self.held[at + len(lead) :]
-        yield from self.read_arguments(JSONReader(), 0)
-
-    def read_arguments(self, reader: JSONReader, depth: int) -> Events:
-        """Tell arguments as they are written, and pass over what is around them."""
-        rest: str | None = None
-        while rest is None:
-            text, self.held = self.held, ""
-            rest = reader.feed(text, depth)
-            ready = reader.take()
-            if reader.is_broken:
-                self.held = ready
-                return (yield from self.read_broken_arguments())
-            self.emit_arguments(ready)
-            if rest is None and not (yield from self.more()):
-                self.was_cut |= reader.is_cut()
-                if not self.was_cut:
-                    reader.finish(depth)
-                    self.emit_arguments(reader.take())
-                return
-        while depth and (rest := reader.feed(rest)) is None:
-            if not (yield from self.more()):
-                return
-            rest, self.held = self.held, ""
-        self.held = rest
-
-    def read_broken_arguments(self) -> Events:
-        """Tell the rest as it is, up to what closes the call."""
-        closings = [o.closing for o in self.openings if o.closing]
-        ends: list[int] = []
-        while not ends:
-            ends = [self.held.find(c) for c in closings if c in self.held]
-            end = min(ends) if ends else len(self.held) - overhang(self.held, closings)
-            self.emit_arguments(self.held[:end])
-            self.held = self.held[end:]
-            if not ends and not (yield from self.more()):
-                self.emit_arguments(self.held)
-                self.held = ""
-                return
+        yield from self.read_arguments(self.held[at + len(lead) :])
 
     def read_tagged(self, name: str, at: int) -> Events:
         """Read tags up to what closes them."""
-        closing = self.openings[-1].closing
-        text, self.held = self.held, ""
-        looked = at
-        while (end := text.find(closing, looked)) < 0 and len(text) <= LONGEST_CALL:
-            looked = max(at, len(text) - len(closing) + 1)
-            if not (yield from self.more()):
-                if self.was_cut or TAGGED.search(TAGGED_END.split(text)[-1]):
-                    return self.drop()
-                break
-            text += self.held
-            self.held = ""
-        self.held = text
-        end = len(text) if end < 0 else end
+        closing, looked, is_more = self.openings[-1].closing, at, True
+        while is_more and (end := self.held.find(closing, looked)) < 0:
+            looked = max(at, len(self.held) - len(closing) + 1)
+            is_more = len(self.held) <= LONGEST_CALL and (yield from self.more())
+        end = len(self.held) if end < 0 else end
         if end > LONGEST_CALL:
             return self.refuse(LONGEST_CALL)
+        if not is_more and TAGGED.search(TAGGED_END.split(self.held)[-1]):
+            return self.give_up(is_call=True)
         arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
         self.emit_call(name, compact(arguments))
         self.held = self.held[end:]
-
-    def read_python(self, name: str, at: int) -> Events:
-        """Read a call in Python to its last bracket."""
-        begin, depth = at, 1
-        while True:
-            text = self.held[: begin + LONGEST_PYTHON]
-            while depth and (part := PYTHON_PART.match(text, at)):
-                if part["text"] and part.end() == len(text):
-                    break  # two quotes may become three
-                at = part.end()
-                depth += bool(part["open"]) - bool(part["close"])
-            is_open = text[at : at + 3] in ('"""', "'''")
-            is_long = len(text) == begin + LONGEST_PYTHON
-            if not depth or is_long or ("\n" in text[at:] and not is_open):
-                break
-            if not (yield from self.more()):
-                return self.drop()
-        arguments = None
-        if not depth:
-            tool = self.toolbox.find(name)
-            arguments = python_arguments(f"({text[begin:at]}", tool)
-        if arguments is None:
-            return self.refuse(at if not depth else len(text))
-        self.emit_call(name, compact(arguments))
-        self.openings.pop()
-        self.held = self.held[at:]
 
     def read_closings(self) -> Events:
         """Drop what closes the openings of a call, and a bracket too many."""
@@ -5300,8 +5153,8 @@ class ToolCallParser:
             closings = [opening.closing for opening in self.openings]
             closed = [i for i, c in enumerate(closings) if c and rest.startswith(c)]
             if closed:
-                self.held = rest.removeprefix(closings[closed[-1]])
-                del self.openings[closed[-1] :]
+                self.held = rest.removeprefix(closings[closed[0]])
+                del self.openings[closed[0] :]
             elif rest[:1] in ("}", "]") and self.is_sure():
                 self.held = rest[1:]
             elif rest and not any(closing.startswith(rest) for closing in closings):
@@ -5938,7 +5791,14 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
 
 def create_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
     body = parse_body(request, COMPLETION, model)
-    check_count(len(body["prompt"]) * body["n"])
+    predictions = len(body["prompt"]) * body["n"]  # each of which is paid for
+    require(
+        predictions <= MAX_PREDICTIONS,
+        f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
+        f"call may make {MAX_PREDICTIONS}. Send fewer prompts at once.",
+        code="array_above_max_length",
+        param="prompt",
+    )
     chosen = find_model(proxy.models.current(), body["model"])
     family = family_for(chosen, body, set(), proxy.upstream.schemas)
     inputs = [
@@ -5947,16 +5807,6 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
     ]
     generation = Generation(proxy, request, body, inputs)
     return generation.respond("cmpl-", text_completion, text_stream)
-
-
-def check_count(predictions: int) -> None:
-    """Each prompt and each choice of it is a prediction, and they are paid for."""
-    message = (
-        f"Invalid 'prompt': it makes {predictions} predictions with its 'n', and a "
-        f"call may make {MOST_PREDICTIONS}. Send fewer prompts at once."
-    )
-    few = predictions <= MOST_PREDICTIONS
-    require(few, message, code="array_above_max_length", param="prompt")
 
 
 def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
@@ -5969,11 +5819,11 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
     if body.get("best_of") == (body.get("n") or 1):  # all choices are wanted
         del body["best_of"]
     checked = check(in_openais_words(body), params)
-    only_streamed = (
-        "The 'stream_options' parameter is only allowed when 'stream' is enabled."
+    require(
+        checked["stream"] or body.get("stream_options") is None,
+        "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
+        param="stream_options",
     )
-    allowed = checked["stream"] or body.get("stream_options") is None
-    require(allowed, only_streamed, param="stream_options")
     return checked
 
 
@@ -6003,9 +5853,9 @@ def find_operation(
     if method == "OPTIONS":
         return answer_preflight
     endpoint, ids = find_endpoint(method, path)
-    is_optional = endpoint.key == "optional" and given_key(headers) is None
-    if endpoint.key != "none" and not is_optional:
-        authorize(headers, proxy.settings.api_keys)
+    key = given_key(headers)
+    if endpoint.key == "required" or (endpoint.key == "optional" and key is not None):
+        authorize(key, proxy.settings.api_keys)
     return lambda proxy, request: endpoint.operation(proxy, request, *ids)
 
 
@@ -6013,55 +5863,27 @@ def find_operation(
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
     wanted = re.sub("/+", "/", unquote(path)).rstrip("/")
-    found = [
-        (endpoint, tuple(filter(None, match.groups())))
-        for endpoint in ENDPOINTS
-        if (
-            match := re.fullmatch(
-                BASE_PATH + endpoint.path.replace("*", "(.+)"), wanted
-            )
-        )
-        and (endpoint.method == "POST" or not match["model"])
-    ]
-    if not found:
+    allowed = set()
+    for endpoint in ENDPOINTS:
+        pattern = BASE_PATH + endpoint.path.replace("*", "(.+)")
+        match = re.fullmatch(pattern, wanted)
+        if not match or (match["model"] and endpoint.method != "POST"):
+            continue
+        if endpoint.method == ("GET" if method == "HEAD" else method):
+            return endpoint, tuple(filter(None, match.groups()))
+        allowed.add(endpoint.method)
+    if not allowed:
         message = (
             f"Unknown request URL: {method} {path}. Please check the URL for typos."
         )
         raise APIError(404, message, code="unknown_url")
-    for endpoint, ids in found:
-        if endpoint.method == ("GET" if method == "HEAD" else method):
-            return endpoint, ids
-    allowed = ", ".join(sorted({endpoint.method for endpoint, _ in found}))
+    methods = ", ".join(sorted(allowed))
     raise APIError(
         405,
-        f"Not allowed to {method} on {path}. Only {allowed} requests are accepted.",
+        f"Not allowed to {method} on {path}. Only {methods} requests are accepted.",
         code="method_not_supported",
-        headers={"allow": allowed},
+        headers={"allow": methods},
     )
-
-
-WHOSE_KEY = (
-    "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
-)
-
-
-def authorize(headers: Mapping[str, str], keys: Iterable[str]) -> None:
-    given = given_key(headers)
-    if given is None:
-        raise APIError(
-            401,
-            "You didn't provide an API key. You need to provide it in an Authorization "
-            "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
-            f"{WHOSE_KEY}",
-        )
-    matches = [compare_digest(given.encode(), key.encode()) for key in keys]
-    if not any(matches):
-        raise APIError(
-            401,
-            "Incorrect API key provided. It has to be one of the proxy's own keys, "
-            f"{WHOSE_KEY}",
-            code="invalid_api_key",
-        )
 
 
 def given_key(headers: Mapping[str, str]) -> str | None:
@@ -6069,6 +5891,27 @@ def given_key(headers: Mapping[str, str]) -> str | None:
     if scheme:
         return key.strip() if scheme.lower() == "bearer" else ""
     return headers.get("api-key") or headers.get("x-api-key")
+
+
+WHOSE_KEY = (
+    "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
+)
+
+
+def authorize(given: str | None, keys: Iterable[str]) -> None:
+    if given is None:
+        raise APIError(
+            401,
+            "You didn't provide an API key. You need to provide it in an Authorization "
+            "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
+            f"{WHOSE_KEY}",
+        )
+    if not any([compare_digest(given.encode(), key.encode()) for key in keys]):
+        message = (
+            "Incorrect API key provided. It has to be one of the proxy's own keys, "
+            f"{WHOSE_KEY}"
+        )
+        raise APIError(401, message, code="invalid_api_key")
 
 
 CORS = {
@@ -6092,11 +5935,11 @@ def answer_preflight(proxy: Proxy, request: Request) -> Response:
     return Response(None, 204, allow)
 
 
-# -- HTTP ----------------------------------------------------------------------
+# -- Server --------------------------------------------------------------------
 #
-# Requests as they come over a socket. http.server takes bare line feeds, folded
-# lines and two lengths, behind which one request could hide another: here, what
-# can be read in two ways is refused.
+# A thread per connection, as http.server has them, and one more that watches all
+# clients: threads that follow predictions may simply block, since a client that
+# hangs up has its request cancelled, and a stream that is silent is kept alive.
 
 
 SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the connection
@@ -6104,110 +5947,6 @@ SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the conne
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
 
 ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
-
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(;[ -~]*)?\r\n")
-
-
-def bad_request(message: str, status: int = 400) -> APIError:
-    return APIError(status, f"This is not HTTP as the proxy reads it: {message}.")
-
-
-class DeadlineReader(io.RawIOBase):
-    """What a client sends, with a deadline for all of it and not for each byte."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.deadline = 0.0
-
-    def set_deadline(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Raise ClientDisconnected, or 408 after the deadline."""
-        left = max(self.deadline - time.monotonic(), 0.001)
-        try:
-            set_timeout(self.sock, socket.SO_RCVTIMEO, left)
-            return self.sock.recv_into(buffer)
-        except (TimeoutError, BlockingIOError):
-            raise bad_request("it came too slowly", 408) from None
-        except OSError as error:
-            raise ClientDisconnected from error
-
-    def drain(self, seconds: float) -> None:
-        """Read what the client still sends; closing now would lose our response."""
-        with suppress(OSError, APIError, ClientDisconnected):
-            self.sock.shutdown(socket.SHUT_WR)
-            self.set_deadline(seconds)
-            while self.readinto(bytearray(SMALL_BODY)):
-                pass
-
-
-def path_of(target: str) -> str:
-    return ORIGIN.sub("", target, count=1).partition("?")[0]
-
-
-def read_head_lines(stream: io.BufferedIOBase) -> list[bytes]:
-    """Read the lines up to the empty one; empty lines before the first are skipped."""
-    lines: list[bytes] = []
-    left = MAX_HEAD
-    while line := stream.readline(left + 1):
-        left -= len(line)
-        if left < 0:
-            raise bad_request(f"its head is larger than {MAX_HEAD} bytes", 431)
-        if not line.endswith(b"\r\n"):
-            raise bad_request("a line of its head does not end in CR LF")
-        if line != b"\r\n":
-            lines.append(line[:-2])
-        elif lines:
-            return lines
-    raise bad_request("its head has no end")
-
-
-def parse_body_length(headers: Mapping[str, str], version: str) -> int | None:
-    """In bytes; None if it comes in chunks. Raise APIError, or BadHead."""
-    length, coding = parse_content_length(headers), headers.get("transfer-encoding")
-    if coding is None:
-        return length or 0
-    if length is not None or version == "HTTP/1.0":
-        raise bad_request("its length is told in two ways, or in one it may not use")
-    if coding.lower() != "chunked":
-        raise bad_request("its Transfer-Encoding is not just chunked", 501)
-    return None
-
-
-def read_exactly(stream: io.BufferedIOBase, length: int) -> bytes:
-    data = stream.read(length)
-    if len(data) < length:
-        raise bad_request("its body stops early")
-    return data
-
-
-def read_chunks(stream: io.BufferedIOBase, limit: int) -> Iterator[bytes]:
-    total = 0
-    while True:
-        if not (match := CHUNK_SIZE.fullmatch(stream.readline(1024))):
-            raise bad_request("a chunk has no size")
-        if not (size := int(match[1], 16)):
-            break
-        total += size
-        check_body_size(total, limit)
-        yield read_exactly(stream, size)
-        if read_exactly(stream, 2) != b"\r\n":
-            raise bad_request("a chunk is longer than it says")
-    left = MAX_HEAD
-    while (line := stream.readline(left)) != b"\r\n":
-        left -= len(line)
-        if not line.endswith(b"\r\n") or left <= 0:
-            raise bad_request("its trailers have no end")
-
-
-def check_body_size(size: int, limit: int) -> None:
-    if size > limit:
-        message = f"Maximum content size limit ({limit}) exceeded ({size} bytes)."
-        raise APIError(413, f"{message} The proxy's limit is MAX_BODY_BYTES.")
 
 
 def check_codings(headers: Mapping[str, str]) -> list[str]:
@@ -6225,15 +5964,16 @@ def check_codings(headers: Mapping[str, str]) -> list[str]:
 
 
 def decompress(data: bytes, limit: int) -> bytes:
-    """What is in gzip or deflate, also in one without zlib's head. Raise APIError."""
+    """What is in gzip or deflate, also in one without zlib's head."""
     for window in (47, -15):  # 32 + 15: gzip or zlib, by its head; no head
         decoder = zlib.decompressobj(window)
         with suppress(zlib.error):
             decoded = decoder.decompress(data, limit + 1)
-            check_body_size(len(decoded), limit)
+            if len(decoded) > limit:
+                raise body_too_large(len(decoded), limit)
             if decoder.eof:
                 return decoded
-    raise bad_request("its body is not what its Content-Encoding says")
+    raise BadMessage("its body is not what its Content-Encoding says")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -6244,13 +5984,6 @@ def send_all(sock: socket.socket, data: bytes) -> None:
         raise ClientDisconnected from error
 
 
-# -- Server --------------------------------------------------------------------
-#
-# A thread per connection, as http.server has them, and one more that watches all
-# clients: threads that follow predictions may simply block, since a client that
-# hangs up has its request cancelled, and a stream that is silent is kept alive.
-
-
 spaced_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -6259,15 +5992,14 @@ def encode_readable_json(body: Json) -> bytes:
 
     json's `indent` would do more of it, by an encoder that is not in C.
     """
-
-    def encode(value: Any) -> str:
-        if not isinstance(value, list) or not value:
-            return spaced_json(value)
-        return "[\n    " + ",\n    ".join(map(spaced_json, value)) + "\n  ]"
-
-    lines = [f'"{name}": {encode(value)}' for name, value in body.items()]
-    text = "{\n  " + ",\n  ".join(lines) + "\n}\n"
-    return text.encode("utf-8", "replace")
+    lines = []
+    for name, value in body.items():
+        if isinstance(value, list) and value:
+            text = "[\n    " + ",\n    ".join(map(spaced_json, value)) + "\n  ]"
+        else:
+            text = spaced_json(value)
+        lines.append(f'  "{name}": {text}')
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "replace")
 
 
 STREAM_HEADERS = {
@@ -6295,7 +6027,6 @@ class EventStreamWriter:
         self.lock = threading.Lock()
         self.unsent = b""  # the rest of a comment
         self.is_open = False  # the status line is sent
-        self.is_watched = True
         self.last_write = time.monotonic()
 
     def write(self, data: bytes) -> None:
@@ -6318,21 +6049,16 @@ class EventStreamWriter:
             with suppress(ClientDisconnected):
                 send_all(self.sock, self.unsent + b"0\r\n\r\n")
 
-    def keep_alive(self, timeouts: Timeouts) -> None:
-        """Send a comment if it is time, and no more of it than goes at once."""
+    def is_silent(self, timeouts: Timeouts) -> bool:
         limit = timeouts.keep_alive if self.is_open else timeouts.silent_start
-        is_due = time.monotonic() - self.last_write >= limit
-        if not is_due or not self.lock.acquire(blocking=False):  # its request writes
-            return
-        try:
-            if self.is_watched:
-                self.unsent = self.take(KEEP_ALIVE)
-                sent = self.sock.send(self.unsent, DONT_WAIT)
-                self.unsent = self.unsent[sent:]
-        except OSError:  # its buffer is full; or it is gone, which is noticed elsewhere
-            pass
-        finally:
-            self.lock.release()
+        return time.monotonic() - self.last_write >= limit
+
+    def send_comment(self) -> None:
+        """Send no more of it than goes at once; the lock is held."""
+        self.unsent = self.take(KEEP_ALIVE)
+        with suppress(OSError):  # its buffer is full, or it is gone
+            sent = self.sock.send(self.unsent, DONT_WAIT)
+            self.unsent = self.unsent[sent:]
 
 
 # To register with poll is no system call, unlike epoll; Windows has only select.
@@ -6365,19 +6091,26 @@ class Watcher(threading.Thread):
         try:
             yield
         finally:
-            self.writers.discard(writer)
             with writer.lock:  # the watcher may be about to write to it
-                writer.is_watched = False
+                self.writers.discard(writer)
 
     def run(self) -> None:
         while not self.is_stopped:
             try:
                 self.wait_for_hang_ups()
-                for writer in list(self.writers):
-                    writer.keep_alive(self.timeouts)
+                for writer in self.writers.copy():
+                    self.keep_alive(writer)
             except Exception:  # all requests depend on this thread
                 log.exception("the watcher failed")
                 time.sleep(self.timeouts.watch_interval)
+
+    def keep_alive(self, writer: EventStreamWriter) -> None:
+        if writer.is_silent(self.timeouts) and writer.lock.acquire(blocking=False):
+            try:
+                if writer in self.writers:
+                    writer.send_comment()
+            finally:
+                writer.lock.release()
 
     def wait_for_hang_ups(self) -> None:
         """Wait until a client sends something or its connection ends, or a while."""
@@ -6391,8 +6124,9 @@ class Watcher(threading.Thread):
             for key, _ in selector.select(self.timeouts.watch_interval):
                 # What a client sends now is its next request: from then on a hang-up
                 # can't be seen, and its request is no longer watched.
-                self.clients.pop(key.data, None)
-                if not peek(cast(socket.socket, key.fileobj)):
+                if (sent := peek(cast(socket.socket, key.fileobj))) is not None:
+                    self.clients.pop(key.data, None)
+                if sent == b"":
                     key.data.cancel(ClientDisconnected())
 
     def stop(self) -> None:
@@ -6414,8 +6148,22 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.setblocking(True)  # a Mac's is as the one that listens
         limit = self.server.proxy.settings.write_timeout
         set_timeout(self.connection, socket.SO_SNDTIMEO, limit)
-        self.reader = DeadlineReader(self.connection)
-        self.rfile = self.stream = io.BufferedReader(self.reader)
+        self.reader = MessageReader(self.receive)
+        self.body = self.reader.read_body(0)
+
+    def set_deadline(self, seconds: float) -> None:
+        self.deadline = time.monotonic() + seconds
+
+    def receive(self) -> bytes:
+        """Raise 408 after the deadline, which is one for many pieces."""
+        left = max(self.deadline - time.monotonic(), 0.001)
+        try:
+            set_timeout(self.connection, socket.SO_RCVTIMEO, left)
+            return bytes(self.connection.recv(self.read_size))
+        except (TimeoutError, BlockingIOError):
+            raise BadMessage("it came too slowly", 408) from None
+        except OSError as error:
+            raise ClientDisconnected from error
 
     def handle_one_request(self) -> None:
         """Serve a request, from its first byte to its line in the log."""
@@ -6425,97 +6173,94 @@ class Handler(BaseHTTPRequestHandler):
         self.began = time.monotonic()
         self.id = f"req_{secrets.token_hex(16)}"
         self.api_request = Request("-", "-", {})
-        # Bytes of the body before the next request; None if nothing may follow it.
-        self.unread: int | None = None
         self.status = 0  # once it is sent
         try:
-            self.parse_request()
-            self.respond()
+            try:
+                self.respond()
+            except ClientDisconnected:
+                raise
+            except Exception as error:
+                failure = self.failure(error)
+                self.send(Response(failure.body, failure.status, failure.headers))
         except ClientDisconnected:
             self.close_connection = True
             self.api_request.log.error = "client_gone"
-        except Exception as error:
-            failure = self.failure(error)
-            with suppress(ClientDisconnected):
-                self.send(Response(failure.body, failure.status, failure.headers))
         finally:
+            self.server.requests.discard(self.api_request)
             self.log_line()
-            self.server.release(self.api_request)
-        if self.close_connection and self.unread != 0:
-            self.reader.drain(self.server.timeouts.drain_input)
-        elif self.unread:
-            try:
-                read_exactly(self.stream, self.unread)
-            except (APIError, ClientDisconnected):
-                self.close_connection = True
+        if self.close_connection and not self.reader.is_done:
+            self.drain()
 
     def await_request(self) -> bool:
         """Wait for its first byte; from then on, the client has to hurry."""
-        server, timeouts = self.server, self.server.timeouts
-        self.reader.set_deadline(
-            timeouts.drain if server.is_stopping else timeouts.idle
-        )
-        has_come = False
-        server.idle.add(self.connection)
-        with suppress(APIError, ClientDisconnected):
-            has_come = bool(self.stream.peek(1))
-        server.idle.discard(self.connection)
-        self.reader.set_deadline(timeouts.head)
-        return has_come
-
-    def parse_request(self) -> bool:
-        """Read the head. Raise APIError for one that could be read in two ways."""
-        first, *lines = read_head_lines(self.stream)
-        if not (match := REQUEST_LINE.fullmatch(first)):
-            raise bad_request("the request line is not METHOD target HTTP/1.1")
-        method, target, version = (part.decode("latin-1") for part in match.groups())
-        self.request_version = version
-        try:
-            headers = parse_headers(lines)
-            self.api_request = Request(method, path_of(target), headers)
-            self.body_length = parse_body_length(headers, version)
-        except BadHead as error:
-            raise bad_request(str(error)) from None
-        self.awaits_continue = headers.get("expect", "").lower() == "100-continue"
-        length = self.body_length
-        is_small = length is not None and length <= SMALL_BODY
-        if length == 0 or (is_small and not self.awaits_continue):
-            self.unread = length
-        keeps = "close" not in headers.get("connection", "").lower()
-        self.close_connection = version == "HTTP/1.0" or not keeps
-        return True
+        server, timeouts, reader = self.server, self.server.timeouts, self.reader
+        self.set_deadline(timeouts.drain if server.is_stopping else timeouts.idle)
+        self.read_size = READ_SIZE  # little memory while it waits
+        server.connections[self.connection] = True
+        with suppress(BadMessage, ClientDisconnected):
+            for _ in self.body:  # of the request before, if nobody has read it
+                pass
+            while not reader.data.removeprefix(b"\r\n"):  # an empty line may come first
+                reader.fill()
+        server.connections[self.connection] = False
+        reader.data = reader.data.removeprefix(b"\r\n")
+        self.set_deadline(timeouts.head)
+        return bool(reader.data)
 
     def respond(self) -> None:
-        """Read the body of one who may ask, if there is room, and run its operation."""
+        """Run the operation of a request, while its client is watched."""
+        try:
+            operation = self.read_request()
+        except BadMessage as error:
+            message = f"This is not HTTP as the proxy reads it: {error}."
+            raise APIError(error.status, message) from None
         server, request = self.server, self.api_request
-        operation = find_operation(
-            server.proxy, request.method, request.path, request.headers
-        )
-        if request.method == "POST":
-            request.body = self.read_body()
         with server.watcher.watching(self.connection, request.cancellation):
             self.send(operation(server.proxy, request))
 
-    def read_body(self) -> bytes:
-        server, length = self.server, self.body_length
-        limit = server.proxy.settings.max_body_bytes
-        if length == 0 and "content-length" not in self.api_request.headers:
-            raise bad_request("a body needs a Content-Length", 411)
-        check_body_size(length or 0, limit)
-        codings = check_codings(self.api_request.headers)
-        server.admit(self.api_request)
-        self.reader.set_deadline(server.timeouts.body)
-        if self.awaits_continue:
-            send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.unread = None
-        if length is None:
-            body = b"".join(read_chunks(self.stream, limit))
-        else:
-            body = read_exactly(self.stream, length)
-        self.unread = 0
-        for _ in codings:
-            body = decompress(body, limit)
-        return body
+    def read_request(self) -> Callable[[Proxy, Request], Response]:
+        """Read the head, and the body of one who may ask, if there is room for it."""
+        server, limit = self.server, self.server.proxy.settings.max_body_bytes
+        first, headers = self.reader.read_head()
+        if not (match := REQUEST_LINE.fullmatch(first)):
+            raise BadMessage("the request line is not METHOD target HTTP/1.1")
+        method, target, version = (part.decode("latin-1") for part in match.groups())
+        path = ORIGIN.sub("", target, count=1).partition("?")[0]
+        length = parse_body_length(headers)
+        self.request_version = version
+        self.api_request = request = Request(method, path, headers)
+        self.body = self.reader.read_body(length or 0, limit)
+        is_last = "close" in headers.get("connection", "").lower()
+        is_last = is_last or version == "HTTP/1.0"
+        awaits_continue = headers.get("expect", "").lower() == "100-continue"
+        is_small = 0 <= (length or 0) <= SMALL_BODY and not awaits_continue
+        self.close_connection = is_last or not is_small  # if nobody reads its body
+        operation = find_operation(server.proxy, method, path, headers)
+        if method == "POST":
+            if length is None:
+                raise BadMessage("a body needs a Content-Length", 411)
+            if length > limit:
+                raise body_too_large(length, limit)
+            codings = check_codings(headers)
+            server.admit(request)
+            self.set_deadline(server.timeouts.body)
+            if awaits_continue:
+                send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.close_connection = True
+            self.read_size = 16 * READ_SIZE
+            request.body = b"".join(self.body)
+            self.close_connection = is_last
+            for _ in codings:
+                request.body = decompress(request.body, limit)
+        return operation
+
+    def drain(self) -> None:
+        """Read what the client still sends; closing now would lose our response."""
+        with suppress(OSError, BadMessage, ClientDisconnected):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.set_deadline(self.server.timeouts.drain_input)
+            while self.receive():
+                pass
 
     def send(self, response: Response) -> None:
         body, headers = response.body or b"", dict(response.headers)
@@ -6527,8 +6272,6 @@ class Handler(BaseHTTPRequestHandler):
             headers["content-type"] = "application/json"
         if response.status != 204:
             headers["content-length"] = str(len(body))
-        if self.unread is None:
-            self.close_connection = True
         head = self.head(response.status, headers)
         is_head = self.api_request.method == "HEAD"
         send_all(self.connection, head if is_head else head + body)
@@ -6619,8 +6362,7 @@ class Server(ThreadingHTTPServer):
     ) -> None:
         settings.check()
         models = ModelsFile(settings.models_path, FAMILIES)
-        address = (settings.host, settings.port)
-        super().__init__(address, Handler, bind_and_activate=False)
+        super().__init__((settings.host, settings.port), Handler, False)
         self.socket.close()
         self.socket = listener or listen(settings)
         self.socket.setblocking(False)
@@ -6630,10 +6372,11 @@ class Server(ThreadingHTTPServer):
         self.timeouts = timeouts
         self.api = ReplicateAPI(settings, timeouts)
         self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
-        self.changed = threading.Condition()  # of the sets below
-        self.connections: set[socket.socket] = set()  # from when they are accepted
-        self.idle: set[socket.socket] = set()  # those between two requests
+        # From when they are accepted; whether they are between two requests.
+        self.connections: dict[socket.socket, bool] = {}
+        self.disconnected = threading.Condition()
         self.requests: set[Request] = set()  # in flight
+        self.admission = threading.Lock()
         self.is_stopping = False  # no connection is kept …
         self.is_over = False  # … and no request begun
         self.watcher = Watcher(timeouts)
@@ -6654,7 +6397,7 @@ class Server(ThreadingHTTPServer):
 
         Where many come at once, each would wait for all threads before it.
         """
-        self.connections.add(request)
+        self.connections[request] = False
         work = (self.process_request_thread, (request, client_address))
         try:
             _thread.start_new_thread(*work)
@@ -6667,13 +6410,13 @@ class Server(ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        with self.changed:
-            self.connections.discard(request)
-            self.changed.notify_all()
+        with self.disconnected:
+            self.connections.pop(request, None)
+            self.disconnected.notify_all()
 
     def admit(self, request: Request) -> None:
         """Raise 503 if there is no room for it."""
-        with self.changed:
+        with self.admission:
             if self.is_over:
                 raise overloaded("is being stopped")
             if len(self.requests) >= self.proxy.settings.max_concurrent_calls:
@@ -6682,20 +6425,17 @@ class Server(ThreadingHTTPServer):
                 )
             self.requests.add(request)
 
-    def release(self, request: Request) -> None:
-        with self.changed:
-            self.requests.discard(request)
-            self.changed.notify_all()
-
-    def wait_until_empty(self, those: Collection[object], seconds: float) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: not those, seconds)
+    def await_disconnects(self, seconds: float) -> None:
+        with self.disconnected:
+            self.disconnected.wait_for(lambda: not self.connections, seconds)
 
     def server_close(self) -> None:
         """Stop listening, let the requests finish that have come, cancel the rest.
 
         Whoever holds an idle connection may have a request under way on it, which a
-        close would lose: it is closed when none has come for a moment.
+        close would lose: it is closed when none has come for a moment. A prediction
+        that Replicate takes longer than `Timeouts.abort` to create is not cancelled:
+        its Cancel-After ends it.
         """
         if self.is_stopping:
             return
@@ -6704,17 +6444,17 @@ class Server(ThreadingHTTPServer):
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
-        self.wait_until_empty(self.connections, drain)
-        for connection in list(self.idle):
-            shut(connection)
-        self.wait_until_empty(self.connections, grace - drain)
-        with self.changed:
+        self.await_disconnects(drain)
+        for connection, is_idle in self.connections.copy().items():
+            if is_idle:
+                shut(connection)
+        self.await_disconnects(grace - drain)
+        with self.admission:
             self.is_over = True
-            unfinished = list(self.requests)
-        for request in unfinished:
+        for request in self.requests.copy():
             request.cancellation.cancel(overloaded("is being stopped"))
         until = time.monotonic() + self.timeouts.abort
-        self.wait_until_empty(self.requests, self.timeouts.abort)
+        self.await_disconnects(self.timeouts.abort)
         self.proxy.upstream.await_runs(until - time.monotonic())
         self.watcher.stop()
         self.api.close()
@@ -6751,9 +6491,7 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 # in each, but only the parent looks at them.
 
 
-MIN_UPTIME = 10  # seconds a worker lives if it was not its start that failed
-
-MAX_BACKOFF = 30.0  # seconds before one that dies at its start is started again
+PAUSE = 1.0  # seconds before a worker takes the place of one that died
 
 
 def handle_signals(handler: Callable[[int, Any], None]) -> None:
@@ -6769,61 +6507,40 @@ def run_workers(
 ) -> int:
     """Keep processes at work until a signal, and wait for their end until another.
 
-    Each gives its exit code, and is given the end of a pipe that tells it to stop."""
+    Each gives its exit code, and is given the end of a pipe that tells it to stop.
+    """
     pipe = os.pipe()
-    workers: dict[int, float] = {}  # when each was started, by its id
-    backoff, due = 0.0, 0.0
+
+    def run() -> None:
+        os.close(pipe[1])
+        os._exit(work(pipe[0]))
+
+    workers: set[multiprocessing.process.BaseProcess] = set()
+    due = 0.0
     while not signals:
-        now = time.monotonic()
         try:
-            while now >= due and len(workers) < count:
-                workers[fork(work, pipe)] = now
+            while time.monotonic() >= due and len(workers) < count:
+                # The parent has no threads, which a fork would break.
+                process = multiprocessing.get_context("fork").Process(target=run)
+                process.start()
+                workers.add(process)
         except OSError as error:  # no memory, or too many processes
             log.error("event=worker_not_started error=%s", quoted(error))
-            due = now + 1
+            due = time.monotonic() + PAUSE
         time.sleep(0.1)
-        if died := reap(workers):
-            shortest = min(now - workers.pop(pid) for pid in died)
-            is_early = shortest < MIN_UPTIME
-            backoff = min(2 * backoff or 0.5, MAX_BACKOFF) if is_early else 0.0
-            due = now + backoff
-            for pid, code in died.items():
-                log.error(
-                    "event=worker_died pid=%d code=%d pause=%g", pid, code, backoff
-                )
+        for worker in [worker for worker in workers if not worker.is_alive()]:
+            log.error("event=worker_died pid=%d code=%d", worker.pid, worker.exitcode)
+            workers.remove(worker)
+            due = time.monotonic() + PAUSE
     listener.close()
     os.close(pipe[1])
-    exit_code = 0
-    while workers:
+    while any([worker.is_alive() for worker in workers]):
         if len(signals) > 1:
-            for pid in workers:
-                os.kill(pid, signal.SIGKILL)
+            for worker in workers:
+                worker.kill()
             return 128 + signals[1]
-        for pid, code in reap(workers).items():
-            del workers[pid]
-            exit_code = exit_code or int(code != 0)
         time.sleep(0.1)
-    return exit_code
-
-
-def fork(work: Callable[[int], int], pipe: tuple[int, int]) -> int:
-    """Start a process; the parent has no threads, which a fork would break."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        os.close(pipe[1])
-        code = work(pipe[0])
-    except Exception:
-        log.exception("a worker failed")
-    finally:
-        os._exit(code)
-
-
-def reap(workers: Iterable[int]) -> dict[int, int]:
-    """The exit codes of those that have ended."""
-    ends = (os.waitpid(pid, os.WNOHANG) for pid in workers)
-    return {pid: os.waitstatus_to_exitcode(status) for pid, status in ends if pid}
+    return int(any(worker.exitcode for worker in workers))
 
 
 # -- Command line --------------------------------------------------------------
@@ -6886,16 +6603,14 @@ def read_settings(options: argparse.Namespace) -> Settings:
             "REPLICATE_API_TOKEN": "r8_demo",
             "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
             "PROXY_API_KEY": "demo",
+            "WORKERS": "1",
         }
     return Settings.from_environ(values)
 
 
 @contextmanager
-def with_replicate(settings: Settings, is_demo: bool) -> Iterator[Settings]:
-    """Play Replicate in this process if it is a demo; give the settings for it."""
-    if not is_demo:
-        yield settings
-        return
+def play_replicate(settings: Settings) -> Iterator[Settings]:
+    """Play Replicate in this process; give the settings for it."""
     from fake_replicate import FakeReplicate
 
     with FakeReplicate(token=settings.replicate_api_token, default="demo") as fake:
@@ -6919,7 +6634,7 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    work = partial(serve_until, settings, options.demo, listener)
+    work = partial(serve_until, settings, listener)
     if settings.workers > 1:
         signals: list[int] = []
         handle_signals(lambda number, _: signals.append(number))
@@ -6944,22 +6659,19 @@ def stop_on_signals() -> int:
     return pipe
 
 
-def serve_until(
-    settings: Settings, is_demo: bool, listener: socket.socket, pipe: int
-) -> int:
+def serve_until(settings: Settings, listener: socket.socket, pipe: int) -> int:
     """Serve until a pipe ends, and then until all requests are answered."""
-    with with_replicate(settings, is_demo) as settings:
-        server = Server(settings, Timeouts(), listener)
+    server = Server(settings, Timeouts(), listener)
 
-        def stop() -> None:
-            os.read(pipe, 1)
-            server.shutdown()
+    def stop() -> None:
+        os.read(pipe, 1)
+        server.shutdown()
 
-        threading.Thread(target=stop, daemon=True).start()
-        gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
-        server.serve_forever(0.1)
-        log.info("stopping calls=%d", len(server.requests))
-        server.server_close()
+    threading.Thread(target=stop, daemon=True).start()
+    gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
+    server.serve_forever(0.1)
+    log.info("stopping calls=%d", len(server.requests))
+    server.server_close()
     return 0
 
 
@@ -6984,17 +6696,16 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     )
 
 
-def check_token(settings: Settings, models: Models, is_demo: bool) -> int:
+def check_token(settings: Settings, models: Models) -> int:
     """Say what was read, and whether Replicate knows the token."""
-    with with_replicate(settings, is_demo) as settings:
-        print(f"settings  are right: {settings}")
-        print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
-        print(f"and {models.default_model or 'none'} for any other name")
-        with closing(ReplicateAPI(settings, Timeouts())) as api:
-            try:
-                account = api.account()
-            except APIError as error:
-                raise ConfigError(str(error)) from None
+    print(f"settings  are right: {settings}")
+    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
+    print(f"and {models.default_model or 'none'} for any other name")
+    with closing(ReplicateAPI(settings, Timeouts())) as api:
+        try:
+            account = api.account()
+        except APIError as error:
+            raise ConfigError(str(error)) from None
     owner = f"{account.get('type')} {account.get('username')}"
     print(f"token     works: {owner} of Replicate")
     return 0
@@ -7048,10 +6759,12 @@ def main(arguments: Sequence[str]) -> int:
             print(settings.api_keys[0])
             return 0
         models = ModelsFile(settings.models_path, FAMILIES).current()
-        if options.check:
-            return check_token(settings, models, options.demo)
-        log_to_stderr(settings.log_level)
-        return serve(settings, models, options)
+        play = play_replicate if options.demo else nullcontext
+        with play(settings) as settings:
+            if options.check:
+                return check_token(settings, models)
+            log_to_stderr(settings.log_level)
+            return serve(settings, models, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)
