@@ -4487,6 +4487,9 @@ class JSONReader:
             if plain := UNQUOTED[quote[0]].match(self.text, self.at):
                 self.at = plain.end()
                 self.write(plain[0])
+                if self.at == len(self.text):
+                    yield from self.more()
+                    continue
             rest = self.text[self.at : self.at + 3]
             if rest.startswith(quote):
                 self.at += len(quote)
@@ -4568,24 +4571,25 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
             return
         reader, epilogue = JSONReader(keeps_space=True), 0
         for event in chain((Text(text[min(found)[1] :]),), events):
-            ready = rest = ""
-            is_over = reader.is_done or reader.is_broken
-            if isinstance(event, Text):
-                ready = "" if is_over else reader.feed(event.text)
-                rest = event.text if is_over else reader.rest
-            elif isinstance(event, Done) and not is_over:
+            if reader.is_done or reader.is_broken:
+                ready, rest = "", event.text if isinstance(event, Text) else ""
+            elif isinstance(event, Text):
+                ready, rest = reader.feed(event.text), reader.rest
+            elif isinstance(event, Done):
                 ready, rest = reader.finish(event), reader.rest
-            if reader.is_done:
-                epilogue += len(rest)
-            elif reader.is_broken:
+            else:
+                ready = rest = ""
+            if reader.is_broken:
                 ready += rest
             if ready:
                 yield Text(ready)
-            if isinstance(event, Done) and reader.is_done:
-                event = Done("stop", event.usage)  # what was cut off was no part of it
-            if epilogue > LONGEST_EPILOGUE:
-                yield Done("stop")
-                return
+            if reader.is_done:
+                epilogue += len(rest)
+                if epilogue > LONGEST_EPILOGUE:
+                    yield Done("stop")
+                    return
+                if isinstance(event, Done):  # what was cut off was no part of it
+                    event = Done("stop", event.usage)
             if not isinstance(event, Text):
                 yield event
 
