@@ -5220,7 +5220,7 @@ def test_a_stream_that_breaks_loses_no_word_and_tells_none_twice():
 
     with (
         hosting(says, hangs_up="GET /v1/streams") as host,
-        fronting(host, SHORT, proxy_api_key=KEY) as server,
+        fronting(host, SHORT._replace(silent_start=60), proxy_api_key=KEY) as server,
         ThreadPoolExecutor(48) as pool,
     ):
         for answer in pool.map(ask_once, rows):
