@@ -4534,6 +4534,7 @@ BEGINS = re.compile(
     |(?:\[{GAPS}){{1,8}}(?:"|(?:{SCALAR}|{EMPTY}){GAPS}[,\]])""",
     re.DOTALL | re.VERBOSE,
 )
+BEGINNING_ENDS = re.compile(r'[:",\]]')
 LONGEST_BEGINNING = 420  # characters
 LONE_VALUE = re.compile(
     rf'[{{\[]|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
@@ -4551,10 +4552,10 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
         for event in events:
             if isinstance(event, Text):
                 text += event.text
-                matches = (
-                    BEGINS.match(text, b.start())
-                    for b in bracket.finditer(text, looked)
-                )
+                places = []
+                if BEGINNING_ENDS.search(event.text):  # nothing else completes one
+                    places = [b.start() for b in bracket.finditer(text, looked)]
+                matches = (BEGINS.match(text, place) for place in places)
                 found = [(match.end(), match.start()) for match in matches if match]
                 if found:  # of several, that which could be told first
                     break
