@@ -87,8 +87,9 @@ import sys
 import threading
 import time
 import urllib.request
+import zlib
 from base64 import b64decode, b64encode
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     Callable,
     Collection,
@@ -590,9 +591,26 @@ class ModelsFile:
             return self.models
 
 
+DATE = re.compile(r"-(\d{4}|\d{8}|\d{4}-\d{2}-\d{2}|latest)$")
+
+
+def find_ref(models: Models, id: str) -> str | None:
+    """What Replicate calls a model: by its name in the file, or by the form of a ref.
+
+    Clients write names in other case, with a date (gpt-4o-2024-08-06, gpt-4-0613),
+    with what Ollama (name:latest) or LiteLLM (replicate/owner/name) put to them."""
+    name = id.strip(" ").removesuffix(":latest")
+    if REF.fullmatch(rest := name.removeprefix("replicate/")):
+        name = rest
+    mappings = {key.casefold(): ref for key, ref in models.mappings.items()}
+    listed = mappings.get(name.casefold())
+    undated = mappings.get(DATE.sub("", name.casefold()))
+    return listed or (name if REF.fullmatch(name) else undated)
+
+
 def find_model(models: Models, id: str) -> Model:
-    """Find by mapping, else by the form of a ref, else the default; raise 404."""
-    known = models.mappings.get(id) or (id if REF.fullmatch(id) else None)
+    """Find by name or ref, else the default, which the log says once; raise 404."""
+    known = models.mappings.get(id) or find_ref(models, id)
     ref = known or models.default_model
     if not ref:
         raise APIError(
@@ -601,8 +619,15 @@ def find_model(models: Models, id: str) -> Model:
             "name that GET /v1/models lists, or a model of Replicate as owner/name.",
             code="model_not_found",
         )
+    if not known:
+        warn_of_default(id, ref)
     config = models.configs.get(ref) or models.configs.get(without_version(ref))
     return Model(id, ref, config or ModelConfig(), is_default=not known)
+
+
+@lru_cache(1000)  # once for each name
+def warn_of_default(id: str, ref: str) -> None:
+    log.warning("event=default_model model=%s ref=%s", quoted(id), quoted(ref))
 
 
 # ==== 2. REQUESTS =============================================================
@@ -695,6 +720,7 @@ class Param(NamedTuple):
     each: Mapping[str, Param] | None = None  # what an object holds, or those in it
     required: bool = False
     by_type: bool = False  # required if the `type` beside it has its name
+    unset: tuple[Any, ...] = ()  # values that mean the same as null
     refused: str = ""  # why any value but null and the choices is refused
     names: str = ""  # what models call it, the best first; "": as OpenAI does
 
@@ -706,7 +732,10 @@ INT64 = (-(2**63), 2**63 - 1)
 MAX_PREDICTIONS = 128  # of one call; OpenAI's most choices
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
+NO_LIMIT = (-1,)  # as LM Studio's examples and llama.cpp have it
 NO_LOGPROBS = "Replicate's models tell no log probabilities."
+NO_GRAMMAR = "Only a JSON Schema can be asked for, as response_format."
+GRAMMARS = ("guided_regex", "guided_grammar", "guided_choice", "regex", "grammar")
 
 
 def refuse(reason: str, *harmless: Any) -> Param:
@@ -726,6 +755,7 @@ SAMPLING = {
         INTEGER,
         1,
         INT64[1],
+        unset=NO_LIMIT,
         names="max_completion_tokens max_output_tokens max_tokens max_new_tokens "
         "max_tokens_to_generate num_predict max_length",
     ),
@@ -741,6 +771,7 @@ SAMPLING = {
     "reasoning_effort": Param(
         STRING,
         choices=EFFORTS,
+        unset=("auto", "default"),
         names="reasoning_effort thinking_level effort reasoning thinking "
         "thinking_budget",
     ),
@@ -759,6 +790,7 @@ MODEL_PARAMS = {**SAMPLING, **EXTENSIONS}
 STREAM_OPTIONS = {
     "include_usage": Param(BOOLEAN, default=False),
     "include_obfuscation": Param(BOOLEAN),
+    "continuous_usage_stats": Param(BOOLEAN, default=False),  # vLLM's
 }
 
 SHARED = {  # by chat and text completions
@@ -766,7 +798,7 @@ SHARED = {  # by chat and text completions
     "model": Param(STRING, 1, 256),
     "stream": Param(BOOLEAN, default=False),
     "stream_options": Param(OBJECT, default={}, each=STREAM_OPTIONS),
-    "max_completion_tokens": Param(INTEGER, 1, INT64[1]),
+    "max_completion_tokens": Param(INTEGER, 1, INT64[1], unset=NO_LIMIT),
     "n": Param(INTEGER, 1, 8, default=1),
     "logit_bias": refuse("Token ids mean nothing to Replicate's models.", {}),
     "replicate": Param(OBJECT, default={}),  # into the input, over all else
@@ -780,6 +812,8 @@ def one_of(*others: str, **rows: Param) -> dict[str, Param]:
     return {"type": type, **needed}
 
 
+IMAGE_URL = {"url": Param(STRING, 1, required=True), "detail": Param(STRING)}
+
 INPUT_AUDIO = {
     "data": Param(STRING, 1, required=True),
     "format": Param(STRING, required=True, choices=("wav", "mp3")),
@@ -788,12 +822,14 @@ INPUT_AUDIO = {
 FILE = {
     "file_id": refuse("No files are kept here. Send it as file_data."),
     "file_data": Param(STRING, 1, required=True),
+    "filename": Param(STRING),
 }
 
 PART = one_of(
     text=Param(STRING),
     refusal=Param(STRING),
-    image_url=Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
+    image_url=Param(OBJECT, each=IMAGE_URL),
+    video_url=Param(OBJECT, each={"url": Param(STRING, 1, required=True)}),
     input_audio=Param(OBJECT, each=INPUT_AUDIO),
     file=Param(OBJECT, each=FILE),
 )
@@ -852,7 +888,7 @@ MESSAGE = {  # parse_messages checks what depends on the role
 }
 
 JSON_SCHEMA = {
-    "name": Param(STRING, 1, 64, required=True, pattern="[a-zA-Z0-9_-]+"),
+    "name": Param(STRING, 1, 64, default="answer", pattern="[a-zA-Z0-9_-]+"),
     "description": Param(STRING, default=""),
     "schema": Param(OBJECT, required=True),
     "strict": Param(BOOLEAN, default=False),
@@ -877,13 +913,14 @@ CHAT = {
     "response_format": Param(OBJECT, each=RESPONSE_FORMAT),
     "modalities": refuse("Replicate's language models answer in text.", ["text"]),
     "audio": refuse("Replicate's language models answer in text."),
+    **dict.fromkeys(GRAMMARS, refuse(NO_GRAMMAR)),
     "web_search_options": refuse("Replicate's language models don't search."),
 }
 
 COMPLETION = {
     **SHARED,
     "prompt": Param((str, list), 1, 128, default=["<|endoftext|>"], items=STRING),
-    "max_tokens": SAMPLING["max_tokens"]._replace(default=16),
+    "max_tokens": SAMPLING["max_tokens"]._replace(low=0, default=16),
     "echo": Param(BOOLEAN, default=False),
     "suffix": refuse("Replicate's models don't fill in the middle.", ""),
     "logprobs": refuse(NO_LOGPROBS),
@@ -899,17 +936,85 @@ IGNORED = {*IGNORED_NAMES.split()}
 DOCUMENTED = {*CHAT, *COMPLETION, *IGNORED} - EXTENSIONS.keys()  # by OpenAI
 
 
+PART_TYPES = {"input_text": "text", "output_text": "text"}  # of the Responses API
+PASSED_OVER = ("reasoning", "thinking", "redacted_thinking")  # parts of an answer
+
+
+def in_openais_words(body: Json) -> Json:
+    """Translate what clients of other servers send for the same wish.
+
+    A schema of the answer: llama.cpp and Together have it in `response_format`, or
+    as `json_schema`, vLLM as `guided_json` or in `structured_outputs`, Ollama as
+    `format`. Parts of messages: clients send back what another API gave them."""
+    asked = as_object(body.get("response_format"))
+    outputs = as_object(body.get("structured_outputs"))
+    for name in GRAMMARS:  # which are refused
+        if (short := name.removeprefix("guided_")) in outputs:
+            body = {**body, name: outputs[short]}
+    body = with_effort(body)
+    schemas = {
+        "response_format": asked.get("schema"),
+        "structured_outputs": outputs.get("json"),
+        **{key: body.get(key) for key in ("json_schema", "guided_json", "format")},
+    }
+    if asked.get("type") == "text" or "json_schema" in asked:
+        schemas = {}
+    for key, schema in schemas.items():
+        value = parsed(schema) if isinstance(schema, str) else schema
+        if isinstance(value, dict) and not isinstance(value.get("format"), dict):
+            asked = {"type": "json_schema", "json_schema": {"schema": value}}
+            body = {**without(body, [key]), "response_format": asked}
+        elif schema == "json":
+            body = {**without(body, [key]), "response_format": {"type": "json_object"}}
+    messages = [
+        {**message, "content": list(map(as_chat_part, filter(is_said, content)))}
+        if isinstance(content := as_object(message).get("content"), list)
+        else message
+        for message in as_list(body.get("messages"))
+    ]
+    return {**body, "messages": messages} if messages else body
+
+
+def with_effort(body: Json) -> Json:
+    """Anthropic's `thinking` and OpenRouter's `reasoning` as reasoning_effort."""
+    efforts = {"disabled": "none", "enabled": "medium", "adaptive": "medium"}
+    for name, efforts_by in (("thinking", efforts), ("reasoning", {})):
+        if isinstance(given := body.get(name), dict):
+            effort = given.get("effort") or efforts_by.get(str(given.get("type")))
+            named = {"reasoning_effort": body.get("reasoning_effort") or effort}
+            body = {**without(body, [name]), **named}
+    return body
+
+
+def is_said(part: Any) -> bool:
+    """Whether a part is not what a model only thought."""
+    return as_object(part).get("type") not in PASSED_OVER
+
+
+def as_chat_part(part: Any) -> Any:
+    """A part of a message under the name that chat has for it."""
+    if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+        return part
+    if isinstance(part.get("image_url"), str):
+        return {**part, "type": "image_url", "image_url": {"url": part["image_url"]}}
+    return {**part, "type": PART_TYPES.get(part["type"], part["type"])}
+
+
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
     """Return the body with every parameter of the table; raise 400 if one is wrong."""
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
     checked = {}
     for name, param in params.items():
         is_named = param.by_type and given.get("type") == name
-        if param.required or is_named or name in given:
+        is_given = name in given and given[name] not in param.unset
+        if param.by_type and not is_named:  # what is left over from another type
+            is_given = False
+        if param.required or is_named or is_given:
             checked[name] = check_param(path + name, given.get(name), param)
         else:
             checked[name] = param.default
-    return {**given, **checked}
+    # A model may have parameters of its own, but it refuses more in a message.
+    return checked if path else {**given, **checked}
 
 
 def missing_parameter(path: str) -> APIError:
@@ -928,6 +1033,8 @@ def check_param(path: str, value: Any, param: Param) -> Any:
         harmless = any(type(value) is type(c) and value == c for c in param.choices)
         require(harmless, message, code="unsupported_parameter", param=path)
         return param.default
+    if param.kinds == INTEGER and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 256.0 is a whole number in JSON
     check_kind(path, value, param.kinds)
     if isinstance(value, str) and param.items == STRING:
         value = [value]  # one string stands for an array of one
@@ -1058,6 +1165,7 @@ class Attachment(NamedTuple):
 
 ATTACHABLE = {  # the field with its URL or data, and what to send in it
     "image_url": ("url", "https://… or data:image/png;base64,…"),
+    "video_url": ("url", "https://… or data:video/mp4;base64,…"),
     "input_audio": ("data", "base64"),
     "file": ("file_data", "https://… or data:application/pdf;base64,…"),
 }
@@ -1083,7 +1191,7 @@ def parse_part(part: Json, path: str) -> Json:
             require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
             attached = attached._replace(kind=media_type)
         url = attached.url
-    return without_nulls({**part, kind: {**part[kind], "url": url}})
+    return {"type": kind, kind: without_nulls({**part[kind], "url": url})}
 
 
 def read_data_url(url: str) -> Attachment | None:
@@ -1092,6 +1200,7 @@ def read_data_url(url: str) -> Attachment | None:
     scheme, _, rest = head.partition(":")
     kind, *parameters = [word.strip().lower() for word in rest.split(";")]
     in_base64 = scheme.lower() == "data" and parameters[-1:] == ["base64"]
+    kind = kind or "application/octet-stream"  # an image's own bytes tell its type
     if not (comma and in_base64 and MEDIA_TYPE.fullmatch(kind)):
         return None
     line = "".join(unquote(data).split()).replace("-", "+").replace("_", "/")
@@ -1118,6 +1227,9 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
     ]
 
 
+NO_NAME = re.compile(r"[\s<|\\/>]+")  # what OpenAI's models refuse in one
+
+
 def parse_messages(messages: list[Json]) -> Messages:
     """Bring messages, which have passed the tables, to the form described above.
 
@@ -1137,7 +1249,8 @@ def parse_messages(messages: list[Json]) -> Messages:
         if isinstance(content, list):
             parts = [parse_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
             content = join_texts(parts)
-        named = {"content": content or "", "name": message["name"] or None}
+        name = NO_NAME.sub("_", message["name"] or "") or None
+        named = {"content": content or "", "name": name}
         parsed.append(without_nulls({**message, "refusal": None, **named}))
     check_pairing(parsed)
     return functions_as_tools(parsed)
@@ -1335,7 +1448,7 @@ RESPONSE = {
     "previous_response_id": Param(STRING),
     "input": Param((str, list), required=True, items=(dict,)),
     "instructions": Param(STRING, default=""),
-    "max_output_tokens": Param(INTEGER, 1, INT64[1]),
+    "max_output_tokens": SHARED["max_completion_tokens"],
     "text": Param(
         OBJECT,
         default={},
@@ -1370,8 +1483,7 @@ RESPONSE_IGNORED = {
     "truncation",
 }
 
-# Chat's parameters that mean nothing here, unlike those it shares with completions.
-CHAT_ONLY = CHAT.keys() - SHARED.keys() | {"n"}
+CHAT_ONLY = {"functions", "function_call", "n"}  # mean nothing here
 
 RESPONSE_PARTS: dict[str, dict[str, Param]] = {
     **dict.fromkeys(
@@ -1583,7 +1695,8 @@ def check_items(items: list[Json]) -> list[Json]:
                 code="invalid_value",
                 param=f"{path}.type",
             )
-        checked.append({**check(item, ITEMS[kind], f"{path}."), "type": kind})
+        given = {"type": kind, "id": item.get("id")}
+        checked.append({**check(item, ITEMS[kind], f"{path}."), **given})
     return checked
 
 
@@ -2105,6 +2218,7 @@ class Family(NamedTuple):
     always: Json = {}  # inputs that go with every prompt
     native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
     required: tuple[str, ...] = ()  # inputs without which it does not run
+    omits_think: bool = False  # an answer may begin with what it thinks, but no tag
     is_language: bool = True
 
 
@@ -2142,7 +2256,10 @@ def family(pattern: str, fields: str, **others: Any) -> Family:
 
 IN_PLACE = {"image_url": Field("", kinds=ARRAY)}
 ONE_IMAGE = {"image_url": Field("image")}
-IMAGES = {"image_url": Field("images", high=10, kinds=ARRAY)}
+IMAGES = {
+    "image_url": Field("images", high=10, kinds=ARRAY),
+    "video_url": Field("videos", high=10, kinds=ARRAY),
+}
 IMAGES_AND_SOUND = {**IMAGES, "input_audio": Field("audio")}
 
 LIMIT = f"max_tokens={DEFAULT_MAX_TOKENS}"
@@ -2195,9 +2312,12 @@ FAMILIES = {
     "deepseek-v3.1": family(
         r"deepseek-ai/deepseek-v3\.1", f"{OPEN} thinking(None,medium)"
     ),
+    "deepseek-r1": family(
+        r"deepseek-ai/deepseek-r1|moonshotai/kimi-k2-thinking", OPEN, omits_think=True
+    ),
     "open": family(
-        r"deepseek-ai/deepseek-(r1|v3)|openai/gpt-oss-(20b|120b)|xai/grok-4|"
-        r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-(thinking|instruct)",
+        r"deepseek-ai/deepseek-v3|openai/gpt-oss-(20b|120b)|xai/grok-4|"
+        r"qwen/qwen3-235b-a22b-instruct-2507|moonshotai/kimi-k2-instruct",
         OPEN,
     ),
     "gpt-4": gpt(r"openai/gpt-4(o|o-mini|\.1|\.1-mini|\.1-nano)", f"{GPT} {SAMPLED}"),
@@ -2260,6 +2380,7 @@ ATTACHMENT_NAMES = {
     "image_url": (
         "images image_input input_images image_urls image input_image image_url media"
     ),
+    "video_url": "videos video_input video_urls video input_video video_url",
     "input_audio": "audio audio_file audio_input input_audio audio_url",
     "file": "file files pdf document documents input_file",
 }
@@ -2538,6 +2659,7 @@ class PredictionInput(NamedTuple):
     limit: int | None  # of tokens, as it was sent
     cut: int | None  # of tokens, where the client's limit is below the model's least
     seed: Field | None = None  # the input that choices differ in: the client named it
+    omits_think: bool = False
 
 
 def with_tools_and_format(
@@ -2565,7 +2687,7 @@ def with_tools_and_format(
 def build_chat_input(body: Json, model: Model, family: Family) -> PredictionInput:
     body = with_system_texts(body, model.config)
     prompt = "\n".join(text_of(message["content"]) for message in body["messages"])
-    messages, placed = place_attachments(body["messages"], model, family)
+    messages, placed = place_attachments(body["messages"], family)
     rendered = family.render(messages, family.system, family.prompt)
     return build_input(body, model, family, {**rendered, **placed}, prompt)
 
@@ -2618,35 +2740,60 @@ def with_system_texts(body: Json, config: ModelConfig) -> Json:
 MODELS_WITH_ATTACHMENTS = {
     "image_url": "openai/gpt-4o and google/gemini-2.5-flash take several images, "
     "anthropic/claude-4.5-sonnet takes one.",
+    "video_url": "google/gemini-2.5-flash takes several.",
     "input_audio": "google/gemini-3-flash takes one.",
 }
 
 
-def place_attachments(
-    messages: Messages, model: Model, family: Family
-) -> tuple[Messages, Json]:
-    """Move what has an input of its own out of the messages.
+def fit_attachments(messages: Messages, model: Model, family: Family) -> Messages:
+    """Put words in place of what is more than the model takes, the earliest first.
 
-    Raise 400 for what the model does not take, or not so much of.
+    Raise 400 if that comes with the user's last message, or after it.
     """
+    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+    now = Counter(kind for kind, _ in attachments(messages[last:]))
+    excess = Counter(kind for kind, _ in attachments(messages))
+    for kind, count in excess.items():
+        field = family.attachments.get(kind, Field("", high=0, kinds=ARRAY))
+        most = field.high if field.kinds == ARRAY else 1
+        require(
+            most is None or now[kind] <= most,
+            f"The model `{model.id}` ({model.ref}) takes {most or 'no'} parts of type "
+            f"'{kind}', but got {now[kind]}. "
+            f"{MODELS_WITH_ATTACHMENTS.get(kind, 'No model known here does.')}",
+            code="invalid_value",
+            param="messages",
+        )
+        excess[kind] = 0 if most is None else max(0, count - int(most))
+        if excess[kind]:
+            log.warning("event=left_out parts=%d type=%s", excess[kind], kind)
+
+    def fit(part: Json) -> Json:
+        kind = part["type"]
+        if not excess[kind]:
+            return part
+        excess[kind] -= 1
+        noun = re.sub("input_|_url", "", kind)
+        return {"type": "text", "text": f"[{noun}]"}
+
+    return [
+        {**message, "content": join_texts(list(map(fit, message["content"])))}
+        if isinstance(message["content"], list)
+        else message
+        for message in messages
+    ]
+
+
+def place_attachments(messages: Messages, family: Family) -> tuple[Messages, Json]:
+    """Move what has an input of its own out of the messages."""
     placed: Json = {}
     by_kind = defaultdict(list)
     for kind, url in attachments(messages):
         by_kind[kind].append(url)
     for kind, urls in by_kind.items():
-        field = family.attachments.get(kind, Field("", high=0, kinds=ARRAY))
-        is_list = field.kinds == ARRAY
-        most = field.high if is_list else 1
-        require(
-            most is None or len(urls) <= most,
-            f"The model `{model.id}` ({model.ref}) takes {most or 'no'} parts of "
-            f"type '{kind}', but got {len(urls)}. "
-            f"{MODELS_WITH_ATTACHMENTS.get(kind, 'No model known here does.')}",
-            code="invalid_value",
-            param="messages",
-        )
+        field = family.attachments[kind]
         if field.name:
-            placed[field.name] = urls if is_list else urls[0]
+            placed[field.name] = urls if field.kinds == ARRAY else urls[0]
     moved = {kind for kind, field in family.attachments.items() if field.name}
     rest = []
     for message in messages:
@@ -2705,6 +2852,7 @@ def build_input(
         limit=limit,
         cut=wanted if wanted and limit and wanted < limit else None,
         seed=seed if is_ours else None,
+        omits_think=family.omits_think,
     )
 
 
@@ -4175,6 +4323,10 @@ def lost(message: str) -> APIError:
 CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
 
 
+def estimate_tokens(characters: int) -> int:
+    return -(-characters // CHARACTERS_PER_TOKEN)
+
+
 def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
     """End before the stop string that is complete first, however the text is cut."""
     held, reason = "", "stop"
@@ -4233,25 +4385,27 @@ def with_usage(
     events: Events, prompt: str, usages: list[Usage] | None = None
 ) -> Events:
     """Estimate the tokens that Replicate did not count, and add all to `usages`."""
-    length = 0
+    length = reasoning = 0
     for event in events:
-        if isinstance(event, (Reasoning, Text, Arguments)):
+        if isinstance(event, (Text, Arguments)):
             length += len(event.text)
+        elif isinstance(event, Reasoning):
+            reasoning += len(event.text)
         elif isinstance(event, Done):
             asked, answered, reasoned, _ = event.usage
-            usage = Usage(
-                -(-len(prompt) // CHARACTERS_PER_TOKEN) if asked is None else asked,
-                -(-length // CHARACTERS_PER_TOKEN) if answered is None else answered,
-                reasoned,
-                is_estimate=asked is None or answered is None,
-            )
+            is_estimate = asked is None or answered is None
+            if asked is None:
+                asked = estimate_tokens(len(prompt))
+            if answered is None:
+                answered = estimate_tokens(length + reasoning)
+            reasoned = reasoned or min(estimate_tokens(reasoning), answered)
+            usage = Usage(asked, answered, reasoned, is_estimate)
             event = Done(event.finish_reason, usage)
             if usages is not None:
                 usages.append(usage)
         yield event
 
 
-THINKERS = re.compile(r"(?i).*(deepseek-r1|thinking|reasoner|qwq|magistral).*")
 THINK, THINK_END = "<think>", "</think>"
 
 # gpt-oss writes in channels: OpenAI's harmony format.
@@ -4266,11 +4420,12 @@ LONGEST_HEADER = 400  # characters
 LONGEST_SPACE = 200  # characters that wait for what may follow them
 
 
-def split_reasoning(events: Events, starts_inside: bool) -> Events:
+def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) -> Events:
     """Tell reasoning from the answer.
 
     `starts_inside`: an answer without the first tag begins with reasoning. Where no
-    tag ends that, it was the answer after all, and is given as text, too."""
+    tag ends that, it was the answer after all, and is given as text: `holds` waits to
+    see that, without it the text has been given as reasoning before."""
     state, held = "before", ""
     thoughts: list[str] = []
     for event in events:
@@ -4282,7 +4437,7 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
                 tags = () if is_far else (THINK, *HARMONY)
                 if begun.startswith(tags[:1]):
                     held, state = begun[len(THINK) :], "inside"
-                    starts_inside = False
+                    starts_inside = holds = False
                 elif begun.startswith(tags):
                     yield from split_harmony(begun, events)
                     return
@@ -4296,8 +4451,11 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
                     end = len(held) - overhang(held, [THINK_END])
                     thought, rest = held[:end], held[end:]
                 if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
-                    yield Reasoning(thought)
                     thoughts.append(thought)
+                    if not holds:
+                        yield Reasoning(thought)
+                    elif tag:
+                        yield Reasoning("".join(thoughts))
                 elif not tag:
                     continue  # space alone is no reasoning
                 held, state = rest, "between" if tag else state
@@ -4309,11 +4467,14 @@ def split_reasoning(events: Events, starts_inside: bool) -> Events:
                 break
             continue
         if isinstance(event, Done):
-            if held:
-                yield Reasoning(held) if state == "inside" else Text(held)
             is_answer = starts_inside and event.finish_reason != "length"
+            thought = "".join(thoughts) + held if holds else held
+            if state == "inside" and not (holds and is_answer) and thought:
+                yield Reasoning(thought)
             if state == "inside" and is_answer:
                 yield Text("".join(thoughts) + held)
+            elif state != "inside" and held:
+                yield Text(held)
         yield event
     yield from events
 
@@ -4831,6 +4992,7 @@ BEGINS = re.compile(
     |(?:\[{GAPS}){{1,8}}(?:"|(?:{SCALAR}|{EMPTY}){GAPS}[,\]])""",
     re.DOTALL | re.VERBOSE,
 )
+BEGINNING_ENDS = re.compile(r'[:",\]]')
 LONGEST_BEGINNING = 420  # characters
 LONE_VALUE = re.compile(
     rf'[{{\[]|(?<!\\)"(?:[^"\\]|\\.)*"|(?<![\w.-]){SCALAR}(?!\w)', re.DOTALL
@@ -4848,10 +5010,10 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
         for event in events:
             if isinstance(event, Text):
                 text += event.text
-                matches = (
-                    BEGINS.match(text, b.start())
-                    for b in bracket.finditer(text, looked)
-                )
+                places = []
+                if BEGINNING_ENDS.search(event.text):  # nothing else completes one
+                    places = [b.start() for b in bracket.finditer(text, looked)]
+                matches = (BEGINS.match(text, place) for place in places)
                 found = [(match.end(), match.start()) for match in matches if match]
                 if found:  # of several, that which could be told first
                     break
@@ -5484,7 +5646,11 @@ def sse_frame(data: Json) -> bytes:
 
 def encode_json(value: Any) -> bytes:
     """Half a surrogate pair, which a model may write, becomes `?`."""
-    return compact(value).encode("utf-8", "replace")
+    text = compact(value)
+    if not text.isascii():  # some clients end lines there
+        for end in "\u0085\u2028\u2029":
+            text = text.replace(end, f"\\u{ord(end):04x}")
+    return text.encode("utf-8", "replace")
 
 
 class CompletionInfo(NamedTuple):
@@ -5493,7 +5659,9 @@ class CompletionInfo(NamedTuple):
     id: str
     created: int  # Unix seconds
     model: str  # as the client named it
-    include_usage: bool = False  # then every chunk has a place for it
+    include_usage: bool = False  # then every chunk has a place for it …
+    continuous_usage: bool = False  # … and an estimate there
+    prompt_tokens: int = 0  # an estimate
     legacy: bool = False  # a call is a `function_call`, as before there were tools
 
 
@@ -5555,6 +5723,11 @@ def usage_object(usage: Usage) -> Json:
     }
 
 
+def reasoning_fields(text: str) -> Json:
+    """DeepSeek's name for it, and that of OpenRouter and vLLM: clients read either."""
+    return {"reasoning_content": text, "reasoning": text}
+
+
 def chat_message(choice: Choice, info: CompletionInfo) -> Json:
     message: Json = {"role": "assistant", "content": choice.text}
     if choice.calls:
@@ -5565,7 +5738,7 @@ def chat_message(choice: Choice, info: CompletionInfo) -> Json:
             message["tool_calls"] = list(choice.calls)
     message |= {"refusal": None, "annotations": []}
     if choice.reasoning:
-        message["reasoning_content"] = choice.reasoning
+        message |= reasoning_fields(choice.reasoning)
     return message
 
 
@@ -5595,7 +5768,7 @@ def chat_delta(event: Event, legacy: bool) -> Json:
         case Text(text):
             return {"content": text}
         case Reasoning(text):
-            return {"reasoning_content": text}
+            return reasoning_fields(text)
         case ToolCall(index, id, name):
             function = {"name": name, "arguments": ""}
             call = {"index": index, "id": id, "type": "function", "function": function}
@@ -5635,40 +5808,53 @@ def chat_stream(
 
     role = {"role": "assistant", "content": "", "refusal": None}
     roles = [[choice(index, role)] for index in range(choices)]
-    return completion_stream(events, chunk, choice_of, roles, info.include_usage)
+    return completion_stream(events, chunk, choice_of, info, roles)
 
 
 def completion_stream(
     events: IndexedEvents,
     chunk: Json,
     choice_of: Callable[[int, Event], Json],
-    first: list[list[Json]],  # the choices of chunks before all others
-    include_usage: bool,
+    info: CompletionInfo,
+    first: Sequence[list[Json]] = (),  # the choices of chunks before all others
 ) -> Iterator[bytes]:
     """Yield a frame per event, one of the usage if that is wanted, and [DONE].
 
     What is constant around the text of a chunk is encoded once: a token costs the
     encoding of its own text (0.95 us instead of 4.5)."""
-    chunk = {**chunk, "usage": None} if include_usage else chunk
-    start = b"".join(sse_frame({**chunk, "choices": choices}) for choices in first)
-    mark = random_id("", 20)
+    is_constant = not (info.include_usage and info.continuous_usage)
+    length = 0
+    usages: list[Usage] = []
     around: dict[int, tuple[bytes, bytes]] = {}  # the text of each choice
-    usages = []
+    mark = random_id("", 20)
+
+    def frame(choices: list[Json]) -> bytes:
+        usage = None
+        if not is_constant:
+            counts = Usage(info.prompt_tokens, estimate_tokens(length))
+            usage = usage_object(counts)
+        usages_place = {"usage": usage} if info.include_usage else {}
+        return sse_frame({**chunk, "choices": choices, **usages_place})
+
+    start = b"".join(map(frame, first))
     for index, event in events:
         if isinstance(event, Text) and index in around:
             before, after = around[index]
             yield before + encode_json(event.text) + after
             continue
-        if isinstance(event, Text):
-            marked = {**chunk, "choices": [choice_of(index, Text(mark))]}
-            before, _, after = sse_frame(marked).partition(encode_json(mark))
+        if isinstance(event, Text) and is_constant:
+            marked = frame([choice_of(index, Text(mark))])
+            before, _, after = marked.partition(encode_json(mark))
             around[index] = before, after
-        elif isinstance(event, Done):
+        if isinstance(event, Done):
             usages.append(event.usage)
-        yield start + sse_frame({**chunk, "choices": [choice_of(index, event)]})
+        elif not isinstance(event, ToolCall):
+            length += len(event.text)
+        yield start + frame([choice_of(index, event)])
         start = b""
-    if include_usage:
-        yield sse_frame({**chunk, "usage": usage_object(sum_usage(usages))})
+    if info.include_usage:
+        usage = usage_object(sum_usage(usages))
+        yield sse_frame({**chunk, "choices": [], "usage": usage})
     yield DONE_FRAME
 
 
@@ -5720,7 +5906,7 @@ def text_stream(
             return text_choice(index, event.text)
         return text_choice(index, "", cast(Done, event).finish_reason)
 
-    return completion_stream(events, chunk, choice_of, [], info.include_usage)
+    return completion_stream(events, chunk, choice_of, info)
 
 
 # -- Responses -----------------------------------------------------------------
@@ -6194,11 +6380,14 @@ class Generation(NamedTuple):
         build_object: Callable[[list[Choice], Usage, CompletionInfo], Json],
         build_stream: Callable[[IndexedEvents, CompletionInfo, int], Iterator[bytes]],
     ) -> Response:
+        options = self.body["stream_options"]
         info = CompletionInfo(
             id=random_id(id_prefix, 29),
             created=int(time.time()),
             model=self.body["model"],
-            include_usage=bool(self.body["stream_options"].get("include_usage")),
+            include_usage=bool(options.get("include_usage")),
+            continuous_usage=bool(options.get("continuous_usage_stats")),
+            prompt_tokens=sum(estimate_tokens(len(i.prompt)) for i in self.inputs),
             legacy=bool(self.toolbox and self.toolbox.legacy),
         )
 
@@ -6306,6 +6495,10 @@ class Generation(NamedTuple):
     ) -> Iterator[Events]:
         """Create a prediction; after, it is over or cancelled."""
         upstream, log = self.proxy.upstream, self.request.log
+        if self.body["max_tokens"] == 0:  # no text is wanted, so no model has to run
+            end = (done for done in [Done("length", Usage(None, 0))])
+            yield with_usage(end, prediction_input.prompt, log.usages)
+            return
         with upstream.counted():
             prediction = upstream.create(
                 prediction_input, cancellation, log, wait=not self.body["stream"]
@@ -6324,8 +6517,8 @@ class Generation(NamedTuple):
         stop strings are looked for in what the client reads, not in tags, fences or
         calls; and what was sent in the end is counted."""
         if "messages" in self.body:
-            model = prediction_input.model.owner_and_name
-            events = split_reasoning(events, bool(THINKERS.fullmatch(model)))
+            omits, stream = prediction_input.omits_think, self.body["stream"]
+            events = split_reasoning(events, omits, holds=omits and not stream)
         if prediction_input.cut:
             events = cut_after(events, prediction_input.cut)
         if self.toolbox:
@@ -6448,6 +6641,7 @@ def generate_chat(proxy: Proxy, request: Request, body: Json) -> Generation:
     chosen = find_model(proxy.models.current(), body["model"])
     kinds = {kind for kind, _ in attachments(body["messages"])}
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
+    body["messages"] = fit_attachments(body["messages"], chosen, family)
     toolbox, format = parse_toolbox(body), parse_response_format(body)
     body = with_tools_and_format(body, family, toolbox, format)
     return Generation(
@@ -6481,8 +6675,8 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
     return generation.respond("cmpl-", text_completion, text_stream)
 
 
-def create_response(proxy: Proxy, request: Request) -> Response:
-    asked = read_body(request)
+def create_response(proxy: Proxy, request: Request, model: str = "") -> Response:
+    asked = read_body(request, model)
     chat = parse_response_request(asked)
     failing = partial(response_errors, request, chat)
     with failing():
@@ -6503,9 +6697,9 @@ def create_response(proxy: Proxy, request: Request) -> Response:
     return Response(response.object)
 
 
-def count_input_tokens(proxy: Proxy, request: Request) -> Response:
+def count_input_tokens(proxy: Proxy, request: Request, model: str = "") -> Response:
     """An estimate: Replicate counts no tokens before it runs a model."""
-    chat = parse_response_request(read_body(request))
+    chat = parse_response_request(read_body(request, model))
     with response_errors(request, chat):
         generation = generate_chat(proxy, request, check(chat.body, CHAT))
     count = ceil(len(generation.inputs[0].prompt) / CHARACTERS_PER_TOKEN)
@@ -6549,7 +6743,9 @@ def read_body(request: Request, model: str = "") -> Json:
 
 def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
     body = read_body(request, model)
-    checked = check(body, params)
+    if body.get("best_of") == (body.get("n") or 1):  # all choices are wanted
+        del body["best_of"]
+    checked = check(in_openais_words(body), params)
     require(
         checked["stream"] or body.get("stream_options") is None,
         "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
@@ -6573,9 +6769,10 @@ ENDPOINTS = [
     Endpoint("POST", "/completions", create_completion),
     Endpoint("POST", "/responses", create_response),
     Endpoint("POST", "/responses/input_tokens", count_input_tokens),
-    Endpoint("POST", "/engines/*/chat/completions", create_chat_completion),
-    Endpoint("POST", "/engines/*/completions", create_completion),
 ]
+
+# A base URL may end in /v1, or be Azure's; there, and in old clients, it has the model.
+BASE_PATH = r"(?:/openai)?(?:/v1)*(?:/(?:engines|deployments)/(?P<model>.+))?"
 
 
 def find_operation(
@@ -6594,13 +6791,16 @@ def find_operation(
 @lru_cache(16)  # programs use few, and anyone may send long ones
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
-    wanted = re.sub("/+", "/", unquote(path)).removeprefix("/v1").rstrip("/")
+    wanted = re.sub("/+", "/", unquote(path)).rstrip("/")
     allowed = set()
     for endpoint in ENDPOINTS:
-        if match := re.fullmatch(endpoint.path.replace("*", "(.+)"), wanted):
-            if endpoint.method == ("GET" if method == "HEAD" else method):
-                return endpoint, match.groups()
-            allowed.add(endpoint.method)
+        pattern = BASE_PATH + endpoint.path.replace("*", "(.+)")
+        match = re.fullmatch(pattern, wanted)
+        if not match or (match["model"] and endpoint.method != "POST"):
+            continue
+        if endpoint.method == ("GET" if method == "HEAD" else method):
+            return endpoint, tuple(filter(None, match.groups()))
+        allowed.add(endpoint.method)
     if not allowed:
         message = (
             f"Unknown request URL: {method} {path}. Please check the URL for typos."
@@ -6619,7 +6819,7 @@ def given_key(headers: Mapping[str, str]) -> str | None:
     scheme, _, key = headers.get("authorization", "").strip().partition(" ")
     if scheme:
         return key.strip() if scheme.lower() == "bearer" else ""
-    return headers.get("api-key")
+    return headers.get("api-key") or headers.get("x-api-key")
 
 
 WHOSE_KEY = (
@@ -6676,6 +6876,33 @@ SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the conne
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
 
 ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
+
+
+def check_codings(headers: Mapping[str, str]) -> list[str]:
+    """In which codings a body is, the last one first. Raise 415 for another."""
+    given = headers.get("content-encoding", "").lower().split(",")
+    codings = [coding for each in given if (coding := each.strip()) != "identity"]
+    for coding in filter(None, codings):
+        if coding not in ("gzip", "x-gzip", "deflate"):
+            message = (
+                f"Unsupported content encoding: '{coding}'. Send the body as it is, or "
+                "in gzip or deflate."
+            )
+            raise APIError(415, message, code="unsupported_content_encoding")
+    return [*filter(None, reversed(codings))]
+
+
+def decompress(data: bytes, limit: int) -> bytes:
+    """What is in gzip or deflate, also in one without zlib's head."""
+    for window in (47, -15):  # 32 + 15: gzip or zlib, by its head; no head
+        decoder = zlib.decompressobj(window)
+        with suppress(zlib.error):
+            decoded = decoder.decompress(data, limit + 1)
+            if len(decoded) > limit:
+                raise body_too_large(len(decoded), limit)
+            if decoder.eof:
+                return decoded
+    raise BadMessage("its body is not what its Content-Encoding says")
 
 
 def send_all(sock: socket.socket, data: bytes) -> None:
@@ -6948,6 +7175,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise BadMessage("a body needs a Content-Length", 411)
             if length > limit:
                 raise body_too_large(length, limit)
+            codings = check_codings(headers)
             server.admit(request)
             self.set_deadline(server.timeouts.body)
             if awaits_continue:
@@ -6956,6 +7184,8 @@ class Handler(BaseHTTPRequestHandler):
             self.read_size = 16 * READ_SIZE
             request.body = b"".join(self.body)
             self.close_connection = is_last
+            for _ in codings:
+                request.body = decompress(request.body, limit)
         return operation
 
     def drain(self) -> None:
