@@ -1695,8 +1695,9 @@ def check_items(items: list[Json]) -> list[Json]:
                 code="invalid_value",
                 param=f"{path}.type",
             )
-        given = {"type": kind, "id": item.get("id")}
-        checked.append({**check(item, ITEMS[kind], f"{path}."), **given})
+        known: Json = {"type": kind, **check(item, ITEMS[kind], f"{path}.")}
+        ids = {name: item[name] for name in ("id", "call_id") if item.get(name)}
+        checked.append({**ids, **known})
     return checked
 
 
@@ -1731,14 +1732,15 @@ def build_messages(items: list[Json]) -> list[tuple[str, Json]]:
             call = chat_call(item)
             turns[-1].message.setdefault("tool_calls", []).append(call)
             unanswered[call["id"]] = path
-            for id in (item.get("id"), call["id"]):
-                callers[str(id)] = turns[-1], call["id"]
+            for id in (str(item.get("id", call["id"])), call["id"]):
+                callers[id] = turns[-1], call["id"]
         elif kind.endswith("_output"):
             id = str(item.get("call_id") or item.get("id"))
             unknown = f"No tool call found for function call output with call_id {id}."
             require(id in callers, unknown, param=path)
             turn, id = callers[id]
-            unanswered.pop(id, None)
+            duplicate = f"There is a second output for tool call with call_id {id}."
+            require(unanswered.pop(id, None), duplicate, param=path)
             output = item["output"]
             if kind.startswith(OPENAIS_OWN) and not isinstance(output, str):
                 output = compact(output)

@@ -2596,6 +2596,20 @@ REFUSED_RESPONSES = [  # body, param, code, words of the message
     ),
     ("a result of no call", item_error(LONELY), "input[0]", None, "call_id c9"),
     (
+        "two results of a call",
+        item_error(call_item("c1"), output_item("c1"), output_item("c1")),
+        "input[2]",
+        None,
+        "second output for tool call with call_id c1",
+    ),
+    (
+        "a result of no call, without an id",
+        item_error({"type": "shell_call_output", "output": "x"}),
+        "input[0]",
+        None,
+        "call_id None",
+    ),
+    (
         "a call without a result",
         item_error(*HI, call_item("c7")),
         "input[1]",
