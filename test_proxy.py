@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -569,6 +570,7 @@ NO_TOKEN_YET, NO_KEY_YET = (
         ("too few", "workers", 0, "must be a number from 1 to 256."),
         ("too many", "workers", 257, "must be a number from 1 to 256."),
         ("a time", "prediction_timeout", 4, "must be a number from 5 to 86400."),
+        ("days", "responses_db_days", 0, "must be a number from 1 to 3650."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
         (
@@ -8148,6 +8150,421 @@ def folded(chunks):
             assert index not in ends
             ends[index] = choice["finish_reason"]
     return texts, ends, chunks[-1]["usage"]
+
+
+# -- Response store ------------------------------------------------------------
+
+
+def stored_response(id, text="Hello.", previous=None, **more):
+    """As it is stored: with one message, whose id follows from its own."""
+    part = {"type": "output_text", "annotations": [], "text": text}
+    message = {"id": f"msg_of_{id}", "type": "message", "content": [part]}
+    return {
+        "id": id,
+        "object": "response",
+        "output": [message],
+        "previous_response_id": previous,
+        **more,
+    }
+
+
+def asking_for(*texts):
+    return [says("user", text) for text in texts]
+
+
+def texts_of(items):
+    return [item["content"][0]["text"] for item in items]
+
+
+@contextmanager
+def store_of(path="", clock=time.time, timeouts=TIMEOUTS, **changes):
+    settings = replace(GOOD, responses_db=str(path), **changes)
+    with closing(proxy.ResponseStore(settings, timeouts, clock)) as store:
+        yield store
+
+
+@pytest.fixture(params=["in memory", "in a file"])
+def store(request, tmp_path):
+    path = tmp_path / "responses.db" if request.param == "in a file" else ""
+    with store_of(path) as store:
+        yield store
+
+
+def test_a_stored_response_is_found_whole_and_by_its_items(store):
+    response = stored_response("resp_1", metadata={"a": "ä€😀"}, text="One")
+    question = {"id": "msg_q", "type": "message", "role": "user", "content": []}
+    assert store.save(KEY, response, [question, *asking_for("And?")])
+    assert json.dumps(store.find(KEY, "resp_1")) == json.dumps(response)
+    assert store.find_item(KEY, "msg_of_resp_1") == response["output"][0]
+    assert store.find_item(KEY, "msg_q") == question
+    first, second = store.input_items(KEY, "resp_1")
+    assert first == question
+    assert store.find_item(KEY, second["id"]) == second
+
+
+@table(
+    "item, expected",
+    [
+        (
+            "a text",
+            {"role": "user", "content": "Hi"},
+            {
+                "id": "msg_",
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": "Hi"}],
+            },
+        ),
+        (
+            "an answer",
+            {"type": "message", "id": None, "role": "assistant", "content": "Hi"},
+            {
+                "id": "msg_",
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "output_text", "annotations": [], "text": "Hi"}],
+            },
+        ),
+        (
+            "a call",
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {
+                "id": "fc_",
+                "type": "function_call",
+                "call_id": "c",
+                "name": "f",
+                "arguments": "{}",
+            },
+        ),
+        (
+            "its result",
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+            {
+                "id": "item_",
+                "type": "function_call_output",
+                "call_id": "c",
+                "output": "1",
+            },
+        ),
+    ],
+)
+def test_an_input_item_gets_an_id_and_openais_form(store, item, expected):
+    before = json.dumps(item)
+    assert store.save(KEY, stored_response("resp_1"), [item])
+    assert json.dumps(item) == before
+    [listed] = store.input_items(KEY, "resp_1")
+    prefix = expected["id"]
+    assert re.fullmatch(f"{prefix}[A-Za-z0-9]{{48}}", listed["id"])
+    assert json.dumps({**listed, "id": prefix}) == json.dumps(expected)
+
+
+STRANGE_IDS = [
+    ("a quote", "resp_1' OR '1'='1"),
+    ("a statement", "'; DROP TABLE responses; --"),
+    ("a pattern", "resp%"),
+    ("nothing", ""),
+    ("a zero byte", "resp_1\0"),
+    ("half a surrogate pair", "\ud800"),
+    ("a long one", "x" * 100_000),
+]
+
+
+@table("id", STRANGE_IDS)
+def test_an_id_is_an_id_whatever_it_looks_like(store, id):
+    assert store.save(KEY, stored_response("resp_1"), [])
+    assert store.find(KEY, id) is store.find_item(KEY, id) is None
+    assert store.input_items(KEY, id) is None
+    assert not store.delete(KEY, id)
+    assert store.save(KEY, stored_response(id), [{"id": id, "type": "reasoning"}])
+    assert texts_of(store.find(KEY, id)["output"]) == ["Hello."]
+    assert store.delete(KEY, id)
+    assert store.find(KEY, "resp_1")
+
+
+def test_what_one_key_stored_no_other_finds(store):
+    assert store.save("sk-one", stored_response("resp_1", "Mine"), asking_for("Who?"))
+    [question] = store.input_items("sk-one", "resp_1")
+    for key in ("sk-on", "sk-one ", "", "sk-two"):
+        assert store.find(key, "resp_1") is store.input_items(key, "resp_1") is None
+        assert store.find_item(key, "msg_of_resp_1") is None
+        assert store.find_item(key, question["id"]) is None
+        assert not store.delete(key, "resp_1")
+        with pytest.raises(APIError, match="'resp_1' not found"):
+            store.history(key, "resp_1")
+    assert store.save("sk-two", stored_response("resp_1", "Other"), [])
+    assert texts_of(store.find("sk-one", "resp_1")["output"]) == ["Mine"]
+    assert store.delete("sk-two", "resp_1")
+    assert store.find("sk-one", "resp_1")
+
+
+def test_no_file_has_a_key_in_it_and_none_is_for_others_to_read(tmp_path):
+    with store_of(tmp_path / "r.db") as store:
+        assert store.save(KEY, stored_response("resp_1"), asking_for("Hi"))
+        files = list(tmp_path.iterdir())
+        assert len(files) == 3
+        for file in files:
+            assert KEY.encode() not in file.read_bytes()
+            assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_history_has_all_items_of_a_chain_in_their_order(store):
+    for id, previous in (("a", None), ("b", "a"), ("c", "b"), ("other", "a")):
+        questions = asking_for(f"{id} 1", f"{id} 2")
+        assert store.save(KEY, stored_response(id, f"to {id}", previous), questions)
+    assert texts_of(store.history(KEY, "c")) == [
+        *("a 1", "a 2", "to a"),
+        *("b 1", "b 2", "to b"),
+        *("c 1", "c 2", "to c"),
+    ]
+    assert texts_of(store.history(KEY, "a")) == ["a 1", "a 2", "to a"]
+    assert store.delete(KEY, "b")
+    with pytest.raises(APIError) as caught:
+        store.history(KEY, "c")
+    assert caught.value.status == 400
+    error = caught.value.body["error"]
+    assert error["message"].startswith("Previous response with id 'b' not found.")
+    assert (error["type"], error["param"], error["code"]) == (
+        "invalid_request_error",
+        "previous_response_id",
+        "previous_response_not_found",
+    )
+
+
+def test_a_history_is_no_longer_than_what_a_client_could_send():
+    with store_of(max_body_bytes=3000) as store:
+        assert store.save(KEY, stored_response("a", "x" * 1000), [])
+        assert store.save(KEY, stored_response("b", "y" * 1000, "a"), [])
+        assert store.save(KEY, stored_response("c", "z" * 1000, "b"), [])
+        assert len(store.history(KEY, "b")) == 2
+        with pytest.raises(APIError) as caught:
+            store.history(KEY, "c")
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+
+
+def test_the_oldest_make_room_for_new_ones():
+    with store_of(responses_db_bytes=10_000) as store:
+        ids = [f"resp_{number}" for number in range(50)]
+        for number, id in enumerate(ids):
+            image = {"type": "input_image", "image_url": "x" * number * 40}
+            message = {"role": "user", "content": [image]}
+            assert store.save(KEY, stored_response(id), [message])
+            kept = [id for id in ids if store.find(KEY, id)]
+            size = sum(
+                len(json.dumps([store.find(KEY, id), store.input_items(KEY, id)]))
+                for id in kept
+            )
+            assert kept == ids[number + 1 - len(kept) : number + 1]
+            assert size < 12_000  # of which some are spaces
+        assert 3 < len(kept) < 6
+        assert store.find_item(KEY, "msg_of_resp_0") is None
+        for id in reversed(kept):
+            assert store.delete(KEY, id)
+        assert store.save(KEY, stored_response("resp_1"), [])
+
+
+def test_one_that_is_larger_than_the_store_is_not_kept_and_costs_no_other(caplog):
+    with store_of(responses_db_bytes=2000) as store:
+        assert store.save(KEY, stored_response("small"), [])
+        for _ in range(3):
+            assert not store.save(KEY, stored_response("large"), asking_for("x" * 2000))
+        assert store.find(KEY, "small") and not store.find(KEY, "large")
+    [line] = [record.message for record in caplog.records]
+    assert "bytes are more than RESPONSES_DB_BYTES" in line
+
+
+def test_a_store_of_no_bytes_keeps_nothing(caplog):
+    with store_of(responses_db_bytes=0) as store:
+        assert not store.save(KEY, stored_response("resp_1"), [])
+        assert store.find(KEY, "resp_1") is None
+    assert not caplog.records
+
+
+def test_what_is_too_old_is_gone(tmp_path):
+    day, now = 86400, [0.0]
+    with store_of(tmp_path / "r.db", lambda: now[0], responses_db_days=2) as store:
+        assert store.save(KEY, stored_response("old"), asking_for("secret"))
+        now[0] += day
+        assert store.save(KEY, stored_response("new", previous="old"), [])
+        assert len(store.history(KEY, "new")) == 3
+        now[0] += day + 1
+        assert store.find(KEY, "old") is store.input_items(KEY, "old") is None
+        assert store.find_item(KEY, "msg_of_old") is None
+        assert not store.delete(KEY, "old")
+        with pytest.raises(APIError, match="'old' not found"):
+            store.history(KEY, "new")
+        assert store.save(KEY, stored_response("newest"), [])
+        assert store.find(KEY, "new")
+        with closing(sqlite3.connect(tmp_path / "r.db")) as other:
+            assert other.execute("SELECT count(*) FROM responses").fetchone() == (2,)
+            assert other.execute("SELECT count(*) FROM items").fetchone() == (2,)
+
+
+def test_the_last_of_two_with_an_id_counts(store):
+    for text in ("one", "two"):
+        item = {"id": "msg_1", **says("user", text)}
+        assert store.save(KEY, stored_response("resp_1", text), [item])
+        assert store.save(KEY, stored_response(f"resp_{text}", text), [item])
+    assert texts_of(store.find(KEY, "resp_1")["output"]) == ["two"]
+    assert len(store.input_items(KEY, "resp_1")) == 1
+    assert texts_of([store.find_item(KEY, "msg_1")]) == ["two"]
+
+
+def test_many_threads_use_a_store_at_once(store):
+    def talk(number):
+        previous = None
+        for turn in range(10):
+            id = f"resp_{number}_{turn}"
+            response = stored_response(id, f"{number} {turn}", previous)
+            assert store.save(KEY, response, asking_for("And?"))
+            assert len(store.history(KEY, id)) == 2 * (turn + 1)
+            previous = id
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(talk, range(8)))
+
+
+PROCESS = """
+import sys, proxy
+path, name, key = sys.argv[1:]
+settings = proxy.Settings(responses_db=path)
+store = proxy.ResponseStore(settings, proxy.Timeouts(store=30))
+print(flush=True)
+sys.stdin.readline()
+for number in range(40):
+    id, previous = f"{name}_{number}", number and f"{name}_{number - 1}" or None
+    response = {"id": id, "output": [], "previous_response_id": previous}
+    assert store.save(key, response, [{"role": "user", "content": id}])
+store.close()
+"""
+
+
+def test_processes_share_a_file_and_later_ones_find_what_they_stored(tmp_path):
+    path = str(tmp_path / "r.db")
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", PROCESS, path, name, KEY],
+                    cwd=HERE,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for name in "abc"
+        ]
+        for process in processes:
+            assert process.stdout.readline()
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 3
+    with store_of(path) as store:
+        for name in "abc":
+            texts = texts_of(store.history(KEY, f"{name}_39"))
+            assert texts == [f"{name}_{number}" for number in range(40)]
+
+
+@contextmanager
+def no_database(path):
+    path.write_bytes(b"This is a letter to a friend. " * 100)
+    yield
+    path.unlink()
+
+
+@contextmanager
+def no_folder(path):
+    yield
+    path.parent.mkdir()
+
+
+@contextmanager
+def another_schema(path):
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE responses (id INTEGER)")
+    yield
+    path.unlink()
+
+
+@contextmanager
+def locked(path):
+    with store_of(path):
+        pass
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@table(
+    "harm, folder",
+    [
+        ("no database", no_database, ""),
+        ("no folder", no_folder, "none"),
+        ("the tables of another program", another_schema, ""),
+        ("locked", locked, ""),
+    ],
+)
+def test_a_file_that_can_not_be_used_costs_the_storing_until_it_can(
+    tmp_path, caplog, harm, folder
+):
+    path, timeouts = tmp_path / folder / "r.db", TIMEOUTS._replace(store=0.05)
+    with ExitStack() as stack:
+        harmed = stack.enter_context(ExitStack())
+        harmed.enter_context(harm(path))
+        store = stack.enter_context(store_of(path, timeouts=timeouts))
+        for _ in range(3):
+            assert not store.save(KEY, stored_response("resp_1"), [])
+        if harm is locked:  # it can be read
+            assert store.find(KEY, "resp_1") is None
+        else:
+            with pytest.raises(APIError) as caught:
+                store.find(KEY, "resp_1")
+            assert (caught.value.status, caught.value.code) == (503, "overloaded")
+        [line] = [record.message for record in caplog.records]
+        assert line.startswith("event=response_store_failed error=")
+        harmed.close()
+        assert store.save(KEY, stored_response("resp_1"), [])
+        assert store.find(KEY, "resp_1")
+
+
+def test_a_full_disk_costs_the_storing_and_not_what_is_stored(
+    tmp_path, caplog, monkeypatch
+):
+    full = proxy.STORE_SCHEMA + "PRAGMA max_page_count = 16;"
+    monkeypatch.setattr(proxy, "STORE_SCHEMA", full)
+    with store_of(tmp_path / "r.db") as store:
+        assert store.save(KEY, stored_response("small"), [])
+        for _ in range(3):
+            assert not store.save(
+                KEY, stored_response("large"), asking_for("x" * 100_000)
+            )
+        assert store.find(KEY, "small") and not store.find(KEY, "large")
+        assert store.save(KEY, stored_response("small too"), [])
+    [line] = [record.message for record in caplog.records]
+    assert line.endswith('error="database or disk is full"')
+
+
+def test_many_who_wait_for_a_locked_file_wait_a_moment_each(tmp_path, caplog):
+    path, timeouts = tmp_path / "r.db", TIMEOUTS._replace(store=0.2)
+    with store_of(path, timeouts=timeouts) as store, locked(path):
+        before = time.monotonic()
+        with ThreadPoolExecutor(30) as pool:
+            saves = [
+                pool.submit(store.save, KEY, stored_response(f"resp_{number}"), [])
+                for number in range(30)
+            ]
+            assert not any(save.result() for save in saves)
+        assert time.monotonic() - before < 3
+    assert len(caplog.records) == 1
+
+
+def test_a_store_that_is_closed_stays_so(tmp_path):
+    with store_of(tmp_path / "r.db") as store:
+        store.close()
+        assert not store.save(KEY, stored_response("resp_1"), [])
+        with pytest.raises(APIError, match="is being stopped"):
+            store.find(KEY, "resp_1")
 
 
 # ==== 7. SERVING ==============================================================
