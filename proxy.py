@@ -118,7 +118,7 @@ from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn, TypeGuard, cast
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 if __name__ == "__main__":  # so that Ctrl-C is quiet while it starts
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -5693,6 +5693,7 @@ class Proxy(NamedTuple):
     settings: Settings
     models: ModelsFile
     upstream: Upstream
+    response_store: ResponseStore
 
 
 @dataclass(eq=False)
@@ -5703,6 +5704,7 @@ class Request:
     path: str  # without the query
     headers: Mapping[str, str]  # names in lower case
     body: bytes = b""
+    query: str = ""
     cancellation: Cancellation = field(default_factory=Cancellation)
     log: RequestLog = field(default_factory=RequestLog)
 
@@ -6040,6 +6042,65 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
     return checked
 
 
+def retrieve_response(proxy: Proxy, request: Request, id: str) -> Response:
+    if not (response := proxy.response_store.find(key_of(request), id)):
+        raise response_not_found(id)
+    is_streamed = dict(parse_qsl(request.query)).get("stream") == "true"
+    message = "Unsupported parameter: 'stream'. A stored response is sent whole."
+    require(not is_streamed, message, code="unsupported_parameter", param="stream")
+    return Response(response)
+
+
+def delete_response(proxy: Proxy, request: Request, id: str) -> Response:
+    if not proxy.response_store.delete(key_of(request), id):
+        raise response_not_found(id)
+    return Response({"id": id, "object": "response.deleted", "deleted": True})
+
+
+def cancel_response(proxy: Proxy, request: Request, id: str) -> Response:
+    if not proxy.response_store.find(key_of(request), id):
+        raise response_not_found(id)
+    raise APIError(400, "Cannot cancel a synchronous response.")
+
+
+PAGE = {
+    "after": Param(STRING),
+    "limit": Param(INTEGER, 1, 100, default=20),
+    "order": Param(STRING, choices=("asc", "desc"), default="desc"),
+}
+
+
+def list_input_items(proxy: Proxy, request: Request, id: str) -> Response:
+    query: Json = dict(parse_qsl(request.query))
+    if re.fullmatch(r"-?\d{1,9}", query.get("limit", "")):
+        query["limit"] = int(query["limit"])
+    page = check(query, PAGE)
+    if (items := proxy.response_store.input_items(key_of(request), id)) is None:
+        raise response_not_found(id)
+    if page["order"] == "desc":
+        items.reverse()
+    if after := page["after"]:
+        ids = [item["id"] for item in items]
+        message = f"Item with id '{after}' not found."
+        require(after in ids, message, code="invalid_value", param="after")
+        items = items[ids.index(after) + 1 :]
+    rows = items[: page["limit"]]
+    ids = [row["id"] for row in rows] or [None]
+    return Response(
+        {
+            "object": "list",
+            "data": rows,
+            "first_id": ids[0],
+            "last_id": ids[-1],
+            "has_more": len(items) > len(rows),
+        }
+    )
+
+
+def response_not_found(id: str) -> APIError:
+    return APIError(404, f"Response with id '{id}' not found.", param="id")
+
+
 class Endpoint(NamedTuple):
     method: str
     path: str  # without the /v1 that all of them may have; * is an id
@@ -6053,6 +6114,11 @@ ENDPOINTS = [
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
+    # These two before the others, since an id may have a slash.
+    Endpoint("GET", "/responses/*/input_items", list_input_items),
+    Endpoint("POST", "/responses/*/cancel", cancel_response),
+    Endpoint("GET", "/responses/*", retrieve_response),
+    Endpoint("DELETE", "/responses/*", delete_response),
     Endpoint("POST", "/engines/*/chat/completions", create_chat_completion),
     Endpoint("POST", "/engines/*/completions", create_completion),
 ]
@@ -6128,6 +6194,11 @@ def given_key(headers: Mapping[str, str]) -> str | None:
     return headers.get("api-key")
 
 
+def key_of(request: Request) -> str:
+    """The key of a request that has one, as all stored responses do."""
+    return given_key(request.headers) or ""
+
+
 CORS = {
     "access-control-allow-origin": "*",
     "access-control-expose-headers": "x-request-id, retry-after, openai-processing-ms,"
@@ -6200,10 +6271,6 @@ class DeadlineReader(io.RawIOBase):
             self.set_deadline(seconds)
             while self.readinto(bytearray(SMALL_BODY)):
                 pass
-
-
-def path_of(target: str) -> str:
-    return ORIGIN.sub("", target, count=1).partition("?")[0]
 
 
 def read_head_lines(stream: io.BufferedIOBase) -> list[bytes]:
@@ -6503,7 +6570,8 @@ class Handler(BaseHTTPRequestHandler):
         self.request_version = version
         try:
             headers = parse_headers(lines)
-            self.api_request = Request(method, path_of(target), headers)
+            path, _, query = ORIGIN.sub("", target, count=1).partition("?")
+            self.api_request = Request(method, path, headers, query=query)
             self.body_length = parse_body_length(headers, version)
         except BadHead as error:
             raise bad_request(str(error)) from None
@@ -6657,7 +6725,8 @@ class Server(ThreadingHTTPServer):
         self.url = base_url(self.socket, settings)
         self.timeouts = timeouts
         self.api = ReplicateAPI(settings, timeouts)
-        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
+        store = ResponseStore(settings, timeouts)
+        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts), store)
         self.changed = threading.Condition()  # of the sets below
         self.connections: set[socket.socket] = set()  # from when they are accepted
         self.idle: set[socket.socket] = set()  # those between two requests
@@ -6746,6 +6815,7 @@ class Server(ThreadingHTTPServer):
         self.proxy.upstream.await_runs(until - time.monotonic())
         self.watcher.stop()
         self.api.close()
+        self.proxy.response_store.close()
 
 
 def listen(settings: Settings) -> socket.socket:

@@ -9283,6 +9283,145 @@ def test_any_origin_may_ask_with_any_header(server):
     assert answer.headers["access-control-allow-private-network"] == "true"
 
 
+@pytest.fixture
+def stored(server):
+    """A response of three questions, the last of a chain of two; its id."""
+    store = server.proxy.response_store
+    numbered = [
+        {"id": f"msg_{n}", **message}
+        for n, message in enumerate(asking_for("1", "2", "3"))
+    ]
+    assert store.save(KEY, stored_response("resp_before"), asking_for("Before?"))
+    assert store.save(KEY, stored_response("resp_1", previous="resp_before"), numbered)
+    yield "resp_1"
+    store.delete(KEY, "resp_1")
+
+
+STORED = "/v1/responses/resp_1"
+OTHER = {"authorization": "Bearer sk-of-another"}
+
+
+def test_a_stored_response_is_retrieved_and_deleted(server, stored):
+    for path in (STORED, "/responses//resp_1/", f"{STORED}?include[]=a&stream=false"):
+        answer = send(server, "GET", path)
+        assert answer.status == 200
+        assert answer.json == stored_response("resp_1", previous="resp_before")
+    answer = send(server, "GET", STORED, headers={"api-key": KEY})
+    assert answer.json["id"] == "resp_1"
+    deleted = send(server, "DELETE", STORED).json
+    assert deleted == {"id": "resp_1", "object": "response.deleted", "deleted": True}
+    assert send(server, "GET", STORED).status == 404
+
+
+@table(
+    "method, path",
+    [
+        ("get", "GET", "{}"),
+        ("delete", "DELETE", "{}"),
+        ("cancel", "POST", "{}/cancel"),
+        ("input items", "GET", "{}/input_items"),
+    ],
+)
+def test_an_unknown_response_is_a_404_and_so_is_anothers(server, stored, method, path):
+    for id, headers in (("resp_2", AUTHORIZATION), ("resp_1", OTHER)):
+        target = f"/v1/responses/{path.format(id)}"
+        answer = send(
+            server, method, target, b"" if method == "POST" else None, headers
+        )
+        assert answer.status == 404
+        assert answer.error == {
+            "message": f"Response with id '{id}' not found.",
+            "type": "invalid_request_error",
+            "param": "id",
+            "code": None,
+        }
+        assert send(server, method, target, b"", {}).status == 401
+    assert send(server, "GET", STORED).status == 200
+
+
+@table(
+    "query, ids, has_more",
+    [
+        ("all, the last first", "", [2, 1, 0], False),
+        ("the first first", "?order=asc", [0, 1, 2], False),
+        ("some", "?limit=2", [2, 1], True),
+        ("just as many", "?limit=3&order=asc", [0, 1, 2], False),
+        ("the rest", "?limit=2&after=msg_1", [0], False),
+        ("the rest, upwards", "?after=msg_0&order=asc&limit=1", [1], True),
+        ("after the last", "?after=msg_0", [], False),
+        ("an empty one", "?after=&limit=", [2, 1, 0], False),
+        ("more that is asked", "?include[]=x&before=msg_1", [2, 1, 0], False),
+        ("with escapes", "?after=%6dsg_1&order=a%73c", [2], False),
+    ],
+)
+def test_input_items_come_in_pages(server, stored, query, ids, has_more):
+    page = send(server, "GET", f"{STORED}/input_items{query}").json
+    wanted = [f"msg_{number}" for number in ids]
+    assert [item["id"] for item in page["data"]] == wanted
+    assert page["first_id"] == (wanted[0] if wanted else None)
+    assert page["last_id"] == (wanted[-1] if wanted else None)
+    assert (page["object"], page["has_more"]) == ("list", has_more)
+
+
+@table(
+    "target, param, code",
+    [
+        ("too many", "/input_items?limit=101", "limit", "integer_above_max_value"),
+        ("too few", "/input_items?limit=0", "limit", "integer_below_min_value"),
+        ("no number", "/input_items?limit=ten", "limit", "invalid_type"),
+        ("a long number", f"/input_items?limit={'1' * 5000}", "limit", "invalid_type"),
+        ("no order", "/input_items?order=up", "order", "invalid_value"),
+        ("an unknown item", "/input_items?after=msg_9", "after", "invalid_value"),
+        ("a stream", "?stream=true", "stream", "unsupported_parameter"),
+    ],
+)
+def test_what_a_query_may_not_be_is_told(server, stored, target, param, code):
+    answer = send(server, "GET", STORED + target)
+    assert (answer.status, answer.error["param"], answer.error["code"]) == (
+        400,
+        param,
+        code,
+    )
+
+
+def test_nothing_runs_in_the_background_and_can_be_cancelled(server, stored):
+    answer = send(server, "POST", f"{STORED}/cancel", b"")
+    assert answer.status == 400
+    assert answer.error["message"] == "Cannot cancel a synchronous response."
+
+
+def test_openais_client_reads_and_deletes_what_is_stored(server, stored, client):
+    response = client.responses.retrieve(stored)
+    assert (response.id, response.output_text) == (stored, "Hello.")
+    pages = client.responses.input_items.list(stored, limit=1, order="asc")
+    assert [item.content[0].text for item in pages] == ["1", "2", "3"]
+    with pytest.raises(openai.BadRequestError, match="synchronous"):
+        client.responses.cancel(stored)
+    client.responses.delete(stored)
+    with pytest.raises(openai.NotFoundError, match=f"'{stored}' not found"):
+        client.responses.retrieve(stored)
+
+
+def test_a_store_that_can_not_be_read_is_a_503(settings, tmp_path):
+    broken = replace(settings, responses_db=str(tmp_path))
+    with serving(broken) as server:
+        assert send(server, "GET", "/health").status == 200
+        for method, path in (("GET", STORED), ("DELETE", STORED)):
+            answer = send(server, method, path)
+            assert (answer.status, answer.error["code"]) == (503, "overloaded")
+            assert answer.headers["retry-after"] == "1"
+
+
+def test_servers_share_what_is_stored_in_a_file(settings, tmp_path):
+    shared = replace(settings, responses_db=str(tmp_path / "r.db"))
+    with serving(shared) as one, serving(shared) as other:
+        assert one.proxy.response_store.save(KEY, stored_response("resp_1"), [])
+        assert send(other, "GET", STORED).status == 200
+        assert send(other, "DELETE", STORED).status == 200
+        assert send(one, "GET", STORED).status == 404
+    assert [file.name for file in tmp_path.iterdir()] == ["r.db"]
+
+
 # -- HTTP ----------------------------------------------------------------------
 
 
