@@ -85,6 +85,7 @@ import string
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -7000,6 +7001,30 @@ def with_replicate(settings: Settings, is_demo: bool) -> Iterator[Settings]:
         yield replace(settings, replicate_base_url=fake.base_url)
 
 
+@contextmanager
+def with_shared_store(settings: Settings) -> Iterator[Settings]:
+    """Give workers one file for the responses they store, for as long as they live.
+
+    Only they open it, since no connection of SQLite's may live through a fork.
+    """
+    is_needed = settings.workers > 1 and settings.responses_db_bytes
+    if settings.responses_db or not is_needed:
+        yield settings
+        return
+    try:
+        folder = tempfile.TemporaryDirectory("", "proxy-", ignore_cleanup_errors=True)
+    except OSError as error:
+        log.warning(
+            "event=responses_not_shared error=%s: a worker knows the responses that it "
+            "made, and no others. With RESPONSES_DB, a file, each knows all of them.",
+            quoted(error),
+        )
+        yield settings
+        return
+    with folder as path:
+        yield replace(settings, responses_db=str(Path(path) / "responses.db"))
+
+
 def serve(settings: Settings, models: Models, options: argparse.Namespace) -> int:
     """Serve until a signal, in this process or in several that it forks."""
     if settings.workers > 1 and not hasattr(os, "fork"):
@@ -7149,7 +7174,8 @@ def main(arguments: Sequence[str]) -> int:
         if options.check:
             return check_token(settings, models, options.demo)
         log_to_stderr(settings.log_level)
-        return serve(settings, models, options)
+        with with_shared_store(settings) as settings:
+            return serve(settings, models, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)

@@ -11383,6 +11383,99 @@ def test_workers_do_not_share_a_port_with_strangers(folder, fake, server):
             assert "in use" in err and "--port" in err and "Traceback" not in err
 
 
+@contextmanager
+def worker_store(folder, fake, temporary, **environ):
+    """Two workers that keep their responses in a folder; a store beside theirs."""
+    given = {"TMPDIR": str(temporary), **environ}
+    with started_workers(folder, fake, **given) as (parent, port):
+        wait_until(lambda: list(temporary.glob("**/responses.db")))
+        [path] = temporary.glob("**/responses.db")
+        with store_of(path) as store:
+            yield parent, port, store
+
+
+def test_workers_share_a_file_of_responses_for_as_long_as_they_live(
+    folder, fake, tmp_path
+):
+    with worker_store(folder, fake, tmp_path) as (parent, port, store):
+        assert tmp_path.joinpath(store.path).parent.stat().st_mode & 0o777 == 0o700
+        assert store.save("key", stored_response("resp_1"), [])
+        workers = worker_ids(parent)
+        for pid in workers:
+            wait_until(lambda pid=pid: has_open(pid, store.path))
+        assert not has_open(parent.pid, store.path)
+        found = Counter(status_of(port, STORED) for _ in range(20))
+        assert found == {200: 20}
+        os.kill(workers[0], signal.SIGKILL)
+        wait_until(lambda: workers[0] not in worker_ids(parent), 10)
+        found = Counter(status_of(port, STORED) for _ in range(20))
+        assert found == {200: 20}
+        parent.terminate()
+        assert parent.wait(10) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def has_open(pid, path):
+    return any(
+        os.path.realpath(link) == str(path)
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+    )
+
+
+def status_of(port, path):
+    url = f"http://127.0.0.1:{port}{path}"
+    headers = {"authorization": "Bearer key", "connection": "close"}
+    return httpx.get(url, headers=headers, trust_env=False).status_code
+
+
+def test_a_second_signal_leaves_no_file_either(folder, fake, tmp_path):
+    with (
+        worker_store(folder, fake, tmp_path) as (parent, port, _),
+        begin_on(port, "fake/endless")[0],
+    ):
+        parent.terminate()
+        wait_until(lambda: is_refused(port))
+        parent.terminate()
+        assert parent.wait(5) == 128 + signal.SIGTERM
+        assert not list(tmp_path.iterdir())
+
+
+def test_workers_keep_a_file_that_is_named(folder, fake, tmp_path):
+    kept, temporary = tmp_path / "kept.db", tmp_path / "temporary"
+    temporary.mkdir()
+    given = {"TMPDIR": str(temporary), "RESPONSES_DB": str(kept)}
+    with started_workers(folder, fake, **given) as (parent, port):
+        wait_until(kept.exists)
+        with store_of(kept) as store:
+            assert store.save("key", stored_response("resp_1"), [])
+        assert status_of(port, STORED) == 200
+        assert not list(temporary.iterdir())
+        parent.terminate()
+        assert parent.wait(10) == 0
+    with store_of(kept) as store:
+        assert store.find("key", "resp_1")
+
+
+NOWHERE = """
+import sys, tempfile, proxy
+def nothing(*_, **__):
+    raise FileNotFoundError("No usable temporary directory found")
+tempfile.mkdtemp = nothing
+sys.exit(proxy.main(sys.argv[1:]))
+"""
+
+
+def test_workers_that_can_not_share_say_what_that_means(folder, fake):
+    (folder / "nowhere.py").write_text(NOWHERE)
+    environ = {**settings_for(fake), "WORKERS": "2", "PROXY_API_KEY": "key"}
+    with started(folder, environ=environ, program="nowhere.py") as (parent, (url, _)):
+        told = parent.stderr.readline()
+        assert 'event=responses_not_shared error="No usable' in told
+        assert "a worker knows the responses that it made" in told
+        assert "RESPONSES_DB" in told
+        assert is_healthy(url)
+
+
 def test_one_demonstration_serves_all_workers(folder):
     arguments = ["--demo", "--port", "0"]
     with started(folder, *arguments, environ={"WORKERS": "2"}) as (parent, (url, _)):
