@@ -11956,7 +11956,7 @@ def nginx_program():
     return path
 
 
-def nginx_conf(folder, port, upstreams):
+def nginx_conf(folder, port, upstreams, changes=()):
     """The file that is shipped, but for where it listens, sends to and writes."""
     text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
     servers = [
@@ -11966,6 +11966,7 @@ def nginx_conf(folder, port, upstreams):
         (SHIPPED, " ".join(servers), 1),
         ("listen 3000;", f"listen 127.0.0.1:{port};", 1),
         (" /tmp/nginx", f" {folder}/nginx", 6),
+        *changes,
     ]:
         assert text.count(old) == times
         text = text.replace(old, new)
@@ -11973,12 +11974,12 @@ def nginx_conf(folder, port, upstreams):
 
 
 @contextmanager
-def nginx_before(*upstreams, folder):
+def nginx_before(*upstreams, folder, changes=()):
     """nginx in front of these ports; its own port."""
     program = nginx_program()
     port = free_port()
     conf = folder / "nginx.conf"
-    conf.write_text(nginx_conf(folder, port, upstreams))
+    conf.write_text(nginx_conf(folder, port, upstreams, changes))
     command = [program, "-c", str(conf), "-e", "stderr", "-g", "daemon off;"]
     with (
         (folder / "nginx.log").open("w+") as log,
@@ -12215,6 +12216,34 @@ def test_a_process_that_is_told_to_stop_loses_no_call(fleet):
         assert (answer.status, created[text]) == (200, 1)
 
 
+BY_KEY = "hash $http_authorization$http_api_key consistent;"
+
+
+def test_nginx_can_send_all_requests_with_one_key_to_one_process(settings, tmp_path):
+    changes = [("least_conn;", "", 1), (f"# {BY_KEY}", BY_KEY, 1)]
+    keys = [f"sk-{number}" for number in range(16)]
+    settings = replace(settings, proxy_api_key=",".join(keys))
+    with (
+        serving(settings) as one,
+        serving(settings) as other,
+        nginx_before(
+            one.server_port, other.server_port, folder=tmp_path, changes=changes
+        ) as port,
+    ):
+        fleet = Fleet(port, [], None, None)
+        for key in keys:
+            assert one.proxy.response_store.save(key, stored_response("resp_1"), [])
+        found = Counter()
+        for key in keys:
+            headers = {"authorization": f"Bearer {key}"}
+            statuses = {
+                send(fleet, "GET", STORED, headers=headers).status for _ in range(6)
+            }
+            found.update(statuses)
+        assert found.keys() == {200, 404}  # either process, and each key in one
+        assert found.total() == len(keys)
+
+
 def nginx_seconds(directive):
     text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
     [value] = re.findall(rf"^ *{directive} (\d+)s;", text, re.M)
@@ -12250,6 +12279,12 @@ def test_compose_has_nginx_alone_take_a_port_of_the_machine():
         "./deploy/nginx.conf:/etc/nginx/nginx.conf:ro"
     ]
     assert services["nginx"]["tmpfs"] == "/tmp"  # all that the file writes to
+    file = Path(services["proxy"]["environment"]["RESPONSES_DB"])
+    volume = f"responses:{file.parent}"
+    assert volume in services["proxy"]["volumes"]
+    image = (HERE / "Dockerfile").read_text(encoding="utf-8")
+    user = re.search(r"^USER (\S+)$", image, re.M)[1]
+    assert f"chown {user} {file.parent}\n" in image
     for service in services.values():
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
         assert int(service["stop_grace_period"].rstrip("s")) > LONGEST_STOP
