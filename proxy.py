@@ -5449,6 +5449,11 @@ CREATE INDEX IF NOT EXISTS items_name ON items (name);
 
 REPORT_INTERVAL = 60.0  # seconds between two lines in the log about a failing store
 
+ITEM_NOT_FOUND = (
+    "Item with id '{id}' not found. Items are not persisted when `store` is set to "
+    "false, and the oldest make room for new ones. Send the item itself."
+)
+
 ITEM_PREFIXES = {"message": "msg_", "function_call": "fc_", "reasoning": "rs_"}
 
 
@@ -5529,6 +5534,18 @@ class ResponseStore:
         with self.connected() as connection:
             row = connection.execute(newest, given).fetchone()
         return json.loads(row[0]) if row else None
+
+    def resolve(self, key: str, items: Iterable[Json]) -> list[Json]:
+        """Put what is stored in the place of references. Raise APIError (404)."""
+        resolved = []
+        for item in items:
+            if is_reference(item):
+                id = str(item.get("id"))
+                if not (found := self.find_item(key, id)):
+                    raise APIError(404, ITEM_NOT_FOUND.format(id=id), param="input")
+                item = found
+            resolved.append(item)
+        return resolved
 
     def input_items(self, key: str, id: str) -> list[Json] | None:
         """The items that a response was an answer to, without those before them."""
@@ -5653,6 +5670,12 @@ def select_items(
         [response, is_output],
     )
     return [json.loads(body) for (body,) in rows]
+
+
+def is_reference(item: Json) -> bool:
+    """Whether it names an item: by its type, or by being nothing but an id."""
+    kind = item.get("type")
+    return kind == "item_reference" or (kind is None and item.keys() <= {"type", "id"})
 
 
 def with_id(item: Json) -> Json:

@@ -8330,6 +8330,29 @@ def test_a_history_has_all_items_of_a_chain_in_their_order(store):
     )
 
 
+@table(
+    "reference",
+    [
+        ("by its type", {"type": "item_reference", "id": "msg_of_resp_1"}),
+        ("by its id alone", {"id": "msg_of_resp_1"}),
+        ("as a client dumps it", {"id": "msg_of_resp_1", "type": None}),
+    ],
+)
+def test_a_reference_becomes_the_item_that_it_names(store, reference):
+    assert store.save(KEY, stored_response("resp_1", "Yes."), [])
+    before, after = asking_for("Is it?", "Why?")
+    message = {"id": "msg_1", "role": "user", "content": "It is."}
+    items = [before, reference, message, after]
+    [said] = store.find(KEY, "resp_1")["output"]
+    assert store.resolve(KEY, items) == [before, said, message, after]
+    with pytest.raises(APIError) as caught:
+        store.resolve("sk-other", items)
+    assert caught.value.status == 404
+    error = caught.value.body["error"]
+    assert error["message"].startswith("Item with id 'msg_of_resp_1' not found. Items")
+    assert (error["type"], error["param"]) == ("invalid_request_error", "input")
+
+
 def test_a_history_is_no_longer_than_what_a_client_could_send():
     with store_of(max_body_bytes=3000) as store:
         assert store.save(KEY, stored_response("a", "x" * 1000), [])
