@@ -3548,7 +3548,7 @@ class ReplicateAPI:
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
 
     def close(self) -> None:
-        self.client.close()
+        """Keep no connection; what is created late can be cancelled all the same."""
         self.pool.close()
 
     def create(self, prediction_input: PredictionInput, wait: bool) -> Json:
@@ -7731,8 +7731,8 @@ class Server(ThreadingHTTPServer):
 
         Whoever holds an idle connection may have a request under way on it, which a
         close would lose: it is closed when none has come for a moment. A prediction
-        that Replicate takes longer than `Timeouts.abort` to create is not cancelled:
-        its Cancel-After ends it.
+        that Replicate takes longer than `Timeouts.abort` to create is cancelled when it
+        is there, if the process still is; else its Cancel-After ends it.
         """
         if self.is_stopping:
             return
@@ -7752,7 +7752,7 @@ class Server(ThreadingHTTPServer):
             request.cancellation.cancel(overloaded("is being stopped"))
         until = time.monotonic() + self.timeouts.abort
         self.await_disconnects(self.timeouts.abort)
-        self.proxy.upstream.await_runs(until - time.monotonic())
+        self.proxy.upstream.await_runs(max(1, until - time.monotonic()))
         self.watcher.stop()
         self.api.close()
         self.proxy.response_store.close()

@@ -5995,6 +5995,23 @@ def test_a_client_waits_for_no_cancel_but_the_end_of_the_server_does(fake, setti
     assert fake.predictions[cancelled].status == "canceled"
 
 
+def test_a_create_that_outlasts_the_server_is_cancelled(fake, settings, caplog):
+    hurried = replace(settings, shutdown_grace=0)
+    server = proxy.make_server(hurried, TIMEOUTS._replace(abort=0.01))
+    serving = threading.Thread(target=server.serve_forever, args=[0.01])
+    serving.start()
+    with start_call(server, "fake/slow-create", stream=True):
+        fake.wait_for(fake.creates)
+        server.shutdown()
+        with pytest.MonkeyPatch.context() as patch:  # the end of it waits for nothing
+            patch.setattr(server.proxy.upstream, "await_runs", lambda seconds: None)
+            server.server_close()
+        assert not fake.cancels
+        fake.wait_for(lambda: fake.cancels)
+    serving.join()
+    assert "Traceback" not in caplog.text
+
+
 def test_a_hang_up_breaks_off_a_look_that_hangs(fake, settings):
     fake.scenarios["unseen"] = replace(
         SCENARIOS["endless"], stream_url="", on_look=Fault(wait=60)
