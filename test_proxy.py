@@ -1842,9 +1842,14 @@ UNPAIRED = [
         ),
     ),
     (
-        "two calls of one id",
-        [asks(("c1", "f", "{}"), ("c1", "g", "{}")), gives("c1", ""), gives("c1", "")],
+        "two results of one id",
+        [ASKED_OF_TOOLS, gives("c1", ""), gives("c1", "")],
         ("messages.[2].tool_call_id", "Duplicate value for 'tool_call_id'"),
+    ),
+    (
+        "two calls of one id",
+        [asks(("c1", "f", "{}"), ("c1", "g", "{}")), gives("c1", "")],
+        ("messages.[0].tool_calls", "Duplicate value for 'tool_call_id'"),
     ),
     (
         "a user without content",
