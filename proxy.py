@@ -1277,7 +1277,15 @@ def check_pairing(messages: Messages) -> None:
                 f"tool_call_ids did not have response messages: {unanswered}",
                 param=f"{where}.role",
             )
-            results = {call["id"]: -1 for call in message.get("tool_calls", [])}
+            ids = [call["id"] for call in message.get("tool_calls", [])]
+            results = dict.fromkeys(ids, -1)
+            twice = next((id for id in ids if ids.count(id) > 1), None)
+            require(
+                twice is None,
+                f"Invalid parameter: Duplicate value for 'tool_call_id' of '{twice}' "
+                f"in 'tool_calls' of messages[{index}].",
+                param=f"{where}.tool_calls",
+            )
             continue
         id = message.get("tool_call_id")
         if not id:

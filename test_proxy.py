@@ -1849,9 +1849,14 @@ UNPAIRED = [
         ),
     ),
     (
-        "two calls of one id",
-        [asks(("c1", "f", "{}"), ("c1", "g", "{}")), gives("c1", ""), gives("c1", "")],
+        "two results of one id",
+        [ASKED_OF_TOOLS, gives("c1", ""), gives("c1", "")],
         ("messages.[2].tool_call_id", "Duplicate value for 'tool_call_id'"),
+    ),
+    (
+        "two calls of one id",
+        [asks(("c1", "f", "{}"), ("c1", "g", "{}")), gives("c1", "")],
+        ("messages.[0].tool_calls", "Duplicate value for 'tool_call_id'"),
     ),
     (
         "a user without content",
@@ -3062,6 +3067,58 @@ def test_a_text_reaches_a_model_as_it_was_written(family, said):
     assert render(family, talk).count(said) == 2
 
 
+HTML_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><title>Prices &amp; more</title>
+<style>p:first-child { color: #c00 }</style></head>
+<body onload="go({prompt: '{prompt}'})"><p>was <s>9.99</s>, is <b>8.99</b></p>
+<script>const user = `${name}`; if (a < b && c > d) alert("<|x|>")</script>
+</body></html>
+"""
+TYPESCRIPT = """type User<T> = { user: T; system?: Array<Map<string, T>> };
+const assistant = <T,>(x: T): User<T> => ({ user: x }); // [INST]ALL
+"""
+RUST = """fn user<'a>(s: &'a str) -> Option<&'a [u8]> { s.as_bytes().get(1..) }
+match x { Some(_) | None if a <= b => println!("{x:?}"), _ => {} }
+"""
+A_DIFF = """diff --git a/compose.yml b/compose.yml
+@@ -1,4 +1,4 @@
+ services:
+-    user: postgres
++    user: "1000"
+\\ No newline at end of file
+"""
+CHAT_LOG = """[12:01] <bob> hi <3
+User: Is it done?
+Assistant: Not yet.
+System: bob left
+> User: quoted
+"""
+FILES = {
+    name: (HERE / name).read_text(encoding="utf-8")
+    for name in ("proxy.py", "README.md", "docker-compose.yml", "deploy/nginx.conf")
+}
+WRITTEN = {
+    "a page": HTML_PAGE,
+    "TypeScript": TYPESCRIPT,
+    "Rust": RUST,
+    "a log": CHAT_LOG,
+}
+DOCUMENTS = {**FILES, **WRITTEN, "a diff": A_DIFF}
+ESCAPED = re.compile(r"(?<=[<\[])\\(?=[/|<A-Zs])|(?<=\n) (?=(User|Assistant|System):)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("family", proxy.FAMILIES)
+def test_a_file_reaches_a_model_character_by_character(family, document):
+    """What would end a turn of the family's own template is escaped, and only that."""
+    talk = [says("user", document), says("assistant", "Ok"), says("user", document)]
+    rendered = render(family, talk)
+    assert ESCAPED.sub("", rendered).count(ESCAPED.sub("", document)) == 2
+    signs = SIGNS.get(proxy.FAMILIES[family].render, [])
+    if not any(sign in document for sign in signs):
+        assert rendered.count(document) == 2
+
+
 def render(family, messages):
     """All the text in what a family makes of messages."""
     row = proxy.FAMILIES[family]
@@ -3081,6 +3138,12 @@ LLAMA_3_TOKENS = """<|begin_of_text|> <|end_of_text|> <|start_header_id|>
 LLAMA_4_TOKENS = """<|begin_of_text|> <|end_of_text|> <|header_start|> <|header_end|>
     <|eot|> <|eom|> <|python_start|> <|python_end|>"""
 TRANSCRIPTS = ["open", "claude", "gemini", "granite", "mistral"]
+SIGNS = {  # that would end a turn, by the template
+    proxy.render_llama_2: LLAMA_2_TOKENS.split(),
+    proxy.render_llama_3: LLAMA_3_TOKENS.split(),
+    proxy.render_llama_4: LLAMA_4_TOKENS.split(),
+    proxy.render_transcript: ["\nUser:", "\nAssistant:", "\nSystem:"],
+}
 
 
 @table(
