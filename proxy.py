@@ -1010,14 +1010,17 @@ def as_chat_part(part: Any) -> Any:
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
     """Return the body with every parameter of the table; raise 400 if one is wrong."""
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
-    checked = {}
+    checked: Json = {}
     for name, param in params.items():
-        is_named = param.by_type and given.get("type") == name
-        is_given = name in given and given[name] not in param.unset
-        if param.by_type and not is_named:  # what is left over from another type
-            is_given = False
-        if param.required or is_named or is_given:
-            checked[name] = check_param(path + name, given.get(name), param)
+        value = given.get(name)
+        if param.by_type:  # what is left over from another type does no harm
+            is_checked = given.get("type") == name
+        else:
+            is_checked = param.required or name in given
+        if value in param.unset:
+            checked[name] = None
+        elif is_checked:
+            checked[name] = check_param(path + name, value, param)
         else:
             checked[name] = param.default
     # A model may have parameters of its own, but it refuses more in a message.

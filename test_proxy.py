@@ -1113,6 +1113,9 @@ def test_null_is_the_same_as_absent(fake, server):
 def test_a_completion_is_16_tokens_long_if_it_does_not_say(fake, server):
     input = input_of(fake, server, {"prompt": "Once", "model": "llama"}, TEXT_PATH)
     assert input == {"prompt": "Once", "max_new_tokens": 16}
+    unlimited = {"prompt": "Once", "model": "llama", "max_tokens": -1}
+    input = input_of(fake, server, unlimited, TEXT_PATH)
+    assert input == {"prompt": "Once", "max_new_tokens": proxy.DEFAULT_MAX_TOKENS}
 
 
 @table(
