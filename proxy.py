@@ -1282,7 +1282,7 @@ def check_pairing(messages: Messages) -> None:
             )
             ids = [call["id"] for call in message.get("tool_calls", [])]
             results = dict.fromkeys(ids, -1)
-            twice = next((id for id in ids if ids.count(id) > 1), None)
+            twice = next((id for id, n in Counter(ids).items() if n > 1), None)
             require(
                 twice is None,
                 f"Invalid parameter: Duplicate value for 'tool_call_id' of '{twice}' "
@@ -1684,12 +1684,13 @@ def check_items(items: list[Json], paths: list[str]) -> list[Json]:
     checked = []
     for item, path in zip(items, paths, strict=True):
         kind = item.get("type") or "message"
-        if isinstance(kind, str) and LEFT_OUT.fullmatch(kind):
+        is_text = isinstance(kind, str)
+        if is_text and LEFT_OUT.fullmatch(kind):
             checked.append({"type": "left_out"})
             continue
-        if kind not in [*ITEMS] and {"role", "content"} <= item.keys():
+        if is_text and kind not in ITEMS and {"role", "content"} <= item.keys():
             kind = "message"
-        if kind not in [*ITEMS]:
+        if not is_text or kind not in ITEMS:
             raise APIError(
                 400,
                 f"Invalid value: '{kind}'. Supported values are: {', '.join(ITEMS)}.",
@@ -1731,6 +1732,8 @@ def build_messages(items: list[Json], paths: list[str]) -> list[tuple[str, Json]
             if not (turns and turns[-1].takes_calls):
                 turns.append(Turn(path, {"role": "assistant", "content": ""}))
             call = chat_call(item)
+            twice = f"There are two tool calls with call_id {call['id']}."
+            require(call["id"] not in unanswered, twice, param=path)
             turns[-1].message.setdefault("tool_calls", []).append(call)
             unanswered[call["id"]] = path
             for id in (str(item.get("id", call["id"])), call["id"]):

@@ -2606,6 +2606,20 @@ REFUSED_RESPONSES = [  # body, param, code, words of the message
     ),
     ("a result of no call", item_error(LONELY), "input[0]", None, "call_id c9"),
     (
+        "two calls of an id",
+        item_error(call_item("c1"), call_item("c1"), output_item("c1")),
+        "input[1]",
+        None,
+        "two tool calls with call_id c1",
+    ),
+    (
+        "a message whose type is none",
+        item_error({"type": [1], **says("user", "Hi")}),
+        "input[0].type",
+        "invalid_value",
+        "[1]",
+    ),
+    (
         "two results of a call",
         item_error(call_item("c1"), output_item("c1"), output_item("c1")),
         "input[2]",
