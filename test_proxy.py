@@ -9669,6 +9669,19 @@ def test_a_response_is_not_stored_if_it_is_not_to_be(lasting):
     assert len(fake.creates()) and "not found" in again.error["message"]
 
 
+def test_a_conversation_is_for_the_key_that_began_it(server, fake):
+    first = post_json(server, RESPONSES_PATH, model="fake/hello", input="Hi").json
+    [item] = first["output"]
+    for given, status in (
+        ({"input": "Hi", "previous_response_id": first["id"]}, 400),
+        ({"input": [{"type": "item_reference", "id": item["id"]}]}, 404),
+    ):
+        asked = {"model": "fake/hello", **given}
+        assert send(server, "POST", RESPONSES_PATH, asked, OTHER).status == status
+        assert post_json(server, RESPONSES_PATH, **asked).status == 200
+    assert len(fake.creates()) == 3
+
+
 def test_a_store_that_fails_costs_the_storing_alone(lasting, monkeypatch):
     fake, server = lasting
     store = server.proxy.response_store
@@ -11900,6 +11913,20 @@ def test_workers_share_a_file_of_responses_for_as_long_as_they_live(
         parent.terminate()
         assert parent.wait(10) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_conversation_goes_on_at_any_worker(folder, fake):
+    previous = None
+    with started_workers(folder, fake) as (_, port):
+        url = f"http://127.0.0.1:{port}{RESPONSES_PATH}"
+        headers = {"authorization": "Bearer key", "connection": "close"}
+        for turn in range(6):
+            asked = {"model": NATIVE, "input": f"{turn}?"}
+            asked["previous_response_id"] = previous
+            answer = httpx.post(url, json=asked, headers=headers, trust_env=False)
+            previous = answer.json()["id"]
+    said = [message["content"] for message in messages_asked(fake)]
+    assert said == [text for turn in range(5) for text in (f"{turn}?", HELLO)] + ["5?"]
 
 
 def has_open(pid, path):
