@@ -8,9 +8,9 @@
     python proxy.py                      serve, as .env and the environment say
     proxy.make_server(settings)          the same, inside another program
 
-A request passes six stations, each a call that returns before the next begins:
-parse, validate, build the input, create the prediction, follow its events, write.
-To see them in order, read `create_chat_completion` and `Generation`.
+A request passes six stations: parse, validate, build the input; and, for a stream
+when its writer is ready, create the prediction, follow its events, write. To see
+them in order, read `create_chat_completion` and `Generation`.
 
     client                                                     Replicate
       |  request       input                                       ^
@@ -1773,6 +1773,7 @@ class Field(NamedTuple):
 class Family(NamedTuple):
     pattern: str = ""
     fields: Mapping[str, Field] = {}  # by OpenAI's parameter, or their own names
+    # From messages, `system` and `prompt` to inputs.
     render: Callable[[Messages, str, str], Json] = render_transcript
     system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
@@ -2549,7 +2550,10 @@ class Cancellation:
         self.callbacks: list[Callable[[], None]] = []
 
     def cancel(self, cause: Exception) -> None:
-        """Stop the request; of several causes the first counts."""
+        """Stop the request; of several causes the first counts.
+
+        Callbacks run with the lock held: they may not wait, nor use this again.
+        """
         with self.lock:
             if self.cause:
                 return
@@ -5800,7 +5804,7 @@ class Request:
 
 
 class EventStream(NamedTuple):
-    """A body that is written while it comes into being."""
+    """A body that is written while it comes into being: nothing is, before `run`."""
 
     run: Callable[[Callable[[bytes], None]], None]  # with the writer's `write`
     error: Callable[[APIError], bytes]  # the last frames of one that fails
@@ -5831,6 +5835,10 @@ class Generation(NamedTuple):
         build_object: Callable[[list[Choice], Usage, CompletionInfo], Json],
         build_stream: Callable[[IndexedEvents, CompletionInfo, int], Iterator[bytes]],
     ) -> Response:
+        """Respond with the whole, or with a stream that makes it when it is run.
+
+        By then its writer is watched, and sends a sign of life while nothing comes.
+        """
         options = self.body["stream_options"]
         info = CompletionInfo(
             id=random_id(id_prefix, 29),
