@@ -8,9 +8,9 @@
     python proxy.py                      serve, as .env and the environment say
     proxy.make_server(settings)          the same, inside another program
 
-A request passes six stations, each a call that returns before the next begins:
-parse, validate, build the input, create the prediction, follow its events, write.
-To see them in order, read `create_chat_completion` and `Generation`.
+A request passes six stations: parse, validate, build the input; and, for a stream
+when its writer is ready, create the prediction, follow its events, write. To see
+them in order, read `create_chat_completion` and `Generation`.
 
     client                                                     Replicate
       |  request       input                                       ^
@@ -298,18 +298,20 @@ def finite_float(text: str) -> float:
     return number
 
 
+# One decoder and one encoder for all: json's functions make new ones for each value.
+parse_strict = json.JSONDecoder(
+    parse_constant=reject_constant, parse_float=finite_float
+).decode
+
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def parsed(text: str) -> Any:
     """The value of a JSON text, None if it is not one."""
     try:
-        return json.loads(
-            text, parse_constant=reject_constant, parse_float=finite_float
-        )
+        return parse_strict(text)
     except (ValueError, RecursionError):
         return None
-
-
-# One encoder for all: json.dumps makes a new one for each value.
-compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 # -- Settings ------------------------------------------------------------------
@@ -985,9 +987,9 @@ def in_openais_words(body: Json) -> Json:
 def with_effort(body: Json) -> Json:
     """Anthropic's `thinking` and OpenRouter's `reasoning` as reasoning_effort."""
     efforts = {"disabled": "none", "enabled": "medium", "adaptive": "medium"}
-    for name, efforts_by in (("thinking", efforts), ("reasoning", {})):
+    for name in ("thinking", "reasoning"):
         if isinstance(given := body.get(name), dict):
-            effort = given.get("effort") or efforts_by.get(str(given.get("type")))
+            effort = given.get("effort") or efforts.get(str(given.get("type")))
             named = {"reasoning_effort": body.get("reasoning_effort") or effort}
             body = {**without(body, [name]), **named}
     return body
@@ -2217,6 +2219,7 @@ class Field(NamedTuple):
 class Family(NamedTuple):
     pattern: str = ""
     fields: Mapping[str, Field] = {}  # by OpenAI's parameter, or their own names
+    # From messages, `system` and `prompt` to inputs.
     render: Callable[[Messages, str, str], Json] = render_transcript
     system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
@@ -2793,14 +2796,11 @@ def fit_attachments(messages: Messages, model: Model, family: Family) -> Message
 def place_attachments(messages: Messages, family: Family) -> tuple[Messages, Json]:
     """Move what has an input of its own out of the messages."""
     placed: Json = {}
-    by_kind = defaultdict(list)
-    for kind, url in attachments(messages):
-        by_kind[kind].append(url)
-    for kind, urls in by_kind.items():
-        field = family.attachments[kind]
-        if field.name:
-            placed[field.name] = urls if field.kinds == ARRAY else urls[0]
-    moved = {kind for kind, field in family.attachments.items() if field.name}
+    for kind, row in family.attachments.items():
+        urls = [url for other, url in attachments(messages) if other == kind]
+        if urls and row.name:
+            placed[row.name] = urls if row.kinds == ARRAY else urls[0]
+    moved = {kind for kind, row in family.attachments.items() if row.name}
     rest = []
     for message in messages:
         content = message["content"]
@@ -2996,7 +2996,10 @@ class Cancellation:
         self.callbacks: list[Callable[[], None]] = []
 
     def cancel(self, cause: Exception) -> None:
-        """Stop the request; of several causes the first counts."""
+        """Stop the request; of several causes the first counts.
+
+        Callbacks run with the lock held: they may not wait, nor use this again.
+        """
         with self.lock:
             if self.cause:
                 return
@@ -3485,10 +3488,18 @@ PORTS = {"http": 80, "https": 443}
 
 
 class Refusal(NamedTuple):
+    """What a client is told of a failure that is not its own."""
+
     status: int
     code: str
     message: str
     headers: Mapping[str, str] = {}
+
+    def error(self, why: str = "", param: str | None = None) -> APIError:
+        message = f"{self.message} {why}".strip()
+        return APIError(
+            self.status, message, code=self.code, param=param, headers=self.headers
+        )
 
 
 OUR_TOKEN = Refusal(
@@ -3508,10 +3519,38 @@ ELSEWHERE = Refusal(
     NO_RETRY,
 )
 
+UNREACHABLE = Refusal(
+    502,
+    "upstream_unavailable",
+    "Replicate can't be reached from the proxy. Try again later.",
+)
+
+NOT_UPLOADED = Refusal(
+    502,
+    "upstream_unavailable",
+    "A file of this call could not be handed to Replicate. Nothing was run: try again.",
+)
+
+LOST = Refusal(
+    502,
+    "upstream_unavailable",
+    "What Replicate made of this can't be had.",
+    NO_RETRY,
+)
+
+NO_ANSWER = Refusal(
+    504,
+    "upstream_unavailable",
+    "Replicate gave no answer that can be understood. It may be running this all the "
+    "same, so trying again may cost twice.",
+    NO_RETRY,
+)
+
 REFUSALS = {
     **dict.fromkeys((301, 302, 303, 307, 308), ELSEWHERE),  # the token follows none
     401: OUR_TOKEN,
     403: OUR_TOKEN,
+    **dict.fromkeys((504, 524), NO_ANSWER),
     402: Refusal(
         429,
         "insufficient_quota",
@@ -3625,15 +3664,8 @@ class ReplicateAPI:
                 raise cause or error from None  # a cancellation, or a fault of ours
             if isinstance(cause, NotConnected):
                 log.warning("event=unreachable why=%s", quoted(cause))
-                message = "Replicate can't be reached from the proxy. Try again later."
-                raise APIError(502, message, code="upstream_unavailable") from None
-            raise APIError(
-                504,
-                "Replicate gave no answer that can be understood. It may be running "
-                "this all the same, so trying again may cost twice.",
-                code="upstream_unavailable",
-                headers=NO_RETRY,
-            ) from error
+                raise UNREACHABLE.error() from None
+            raise NO_ANSWER.error() from error
 
     def latest_version(self, owner: str, name: str) -> Json:
         get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
@@ -3698,12 +3730,7 @@ class ReplicateAPI:
                 raise  # means the same as for a prediction
             why = error
         log.warning("event=upload-failed why=%s", quoted(why))
-        raise APIError(
-            502,
-            "A file of this call could not be handed to Replicate. Nothing was run: "
-            "try again.",
-            code="upstream_unavailable",
-        )
+        raise NOT_UPLOADED.error()
 
     def account(self) -> Json:
         return self.send(self.client.account.with_raw_response.get)
@@ -3774,17 +3801,11 @@ def refusal(
     if status == 422 and not invalid and "version" in f"{body.get('title')} {detail}":
         status = 404
     row = REFUSALS.get(status, UNAVAILABLE)
-    headers = dict(row.headers)
     if status == 429 and (seconds := retry_after(error, body, detail)):
-        headers["retry-after"] = seconds
+        row = row._replace(headers={"retry-after": seconds})
     why = f"Replicate says: {detail}" if detail else f"Replicate's status was {status}."
-    return APIError(
-        row.status,
-        f"{row.message} {why}".replace(secret, "…"),
-        code=row.code,
-        param=invalid_param(invalid, prediction_input) if status == 422 else None,
-        headers=headers,
-    )
+    param = invalid_param(invalid, prediction_input) if status == 422 else None
+    return row.error(why.replace(secret, "…"), param)
 
 
 def invalid_param(invalid: Any, prediction_input: PredictionInput | None) -> str | None:
@@ -3826,9 +3847,7 @@ FAILURES = {
 
 def failure(text: str, secret: str) -> APIError:
     row = next(row for pattern, row in FAILURES.items() if re.search(pattern, text))
-    why = f" The model says: {text}" if text else ""
-    message = row.message + why.replace(secret, "…")
-    return APIError(row.status, message, code=row.code, headers=row.headers)
+    return row.error(f"The model says: {text}".replace(secret, "…") if text else "")
 
 
 # How models name a count in their metrics, and in a line of their logs.
@@ -4131,7 +4150,8 @@ class Prediction:
 
     @property
     def output(self) -> str:
-        return output_text(self.record.get("output"))
+        text = output_text(self.record.get("output"))
+        return text.encode("utf-8", "replace").decode()  # half surrogate pairs are `?`
 
     @property
     def stream_url(self) -> str:
@@ -4251,17 +4271,20 @@ class Prediction:
                 now - self.unseen_since > self.timeouts.lost_after
                 and not self.stream_done
             ):
-                message = f"Replicate says no more of the prediction: {error}"
-                raise lost(message) from None
+                raise LOST.error(
+                    f"It says no more of the prediction: {error}"
+                ) from None
 
     def rest(self, *, at_end: bool = False) -> Iterator[Text]:
         """Yield what of its output was not delivered yet."""
+        if isinstance(self.record.get("output"), dict) and not at_end:
+            return  # while it runs, an object may become another
         text = remainder(self.output, "".join(self.delivered))
         if text is None and at_end:
             self.log_event("differs", "from its stream", logging.WARNING)
             if not self.stream_done:
-                raise lost(
-                    "Replicate's stream broke, and what it said is not the output."
+                raise LOST.error(
+                    "Its stream broke, and what it said is not the output."
                 )
         if text:
             yield self.deliver(text)
@@ -4309,10 +4332,6 @@ class Prediction:
     def log_event(self, event: str, why: object, level: int = logging.INFO) -> None:
         name, reason = quoted(self.id), quoted(why)
         log.log(level, "prediction=%s event=%s why=%s", name, event, reason)
-
-
-def lost(message: str) -> APIError:
-    return APIError(502, message, code="upstream_unavailable", headers=NO_RETRY)
 
 
 # ==== 5. TEXT =================================================================
@@ -4978,9 +4997,7 @@ def repair_json(text: str) -> str:
 def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
     """Give the value, and in a sentence why it won't do; "" if it will."""
     try:
-        value = json.loads(
-            text, parse_constant=reject_constant, parse_float=finite_float
-        )
+        value = parse_strict(text)
     except (ValueError, RecursionError) as error:
         return None, f"It is not JSON: {error}."
     return value, validate(value, format.schema)
@@ -6640,7 +6657,7 @@ class Request:
 
 
 class EventStream(NamedTuple):
-    """A body that is written while it comes into being."""
+    """A body that is written while it comes into being: nothing is, before `run`."""
 
     run: Callable[[Callable[[bytes], None]], None]  # with the writer's `write`
     error: Callable[[APIError], bytes]  # the last frames of one that fails
@@ -6664,6 +6681,7 @@ class Generation(NamedTuple):
     format: ResponseFormat | None = None
     # From an answer and what to do about it to the input of another try.
     build_retry: Callable[[str, str], PredictionInput] | None = None
+    echo: bool = False  # the prompt comes before the answer
 
     def respond(
         self,
@@ -6671,6 +6689,10 @@ class Generation(NamedTuple):
         build_object: Callable[[list[Choice], Usage, CompletionInfo], Json],
         build_stream: Callable[[IndexedEvents, CompletionInfo, int], Iterator[bytes]],
     ) -> Response:
+        """Respond with the whole, or with a stream that makes it when it is run.
+
+        By then its writer is watched, and sends a sign of life while nothing comes.
+        """
         options = self.body["stream_options"]
         info = CompletionInfo(
             id=random_id(id_prefix, 29),
@@ -6727,14 +6749,17 @@ class Generation(NamedTuple):
         Nobody waits for their threads: each cancels its prediction as soon as it
         knows of one, and the end of the server waits for that.
         """
+        waiting = iter([*enumerate(jobs)])  # of which each thread takes the next
+        threads = min(len(jobs), MAX_PARALLEL_PREDICTIONS)
         arrivals: SimpleQueue[tuple[int, Event] | Exception | None] = SimpleQueue()
         branch = Cancellation()
 
-        def run(index: int, prediction_input: PredictionInput, offset: int) -> None:
+        def run() -> None:
             try:
-                with self.start_choice(prediction_input, offset, branch) as events:
-                    for event in events:
-                        arrivals.put((index, event))
+                for index, (prediction_input, offset) in waiting:
+                    with self.start_choice(prediction_input, offset, branch) as events:
+                        for event in events:
+                            arrivals.put((index, event))
                 arrivals.put(None)
             except Exception as error:
                 arrivals.put(error)
@@ -6745,7 +6770,7 @@ class Generation(NamedTuple):
             arrivals.put(cause)
 
         def arrived() -> Iterator[tuple[int, Event]]:
-            running = len(jobs)
+            running = threads
             while running:
                 item = arrivals.get()
                 if isinstance(item, Exception):
@@ -6755,15 +6780,13 @@ class Generation(NamedTuple):
                 else:
                     yield item
 
-        threads = ThreadPoolExecutor(MAX_PARALLEL_PREDICTIONS)
         try:
             with self.request.cancellation.on_cancel(stop):
-                for index, job in enumerate(jobs):
-                    threads.submit(run, index, *job)
+                for _ in range(threads):
+                    threading.Thread(target=run, name="choices", daemon=True).start()
                 yield arrived()
         finally:
             branch.cancel(ClientDisconnected())
-            threads.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def start_choice(
@@ -6773,22 +6796,25 @@ class Generation(NamedTuple):
         cancellation: Cancellation,
     ) -> Iterator[Events]:
         seeded = with_seed(prediction_input, offset)
-        with self.start_prediction(seeded, cancellation) as events:
+        with self.start_prediction(seeded, cancellation) as (events, cancel):
             if self.toolbox or self.format:
-                events = self.with_retry(events, offset, cancellation)
-            if self.body.get("echo"):
+                events = self.with_retry(events, cancel, offset, cancellation)
+            if self.echo:
                 events = echo(events, prediction_input.prompt)
             yield events
 
     @contextmanager
     def start_prediction(
         self, prediction_input: PredictionInput, cancellation: Cancellation
-    ) -> Iterator[Events]:
-        """Create a prediction; after, it is over or cancelled."""
+    ) -> Iterator[tuple[Events, Callable[[], None]]]:
+        """Create a prediction; inside, its events, and what ends it early.
+
+        After, it is over or cancelled."""
         upstream, log = self.proxy.upstream, self.request.log
-        if self.body["max_tokens"] == 0:  # no text is wanted, so no model has to run
+        limit = self.body["max_completion_tokens"] or self.body["max_tokens"]
+        if limit == 0:  # no text is wanted, so no model has to run
             end = (done for done in [Done("length", Usage(None, 0))])
-            yield with_usage(end, prediction_input.prompt, log.usages)
+            yield with_usage(end, prediction_input.prompt, log.usages), end.close
             return
         with upstream.counted():
             prediction = upstream.create(
@@ -6796,7 +6822,7 @@ class Generation(NamedTuple):
             )
             events = prediction.events()
             try:
-                yield self.shape(events, prediction_input)
+                yield self.shape(events, prediction_input), prediction.cancel
             finally:
                 events.close()
                 prediction.cancel()
@@ -6822,7 +6848,11 @@ class Generation(NamedTuple):
         return with_usage(events, prediction_input.prompt, self.request.log.usages)
 
     def with_retry(
-        self, events: Events, offset: int, cancellation: Cancellation
+        self,
+        events: Events,
+        cancel: Callable[[], None],
+        offset: int,
+        cancellation: Cancellation,
     ) -> Events:
         """Hold an answer for as long as another may have to take its place.
 
@@ -6843,18 +6873,20 @@ class Generation(NamedTuple):
         answer, usage = fold(seen)
         why = self.complaint(answer)
         if why and not sent and self.build_retry and answer.finish_reason != "length":
+            cancel()  # it may go on behind what was wanted of it
             log.warning("event=retry why=%s", quoted(why))
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
                 again = self.upload(with_seed(again, offset), cancellation)
-                with self.start_prediction(again, cancellation) as others:
+                with self.start_prediction(again, cancellation) as (others, _):
                     second = list(others)
-            except APIError as error:
+            except Exception as error:
                 cancellation.check()
-                log.warning("event=retry_failed why=%s", quoted(error))
+                failure = as_api_error(error)
+                log.warning("event=retry_failed why=%s", quoted(failure))
             else:
                 better, more = fold(second)
-                if better.calls or not self.has_good_call(answer):
+                if better.calls or all(self.call_errors(answer)):
                     seen, answer, why = second, better, self.complaint(better)
                 seen[-1] = Done(answer.finish_reason, sum_usage([usage, more]))
         if why:
@@ -6875,23 +6907,20 @@ class Generation(NamedTuple):
 
     def complaint(self, answer: Choice) -> str:
         """What is wrong with an answer, in a sentence; "" if it is as asked for."""
-        if self.toolbox:
-            if self.toolbox.must_call and not answer.calls:
-                return "no tool was called."
-            for call in answer.calls:
-                if why := self.call_error(call):
-                    return why
+        if self.toolbox and self.toolbox.must_call and not answer.calls:
+            return "no tool was called."
         if self.format and not answer.calls:
             return parsed_or_why(answer.text, self.format)[1]
-        return ""
+        return next(filter(None, self.call_errors(answer)), "")
 
-    def call_error(self, call: Json) -> str:
-        assert self.toolbox
-        function = call["function"]
-        return tool_call_error(function["name"], function["arguments"], self.toolbox)
-
-    def has_good_call(self, answer: Choice) -> bool:
-        return any(not self.call_error(call) for call in answer.calls)
+    def call_errors(self, answer: Choice) -> list[str]:
+        """What is wrong with each call; "" if nothing is."""
+        functions = [call["function"] for call in answer.calls]
+        return [
+            tool_call_error(function["name"], function["arguments"], self.toolbox)
+            for function in functions
+            if self.toolbox
+        ]
 
 
 # -- Endpoints -----------------------------------------------------------------
@@ -6947,7 +6976,7 @@ def generate_chat(proxy: Proxy, request: Request, body: Json) -> Generation:
 
 
 def create_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
-    body = parse_body(request, COMPLETION, model)
+    body = without(parse_body(request, COMPLETION, model), ("messages",))
     predictions = len(body["prompt"]) * body["n"]  # each of which is paid for
     require(
         predictions <= MAX_PREDICTIONS,
@@ -6962,7 +6991,7 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
         build_completion_input(body, chosen, family, prompt)
         for prompt in body["prompt"]
     ]
-    generation = Generation(proxy, request, body, inputs)
+    generation = Generation(proxy, request, body, inputs, echo=body["echo"])
     return generation.respond("cmpl-", text_completion, text_stream)
 
 
@@ -7271,13 +7300,17 @@ def check_codings(headers: Mapping[str, str]) -> list[str]:
 def decompress(data: bytes, limit: int) -> bytes:
     """What is in gzip or deflate, also in one without zlib's head."""
     for window in (47, -15):  # 32 + 15: gzip or zlib, by its head; no head
-        decoder = zlib.decompressobj(window)
+        decoded, rest = b"", data
         with suppress(zlib.error):
-            decoded = decoder.decompress(data, limit + 1)
-            if len(decoded) > limit:
-                raise body_too_large(len(decoded), limit)
-            if decoder.eof:
-                return decoded
+            while rest:  # gzip may be of several members
+                decoder = zlib.decompressobj(window)
+                decoded += decoder.decompress(rest, limit + 1)
+                if len(decoded) > limit:
+                    raise body_too_large(len(decoded), limit)
+                if not decoder.eof:
+                    raise zlib.error
+                rest = decoder.unused_data
+            return decoded
     raise BadMessage("its body is not what its Content-Encoding says")
 
 
