@@ -65,6 +65,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import errno
 import gc
 import http.client
 import json
@@ -168,7 +169,10 @@ ERROR_TYPES: dict[str | int | None, str] = {
 
 
 class APIError(Exception):
-    """An OpenAI error object that can be raised; `headers` go with its status."""
+    """An OpenAI error object that can be raised; `headers` go with its status.
+
+    The operator is told its `detail` too, and the client is not.
+    """
 
     def __init__(
         self,
@@ -178,8 +182,10 @@ class APIError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        detail: str = "",
     ) -> None:
         super().__init__(message if len(message) < 2000 else f"{message[:2000]}…")
+        self.detail = detail
         self.status = status
         self.code = code
         self.param = param
@@ -209,12 +215,22 @@ def overloaded(why: str) -> APIError:
     return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
 
 
+NO_DESCRIPTORS = "has as many files and connections open as the system allows"
+
+
+def is_exhausted(error: BaseException | None) -> bool:
+    """Whether no descriptor was left, of the process's or of the system's."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def as_api_error(error: Exception) -> APIError:
     """Convert any exception; an internal one is logged, and its details are hidden."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return overloaded("has as many threads as the system allows")
+    if is_exhausted(error):
+        return overloaded(NO_DESCRIPTORS)
     log.error("internal error", exc_info=error)
     return APIError(
         500,
@@ -222,6 +238,26 @@ def as_api_error(error: Exception) -> APIError:
         code="internal_error",
         headers=NO_RETRY,
     )
+
+
+# From the first quote to the last, or to the end of a message that was cut; and
+# the path of a value in JSON.
+QUOTATION = re.compile(
+    r"""(?s)(?<!\w)(['"])(?:(?!.*…\Z).*\1(?!\w)|.*)|(?<=\$)[.\[]\S*"""
+)
+
+
+def loggable(message: str, prompts: Iterable[str] = ()) -> str:
+    """A message without what it quotes of a request, a schema or a prompt.
+
+    Gone are quotations, paths in JSON, and three words in a row of a prompt's.
+    """
+    words = QUOTATION.sub("...", message).split()[:50]
+    kept = [*words]
+    for at in range(len(words) - 2):
+        if any(" ".join(words[at : at + 3]) in prompt for prompt in prompts):
+            kept[at : at + 3] = ["..."] * 3
+    return " ".join(word for word, _ in groupby(kept))
 
 
 ONE_WORD = re.compile(r"[!#-<>-~]+")
@@ -2499,10 +2535,14 @@ class RequestLog:
 
     model: str = ""  # as the client names it
     ref: str = ""  # what Replicate ran
+    stream: bool = False
+    n: int = 1
+    prompts: list[str] = field(default_factory=list)  # which the log never shows
     predictions: list[str] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
     first_text_at: float | None = None  # time.monotonic()
     error: str | int = ""
+    failure: APIError | None = None
 
 
 ALPHABET = string.ascii_letters + string.digits
@@ -3160,15 +3200,21 @@ class ReplicateAPI:
             if failed and not isinstance(cause, CONNECTION_ERRORS):
                 raise cause or error from None  # a cancellation, or a fault of ours
             if isinstance(cause, NotConnected):
-                log.warning("event=unreachable why=%s", quoted(cause))
-                message = "Replicate can't be reached from the proxy. Try again later."
-                raise APIError(502, message, code="upstream_unavailable") from None
+                if is_exhausted(cause.__cause__):
+                    raise overloaded(NO_DESCRIPTORS) from None
+                raise APIError(
+                    502,
+                    "Replicate can't be reached from the proxy. Try again later.",
+                    code="upstream_unavailable",
+                    detail=str(cause),
+                ) from None
             raise APIError(
                 504,
                 "Replicate gave no answer that can be understood. It may be running "
                 "this all the same, so trying again may cost twice.",
                 code="upstream_unavailable",
                 headers=NO_RETRY,
+                detail=repr(cause or error),
             ) from error
 
     def latest_version(self, owner: str, name: str) -> Json:
@@ -5537,6 +5583,7 @@ class Generation(NamedTuple):
         self.request.log.ref = (
             f"{model.ref}; default" if model.is_default else model.ref
         )
+        self.request.log.prompts = [each.prompt for each in self.inputs]
 
         def run(write: Callable[[bytes], None]) -> None:
             with self.start() as events:
@@ -5696,7 +5743,7 @@ class Generation(NamedTuple):
         answer, usage = fold(seen)
         why = self.complaint(answer)
         if why and not sent and self.build_retry and answer.finish_reason != "length":
-            log.warning("event=retry why=%s", quoted(why))
+            log.warning("event=retry why=%s", quoted(loggable(why)))
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
                 again = self.upload(with_seed(again, offset), cancellation)
@@ -5704,14 +5751,14 @@ class Generation(NamedTuple):
                     second = list(others)
             except APIError as error:
                 cancellation.check()
-                log.warning("event=retry_failed why=%s", quoted(error))
+                log.warning("event=retry_failed why=%s", quoted(loggable(str(error))))
             else:
                 better, more = fold(second)
                 if better.calls or not self.has_good_call(answer):
                     seen, answer, why = second, better, self.complaint(better)
                 seen[-1] = Done(answer.finish_reason, sum_usage([usage, more]))
         if why:
-            log.warning("event=misfit why=%s", quoted(why))
+            log.warning("event=misfit why=%s", quoted(loggable(why)))
         yield from seen[sent:]
 
     def render(self, answer: Choice) -> str:
@@ -5829,6 +5876,7 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
         "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
         param="stream_options",
     )
+    request.log.stream, request.log.n = checked["stream"], checked.get("n") or 1
     return checked
 
 
@@ -5952,6 +6000,8 @@ SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the conne
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
 
 ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # one that may stand in our log
 
 
 def check_codings(headers: Mapping[str, str]) -> list[str]:
@@ -6234,6 +6284,8 @@ class Handler(BaseHTTPRequestHandler):
         length = parse_body_length(headers)
         self.request_version = version
         self.api_request = request = Request(method, path, headers)
+        given_id = headers.get("x-request-id", "")
+        self.id = given_id if REQUEST_ID.fullmatch(given_id) else self.id
         self.body = self.reader.read_body(length or 0, limit)
         is_last = "close" in headers.get("connection", "").lower()
         is_last = is_last or version == "HTTP/1.0"
@@ -6300,6 +6352,7 @@ class Handler(BaseHTTPRequestHandler):
         """An exception as the client gets it; the log line names it."""
         failure = as_api_error(error)
         self.api_request.log.error = failure.code or failure.status
+        self.api_request.log.failure = failure
         return failure
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -6331,18 +6384,25 @@ class Handler(BaseHTTPRequestHandler):
     def log_line(self) -> None:
         """One line per request: nothing of a key, a token or what was said."""
         request, request_log = self.api_request, self.api_request.log
-        is_probe = request.path.endswith("/health") and self.status == 200
-        level = logging.DEBUG if is_probe else logging.INFO
+        failure, level = request_log.failure, logging.INFO
+        if request.path.endswith("/health") and self.status == 200:
+            level = logging.DEBUG
+        elif failure and (failure.status >= 500 or failure.status == 429):
+            level = logging.WARNING  # not the client's fault
         if not log.isEnabledFor(level):
             return
+        why = failure and f"{failure} {failure.detail}"
         usage = sum_usage(request_log.usages) if request_log.usages else None
         first = request_log.first_text_at
         row = {
             "method": request.method,
             "path": request.path,
             "status": self.status or 499,
+            "client": self.client_address[0],
             "model": request_log.model,
             "ref": request_log.ref,
+            "stream": "yes" if request_log.stream else None,
+            "n": request_log.n if request_log.n > 1 else None,
             "prediction": ",".join(request_log.predictions),
             "tokens_in": usage and usage.prompt_tokens,
             "tokens_out": usage and usage.completion_tokens,
@@ -6350,6 +6410,8 @@ class Handler(BaseHTTPRequestHandler):
             "first_token_ms": first and round((first - self.began) * 1000),
             "ms": self.elapsed_ms(),
             "error": request_log.error,
+            "param": failure and failure.param,
+            "why": why and loggable(why, request_log.prompts),
             "request_id": self.id,
         }
         pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]

@@ -4489,7 +4489,7 @@ def test_replicate_out_of_reach_is_told_and_may_be_tried_again(settings, caplog)
         answer = chat(server, "hello")
     assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
     assert not answer.advice
-    assert 'event=unreachable why="ConnectionRefusedError' in caplog.text
+    assert "Try again later. ConnectionRefusedError" in caplog.text
     assert TOKEN not in caplog.text
 
 
@@ -8316,42 +8316,64 @@ def test_an_answer_of_the_default_model_says_so(server):
 
 
 SECRET = "what-was-said"
-BEGUN = "method=POST path=/v1/chat/completions status"
+BEGUN = "INFO method=POST path=/v1/chat/completions status"
+FAILED = BEGUN.replace("INFO", "WARNING")
 LOGGED = [
     (
         "a whole",
         {},
-        f"{BEGUN}=200 model=fake/echo ref=fake/echo prediction=ID"
+        f"{BEGUN}=200 client=IP model=fake/echo ref=fake/echo prediction=ID"
         " tokens_in=1 tokens_out=3 first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a stream of the default model",
-        {"model": "gpt 9", "stream": True},
-        f'{BEGUN}=200 model="gpt 9" ref="fake/hello; default" prediction=ID'
-        " tokens_in=1 tokens_out=8 first_token_ms=N ms=N request_id=ID",
+        {"model": "gpt 9", "stream": True, "n": 2},
+        f'{BEGUN}=200 client=IP model="gpt 9" ref="fake/hello; default" stream=yes n=2'
+        " prediction=ID,ID tokens_in=2 tokens_out=16 first_token_ms=N ms=N"
+        " request_id=ID",
     ),
     (
         "an estimate",
         {"model": "fake/no-counts"},
-        f"{BEGUN}=200 model=fake/no-counts ref=fake/no-counts prediction=ID"
+        f"{BEGUN}=200 client=IP model=fake/no-counts ref=fake/no-counts prediction=ID"
         " tokens_in=4 tokens_out=7 estimated=yes first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a failure in mid-stream",
         {"model": "fake/failed-late", "stream": True},
-        f"{BEGUN}=200 model=fake/failed-late ref=fake/failed-late prediction=ID"
-        " first_token_ms=N ms=N error=prediction_failed request_id=ID",
+        f"{FAILED}=200 client=IP model=fake/failed-late ref=fake/failed-late stream=yes"
+        " prediction=ID first_token_ms=N ms=N error=prediction_failed why="
+        '"The prediction failed. The model says: it broke"'
+        " request_id=ID",
+    ),
+    (
+        "a failure that quotes and repeats what was said",
+        {"model": "fake/repeats", "messages": [says("user", f"{SECRET} was meant?")]},
+        f"{FAILED}=502 client=IP model=fake/repeats ref=fake/repeats prediction=ID"
+        ' ms=N error=prediction_failed why="The prediction failed. The model says:'
+        ' ... is wrong in ..." request_id=ID',
     ),
     (
         "a refusal",
         {"model": "fake/unauthenticated"},
-        f"{BEGUN}=502 model=fake/unauthenticated ref=fake/unauthenticated"
-        " ms=N error=upstream_authentication request_id=ID",
+        f"{FAILED}=502 client=IP model=fake/unauthenticated ref=fake/unauthenticated"
+        ' ms=N error=upstream_authentication why="Replicate did not accept the'
+        " proxy's token. Put a valid REPLICATE_API_TOKEN from "
+        "https://replicate.com/account/api-tokens into .env and start the proxy again."
+        ' Replicate says: You did not pass a valid " request_id=ID',
     ),
     (
         "a bad parameter",
         {"temperature": SECRET},
-        f"{BEGUN}=400 model=fake/echo ms=N error=invalid_type request_id=ID",
+        f"{BEGUN}=400 client=IP model=fake/echo ms=N error=invalid_type"
+        ' param=temperature why="Invalid type for ...: expected a decimal, but got a'
+        ' string instead." request_id=ID',
+    ),
+    (
+        "a bad value",
+        {"verbosity": SECRET},
+        f"{BEGUN}=400 client=IP model=fake/echo ms=N error=invalid_value"
+        ' param=verbosity why="Invalid value: ...." request_id=ID',
     ),
 ]
 
@@ -8359,23 +8381,53 @@ LOGGED = [
 @table("more, line", LOGGED)
 def test_a_call_is_a_line_in_the_log(fake, server, caplog, more, line):
     caplog.set_level("INFO", "proxy")
+    fake.scenarios["repeats"] = replace(
+        fake.scenarios["failed"], error=f"{SECRET} was meant? is wrong in '{SECRET}'"
+    )
     said = [{"role": "user", "content": SECRET}]
     body = {"model": "fake/echo", "messages": said, **more}
     id = send(server, "POST", f"{CHAT_PATH}?key={SECRET}", body).headers["x-request-id"]
     fake.wait_for(lambda: id in caplog.text)
-    [told] = [row for row in caplog.messages if id in row]
+    [record] = [row for row in caplog.records if id in row.getMessage()]
+    told = f"{record.levelname} {record.getMessage()}".replace("127.0.0.1", "IP")
     told = re.sub(r"_ms=\d+|\bms=\d+", lambda m: m[0].partition("=")[0] + "=N", told)
-    assert re.sub(r"(?<=request_id=)req_\w+|(?<=prediction=)\w+", "ID", told) == line
+    told = re.sub(r"(?<=request_id=)req_\w+|(?<=prediction=)\w+", "ID", told)
+    assert re.sub(r"(?<=prediction=ID,)\w+", "ID", told) == line
     for secret in (KEY, TOKEN, SECRET):
         assert secret not in caplog.text
 
 
+@table(
+    "given, is_kept",
+    [
+        ("a client's", "trace-1.a_B", True),
+        ("nginx's", "0123456789abcdef" * 2, True),
+        ("the longest", "a" * 64, True),
+        ("too long", "a" * 65, False),
+        ("none", "", False),
+        ("with a blank", "a b", False),
+        ("of another alphabet", "ä", False),
+        ("to inject a line", "a=1;level=ERROR", False),
+    ],
+)
+def test_the_id_of_a_request_is_kept_if_it_is_sane(server, caplog, given, is_kept):
+    caplog.set_level("DEBUG", "proxy")
+    headers = {"x-request-id": given.encode()}
+    id = send(server, "GET", "/health", headers=headers).headers["x-request-id"]
+    assert (id == given) == is_kept
+    assert is_kept or re.fullmatch("req_[0-9a-f]{32}", id)
+    wait_until(lambda: log_lines(caplog, f"request_id={id}"))
+
+
 def test_the_log_has_no_line_for_a_probe_that_is_answered(server, caplog):
-    caplog.set_level("INFO", "proxy")
+    caplog.set_level("DEBUG", "proxy")
     assert send(server, "GET", "/health").status == 200
     assert send(server, "POST", "/health").status == 405
-    wait_until(lambda: log_lines(caplog, "path=/health"))
-    assert "status=405" in caplog.text and "status=200" not in caplog.text
+    wait_until(lambda: len(log_lines(caplog, "path=/health")) == 2)
+    levels = {"200": "DEBUG", "405": "INFO"}
+    for record in caplog.records:
+        if status := re.search(r"path=/health status=(\d+)", record.getMessage()):
+            assert record.levelname == levels[status[1]]
 
 
 def test_a_wrong_key_is_logged_without_it(fake, server, caplog):
