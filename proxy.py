@@ -385,7 +385,11 @@ class Settings:
     # Cancel-After takes 5 s to 24 h (Replicate's docs, "Create a prediction").
     prediction_timeout: int = field(default=600, metadata={"range": (5, 86400)})
     max_body_bytes: int = field(default=25 * 2**20, metadata={"range": (1, 2**31)})
+    max_body_bytes_in_flight: int = field(
+        default=100 * 2**20, metadata={"range": (1, 2**40)}
+    )
     max_concurrent_calls: int = field(default=1000, metadata={"range": (1, 10**6)})
+    max_connections: int = field(default=2000, metadata={"range": (1, 10**6)})
     write_timeout: int = field(default=30, metadata={"range": (1, 3600)})
     shutdown_grace: int = field(default=25, metadata={"range": (0, 3600)})
     log_level: str = "INFO"
@@ -682,6 +686,7 @@ NOT_JSON = (
 )
 
 
+MAX_JSON_SIGNS = 500_000  # more, and parsing takes too much memory, and Python's lock
 MAX_JSON_DEPTH = 400  # more, and the SDK's encoder meets Python's recursion limit
 
 
@@ -693,17 +698,40 @@ def json_depth(value: Any) -> int:
     )
 
 
+NO_SIGNS = bytes(set(range(256)) - set(b'"[]{},'))
+
+
+def check_json_signs(data: bytes) -> None:
+    """Raise 413 for too many brackets, braces and commas outside strings.
+
+    They are counted before JSON is parsed, in time and memory for few bytes.
+    """
+    if len(data) <= MAX_JSON_SIGNS:
+        return
+    unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    signs = unescaped.translate(None, NO_SIGNS)
+    count, is_inside = 0, False  # a string
+    for at in range(0, len(signs), 65536):
+        parts = signs[at : at + 65536].split(b'"')
+        count += sum(map(len, parts[is_inside::2]))
+        is_inside ^= len(parts) % 2 == 0
+        if count > MAX_JSON_SIGNS:
+            message = f"The JSON has more than {MAX_JSON_SIGNS} brackets and commas."
+            raise APIError(413, f"{message} Send less at once.")
+
+
 def parse_json_body(data: bytes, content_type: str) -> Json:
     """Parse a JSON object; raise 400 with the reason if it is none, or is ambiguous."""
+    check_json_signs(data)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.removeprefix(b"\xef\xbb\xbf").decode()
         body = json.loads(
             text,
             parse_constant=reject_constant,
             parse_float=finite_float,
             object_pairs_hook=reject_duplicate_keys,
         )
-        if "\\ud" in text.lower():
+        if "\\ud" in text or "\\uD" in text:
             json.dumps(body, ensure_ascii=False).encode()
         if not isinstance(body, dict):
             why = f"it is {KINDS[type(body)]}"
@@ -763,6 +791,8 @@ NUMBER = (int, float)
 
 INT64 = (-(2**63), 2**63 - 1)
 MAX_PREDICTIONS = 128  # of one call; OpenAI's most choices
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of all messages
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NO_LIMIT = (-1,)  # as LM Studio's examples and llama.cpp have it
@@ -933,7 +963,9 @@ RESPONSE_FORMAT = one_of(
 
 CHAT = {
     **SHARED,
-    "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
+    "messages": Param(
+        ARRAY, 1, MAX_MESSAGES, required=True, items=OBJECT, each=MESSAGE
+    ),
     "tools": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=TOOL),
     "tool_choice": Param(
         (str, dict), choices=("none", "auto", "required"), each=TOOL_CHOICE
@@ -1269,6 +1301,14 @@ def parse_messages(messages: list[Json]) -> Messages:
     Raise 400 for missing content, unreadable attachments, and tool calls and results
     that don't pair."""
     parsed = []
+    total = sum(len(as_list(message["content"])) for message in messages)
+    require(
+        total <= MAX_PARTS,
+        f"Invalid 'messages': array too long. They have {total} parts in all, and may "
+        f"have {MAX_PARTS}.",
+        code="array_above_max_length",
+        param="messages",
+    )
     for index, message in enumerate(messages):
         path = f"messages[{index}].content"
         content = message["content"]
@@ -1453,6 +1493,24 @@ class ResponseFormat(NamedTuple):
 
 
 ANY_OBJECT = ResponseFormat({"type": "object"})
+
+MAX_SCHEMA_NODES = 20_000  # objects, arrays and values in the schemas of a request
+
+
+def check_schema_sizes(toolbox: Toolbox | None, format: ResponseFormat | None) -> None:
+    """Raise 400 if all schemas together are larger than can be read in good time."""
+    tools = toolbox.tools if toolbox else ()
+    nodes: list[Any] = [tool.parameters for tool in tools]
+    nodes += [format.schema] if format else []
+    for node in nodes:  # which grows as it is gone through
+        nodes += node.values() if isinstance(node, dict) else as_list(node)
+        require(
+            len(nodes) <= MAX_SCHEMA_NODES,
+            "The schemas of the tools and of 'response_format' have more than "
+            f"{MAX_SCHEMA_NODES} objects, arrays and values in all. Send smaller ones.",
+            code="invalid_value",
+            param="tools" if tools else "response_format",
+        )
 
 
 def parse_response_format(body: Json) -> ResponseFormat | None:
@@ -2755,7 +2813,8 @@ class MessageReader:
 # SDK's requests go over them too: httpx's own pool is quadratic in its connections.
 
 
-MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
+MAX_RECORD = 16 * 2**20  # bytes of a prediction's record, or of other JSON
+MAX_EVENT_LINE = 16 * 2**20  # bytes, and of all lines of an event
 READ_SIZE = 8192  # bytes
 MAX_IDLE = 100  # connections to one host
 
@@ -2999,7 +3058,7 @@ class ReplicateTransport(httpx.BaseTransport):
             content = bytearray()
             for piece in response.body:
                 content += piece
-                if len(content) > MAX_RESPONSE:
+                if len(content) > MAX_RECORD:
                     raise http.client.HTTPException("the response is too large")
         kept = {n: v for n, v in response.headers.items() if n in SDK_HEADERS}
         body = httpx.ByteStream(bytes(content))
@@ -3029,7 +3088,7 @@ def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
         data += fresh
         last = data.rfind(b"\n\n", searched)
         end = last + 2 if last >= 0 else 0  # of the events that are whole
-        if not end and len(data) > MAX_RESPONSE:
+        if not end and len(data) > MAX_EVENT_LINE:
             raise http.client.HTTPException("an event has no end")
         events: list[ServerSentEvent] = []
         name, lines = "", []
@@ -5534,6 +5593,7 @@ class Request:
     path: str  # without the query
     headers: Mapping[str, str]  # names in lower case
     body: bytes = b""
+    held: int = 0  # bytes of its body that count as in flight
     cancellation: Cancellation = field(default_factory=Cancellation)
     log: RequestLog = field(default_factory=RequestLog)
 
@@ -5828,6 +5888,7 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
     body["messages"] = fit_attachments(body["messages"], chosen, family)
     toolbox, format = parse_toolbox(body), parse_response_format(body)
+    check_schema_sizes(toolbox, format)
     body = with_tools_and_format(body, family, toolbox, format)
     generation = Generation(
         proxy,
@@ -5864,6 +5925,7 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
 def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
     content_type = request.headers.get("content-type", "application/json")
     body = parse_json_body(request.body, content_type)
+    request.body = b""  # it may be large
     if model:
         body["model"] = model
     require(body.get("model"), "you must provide a model parameter")
@@ -6241,7 +6303,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.api_request.log.error = "client_gone"
         finally:
-            self.server.requests.discard(self.api_request)
+            self.server.release(self.api_request)
             self.log_line()
         if self.close_connection and not self.reader.is_done:
             self.drain()
@@ -6251,13 +6313,13 @@ class Handler(BaseHTTPRequestHandler):
         server, timeouts, reader = self.server, self.server.timeouts, self.reader
         self.set_deadline(timeouts.drain if server.is_stopping else timeouts.idle)
         self.read_size = READ_SIZE  # little memory while it waits
-        server.connections[self.connection] = True
+        server.connections[self.connection] = time.monotonic()
         with suppress(BadMessage, ClientDisconnected):
             for _ in self.body:  # of the request before, if nobody has read it
                 pass
             while not reader.data.removeprefix(b"\r\n"):  # an empty line may come first
                 reader.fill()
-        server.connections[self.connection] = False
+        server.connections[self.connection] = 0
         reader.data = reader.data.removeprefix(b"\r\n")
         self.set_deadline(timeouts.head)
         return bool(reader.data)
@@ -6299,16 +6361,23 @@ class Handler(BaseHTTPRequestHandler):
             if length > limit:
                 raise body_too_large(length, limit)
             codings = check_codings(headers)
-            server.admit(request)
+            server.admit(request, max(length, 0))
             self.set_deadline(server.timeouts.body)
             if awaits_continue:
                 send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
             self.close_connection = True
             self.read_size = 16 * READ_SIZE
-            request.body = b"".join(self.body)
+            pieces = []
+            for piece in self.body:
+                if length == CHUNKED:
+                    server.hold(request, request.held + len(piece))
+                pieces.append(piece)
+            request.body = b"".join(pieces)
             self.close_connection = is_last
-            for _ in codings:
+            for _ in codings:  # which make a body 1,032 times smaller at the most
+                server.hold(request, min(limit, 1032 * len(request.body)))
                 request.body = decompress(request.body, limit)
+                server.hold(request, len(request.body))
         return operation
 
     def drain(self) -> None:
@@ -6439,11 +6508,12 @@ class Server(ThreadingHTTPServer):
         self.timeouts = timeouts
         self.api = ReplicateAPI(settings, timeouts)
         self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
-        # From when they are accepted; whether they are between two requests.
-        self.connections: dict[socket.socket, bool] = {}
+        # From when they are accepted; since when they wait for a request, or 0.
+        self.connections: dict[socket.socket, float] = {}
         self.disconnected = threading.Condition()
         self.requests: set[Request] = set()  # in flight
-        self.admission = threading.Lock()
+        self.held = 0  # bytes of their bodies
+        self.admission = threading.RLock()
         self.is_stopping = False  # no connection is kept …
         self.is_over = False  # … and no request begun
         self.watcher = Watcher(timeouts)
@@ -6457,6 +6527,7 @@ class Server(ThreadingHTTPServer):
         except BlockingIOError:  # that was all
             pass
         except OSError:  # no descriptor is left: another try at once would fail too
+            self.close_longest_idle()
             time.sleep(self.timeouts.watch_interval)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -6464,13 +6535,48 @@ class Server(ThreadingHTTPServer):
 
         Where many come at once, each would wait for all threads before it.
         """
-        self.connections[request] = False
         work = (self.process_request_thread, (request, client_address))
+        is_full = len(self.connections) >= self.proxy.settings.max_connections
+        has_room = not is_full or self.close_longest_idle()
+        self.connections[request] = 0
         try:
-            _thread.start_new_thread(*work)
-        except RuntimeError:  # there are as many as the system allows
-            self.handle_error(request, client_address)
-            self.shutdown_request(request)
+            if has_room:
+                _thread.start_new_thread(*work)
+                return
+            failure = overloaded("has as many connections as it may (MAX_CONNECTIONS)")
+        except RuntimeError as error:  # there are as many as the system allows
+            self.close_longest_idle()
+            failure = as_api_error(error)
+        self.refuse(request, failure)
+
+    def close_longest_idle(self) -> bool:
+        """Make room; or return False if no connection is idle."""
+        connections = self.connections.copy().items()
+        idle = {since: connection for connection, since in connections if since}
+        if idle:
+            longest = idle[min(idle)]
+            self.connections[longest] = 0
+            shut(longest)
+        return bool(idle)
+
+    def refuse(self, connection: socket.socket, failure: APIError) -> None:
+        """Send an error, with no thread and no time for it, and close."""
+        log.warning("event=connection_refused why=%s", quoted(failure))
+        body = encode_readable_json(failure.body)
+        headers = {
+            "content-type": "application/json",
+            "content-length": len(body),
+            "connection": "close",
+            **failure.headers,
+            **CORS,
+        }
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join(["HTTP/1.1 503 Service Unavailable", *lines, "", ""])
+        with suppress(OSError):
+            connection.setblocking(False)
+            connection.send(head.encode() + body)
+            connection.recv(READ_SIZE)  # or closing would lose what was sent
+        self.shutdown_request(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
@@ -6481,8 +6587,8 @@ class Server(ThreadingHTTPServer):
             self.connections.pop(request, None)
             self.disconnected.notify_all()
 
-    def admit(self, request: Request) -> None:
-        """Raise 503 if there is no room for it."""
+    def admit(self, request: Request, size: int) -> None:
+        """Raise 503 if there is no room for it, or for a body of that many bytes."""
         with self.admission:
             if self.is_over:
                 raise overloaded("is being stopped")
@@ -6490,7 +6596,23 @@ class Server(ThreadingHTTPServer):
                 raise overloaded(
                     "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
                 )
+            self.hold(request, size)
             self.requests.add(request)
+
+    def hold(self, request: Request, size: int) -> None:
+        """Count bytes of its body; raise 503 if there are too many beside others'."""
+        with self.admission:
+            others = self.held - request.held
+            if others and others + size > self.proxy.settings.max_body_bytes_in_flight:
+                raise overloaded(
+                    "has as much to read as it may (MAX_BODY_BYTES_IN_FLIGHT)"
+                )
+            request.held, self.held = size, others + size
+
+    def release(self, request: Request) -> None:
+        with self.admission:
+            self.requests.discard(request)
+            self.held -= request.held
 
     def await_disconnects(self, seconds: float) -> None:
         with self.disconnected:
@@ -6512,8 +6634,8 @@ class Server(ThreadingHTTPServer):
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
         self.await_disconnects(drain)
-        for connection, is_idle in self.connections.copy().items():
-            if is_idle:
+        for connection, idle_since in self.connections.copy().items():
+            if idle_since:
                 shut(connection)
         self.await_disconnects(grace - drain)
         with self.admission:

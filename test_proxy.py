@@ -4,6 +4,7 @@ import _thread
 import ast
 import asyncio
 import compileall
+import errno
 import gc
 import gzip
 import http.client
@@ -902,6 +903,26 @@ def saying(content, role="user"):
 MISSING, UNSUPPORTED = "missing_required_parameter", "unsupported_parameter"
 TEXT = {"type": "text", "text": "What is it?"}
 CALLED_WHAT = "messages[0].tool_calls[0].function"
+TOO_MANY = "array_above_max_length"
+TWO_HALVES = [{"role": "user", "content": [TEXT] * 5001}] * 2
+
+
+def schema_of(nodes):
+    return {"type": "object", "enum": [1] * (nodes - 3)}
+
+
+def tool_of(nodes):
+    function = {"name": "f", "parameters": schema_of(nodes)}
+    return {"type": "function", "function": function}
+
+
+def large_schemas(nodes):
+    format = {"type": "json_schema", "json_schema": {"name": "x"}}
+    format["json_schema"]["schema"] = schema_of(nodes)
+    return {"tools": [tool_of(nodes)], "response_format": format}
+
+
+A_TOOL = tool_of(10)
 BAD_CALLER = {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1"}]}
 IN_PARTS, FORMAT = "messages[0].content", "response_format"
 INCLUDE, NESTED = "include_usage", "stream_options.include_usage"
@@ -983,12 +1004,51 @@ def test_it_is_said_why_a_body_is_no_json_object(server, body, why):
         ("0 is not false", {"logprobs": 0}, UNSUPPORTED, "logprobs"),
         ("sound", {"modalities": ["text", "audio"]}, UNSUPPORTED, "modalities"),
         ("a call of nothing", {"messages": [BAD_CALLER]}, MISSING, CALLED_WHAT),
+        ("many messages", {"messages": HI * 10_001}, TOO_MANY, "messages"),
+        ("many parts", {"messages": TWO_HALVES}, TOO_MANY, "messages"),
+        ("many tools", {"tools": [A_TOOL] * 129}, TOO_MANY, "tools"),
+        ("a large schema", {"tools": [tool_of(20_001)]}, "invalid_value", "tools"),
+        ("large together", large_schemas(10_001), "invalid_value", "tools"),
     ],
 )
 def test_a_wrong_chat_is_refused(fake, server, given, code, param):
     error = refusal_of(server, given)
     assert (error["code"], error["param"]) == (code, param)
     assert not fake.seen
+
+
+def test_as_many_messages_parts_and_nodes_as_may_be_are_taken(fake, server):
+    parts = [{"role": "user", "content": [TEXT] * 2}]
+    parts += [{"role": "user", "content": [TEXT]}] * 9998
+    for given in ({"messages": parts}, large_schemas(10_000)):
+        assert input_of(fake, server, given)
+
+
+SIGNS = proxy.MAX_JSON_SIGNS
+STRING_OF_SIGNS = b'"' + b"[,]{}" * SIGNS + b'"'
+
+
+@table(
+    "body, status",
+    [
+        ("lists in lists", b"[" + b"[]," * SIGNS + b"[]]", 413),
+        ("objects", b"[" + b'{"a":1},' * SIGNS + b"1]", 413),
+        ("strings", b"[" + b'",",' * SIGNS + b"1]", 413),
+        ("escapes", b"[" + rb'"\\\",",' * SIGNS + b"1]", 413),
+        ("behind a string", STRING_OF_SIGNS + b"[" * (SIGNS + 1), 413),
+        ("a string of them", STRING_OF_SIGNS, 400),
+        ("behind a quotation mark", b'"' + rb"\",[" * SIGNS + b'"', 400),
+        ("behind a backslash", rb'"\\",' + b" " * 10**6 + b"[" * SIGNS, 413),
+        ("a string without end", b'"' + rb"\",[" * SIGNS, 400),
+        ("just as many", b"[" + b"1," * (SIGNS - 2) + b"1]", 400),
+        ("one more", b"[" + b"1," * (SIGNS - 1) + b"1]", 413),
+    ],
+)
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(server, body, status):
+    began = time.process_time()
+    answer = send(server, "POST", CHAT_PATH, body)
+    assert (answer.status, answer.error["code"]) == (status, None)
+    assert time.process_time() - began < 3
 
 
 @table(
@@ -4242,7 +4302,7 @@ def test_an_event_of_one_long_line_costs_no_more_than_its_length():
 
 
 def test_an_event_without_an_end_is_no_event(monkeypatch):
-    monkeypatch.setattr(proxy, "MAX_RESPONSE", 1000)
+    monkeypatch.setattr(proxy, "MAX_EVENT_LINE", 1000)
     with pytest.raises(http.client.HTTPException):
         decoded([b"data: "] + [b"x" * 100] * 20)
 
@@ -5269,7 +5329,7 @@ def test_a_hang_up_breaks_off_a_look_that_hangs(fake, settings):
 def test_a_create_that_answers_anything_else_is_a_failure_of_replicates(
     monkeypatch, body
 ):
-    monkeypatch.setattr(proxy, "MAX_RESPONSE", 200_000)
+    monkeypatch.setattr(proxy, "MAX_RECORD", 200_000)
     with raw_replicate(answering(body)) as (host, server):
         answer = chat(server, "hello")
         assert (answer.status, answer.error["code"]) == (504, "upstream_unavailable")
@@ -7899,6 +7959,60 @@ def test_a_body_nobody_wanted_is_no_request(server, body, status):
         assert (second.status, second.json["id"], rest) == (status, "gpt-4o", b"")
 
 
+ROOM = 1000  # bytes, of MAX_BODY_BYTES_IN_FLIGHT
+SMALL_CHAT = chat_bytes("fake/hello").partition(b"\r\n\r\n")[2]
+
+
+def head_of(*headers):
+    return request(b"expect: 100-continue", *headers)
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@pytest.fixture
+def crowded(settings, fake):
+    """A server with room for 1,000 bytes of bodies, 700 of which are taken."""
+    with (
+        serving(replace(settings, max_body_bytes_in_flight=ROOM)) as server,
+        dial(server) as sock,
+    ):
+        sock.sendall(head_of(length(700)))
+        read_until(sock, b"100 Continue")
+        yield server, sock
+
+
+@table(
+    "raw, status",
+    [
+        ("too long", head_of(length(301)), 503),
+        ("in a chunk", request(CHUNKED, body=chunk(b" " * 301)), 503),
+        ("in chunks", request(CHUNKED, body=chunk(b" " * 200) * 2), 503),
+        (
+            "zipped",
+            request(length(200), b"content-encoding: gzip", body=b"x" * 200),
+            503,
+        ),
+        ("short", request(CLOSE, length(len(SMALL_CHAT)), body=SMALL_CHAT), 200),
+    ],
+)
+def test_bodies_share_the_room_for_all_bodies(crowded, raw, status):
+    server, sock = crowded
+    with dial(server) as other:
+        other.sendall(raw)
+        answer = parse(read_until(other, b"}\n"))[0]
+    assert answer.status == status
+    if status == 503:
+        assert answer.error["code"] == "overloaded"
+        assert "MAX_BODY_BYTES_IN_FLIGHT" in answer.error["message"]
+        assert answer.advice == {"retry-after": "1"}
+    sock.close()  # gives its room back
+    wait_until(lambda: server.held == 0)
+    body = json.dumps({"model": "fake/hello", "messages": HI, "user": "x" * ROOM})
+    assert send(server, "POST", CHAT_PATH, body).status == 200  # alone, it may be large
+
+
 LARGE = [("with the key", AUTHORIZATION, 413), ("without a key", {}, 401)]
 
 
@@ -8508,6 +8622,53 @@ def test_beyond_its_limit_a_server_says_so_at_once_and_its_health_still_answers(
     assert healthy.startswith(b"HTTP/1.1 200 ")
 
 
+def begin_request(server):
+    sock = dial(server)
+    sock.sendall(b"GET /health HTTP/1.1\r\n")
+    return sock
+
+
+def test_a_connection_that_sends_nothing_makes_room_for_one_that_does(settings):
+    with serving(replace(settings, max_connections=3)) as server, ExitStack() as stack:
+        idle = []
+        for _ in range(2):
+            idle.append(stack.enter_context(dial(server)))
+            wait_until(
+                lambda: 0 < len(idle) == sum(map(bool, server.connections.values()))
+            )
+        for sock in [None, *idle]:  # the longest idle first
+            begun = stack.enter_context(begin_request(server))
+            if sock:
+                assert sock.recv(1) == b""
+            wait_until(lambda: [*server.connections.values()][-1] == 0)
+        with dial(server) as sock:
+            refused = read_all(sock)
+        begun.sendall(b"Host: x\r\n\r\n")
+        assert read_until(begun, b'"ok"').startswith(b"HTTP/1.1 200 ")
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert parse(refused)[0].json["error"]["code"] == "overloaded"
+    assert b"retry-after: 1\r\n" in refused and b"MAX_CONNECTIONS" in refused
+
+
+def no_descriptor(*_):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_call_for_which_no_descriptor_is_left_may_be_tried_again(settings):
+    with serving(settings) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.api.pool, "connect", exhausted_connect)
+        answer = chat(server, "hello")
+    assert (answer.status, answer.error["code"]) == (503, "overloaded")
+    assert answer.advice == {"retry-after": "1"}
+
+
+def exhausted_connect(origin):
+    try:
+        no_descriptor()
+    except OSError as error:
+        raise proxy.NotConnected(repr(error)) from error
+
+
 def test_an_idle_connection_ends_and_does_not_count():
     timeouts = QUICK._replace(idle=0.3)
     with (
@@ -8790,7 +8951,7 @@ def test_five_hundred_streams_and_as_many_calls_all_arrive(folder):
         assert child.wait(10) == 0
 
 
-def test_a_connection_for_which_there_is_no_thread_is_closed(settings, caplog):
+def test_a_connection_for_which_there_is_no_thread_is_refused(settings, caplog):
     def fail(*_):
         raise RuntimeError("can't start new thread")
 
@@ -8798,9 +8959,12 @@ def test_a_connection_for_which_there_is_no_thread_is_closed(settings, caplog):
         with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
             patch.setattr(_thread, "start_new_thread", fail)
             socks = [stack.enter_context(dial(server)) for _ in range(3)]
-            assert [sock.recv(1) for sock in socks] == [b""] * 3
+            for sock in socks:
+                answer = parse(read_all(sock))[0]
+                assert (answer.status, answer.advice) == (503, {"retry-after": "1"})
+                assert answer.json["error"]["code"] == "overloaded"
         assert send(server, "GET", "/health").status == 200
-    assert "can't start new thread" in caplog.text
+    assert "as many threads as the system allows" in caplog.text
 
 
 # -- Clients -------------------------------------------------------------------
