@@ -5883,12 +5883,12 @@ def retrieve_model(proxy: Proxy, request: Request, id: str) -> Response:
 def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
     body = parse_body(request, CHAT, model)
     body["messages"] = parse_messages(body["messages"])
+    toolbox, format = parse_toolbox(body), parse_response_format(body)
+    check_schema_sizes(toolbox, format)
     chosen = find_model(proxy.models.current(), body["model"])
     kinds = {kind for kind, _ in attachments(body["messages"])}
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
     body["messages"] = fit_attachments(body["messages"], chosen, family)
-    toolbox, format = parse_toolbox(body), parse_response_format(body)
-    check_schema_sizes(toolbox, format)
     body = with_tools_and_format(body, family, toolbox, format)
     generation = Generation(
         proxy,
