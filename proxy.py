@@ -1453,7 +1453,7 @@ def parse_toolbox(body: Json) -> Toolbox | None:
         require(known.count(name) == 1, message, code="invalid_value", param=among)
     choice = body[param]
     allowed, must_call = known, choice == "required"
-    match choice:
+    match choice:  # a SyntaxError here means that Python is older than 3.10
         case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": rows}}:
             allowed = [row["function"]["name"] for row in rows]
             must_call = mode == "required"
@@ -5991,6 +5991,9 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
         message = (
             f"Unknown request URL: {method} {path}. Please check the URL for typos."
         )
+        if wanted in ("", "/v1"):
+            message = "The proxy is running. OpenAI's API is here, below /v1: see "
+            message += "GET /v1/models, and POST /v1/chat/completions."
         raise APIError(404, message, code="unknown_url")
     methods = ", ".join(sorted(allowed))
     raise APIError(
@@ -6515,6 +6518,7 @@ class Server(ThreadingHTTPServer):
         self.held = 0  # bytes of their bodies
         self.admission = threading.RLock()
         self.is_stopping = False  # no connection is kept …
+        self.has_no_grace = False  # … none is waited for …
         self.is_over = False  # … and no request begun
         self.watcher = Watcher(timeouts)
         self.watcher.start()
@@ -6587,6 +6591,16 @@ class Server(ThreadingHTTPServer):
             self.connections.pop(request, None)
             self.disconnected.notify_all()
 
+    def check_token(self) -> None:
+        """Log a warning if Replicate does not accept the token."""
+        try:
+            self.api.account()
+        except Exception as error:
+            if isinstance(error, APIError) and error.code == OUR_TOKEN.code:
+                log.warning("event=token_refused why=%s", quoted(error))
+            else:
+                log.debug("event=token_not_checked why=%s", quoted(error))
+
     def admit(self, request: Request, size: int) -> None:
         """Raise 503 if there is no room for it, or for a body of that many bytes."""
         with self.admission:
@@ -6618,6 +6632,19 @@ class Server(ThreadingHTTPServer):
         with self.disconnected:
             self.disconnected.wait_for(lambda: not self.connections, seconds)
 
+    def await_requests(self, seconds: float) -> None:
+        """Wait until all who were connected have left, or for `end_grace`."""
+        with self.disconnected:
+            self.disconnected.wait_for(
+                lambda: not self.connections or self.has_no_grace, seconds
+            )
+
+    def end_grace(self) -> None:
+        """Have `server_close` cancel at once what still runs."""
+        with self.disconnected:
+            self.has_no_grace = True
+            self.disconnected.notify_all()
+
     def server_close(self) -> None:
         """Stop listening, let the requests finish that have come, cancel the rest.
 
@@ -6633,11 +6660,11 @@ class Server(ThreadingHTTPServer):
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
-        self.await_disconnects(drain)
+        self.await_requests(drain)
         for connection, idle_since in self.connections.copy().items():
             if idle_since:
                 shut(connection)
-        self.await_disconnects(grace - drain)
+        self.await_requests(grace - drain)
         with self.admission:
             self.is_over = True
         for request in self.requests.copy():
@@ -6676,33 +6703,37 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 # Several servers on one port, for more than one core: processes that are forked from
 # a parent, which holds the port, serves nobody, and replaces one that dies. A pipe
 # stops them: its end comes when the parent is told to stop, and also if it is killed.
+# A second signal puts a byte per worker into another pipe, to have them hurry.
 # Signals, which a terminal or systemd sends to all processes at once, are collected
 # in each, but only the parent looks at them.
 
 
 PAUSE = 1.0  # seconds before a worker takes the place of one that died
+HURRY = 1.0  # seconds after a second signal, for cancels that are tried once
 
 
-def handle_signals(handler: Callable[[int, Any], None]) -> None:
+def handle_signals(handler: Callable[[int, Any], object]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
 
 def run_workers(
     count: int,
-    work: Callable[[int], int],
+    work: Callable[[int, int], int],
     listener: socket.socket,
     signals: Sequence[int],
 ) -> int:
     """Keep processes at work until a signal, and wait for their end until another.
 
-    Each gives its exit code, and is given the end of a pipe that tells it to stop.
+    Each gives its exit code, and is given the ends of the pipes that tell it to stop
+    and to hurry.
     """
-    pipe = os.pipe()
+    stop, hurry = os.pipe(), os.pipe()
 
     def run() -> None:
-        os.close(pipe[1])
-        os._exit(work(pipe[0]))
+        os.close(stop[1])
+        os.close(hurry[1])
+        os._exit(work(stop[0], hurry[0]))
 
     workers: set[multiprocessing.process.BaseProcess] = set()
     due = 0.0
@@ -6722,10 +6753,12 @@ def run_workers(
             workers.remove(worker)
             due = time.monotonic() + PAUSE
     listener.close()
-    os.close(pipe[1])
+    os.close(stop[1])
     while any([worker.is_alive() for worker in workers]):
         if len(signals) > 1:
+            os.write(hurry[1], bytes([signals[1]]) * len(workers))
             for worker in workers:
+                worker.join(2 * HURRY)
                 worker.kill()
             return 128 + signals[1]
         time.sleep(0.1)
@@ -6823,45 +6856,60 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    work = partial(serve_until, settings, listener)
+    work = partial(serve_until, settings, listener, options.demo)
     if settings.workers > 1:
         signals: list[int] = []
         handle_signals(lambda number, _: signals.append(number))
         run = partial(run_workers, settings.workers, work, listener, signals)
     else:
-        run = partial(work, stop_on_signals())
+        run = partial(work, *stop_on_signals())
     url = base_url(listener, settings)
     print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
     print(f"  {curl_line(url, options, models)}\n", flush=True)
     return run()
 
 
-def stop_on_signals() -> int:
-    """A pipe that the first signal ends; another one ends the program at once."""
-    pipe, end = os.pipe()
+def stop_on_signals() -> tuple[int, int]:
+    """Pipes: the first signal ends one, and those after it go into the other."""
+    (stop, stop_end), (hurry, hurry_end) = os.pipe(), os.pipe()
 
-    def stop(*_: Any) -> None:
-        handle_signals(lambda number, _: os._exit(128 + number))
-        os.close(end)
+    def end(*_: Any) -> None:
+        handle_signals(lambda number, _: os.write(hurry_end, bytes([number])))
+        os.close(stop_end)
 
-    handle_signals(stop)
-    return pipe
+    handle_signals(end)
+    return stop, hurry
 
 
-def serve_until(settings: Settings, listener: socket.socket, pipe: int) -> int:
-    """Serve until a pipe ends, and then until all requests are answered."""
+def serve_until(
+    settings: Settings, listener: socket.socket, is_demo: bool, stop: int, hurry: int
+) -> int:
+    """Serve until `stop` ends, then until all requests are answered; return a code.
+
+    A byte in `hurry`, the number of a signal, ends that within `HURRY`.
+    """
     server = Server(settings, Timeouts(), listener)
+    codes = [0]
 
-    def stop() -> None:
-        os.read(pipe, 1)
+    def await_stop() -> None:
+        os.read(stop, 1)
         server.shutdown()
 
-    threading.Thread(target=stop, daemon=True).start()
+    def await_hurry() -> None:
+        if number := os.read(hurry, 1):  # it ends when the parent is killed
+            codes[0] = 128 + number[0]
+            server.end_grace()
+            time.sleep(HURRY)
+            os._exit(codes[0])
+
+    background = [await_stop, await_hurry, *([] if is_demo else [server.check_token])]
+    for work in background:
+        threading.Thread(target=work, daemon=True).start()
     gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
     server.serve_forever(0.1)
     log.info("stopping calls=%d", len(server.requests))
     server.server_close()
-    return 0
+    return codes[0]
 
 
 def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
@@ -6887,14 +6935,19 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
 
 def check_token(settings: Settings, models: Models) -> int:
     """Say what was read, and whether Replicate knows the token."""
-    print(f"settings  are right: {settings}")
-    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
-    print(f"and {models.default_model or 'none'} for any other name")
+    names = [row.name for row in fields(settings) if row.repr]
+    given = [n for n in names if getattr(settings, n) != getattr(Settings, n)]
+    lines = [f"\n          {n.upper()}={getattr(settings, n)}" for n in given]
+    print(f"settings  can be used; not the default:{''.join(lines) or ' none'}")
+    print(f"models    {len(models.mappings)} in {settings.models_path},")
+    print(f"          and {models.default_model or 'none'} for any other name")
     with closing(ReplicateAPI(settings, Timeouts())) as api:
         try:
             account = api.account()
         except APIError as error:
-            raise ConfigError(str(error)) from None
+            where = f"REPLICATE_BASE_URL is {settings.replicate_base_url}."
+            why = f" {where} {error.detail}" if error.detail else ""
+            raise ConfigError(f"{error}{why}") from None
     owner = f"{account.get('type')} {account.get('username')}"
     print(f"token     works: {owner} of Replicate")
     return 0
@@ -6904,21 +6957,19 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
     """Run the program as a child, and anew whenever a file has changed."""
     rest = [argument for argument in arguments if argument != "--reload"]
     command = [sys.executable, str(HERE / "proxy.py"), *rest]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signals: list[int] = []
+    handle_signals(lambda number, _: signals.append(number))
     while True:
         before = modification_times(options)
         with subprocess.Popen(command) as child:
-            try:
-                while modification_times(options) == before:
-                    time.sleep(0.3)
-            except KeyboardInterrupt:  # the child has got the signal too
-                return child.wait()
-            except SystemExit:
+            while not signals and modification_times(options) == before:
+                time.sleep(0.1)
+            if signals[:1] != [signal.SIGINT]:  # which the child has got too
                 child.terminate()
-                return child.wait()
-            print("A file has changed: starting again.", file=sys.stderr)
-            child.terminate()
+            code = child.wait()
+        if signals:
+            return code if code >= 0 else 128 - code
+        print("A file has changed: starting again.", file=sys.stderr)
 
 
 def modification_times(options: argparse.Namespace) -> list[float]:

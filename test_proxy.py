@@ -7619,6 +7619,14 @@ def test_a_path_or_method_we_lack_is_told(server, method, path, allow):
     assert path in answer.error["message"]
 
 
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/"])
+def test_a_browser_is_told_that_the_proxy_is_running(server, path):
+    answer = visit(server, "GET", path, {})
+    assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+    assert "is running" in answer.error["message"]
+    assert "/v1/models" in answer.error["message"]
+
+
 def bearer(key, scheme="Bearer"):
     return {"authorization": f"{scheme} {key}"}
 
@@ -9576,16 +9584,34 @@ def test_a_signal_lets_all_calls_finish(folder, fake, gate, workers, tell, numbe
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_second_signal_ends_the_program_at_once(folder, fake, workers):
+def test_a_second_signal_ends_the_program_and_its_predictions(folder, fake, workers):
     with started_workers(folder, fake, WORKERS=workers) as (parent, port):
         children = worker_ids(parent) if workers == "2" else []
-        with begin_on(port, "fake/endless")[0]:
-            parent.terminate()
-            wait_until(lambda: is_refused(port))
-            assert parent.poll() is None  # it waits for the call
-            parent.terminate()
-            assert parent.wait(5) == 128 + signal.SIGTERM
+        calls = [begin_on(port, "fake/endless") for _ in range(6)]
+        parent.terminate()
+        wait_until(lambda: is_refused(port))
+        assert parent.poll() is None  # it waits for the calls
+        parent.terminate()
+        assert parent.wait(5) == 128 + signal.SIGTERM
         assert all(map(is_gone, children))
+        assert "Traceback" not in parent.stderr.read()
+    for sock, _ in calls:
+        sock.close()
+    assert (len(fake.creates()), len({*fake.cancels})) == (6, 6)
+
+
+def test_a_second_signal_waits_for_no_cancel(folder, fake):
+    fake.scenarios["cancelled-never"] = replace(
+        SCENARIOS["endless"], on_cancel=Fault(wait=20)
+    )
+    with (
+        started_alone(folder, fake) as (program, port),
+        begin_on(port, "fake/cancelled-never")[0],
+    ):
+        program.terminate()
+        wait_until(lambda: is_refused(port))
+        program.terminate()
+        assert program.wait(5) == 128 + signal.SIGTERM
 
 
 def test_a_worker_that_dies_is_replaced(folder, fake):
@@ -9836,14 +9862,20 @@ CHECKS = [
     ("all is well", {}, 0, "token     works: user fake of Replicate"),
     ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
     ("a wrong token", {"REPLICATE_API_TOKEN": "r8_x"}, 1, "did not accept the proxy's"),
-    ("nobody there", {"REPLICATE_BASE_URL": "http://127.0.0.1:9"}, 1, "be reached"),
+    (
+        "nobody there",
+        {"REPLICATE_BASE_URL": "http://127.0.0.1:9/v1"},
+        1,
+        "can't be reached from the proxy. Try again later. REPLICATE_BASE_URL is "
+        "http://127.0.0.1:9/v1. ConnectionRefusedError(111, 'Connection refused')\n",
+    ),
 ]
 ENV_FILES = [
-    ("a .env", [], {}, "port=0, workers=1"),
-    ("a .env, to the end", [], {}, "log_level='ERROR'"),
-    ("the environment", [], {"LOG_LEVEL": "DEBUG", "PORT": ""}, "log_level='DEBUG'"),
-    ("another file", ["--env-file", "other"], {}, "log_level='WARNING'"),
-    ("a flag", ["--port", "4000"], {"PORT": "5000"}, "port=4000, workers=1"),
+    ("a .env", [], {}, "PORT=0"),
+    ("a .env, to the end", [], {}, "LOG_LEVEL=ERROR"),
+    ("the environment", [], {"LOG_LEVEL": "DEBUG", "PORT": ""}, "LOG_LEVEL=DEBUG"),
+    ("another file", ["--env-file", "other"], {}, "LOG_LEVEL=WARNING"),
+    ("a flag", ["--port", "4000"], {"PORT": "5000"}, "PORT=4000"),
 ]
 
 
@@ -9888,6 +9920,28 @@ def test_settings_come_from(ended, why, _, __, told):
     code, out, err = ended[why]
     assert (code, err) == (0, "")
     assert told in out
+
+
+@table(
+    "changes, log",
+    [
+        (
+            "a wrong token",
+            {"REPLICATE_API_TOKEN": "r8_x"},
+            "WARNING event=token_refused",
+        ),
+        (
+            "a failure of the look",
+            {"REPLICATE_BASE_URL": "http://127.0.0.1:9/v1", "LOG_LEVEL": "DEBUG"},
+            "DEBUG event=token_not_checked",
+        ),
+    ],
+)
+def test_a_wrong_token_is_noticed_at_the_start(folder, fake, changes, log):
+    with started(folder, environ={**settings_for(fake), **changes}) as (program, _):
+        line = program.stderr.readline()
+    assert f"level={log} why=" in line
+    assert ("REPLICATE_API_TOKEN" in line) == ("WARNING" in log)
 
 
 def test_the_demo_works_as_its_line_says_and_ends_when_told(folder):
@@ -9940,12 +9994,24 @@ def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
         assert not is_healthy(url)
 
 
-def test_ctrl_c_is_quiet_while_the_program_starts(folder, tmp_path):
+SLOW_START = """
+import sys, time
+if "--reload" not in sys.argv:
+    print(flush=True)
+    time.sleep(20)
+sys.path.pop(0)
+del sys.modules["httpx"]
+import httpx
+"""
+
+
+@pytest.mark.parametrize("flags", [["--demo"], ["--demo", "--reload"]], ids=str)
+def test_ctrl_c_is_quiet_while_the_program_starts(folder, tmp_path, flags):
     shutil.copy(folder / "proxy.py", tmp_path)
-    (tmp_path / "httpx.py").write_text("print(flush=True); import time; time.sleep(20)")
-    with start(tmp_path, "--demo", environ={}) as program:
+    (tmp_path / "httpx.py").write_text(SLOW_START)
+    with start(tmp_path, *flags, environ={}) as program:
         program.stdout.readline()
-        program.send_signal(signal.SIGINT)
+        os.killpg(program.pid, signal.SIGINT)
         assert program.communicate(timeout=10)[1] == ""
 
 
