@@ -9150,10 +9150,21 @@ def test_openai_parses_calls_and_answers(client, llama, fake):
     assert len(fake.creates()) == 2
 
 
-def test_the_demonstration_recites_no_call(create, fake):
+@pytest.mark.parametrize("family", ["llama-2", "llama-3", "gpt-4", "claude", "open"])
+def test_the_demonstration_quotes_the_question_alone(fake, tmp_path, caplog, family):
+    caplog.set_level("INFO", "proxy")
     fake.scenarios["quick-demo"] = replace(SCENARIOS["demo"], boot=0, pace=0)
-    [choice] = create(model="fake/quick-demo", tools=TOOLS).choices
-    assert (choice.finish_reason, choice.message.tool_calls) == ("stop", None)
+    config = {"fake/quick-demo": {"family": family}}
+    asked = ["What is 2 + 2?", "4", 'And "3 +\n\n3"?']
+    roles = ["user", "assistant", "user"]
+    said = [says("system", "Be brief.")]
+    said += [says(*pair) for pair in zip(roles, asked, strict=True)]
+    with serving_models(fake, tmp_path, {"model_configs": config}) as server:
+        body = {"messages": said, "tools": TOOLS}
+        message = chat(server, "quick-demo", **body).message
+    assert message.content.startswith('You wrote: "And "3 + 3"?" No model ran')
+    assert (message.finish_reason, message.calls) == ("stop", ())
+    assert "event=demo input=" in caplog.text and "Be brief." in caplog.text
 
 
 def test_openai_streams_calls(client, llama, fake):
@@ -9954,8 +9965,7 @@ def test_the_demo_works_as_its_line_says_and_ends_when_told(folder):
             ["sh", "-c", line], capture_output=True, timeout=20, env=environment({})
         )
         answer = Answer(200, {}, pasted.stdout)
-        assert "no model ran" in answer.streamed_text
-        assert "Hello!" in answer.streamed_text
+        assert answer.streamed_text.startswith('You wrote: "Hello!" No model ran')
         program.send_signal(signal.SIGTERM)
         assert program.wait(timeout=10) == 0
 
@@ -10524,6 +10534,12 @@ def test_sections_use_only_names_above_them(tree):
         used = [name for name in names_in(node, ast.Load) if name.id not in local]
         below += [name for name in used if home.get(name.id, 0) > section(node)]
     assert not [f"line {name.lineno}: {name.id}" for name in below]
+
+
+def test_an_older_python_shows_a_line_that_says_so(tree):
+    """The first that it can't parse, of which it says `invalid syntax`."""
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Match)]
+    assert "3.10" in SOURCE.splitlines()[min(lines) - 1]
 
 
 def test_env_example_names_the_settings():
