@@ -3885,7 +3885,7 @@ class Prediction:
             self.unseen_since = None
         except APIError as error:
             self.cancellation.check()
-            self.log_event("unseen", error.code)
+            self.log_event("unseen", error.detail or error.code)
             now = time.monotonic()
             self.unseen_since = self.unseen_since or now
             if (
@@ -3944,7 +3944,9 @@ class Prediction:
                 self.api.cancel(self.id)
                 break
             except APIError as error:
-                self.log_event("uncancelled", error.code, logging.WARNING)
+                self.log_event(
+                    "uncancelled", error.detail or error.code, logging.WARNING
+                )
                 time.sleep(pause)
 
     def log_event(self, event: str, why: object, level: int = logging.INFO) -> None:
@@ -6463,7 +6465,7 @@ class Handler(BaseHTTPRequestHandler):
             level = logging.WARNING  # not the client's fault
         if not log.isEnabledFor(level):
             return
-        why = failure and f"{failure} {failure.detail}"
+        why = failure and loggable(str(failure), request_log.prompts)
         usage = sum_usage(request_log.usages) if request_log.usages else None
         first = request_log.first_text_at
         row = {
@@ -6483,7 +6485,7 @@ class Handler(BaseHTTPRequestHandler):
             "ms": self.elapsed_ms(),
             "error": request_log.error,
             "param": failure and failure.param,
-            "why": why and loggable(why, request_log.prompts),
+            "why": failure and f"{why} {failure.detail}".strip(),
             "request_id": self.id,
         }
         pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
