@@ -24,6 +24,9 @@ ENV PYTHONPATH=/app:/packages HOST=0.0.0.0
 RUN python -m proxy --demo --check
 ENV PYTHONDONTWRITEBYTECODE=1
 
+# For RESPONSES_DB: a volume here belongs to the user too.
+RUN mkdir /data && chown 10001:10001 /data
+
 USER 10001:10001
 EXPOSE 3000
 STOPSIGNAL SIGTERM

@@ -52,6 +52,7 @@ Each section uses only names from those above it.
     6. Objects
         Chat                events as a chat completion, whole or in chunks
         Completions         events as a text completion
+        Response store      responses that were stored, found by their key and id
         Model objects       rows of models.json as OpenAI's models
     7. Serving
         Generation          n choices, retries, and the response made of them
@@ -78,11 +79,13 @@ import selectors
 import shlex
 import signal
 import socket
+import sqlite3
 import ssl
 import string
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -118,7 +121,7 @@ from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, NoReturn, TypeGuard, cast
-from urllib.parse import SplitResult, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 if __name__ == "__main__":  # so that Ctrl-C is quiet while it starts
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -392,6 +395,9 @@ class Settings:
     max_connections: int = field(default=2000, metadata={"range": (1, 10**6)})
     write_timeout: int = field(default=30, metadata={"range": (1, 3600)})
     shutdown_grace: int = field(default=25, metadata={"range": (0, 3600)})
+    responses_db: str = ""  # a file; in memory without one
+    responses_db_bytes: int = field(default=64 * 2**20, metadata={"range": (0, 2**36)})
+    responses_db_days: int = field(default=30, metadata={"range": (1, 3650)})
     log_level: str = "INFO"
 
     @classmethod
@@ -456,6 +462,7 @@ class Timeouts(NamedTuple):
     abort: float = 8  # for cancelled requests to send their errors, when we stop
     drain: float = 1  # for requests under way on idle connections, when we stop
     drain_input: float = 2  # for a client to read our last bytes before we close
+    store: float = 2  # for others to let go of the stored responses
 
 
 def secret_fault(value: str) -> str:
@@ -1068,14 +1075,17 @@ def as_chat_part(part: Any) -> Any:
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
     """Return the body with every parameter of the table; raise 400 if one is wrong."""
     given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
-    checked = {}
+    checked: Json = {}
     for name, param in params.items():
-        is_named = param.by_type and given.get("type") == name
-        is_given = name in given and given[name] not in param.unset
-        if param.by_type and not is_named:  # what is left over from another type
-            is_given = False
-        if param.required or is_named or is_given:
-            checked[name] = check_param(path + name, given.get(name), param)
+        value = given.get(name)
+        if param.by_type:  # what is left over from another type does no harm
+            is_checked = given.get("type") == name
+        else:
+            is_checked = param.required or name in given
+        if value in param.unset:
+            checked[name] = None
+        elif is_checked:
+            checked[name] = check_param(path + name, value, param)
         else:
             checked[name] = param.default
     # A model may have parameters of its own, but it refuses more in a message.
@@ -1343,7 +1353,15 @@ def check_pairing(messages: Messages) -> None:
                 f"tool_call_ids did not have response messages: {unanswered}",
                 param=f"{where}.role",
             )
-            results = {call["id"]: -1 for call in message.get("tool_calls", [])}
+            ids = [call["id"] for call in message.get("tool_calls", [])]
+            results = dict.fromkeys(ids, -1)
+            twice = next((id for id in ids if ids.count(id) > 1), None)
+            require(
+                twice is None,
+                f"Invalid parameter: Duplicate value for 'tool_call_id' of '{twice}' "
+                f"in 'tool_calls' of messages[{index}].",
+                param=f"{where}.tool_calls",
+            )
             continue
         id = message.get("tool_call_id")
         if not id:
@@ -3197,7 +3215,7 @@ class ReplicateAPI:
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
 
     def close(self) -> None:
-        self.client.close()
+        """Keep no connection; what is created late can be cancelled all the same."""
         self.pool.close()
 
     def create(self, prediction_input: PredictionInput, wait: bool) -> Json:
@@ -5558,6 +5576,280 @@ def text_stream(
     return completion_stream(events, chunk, choice_of, info)
 
 
+# -- Response store ------------------------------------------------------------
+#
+# Responses that clients want to come back to, in SQLite: in memory, or in a file that
+# several processes and later starts share. They are rows under a hash of the key and
+# the id, so that nobody finds one without the key that made it, and no key is kept.
+# A store that fails costs the storing and a line in the log, not the response.
+
+
+STORE_SCHEMA = """
+PRAGMA foreign_keys = ON;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+PRAGMA journal_size_limit = 1048576;
+CREATE TABLE IF NOT EXISTS responses (
+    start INTEGER PRIMARY KEY, -- the bytes of all that were stored before
+    size INTEGER NOT NULL, -- in bytes, with its items
+    created REAL NOT NULL,
+    name BLOB NOT NULL UNIQUE,
+    body BLOB NOT NULL -- without its output
+);
+CREATE INDEX IF NOT EXISTS responses_created ON responses (created);
+CREATE TABLE IF NOT EXISTS items (
+    response INTEGER NOT NULL REFERENCES responses ON DELETE CASCADE,
+    is_output INTEGER NOT NULL,
+    name BLOB NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS items_response ON items (response);
+CREATE INDEX IF NOT EXISTS items_name ON items (name);
+"""
+
+REPORT_INTERVAL = 60.0  # seconds between two lines in the log about a failing store
+
+ITEM_NOT_FOUND = (
+    "Item with id '{id}' not found. Items are not persisted when `store` is set to "
+    "false, and the oldest make room for new ones. Send the item itself."
+)
+
+ITEM_PREFIXES = {"message": "msg_", "function_call": "fc_", "reasoning": "rs_"}
+
+
+class ResponseStore:
+    """Stored responses and their items. The oldest make room for new ones."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        timeouts: Timeouts,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.path = settings.responses_db
+        self.max_bytes = settings.responses_db_bytes
+        self.max_age = settings.responses_db_days * 86400.0
+        self.max_history = settings.max_body_bytes  # bytes: a client could send no more
+        self.timeout = timeouts.store
+        self.clock = clock
+        self.lock = threading.Lock()
+        self.connection: sqlite3.Connection | None = None
+        self.is_closed = False
+        self.next_report = 0.0
+        with suppress(APIError), self.connected():  # a broken file is logged at once
+            pass
+
+    def save(self, key: str, response: Json, input_items: Iterable[Json]) -> bool:
+        """Store a response under its id; False if it can't be, which is logged.
+
+        An input item without an id gets one; a reference has to be resolved by now.
+        """
+        if not self.max_bytes:
+            return False
+        items = [(False, with_id(item)) for item in input_items]
+        items += [(True, with_id(item)) for item in response["output"]]
+        name = store_name(key, response["id"])
+        try:
+            body = encode_json({**response, "output": []})
+            rows = [
+                (is_output, store_name(key, item["id"]), encode_json(item))
+                for is_output, item in items
+            ]
+            size = len(body) + sum(len(item) for *_, item in rows)
+            if size > self.max_bytes:
+                raise self.failure(f"{size} bytes are more than RESPONSES_DB_BYTES")
+            with self.connected() as connection:
+                execute = connection.execute
+                execute("BEGIN IMMEDIATE")
+                now = self.clock()
+                execute("DELETE FROM responses WHERE created < ?", [now - self.max_age])
+                execute("DELETE FROM responses WHERE name = ?", [name])
+                last = "SELECT start + size FROM responses ORDER BY start DESC LIMIT 1"
+                [start] = execute(last).fetchone() or [0]
+                too_old = start + size - self.max_bytes
+                execute("DELETE FROM responses WHERE start < ?", [too_old])
+                given = start, size, now, name, body
+                execute("INSERT INTO responses VALUES (?, ?, ?, ?, ?)", given)
+                add = "INSERT INTO items VALUES (?, ?, ?, ?)"
+                connection.executemany(add, ((start, *row) for row in rows))
+        except (APIError, RecursionError):  # of items that are as deep as can be read
+            return False
+        return True
+
+    def find(self, key: str, id: str) -> Json | None:
+        """A whole response. Raise APIError (503) if the store can't be read."""
+        with self.connected() as connection:
+            if not (row := self.select(connection, key, id)):
+                return None
+            start, _, response = row
+            return {**response, "output": select_items(connection, start, True)}
+
+    def find_item(self, key: str, id: str) -> Json | None:
+        """An item of any response that was stored with the key."""
+        newest = (
+            "SELECT items.body FROM items JOIN responses ON start = response"
+            " WHERE items.name = ? AND created >= ? ORDER BY start DESC LIMIT 1"
+        )
+        given = store_name(key, id), self.clock() - self.max_age
+        with self.connected() as connection:
+            row = connection.execute(newest, given).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def resolve(self, key: str, items: Iterable[Json]) -> list[Json]:
+        """Put what is stored in the place of references. Raise APIError (404)."""
+        resolved = []
+        for item in items:
+            if is_reference(item):
+                id = str(item.get("id"))
+                if not (found := self.find_item(key, id)):
+                    raise APIError(404, ITEM_NOT_FOUND.format(id=id), param="input")
+                item = found
+            resolved.append(item)
+        return resolved
+
+    def input_items(self, key: str, id: str) -> list[Json] | None:
+        """The items that a response was an answer to, without those before them."""
+        with self.connected() as connection:
+            row = self.select(connection, key, id)
+            return select_items(connection, row[0], False) if row else None
+
+    def history(self, key: str, id: str) -> list[Json]:
+        """The items of a response and of all before it, input and output, in order.
+
+        Raise APIError if a part of them is gone, since the model would not know of it.
+        """
+        turns: list[list[Json]] = []
+        previous: str | None = id
+        total = 0
+        with self.connected() as connection:
+            while previous:
+                if not (row := self.select(connection, key, previous)):
+                    raise APIError(
+                        400,
+                        f"Previous response with id '{previous}' not found. The oldest "
+                        "make room for new ones: send the conversation in 'input'.",
+                        code="previous_response_not_found",
+                        param="previous_response_id",
+                    )
+                start, size, response = row
+                total += size
+                require(
+                    total <= self.max_history,
+                    f"The conversation up to '{id}' has more than {self.max_history} "
+                    "bytes. Send what matters of it in 'input'.",
+                    code="context_length_exceeded",
+                    param="previous_response_id",
+                )
+                turns.append(select_items(connection, start))
+                previous = response.get("previous_response_id")
+        return list(chain.from_iterable(reversed(turns)))
+
+    def delete(self, key: str, id: str) -> bool:
+        """Delete a response and its items; False if there is none."""
+        is_there = "DELETE FROM responses WHERE name = ? AND created >= ?"
+        given = store_name(key, id), self.clock() - self.max_age
+        with self.connected() as connection:
+            return connection.execute(is_there, given).rowcount > 0
+
+    def close(self) -> None:
+        with self.lock:
+            self.is_closed = True
+            self.disconnect()
+
+    def select(
+        self, connection: sqlite3.Connection, key: str, id: str
+    ) -> tuple[int, int, Json] | None:
+        """Where a response is, its size, and all of it but its output."""
+        one = "SELECT start, size, body FROM responses WHERE name = ? AND created >= ?"
+        given = store_name(key, id), self.clock() - self.max_age
+        row = connection.execute(one, given).fetchone()
+        return (row[0], row[1], json.loads(row[2])) if row else None
+
+    @contextmanager
+    def connected(self) -> Iterator[sqlite3.Connection]:
+        """Inside, a thread has the connection for itself, in a transaction if it begins
+        one. A failure is logged and raised as an APIError; a file is then opened anew,
+        as someone may have put it right.
+        """
+        if not self.lock.acquire(timeout=self.timeout):
+            raise self.failure("other threads use it for too long")
+        try:
+            if self.is_closed:
+                raise overloaded("is being stopped")
+            self.connection = self.connection or self.connect()
+            with self.connection:
+                yield self.connection
+        except (sqlite3.Error, OSError) as error:
+            if self.path:
+                self.disconnect()
+            raise self.failure(error) from error
+        finally:
+            self.lock.release()
+
+    def connect(self) -> sqlite3.Connection:
+        if self.path:
+            Path(self.path).touch(0o600)  # what was said is for nobody else to read
+        connection = sqlite3.connect(
+            self.path or ":memory:",
+            timeout=self.timeout,
+            isolation_level=None,  # no BEGIN but our own
+            check_same_thread=False,
+        )
+        try:
+            connection.executescript(STORE_SCHEMA)
+        except sqlite3.Error:
+            connection.close()
+            raise
+        return connection
+
+    def disconnect(self) -> None:
+        if self.connection:
+            self.connection.close()
+        self.connection = None
+
+    def failure(self, problem: object) -> APIError:
+        """What to raise. It is logged too, but not for each request in a storm."""
+        if time.monotonic() >= self.next_report:
+            self.next_report = time.monotonic() + REPORT_INTERVAL
+            log.error("event=response_store_failed error=%s", quoted(problem))
+        return overloaded("can't use the responses that it stores")
+
+
+def store_name(key: str, id: str) -> bytes:
+    """What a response or an item is found by."""
+    return sha256(encode_json([key, id])).digest()
+
+
+def select_items(
+    connection: sqlite3.Connection, response: int, is_output: bool | None = None
+) -> list[Json]:
+    """The items of a response: its input, its output, or both."""
+    rows = connection.execute(
+        "SELECT body FROM items WHERE response = ? AND is_output = ifnull(?, is_output)"
+        " ORDER BY rowid",
+        [response, is_output],
+    )
+    return [json.loads(body) for (body,) in rows]
+
+
+def is_reference(item: Json) -> bool:
+    """Whether it names an item: by its type, or by being nothing but an id."""
+    kind = item.get("type")
+    return kind == "item_reference" or (kind is None and item.keys() <= {"type", "id"})
+
+
+def with_id(item: Json) -> Json:
+    """An item as OpenAI lists it: with an id, and a message with parts of content."""
+    kind, id, content = item.get("type") or "message", item.get("id"), {}
+    if not isinstance(id, str) or not id:
+        id = random_id(ITEM_PREFIXES.get(kind, "item_"), 48)
+    if isinstance(text := item.get("content"), str):
+        said = {"type": "output_text", "annotations": []}
+        part = said if item.get("role") == "assistant" else {"type": "input_text"}
+        content = {"content": [{**part, "text": text}]}
+    return {"id": id, "type": kind, **without(item, ("id", "type")), **content}
+
+
 # -- Model objects -------------------------------------------------------------
 
 
@@ -5585,6 +5877,7 @@ class Proxy(NamedTuple):
     settings: Settings
     models: ModelsFile
     upstream: Upstream
+    response_store: ResponseStore
 
 
 @dataclass(eq=False)
@@ -5595,6 +5888,7 @@ class Request:
     path: str  # without the query
     headers: Mapping[str, str]  # names in lower case
     body: bytes = b""
+    query: str = ""
     held: int = 0  # bytes of its body that count as in flight
     cancellation: Cancellation = field(default_factory=Cancellation)
     log: RequestLog = field(default_factory=RequestLog)
@@ -5944,6 +6238,65 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
     return checked
 
 
+def retrieve_response(proxy: Proxy, request: Request, id: str) -> Response:
+    if not (response := proxy.response_store.find(key_of(request), id)):
+        raise response_not_found(id)
+    is_streamed = dict(parse_qsl(request.query)).get("stream") == "true"
+    message = "Unsupported parameter: 'stream'. A stored response is sent whole."
+    require(not is_streamed, message, code="unsupported_parameter", param="stream")
+    return Response(response)
+
+
+def delete_response(proxy: Proxy, request: Request, id: str) -> Response:
+    if not proxy.response_store.delete(key_of(request), id):
+        raise response_not_found(id)
+    return Response({"id": id, "object": "response.deleted", "deleted": True})
+
+
+def cancel_response(proxy: Proxy, request: Request, id: str) -> Response:
+    if not proxy.response_store.find(key_of(request), id):
+        raise response_not_found(id)
+    raise APIError(400, "Cannot cancel a synchronous response.")
+
+
+PAGE = {
+    "after": Param(STRING),
+    "limit": Param(INTEGER, 1, 100, default=20),
+    "order": Param(STRING, choices=("asc", "desc"), default="desc"),
+}
+
+
+def list_input_items(proxy: Proxy, request: Request, id: str) -> Response:
+    query: Json = dict(parse_qsl(request.query))
+    if re.fullmatch(r"-?\d{1,9}", query.get("limit", "")):
+        query["limit"] = int(query["limit"])
+    page = check(query, PAGE)
+    if (items := proxy.response_store.input_items(key_of(request), id)) is None:
+        raise response_not_found(id)
+    if page["order"] == "desc":
+        items.reverse()
+    if after := page["after"]:
+        ids = [item["id"] for item in items]
+        message = f"Item with id '{after}' not found."
+        require(after in ids, message, code="invalid_value", param="after")
+        items = items[ids.index(after) + 1 :]
+    rows = items[: page["limit"]]
+    ids = [row["id"] for row in rows] or [None]
+    return Response(
+        {
+            "object": "list",
+            "data": rows,
+            "first_id": ids[0],
+            "last_id": ids[-1],
+            "has_more": len(items) > len(rows),
+        }
+    )
+
+
+def response_not_found(id: str) -> APIError:
+    return APIError(404, f"Response with id '{id}' not found.", param="id")
+
+
 class Endpoint(NamedTuple):
     method: str
     path: str  # without the /v1 that all of them may have; * is an id
@@ -5957,6 +6310,11 @@ ENDPOINTS = [
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
+    # These two before the others, since an id may have a slash.
+    Endpoint("GET", "/responses/*/input_items", list_input_items),
+    Endpoint("POST", "/responses/*/cancel", cancel_response),
+    Endpoint("GET", "/responses/*", retrieve_response),
+    Endpoint("DELETE", "/responses/*", delete_response),
 ]
 
 # A base URL may end in /v1, or be Azure's; there, and in old clients, it has the model.
@@ -6032,6 +6390,11 @@ def authorize(given: str | None, keys: Iterable[str]) -> None:
             f"{WHOSE_KEY}"
         )
         raise APIError(401, message, code="invalid_api_key")
+
+
+def key_of(request: Request) -> str:
+    """The key of a request that has one, as all stored responses do."""
+    return given_key(request.headers) or ""
 
 
 CORS = {
@@ -6347,10 +6710,10 @@ class Handler(BaseHTTPRequestHandler):
         if not (match := REQUEST_LINE.fullmatch(first)):
             raise BadMessage("the request line is not METHOD target HTTP/1.1")
         method, target, version = (part.decode("latin-1") for part in match.groups())
-        path = ORIGIN.sub("", target, count=1).partition("?")[0]
+        path, _, query = ORIGIN.sub("", target, count=1).partition("?")
         length = parse_body_length(headers)
         self.request_version = version
-        self.api_request = request = Request(method, path, headers)
+        self.api_request = request = Request(method, path, headers, query=query)
         given_id = headers.get("x-request-id", "")
         self.id = given_id if REQUEST_ID.fullmatch(given_id) else self.id
         self.body = self.reader.read_body(length or 0, limit)
@@ -6512,7 +6875,8 @@ class Server(ThreadingHTTPServer):
         self.url = base_url(self.socket, settings)
         self.timeouts = timeouts
         self.api = ReplicateAPI(settings, timeouts)
-        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts))
+        store = ResponseStore(settings, timeouts)
+        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts), store)
         # From when they are accepted; since when they wait for a request, or 0.
         self.connections: dict[socket.socket, float] = {}
         self.disconnected = threading.Condition()
@@ -6652,8 +7016,8 @@ class Server(ThreadingHTTPServer):
 
         Whoever holds an idle connection may have a request under way on it, which a
         close would lose: it is closed when none has come for a moment. A prediction
-        that Replicate takes longer than `Timeouts.abort` to create is not cancelled:
-        its Cancel-After ends it.
+        that Replicate takes longer than `Timeouts.abort` to create is cancelled when it
+        is there, if the process still is; else its Cancel-After ends it.
         """
         if self.is_stopping:
             return
@@ -6673,9 +7037,10 @@ class Server(ThreadingHTTPServer):
             request.cancellation.cancel(overloaded("is being stopped"))
         until = time.monotonic() + self.timeouts.abort
         self.await_disconnects(self.timeouts.abort)
-        self.proxy.upstream.await_runs(until - time.monotonic())
+        self.proxy.upstream.await_runs(max(1, until - time.monotonic()))
         self.watcher.stop()
         self.api.close()
+        self.proxy.response_store.close()
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -6839,6 +7204,30 @@ def play_replicate(settings: Settings) -> Iterator[Settings]:
 
     with FakeReplicate(token=settings.replicate_api_token, default="demo") as fake:
         yield replace(settings, replicate_base_url=fake.base_url)
+
+
+@contextmanager
+def with_shared_store(settings: Settings) -> Iterator[Settings]:
+    """Give workers one file for the responses they store, for as long as they live.
+
+    Only they open it, since no connection of SQLite's may live through a fork.
+    """
+    is_needed = settings.workers > 1 and settings.responses_db_bytes
+    if settings.responses_db or not is_needed:
+        yield settings
+        return
+    try:
+        folder = tempfile.TemporaryDirectory("", "proxy-", ignore_cleanup_errors=True)
+    except OSError as error:
+        log.warning(
+            "event=responses_not_shared error=%s: a worker knows the responses that it "
+            "made, and no others. With RESPONSES_DB, a file, each knows all of them.",
+            quoted(error),
+        )
+        yield settings
+        return
+    with folder as path:
+        yield replace(settings, responses_db=str(Path(path) / "responses.db"))
 
 
 def serve(settings: Settings, models: Models, options: argparse.Namespace) -> int:
@@ -7006,7 +7395,8 @@ def main(arguments: Sequence[str]) -> int:
             if options.check:
                 return check_token(settings, models)
             log_to_stderr(settings.log_level)
-            return serve(settings, models, options)
+            with with_shared_store(settings) as settings:
+                return serve(settings, models, options)
     except ConfigError as error:
         for problem in error.problems:
             print(f"proxy.py: {problem}", file=sys.stderr)

@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -578,6 +579,7 @@ NO_KEY_YET = "your_secure_proxy_api_key_here"
         ("too few", "workers", 0, "must be a number from 1 to 256."),
         ("too many", "workers", 257, "must be a number from 1 to 256."),
         ("a time", "prediction_timeout", 4, "must be a number from 5 to 86400."),
+        ("days", "responses_db_days", 0, "must be a number from 1 to 3650."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
         ("an address", "replicate_base_url", "api.x/v1", "must be of the form https:"),
@@ -1164,6 +1166,9 @@ def test_null_is_the_same_as_absent(fake, server):
 def test_a_completion_is_16_tokens_long_if_it_does_not_say(fake, server):
     input = input_of(fake, server, {"prompt": "Once", "model": "llama"}, TEXT_PATH)
     assert input == {"prompt": "Once", "max_new_tokens": 16}
+    unlimited = {"prompt": "Once", "model": "llama", "max_tokens": -1}
+    input = input_of(fake, server, unlimited, TEXT_PATH)
+    assert input == {"prompt": "Once", "max_new_tokens": proxy.DEFAULT_MAX_TOKENS}
 
 
 @table(
@@ -1900,9 +1905,14 @@ UNPAIRED = [
         ),
     ),
     (
-        "two calls of one id",
-        [asks(("c1", "f", "{}"), ("c1", "g", "{}")), gives("c1", ""), gives("c1", "")],
+        "two results of one id",
+        [ASKED_OF_TOOLS, gives("c1", ""), gives("c1", "")],
         ("messages.[2].tool_call_id", "Duplicate value for 'tool_call_id'"),
+    ),
+    (
+        "two calls of one id",
+        [asks(("c1", "f", "{}"), ("c1", "g", "{}")), gives("c1", "")],
+        ("messages.[0].tool_calls", "Duplicate value for 'tool_call_id'"),
     ),
     (
         "a user without content",
@@ -2374,6 +2384,58 @@ def test_a_text_reaches_a_model_as_it_was_written(family, said):
     assert render(family, talk).count(said) == 2
 
 
+HTML_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><title>Prices &amp; more</title>
+<style>p:first-child { color: #c00 }</style></head>
+<body onload="go({prompt: '{prompt}'})"><p>was <s>9.99</s>, is <b>8.99</b></p>
+<script>const user = `${name}`; if (a < b && c > d) alert("<|x|>")</script>
+</body></html>
+"""
+TYPESCRIPT = """type User<T> = { user: T; system?: Array<Map<string, T>> };
+const assistant = <T,>(x: T): User<T> => ({ user: x }); // [INST]ALL
+"""
+RUST = """fn user<'a>(s: &'a str) -> Option<&'a [u8]> { s.as_bytes().get(1..) }
+match x { Some(_) | None if a <= b => println!("{x:?}"), _ => {} }
+"""
+A_DIFF = """diff --git a/compose.yml b/compose.yml
+@@ -1,4 +1,4 @@
+ services:
+-    user: postgres
++    user: "1000"
+\\ No newline at end of file
+"""
+CHAT_LOG = """[12:01] <bob> hi <3
+User: Is it done?
+Assistant: Not yet.
+System: bob left
+> User: quoted
+"""
+FILES = {
+    name: (HERE / name).read_text(encoding="utf-8")
+    for name in ("proxy.py", "README.md", "docker-compose.yml", "deploy/nginx.conf")
+}
+WRITTEN = {
+    "a page": HTML_PAGE,
+    "TypeScript": TYPESCRIPT,
+    "Rust": RUST,
+    "a log": CHAT_LOG,
+}
+DOCUMENTS = {**FILES, **WRITTEN, "a diff": A_DIFF}
+ESCAPED = re.compile(r"(?<=[<\[])\\(?=[/|<A-Zs])|(?<=\n) (?=(User|Assistant|System):)")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS.values(), ids=DOCUMENTS)
+@pytest.mark.parametrize("family", proxy.FAMILIES)
+def test_a_file_reaches_a_model_character_by_character(family, document):
+    """What would end a turn of the family's own template is escaped, and only that."""
+    talk = [says("user", document), says("assistant", "Ok"), says("user", document)]
+    rendered = render(family, talk)
+    assert ESCAPED.sub("", rendered).count(ESCAPED.sub("", document)) == 2
+    signs = SIGNS.get(proxy.FAMILIES[family].render, [])
+    if not any(sign in document for sign in signs):
+        assert rendered.count(document) == 2
+
+
 def render(family, messages):
     """All the text in what a family makes of messages."""
     row = proxy.FAMILIES[family]
@@ -2393,6 +2455,12 @@ LLAMA_3_TOKENS = """<|begin_of_text|> <|end_of_text|> <|start_header_id|>
 LLAMA_4_TOKENS = """<|begin_of_text|> <|end_of_text|> <|header_start|> <|header_end|>
     <|eot|> <|eom|> <|python_start|> <|python_end|>"""
 TRANSCRIPTS = ["open", "claude", "gemini", "granite", "mistral"]
+SIGNS = {  # that would end a turn, by the template
+    proxy.render_llama_2: LLAMA_2_TOKENS.split(),
+    proxy.render_llama_3: LLAMA_3_TOKENS.split(),
+    proxy.render_llama_4: LLAMA_4_TOKENS.split(),
+    proxy.render_transcript: ["\nUser:", "\nAssistant:", "\nSystem:"],
+}
 
 
 @table(
@@ -5307,6 +5375,23 @@ def test_a_client_waits_for_no_cancel_but_the_end_of_the_server_does(fake, setti
     assert fake.predictions[cancelled].status == "canceled"
 
 
+def test_a_create_that_outlasts_the_server_is_cancelled(fake, settings, caplog):
+    hurried = replace(settings, shutdown_grace=0)
+    server = proxy.make_server(hurried, TIMEOUTS._replace(abort=0.01))
+    serving = threading.Thread(target=server.serve_forever, args=[0.01])
+    serving.start()
+    with start_call(server, "fake/slow-create", stream=True):
+        fake.wait_for(fake.creates)
+        server.shutdown()
+        with pytest.MonkeyPatch.context() as patch:  # the end of it waits for nothing
+            patch.setattr(server.proxy.upstream, "await_runs", lambda seconds: None)
+            server.server_close()
+        assert not fake.cancels
+        fake.wait_for(lambda: fake.cancels)
+    serving.join()
+    assert "Traceback" not in caplog.text
+
+
 def test_a_hang_up_breaks_off_a_look_that_hangs(fake, settings):
     fake.scenarios["unseen"] = replace(
         SCENARIOS["endless"], stream_url="", on_look=Fault(wait=60)
@@ -7224,6 +7309,444 @@ def test_a_stream_and_a_whole_say_the_same(
     assert streamed.chunks[-1]["usage"] == whole.json["usage"]
 
 
+# -- Response store ------------------------------------------------------------
+
+
+def stored_response(id, text="Hello.", previous=None, **more):
+    """As it is stored: with one message, whose id follows from its own."""
+    part = {"type": "output_text", "annotations": [], "text": text}
+    message = {"id": f"msg_of_{id}", "type": "message", "content": [part]}
+    return {
+        "id": id,
+        "object": "response",
+        "output": [message],
+        "previous_response_id": previous,
+        **more,
+    }
+
+
+def asking_for(*texts):
+    return [says("user", text) for text in texts]
+
+
+def texts_of(items):
+    return [item["content"][0]["text"] for item in items]
+
+
+@contextmanager
+def store_of(path="", clock=time.time, timeouts=TIMEOUTS, **changes):
+    settings = replace(GOOD, responses_db=str(path), **changes)
+    with closing(proxy.ResponseStore(settings, timeouts, clock)) as store:
+        yield store
+
+
+@pytest.fixture(params=["in memory", "in a file"])
+def store(request, tmp_path):
+    path = tmp_path / "responses.db" if request.param == "in a file" else ""
+    with store_of(path) as store:
+        yield store
+
+
+def test_a_stored_response_is_found_whole_and_by_its_items(store):
+    response = stored_response("resp_1", metadata={"a": "ä€😀"}, text="One")
+    question = {"id": "msg_q", "type": "message", "role": "user", "content": []}
+    assert store.save(KEY, response, [question, *asking_for("And?")])
+    assert json.dumps(store.find(KEY, "resp_1")) == json.dumps(response)
+    assert store.find_item(KEY, "msg_of_resp_1") == response["output"][0]
+    assert store.find_item(KEY, "msg_q") == question
+    first, second = store.input_items(KEY, "resp_1")
+    assert first == question
+    assert store.find_item(KEY, second["id"]) == second
+
+
+@table(
+    "item, expected",
+    [
+        (
+            "a text",
+            {"role": "user", "content": "Hi"},
+            {
+                "id": "msg_",
+                "type": "message",
+                "role": "user",
+                "content": [{"type": "input_text", "text": "Hi"}],
+            },
+        ),
+        (
+            "an answer",
+            {"type": "message", "id": None, "role": "assistant", "content": "Hi"},
+            {
+                "id": "msg_",
+                "type": "message",
+                "role": "assistant",
+                "content": [{"type": "output_text", "annotations": [], "text": "Hi"}],
+            },
+        ),
+        (
+            "a call",
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+            {
+                "id": "fc_",
+                "type": "function_call",
+                "call_id": "c",
+                "name": "f",
+                "arguments": "{}",
+            },
+        ),
+        (
+            "its result",
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+            {
+                "id": "item_",
+                "type": "function_call_output",
+                "call_id": "c",
+                "output": "1",
+            },
+        ),
+    ],
+)
+def test_an_input_item_gets_an_id_and_openais_form(store, item, expected):
+    before = json.dumps(item)
+    assert store.save(KEY, stored_response("resp_1"), [item])
+    assert json.dumps(item) == before
+    [listed] = store.input_items(KEY, "resp_1")
+    prefix = expected["id"]
+    assert re.fullmatch(f"{prefix}[A-Za-z0-9]{{48}}", listed["id"])
+    assert json.dumps({**listed, "id": prefix}) == json.dumps(expected)
+
+
+STRANGE_IDS = [
+    ("a quote", "resp_1' OR '1'='1"),
+    ("a statement", "'; DROP TABLE responses; --"),
+    ("a pattern", "resp%"),
+    ("nothing", ""),
+    ("a zero byte", "resp_1\0"),
+    ("half a surrogate pair", "\ud800"),
+    ("a long one", "x" * 100_000),
+]
+
+
+@table("id", STRANGE_IDS)
+def test_an_id_is_an_id_whatever_it_looks_like(store, id):
+    assert store.save(KEY, stored_response("resp_1"), [])
+    assert store.find(KEY, id) is store.find_item(KEY, id) is None
+    assert store.input_items(KEY, id) is None
+    assert not store.delete(KEY, id)
+    assert store.save(KEY, stored_response(id), [{"id": id, "type": "reasoning"}])
+    assert texts_of(store.find(KEY, id)["output"]) == ["Hello."]
+    assert store.delete(KEY, id)
+    assert store.find(KEY, "resp_1")
+
+
+def test_what_one_key_stored_no_other_finds(store):
+    assert store.save("sk-one", stored_response("resp_1", "Mine"), asking_for("Who?"))
+    [question] = store.input_items("sk-one", "resp_1")
+    for key in ("sk-on", "sk-one ", "", "sk-two"):
+        assert store.find(key, "resp_1") is store.input_items(key, "resp_1") is None
+        assert store.find_item(key, "msg_of_resp_1") is None
+        assert store.find_item(key, question["id"]) is None
+        assert not store.delete(key, "resp_1")
+        with pytest.raises(APIError, match="'resp_1' not found"):
+            store.history(key, "resp_1")
+    assert store.save("sk-two", stored_response("resp_1", "Other"), [])
+    assert texts_of(store.find("sk-one", "resp_1")["output"]) == ["Mine"]
+    assert store.delete("sk-two", "resp_1")
+    assert store.find("sk-one", "resp_1")
+
+
+def test_no_file_has_a_key_in_it_and_none_is_for_others_to_read(tmp_path):
+    with store_of(tmp_path / "r.db") as store:
+        assert store.save(KEY, stored_response("resp_1"), asking_for("Hi"))
+        files = list(tmp_path.iterdir())
+        assert len(files) == 3
+        for file in files:
+            assert KEY.encode() not in file.read_bytes()
+            assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_history_has_all_items_of_a_chain_in_their_order(store):
+    for id, previous in (("a", None), ("b", "a"), ("c", "b"), ("other", "a")):
+        questions = asking_for(f"{id} 1", f"{id} 2")
+        assert store.save(KEY, stored_response(id, f"to {id}", previous), questions)
+    assert texts_of(store.history(KEY, "c")) == [
+        *("a 1", "a 2", "to a"),
+        *("b 1", "b 2", "to b"),
+        *("c 1", "c 2", "to c"),
+    ]
+    assert texts_of(store.history(KEY, "a")) == ["a 1", "a 2", "to a"]
+    assert store.delete(KEY, "b")
+    with pytest.raises(APIError) as caught:
+        store.history(KEY, "c")
+    assert caught.value.status == 400
+    error = caught.value.body["error"]
+    assert error["message"].startswith("Previous response with id 'b' not found.")
+    assert (error["type"], error["param"], error["code"]) == (
+        "invalid_request_error",
+        "previous_response_id",
+        "previous_response_not_found",
+    )
+
+
+@table(
+    "reference",
+    [
+        ("by its type", {"type": "item_reference", "id": "msg_of_resp_1"}),
+        ("by its id alone", {"id": "msg_of_resp_1"}),
+        ("as a client dumps it", {"id": "msg_of_resp_1", "type": None}),
+    ],
+)
+def test_a_reference_becomes_the_item_that_it_names(store, reference):
+    assert store.save(KEY, stored_response("resp_1", "Yes."), [])
+    before, after = asking_for("Is it?", "Why?")
+    message = {"id": "msg_1", "role": "user", "content": "It is."}
+    items = [before, reference, message, after]
+    [said] = store.find(KEY, "resp_1")["output"]
+    assert store.resolve(KEY, items) == [before, said, message, after]
+    with pytest.raises(APIError) as caught:
+        store.resolve("sk-other", items)
+    assert caught.value.status == 404
+    error = caught.value.body["error"]
+    assert error["message"].startswith("Item with id 'msg_of_resp_1' not found. Items")
+    assert (error["type"], error["param"]) == ("invalid_request_error", "input")
+
+
+def test_a_history_is_no_longer_than_what_a_client_could_send():
+    with store_of(max_body_bytes=3000) as store:
+        assert store.save(KEY, stored_response("a", "x" * 1000), [])
+        assert store.save(KEY, stored_response("b", "y" * 1000, "a"), [])
+        assert store.save(KEY, stored_response("c", "z" * 1000, "b"), [])
+        assert len(store.history(KEY, "b")) == 2
+        with pytest.raises(APIError) as caught:
+            store.history(KEY, "c")
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+
+
+def test_the_oldest_make_room_for_new_ones():
+    with store_of(responses_db_bytes=10_000) as store:
+        ids = [f"resp_{number}" for number in range(50)]
+        for number, id in enumerate(ids):
+            image = {"type": "input_image", "image_url": "x" * number * 40}
+            message = {"role": "user", "content": [image]}
+            assert store.save(KEY, stored_response(id), [message])
+            kept = [id for id in ids if store.find(KEY, id)]
+            size = sum(
+                len(json.dumps([store.find(KEY, id), store.input_items(KEY, id)]))
+                for id in kept
+            )
+            assert kept == ids[number + 1 - len(kept) : number + 1]
+            assert size < 12_000  # of which some are spaces
+        assert 3 < len(kept) < 6
+        assert store.find_item(KEY, "msg_of_resp_0") is None
+        for id in reversed(kept):
+            assert store.delete(KEY, id)
+        assert store.save(KEY, stored_response("resp_1"), [])
+
+
+def test_one_that_is_larger_than_the_store_is_not_kept_and_costs_no_other(caplog):
+    with store_of(responses_db_bytes=2000) as store:
+        assert store.save(KEY, stored_response("small"), [])
+        for _ in range(3):
+            assert not store.save(KEY, stored_response("large"), asking_for("x" * 2000))
+        assert store.find(KEY, "small") and not store.find(KEY, "large")
+    [line] = [record.message for record in caplog.records]
+    assert "bytes are more than RESPONSES_DB_BYTES" in line
+
+
+def test_a_store_of_no_bytes_keeps_nothing(caplog):
+    with store_of(responses_db_bytes=0) as store:
+        assert not store.save(KEY, stored_response("resp_1"), [])
+        assert store.find(KEY, "resp_1") is None
+    assert not caplog.records
+
+
+def test_what_is_too_old_is_gone(tmp_path):
+    day, now = 86400, [0.0]
+    with store_of(tmp_path / "r.db", lambda: now[0], responses_db_days=2) as store:
+        assert store.save(KEY, stored_response("old"), asking_for("secret"))
+        now[0] += day
+        assert store.save(KEY, stored_response("new", previous="old"), [])
+        assert len(store.history(KEY, "new")) == 3
+        now[0] += day + 1
+        assert store.find(KEY, "old") is store.input_items(KEY, "old") is None
+        assert store.find_item(KEY, "msg_of_old") is None
+        assert not store.delete(KEY, "old")
+        with pytest.raises(APIError, match="'old' not found"):
+            store.history(KEY, "new")
+        assert store.save(KEY, stored_response("newest"), [])
+        assert store.find(KEY, "new")
+        with closing(sqlite3.connect(tmp_path / "r.db")) as other:
+            assert other.execute("SELECT count(*) FROM responses").fetchone() == (2,)
+            assert other.execute("SELECT count(*) FROM items").fetchone() == (2,)
+
+
+def test_the_last_of_two_with_an_id_counts(store):
+    for text in ("one", "two"):
+        item = {"id": "msg_1", **says("user", text)}
+        assert store.save(KEY, stored_response("resp_1", text), [item])
+        assert store.save(KEY, stored_response(f"resp_{text}", text), [item])
+    assert texts_of(store.find(KEY, "resp_1")["output"]) == ["two"]
+    assert len(store.input_items(KEY, "resp_1")) == 1
+    assert texts_of([store.find_item(KEY, "msg_1")]) == ["two"]
+
+
+def test_many_threads_use_a_store_at_once(store):
+    def talk(number):
+        previous = None
+        for turn in range(10):
+            id = f"resp_{number}_{turn}"
+            response = stored_response(id, f"{number} {turn}", previous)
+            assert store.save(KEY, response, asking_for("And?"))
+            assert len(store.history(KEY, id)) == 2 * (turn + 1)
+            previous = id
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(talk, range(8)))
+
+
+PROCESS = """
+import sys, proxy
+path, name, key = sys.argv[1:]
+settings = proxy.Settings(responses_db=path)
+store = proxy.ResponseStore(settings, proxy.Timeouts(store=30))
+print(flush=True)
+sys.stdin.readline()
+for number in range(40):
+    id, previous = f"{name}_{number}", number and f"{name}_{number - 1}" or None
+    response = {"id": id, "output": [], "previous_response_id": previous}
+    assert store.save(key, response, [{"role": "user", "content": id}])
+store.close()
+"""
+
+
+def test_processes_share_a_file_and_later_ones_find_what_they_stored(tmp_path):
+    path = str(tmp_path / "r.db")
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", PROCESS, path, name, KEY],
+                    cwd=HERE,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for name in "abc"
+        ]
+        for process in processes:
+            assert process.stdout.readline()
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 3
+    with store_of(path) as store:
+        for name in "abc":
+            texts = texts_of(store.history(KEY, f"{name}_39"))
+            assert texts == [f"{name}_{number}" for number in range(40)]
+
+
+@contextmanager
+def no_database(path):
+    path.write_bytes(b"This is a letter to a friend. " * 100)
+    yield
+    path.unlink()
+
+
+@contextmanager
+def no_folder(path):
+    yield
+    path.parent.mkdir()
+
+
+@contextmanager
+def another_schema(path):
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("CREATE TABLE responses (id INTEGER)")
+    yield
+    path.unlink()
+
+
+@contextmanager
+def locked(path):
+    with store_of(path):
+        pass
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+@table(
+    "harm, folder",
+    [
+        ("no database", no_database, ""),
+        ("no folder", no_folder, "none"),
+        ("the tables of another program", another_schema, ""),
+        ("locked", locked, ""),
+    ],
+)
+def test_a_file_that_can_not_be_used_costs_the_storing_until_it_can(
+    tmp_path, caplog, harm, folder
+):
+    path, timeouts = tmp_path / folder / "r.db", TIMEOUTS._replace(store=0.05)
+    with ExitStack() as stack:
+        harmed = stack.enter_context(ExitStack())
+        harmed.enter_context(harm(path))
+        store = stack.enter_context(store_of(path, timeouts=timeouts))
+        for _ in range(3):
+            assert not store.save(KEY, stored_response("resp_1"), [])
+        if harm is locked:  # it can be read
+            assert store.find(KEY, "resp_1") is None
+        else:
+            with pytest.raises(APIError) as caught:
+                store.find(KEY, "resp_1")
+            assert (caught.value.status, caught.value.code) == (503, "overloaded")
+        [line] = [record.message for record in caplog.records]
+        assert line.startswith("event=response_store_failed error=")
+        harmed.close()
+        assert store.save(KEY, stored_response("resp_1"), [])
+        assert store.find(KEY, "resp_1")
+
+
+def test_a_full_disk_costs_the_storing_and_not_what_is_stored(
+    tmp_path, caplog, monkeypatch
+):
+    full = proxy.STORE_SCHEMA + "PRAGMA max_page_count = 16;"
+    monkeypatch.setattr(proxy, "STORE_SCHEMA", full)
+    with store_of(tmp_path / "r.db") as store:
+        assert store.save(KEY, stored_response("small"), [])
+        for _ in range(3):
+            assert not store.save(
+                KEY, stored_response("large"), asking_for("x" * 100_000)
+            )
+        assert store.find(KEY, "small") and not store.find(KEY, "large")
+        assert store.save(KEY, stored_response("small too"), [])
+    [line] = [record.message for record in caplog.records]
+    assert line.endswith('error="database or disk is full"')
+
+
+def test_many_who_wait_for_a_locked_file_wait_a_moment_each(tmp_path, caplog):
+    path, timeouts = tmp_path / "r.db", TIMEOUTS._replace(store=0.2)
+    with store_of(path, timeouts=timeouts) as store, locked(path):
+        before = time.monotonic()
+        with ThreadPoolExecutor(30) as pool:
+            saves = [
+                pool.submit(store.save, KEY, stored_response(f"resp_{number}"), [])
+                for number in range(30)
+            ]
+            assert not any(save.result() for save in saves)
+        assert time.monotonic() - before < 3
+    assert len(caplog.records) == 1
+
+
+def test_a_store_that_is_closed_stays_so(tmp_path):
+    with store_of(tmp_path / "r.db") as store:
+        store.close()
+        assert not store.save(KEY, stored_response("resp_1"), [])
+        with pytest.raises(APIError, match="is being stopped"):
+            store.find(KEY, "resp_1")
+
+
 # ==== 7. SERVING ==============================================================
 
 
@@ -7773,6 +8296,145 @@ def test_any_origin_may_ask_with_any_header(server):
     headers = {"access-control-request-private-network": "true"}
     answer = visit(server, "OPTIONS", "/v1/any", headers)
     assert answer.headers["access-control-allow-private-network"] == "true"
+
+
+@pytest.fixture
+def stored(server):
+    """A response of three questions, the last of a chain of two; its id."""
+    store = server.proxy.response_store
+    numbered = [
+        {"id": f"msg_{n}", **message}
+        for n, message in enumerate(asking_for("1", "2", "3"))
+    ]
+    assert store.save(KEY, stored_response("resp_before"), asking_for("Before?"))
+    assert store.save(KEY, stored_response("resp_1", previous="resp_before"), numbered)
+    yield "resp_1"
+    store.delete(KEY, "resp_1")
+
+
+STORED = "/v1/responses/resp_1"
+OTHER = {"authorization": "Bearer sk-of-another"}
+
+
+def test_a_stored_response_is_retrieved_and_deleted(server, stored):
+    for path in (STORED, "/responses//resp_1/", f"{STORED}?include[]=a&stream=false"):
+        answer = send(server, "GET", path)
+        assert answer.status == 200
+        assert answer.json == stored_response("resp_1", previous="resp_before")
+    answer = send(server, "GET", STORED, headers={"api-key": KEY})
+    assert answer.json["id"] == "resp_1"
+    deleted = send(server, "DELETE", STORED).json
+    assert deleted == {"id": "resp_1", "object": "response.deleted", "deleted": True}
+    assert send(server, "GET", STORED).status == 404
+
+
+@table(
+    "method, path",
+    [
+        ("get", "GET", "{}"),
+        ("delete", "DELETE", "{}"),
+        ("cancel", "POST", "{}/cancel"),
+        ("input items", "GET", "{}/input_items"),
+    ],
+)
+def test_an_unknown_response_is_a_404_and_so_is_anothers(server, stored, method, path):
+    for id, headers in (("resp_2", AUTHORIZATION), ("resp_1", OTHER)):
+        target = f"/v1/responses/{path.format(id)}"
+        answer = send(
+            server, method, target, b"" if method == "POST" else None, headers
+        )
+        assert answer.status == 404
+        assert answer.error == {
+            "message": f"Response with id '{id}' not found.",
+            "type": "invalid_request_error",
+            "param": "id",
+            "code": None,
+        }
+        assert send(server, method, target, b"", {}).status == 401
+    assert send(server, "GET", STORED).status == 200
+
+
+@table(
+    "query, ids, has_more",
+    [
+        ("all, the last first", "", [2, 1, 0], False),
+        ("the first first", "?order=asc", [0, 1, 2], False),
+        ("some", "?limit=2", [2, 1], True),
+        ("just as many", "?limit=3&order=asc", [0, 1, 2], False),
+        ("the rest", "?limit=2&after=msg_1", [0], False),
+        ("the rest, upwards", "?after=msg_0&order=asc&limit=1", [1], True),
+        ("after the last", "?after=msg_0", [], False),
+        ("an empty one", "?after=&limit=", [2, 1, 0], False),
+        ("more that is asked", "?include[]=x&before=msg_1", [2, 1, 0], False),
+        ("with escapes", "?after=%6dsg_1&order=a%73c", [2], False),
+    ],
+)
+def test_input_items_come_in_pages(server, stored, query, ids, has_more):
+    page = send(server, "GET", f"{STORED}/input_items{query}").json
+    wanted = [f"msg_{number}" for number in ids]
+    assert [item["id"] for item in page["data"]] == wanted
+    assert page["first_id"] == (wanted[0] if wanted else None)
+    assert page["last_id"] == (wanted[-1] if wanted else None)
+    assert (page["object"], page["has_more"]) == ("list", has_more)
+
+
+@table(
+    "target, param, code",
+    [
+        ("too many", "/input_items?limit=101", "limit", "integer_above_max_value"),
+        ("too few", "/input_items?limit=0", "limit", "integer_below_min_value"),
+        ("no number", "/input_items?limit=ten", "limit", "invalid_type"),
+        ("a long number", f"/input_items?limit={'1' * 5000}", "limit", "invalid_type"),
+        ("no order", "/input_items?order=up", "order", "invalid_value"),
+        ("an unknown item", "/input_items?after=msg_9", "after", "invalid_value"),
+        ("a stream", "?stream=true", "stream", "unsupported_parameter"),
+    ],
+)
+def test_what_a_query_may_not_be_is_told(server, stored, target, param, code):
+    answer = send(server, "GET", STORED + target)
+    assert (answer.status, answer.error["param"], answer.error["code"]) == (
+        400,
+        param,
+        code,
+    )
+
+
+def test_nothing_runs_in_the_background_and_can_be_cancelled(server, stored):
+    answer = send(server, "POST", f"{STORED}/cancel", b"")
+    assert answer.status == 400
+    assert answer.error["message"] == "Cannot cancel a synchronous response."
+
+
+def test_openais_client_reads_and_deletes_what_is_stored(server, stored, client):
+    response = client.responses.retrieve(stored)
+    assert (response.id, response.output_text) == (stored, "Hello.")
+    pages = client.responses.input_items.list(stored, limit=1, order="asc")
+    assert [item.content[0].text for item in pages] == ["1", "2", "3"]
+    with pytest.raises(openai.BadRequestError, match="synchronous"):
+        client.responses.cancel(stored)
+    client.responses.delete(stored)
+    with pytest.raises(openai.NotFoundError, match=f"'{stored}' not found"):
+        client.responses.retrieve(stored)
+
+
+def test_a_store_that_can_not_be_read_is_a_503(settings, tmp_path):
+    broken = replace(settings, responses_db=str(tmp_path))
+    with serving(broken) as server:
+        assert send(server, "GET", "/health").status == 200
+        for method, path in (("GET", STORED), ("DELETE", STORED)):
+            answer = send(server, method, path)
+            assert (answer.status, answer.error["code"]) == (503, "overloaded")
+            assert answer.headers["retry-after"] == "1"
+
+
+def test_servers_share_what_is_stored_in_a_file(settings, tmp_path):
+    shared = replace(settings, responses_db=str(tmp_path / "r.db"))
+    with serving(shared) as one, serving(shared) as other:
+        assert one.proxy.response_store.save(KEY, stored_response("resp_1"), [])
+        assert send(other, "GET", STORED).status == 200
+        assert send(other, "DELETE", STORED).status == 200
+        assert send(one, "GET", STORED).status == 404
+    assert [file.name for file in tmp_path.iterdir()] == ["r.db"]
 
 
 # -- HTTP ----------------------------------------------------------------------
@@ -9668,6 +10330,119 @@ def test_workers_do_not_share_a_port_with_strangers(folder, fake, server):
             assert "in use" in err and "--port" in err and "Traceback" not in err
 
 
+@contextmanager
+def worker_store(folder, fake, temporary, **environ):
+    """Two workers that keep their responses in a folder; a store beside theirs."""
+    given = {"TMPDIR": str(temporary), **environ}
+    with started_workers(folder, fake, **given) as (parent, port):
+        wait_until(lambda: list(temporary.glob("**/responses.db")))
+        [path] = temporary.glob("**/responses.db")
+        with store_of(path) as store:
+            yield parent, port, store
+
+
+def test_workers_share_a_file_of_responses_for_as_long_as_they_live(
+    folder, fake, tmp_path
+):
+    with worker_store(folder, fake, tmp_path) as (parent, port, store):
+        assert tmp_path.joinpath(store.path).parent.stat().st_mode & 0o777 == 0o700
+        assert store.save("key", stored_response("resp_1"), [])
+        workers = worker_ids(parent)
+        for pid in workers:
+            wait_until(lambda pid=pid: has_open(pid, store.path))
+        assert not has_open(parent.pid, store.path)
+        found = Counter(status_of(port, STORED) for _ in range(20))
+        assert found == {200: 20}
+        os.kill(workers[0], signal.SIGKILL)
+        wait_until(lambda: workers[0] not in worker_ids(parent), 10)
+        found = Counter(status_of(port, STORED) for _ in range(20))
+        assert found == {200: 20}
+        parent.terminate()
+        assert parent.wait(10) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def has_open(pid, path):
+    return any(
+        os.path.realpath(link) == str(path)
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+    )
+
+
+def status_of(port, path):
+    url = f"http://127.0.0.1:{port}{path}"
+    headers = {"authorization": "Bearer key", "connection": "close"}
+    return httpx.get(url, headers=headers, trust_env=False).status_code
+
+
+def test_a_second_signal_leaves_no_file_either(folder, fake, tmp_path):
+    with (
+        worker_store(folder, fake, tmp_path) as (parent, port, _),
+        begin_on(port, "fake/endless")[0],
+    ):
+        parent.terminate()
+        wait_until(lambda: is_refused(port))
+        parent.terminate()
+        assert parent.wait(5) == 128 + signal.SIGTERM
+        assert not list(tmp_path.iterdir())
+
+
+def test_workers_keep_a_file_that_is_named(folder, fake, tmp_path):
+    kept, temporary = tmp_path / "kept.db", tmp_path / "temporary"
+    temporary.mkdir()
+    given = {"TMPDIR": str(temporary), "RESPONSES_DB": str(kept)}
+    with started_workers(folder, fake, **given) as (parent, port):
+        wait_until(kept.exists)
+        with store_of(kept) as store:
+            assert store.save("key", stored_response("resp_1"), [])
+        assert status_of(port, STORED) == 200
+        assert not list(temporary.iterdir())
+        parent.terminate()
+        assert parent.wait(10) == 0
+    with store_of(kept) as store:
+        assert store.find("key", "resp_1")
+
+
+NOWHERE = """
+import sys, tempfile, proxy
+def nothing(*_, **__):
+    raise FileNotFoundError("No usable temporary directory found")
+tempfile.mkdtemp = nothing
+sys.exit(proxy.main(sys.argv[1:]))
+"""
+
+
+def test_workers_that_can_not_share_say_what_that_means(folder, fake):
+    (folder / "nowhere.py").write_text(NOWHERE)
+    environ = {**settings_for(fake), "WORKERS": "2", "PROXY_API_KEY": "key"}
+    with started(folder, environ=environ, program="nowhere.py") as (parent, (url, _)):
+        told = parent.stderr.readline()
+        assert 'event=responses_not_shared error="No usable' in told
+        assert "a worker knows the responses that it made" in told
+        assert "RESPONSES_DB" in told
+        assert is_healthy(url)
+
+
+def test_one_demonstration_serves_all_workers(folder):
+    arguments = ["--demo", "--port", "0"]
+    with started(folder, *arguments, environ={"WORKERS": "2"}) as (parent, (url, _)):
+
+        def ask(_):
+            answer = httpx.post(
+                f"{url}/v1/chat/completions",
+                json={"model": "gpt-4o", "messages": HI},
+                headers={"authorization": "Bearer demo"},
+                trust_env=False,
+            )
+            return answer.json()["choices"][0]["message"]["content"]
+
+        with ThreadPoolExecutor(4) as pool:
+            for told in pool.map(ask, range(4)):
+                assert "No model ran" in told
+        parent.terminate()
+        assert parent.wait(10) == 0
+
+
 def test_a_worker_that_dies_at_its_start_is_started_again_after_a_pause(
     folder, fake, tmp_path
 ):
@@ -10086,7 +10861,7 @@ def nginx_program():
     return path
 
 
-def nginx_conf(folder, port, upstreams):
+def nginx_conf(folder, port, upstreams, changes=()):
     """The file that is shipped, but for where it listens, sends to and writes."""
     text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
     servers = [
@@ -10096,6 +10871,7 @@ def nginx_conf(folder, port, upstreams):
         (SHIPPED, " ".join(servers), 1),
         ("listen 3000;", f"listen 127.0.0.1:{port};", 1),
         (" /tmp/nginx", f" {folder}/nginx", 6),
+        *changes,
     ]:
         assert text.count(old) == times
         text = text.replace(old, new)
@@ -10103,12 +10879,12 @@ def nginx_conf(folder, port, upstreams):
 
 
 @contextmanager
-def nginx_before(*upstreams, folder):
+def nginx_before(*upstreams, folder, changes=()):
     """nginx in front of these ports; its own port."""
     program = nginx_program()
     port = free_port()
     conf = folder / "nginx.conf"
-    conf.write_text(nginx_conf(folder, port, upstreams))
+    conf.write_text(nginx_conf(folder, port, upstreams, changes))
     command = [program, "-c", str(conf), "-e", "stderr", "-g", "daemon off;"]
     with (
         (folder / "nginx.log").open("w+") as log,
@@ -10341,6 +11117,34 @@ def test_a_process_that_is_told_to_stop_loses_no_call(fleet):
         assert (answer.status, created[text]) == (200, 1)
 
 
+BY_KEY = "hash $http_authorization$http_api_key consistent;"
+
+
+def test_nginx_can_send_all_requests_with_one_key_to_one_process(settings, tmp_path):
+    changes = [("least_conn;", "", 1), (f"# {BY_KEY}", BY_KEY, 1)]
+    keys = [f"sk-{number}" for number in range(16)]
+    settings = replace(settings, proxy_api_key=",".join(keys))
+    with (
+        serving(settings) as one,
+        serving(settings) as other,
+        nginx_before(
+            one.server_port, other.server_port, folder=tmp_path, changes=changes
+        ) as port,
+    ):
+        fleet = Fleet(port, [], None, None)
+        for key in keys:
+            assert one.proxy.response_store.save(key, stored_response("resp_1"), [])
+        found = Counter()
+        for key in keys:
+            headers = {"authorization": f"Bearer {key}"}
+            statuses = {
+                send(fleet, "GET", STORED, headers=headers).status for _ in range(6)
+            }
+            found.update(statuses)
+        assert found.keys() == {200, 404}  # either process, and each key in one
+        assert found.total() == len(keys)
+
+
 def nginx_seconds(directive):
     text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
     [value] = re.findall(rf"^ *{directive} (\d+)s;", text, re.M)
@@ -10376,6 +11180,12 @@ def test_compose_has_nginx_alone_take_a_port_of_the_machine():
         "./deploy/nginx.conf:/etc/nginx/nginx.conf:ro"
     ]
     assert services["nginx"]["tmpfs"] == "/tmp"  # all that the file writes to
+    file = Path(services["proxy"]["environment"]["RESPONSES_DB"])
+    volume = f"responses:{file.parent}"
+    assert volume in services["proxy"]["volumes"]
+    image = (HERE / "Dockerfile").read_text(encoding="utf-8")
+    user = re.search(r"^USER (\S+)$", image, re.M)[1]
+    assert f"chown {user} {file.parent}\n" in image
     for service in services.values():
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
         assert int(service["stop_grace_period"].rstrip("s")) > LONGEST_STOP
