@@ -45,6 +45,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -297,35 +298,42 @@ def stamps(input: Json) -> Text:
     return Stamps([""] * limit(input, 50))
 
 
-NO_MODEL = (
-    "This is the built-in demonstration: no model ran, and nothing left this machine."
-    " What would have reached Replicate:"
+DEMONSTRATION = (
+    'You wrote: "{}" No model ran to answer that: this is the demonstration of the'
+    " proxy, and nothing left this machine. With your Replicate token in .env, you"
+    " would be reading what a model says."
+)
+# What a user says in the prompts that the proxy writes, and where that ends.
+LAST_WORDS = (
+    r"<\|start_header_id\|>user<\|end_header_id\|>(.*?)<\|eot_id\|>",
+    r"(?:\[INST\]|<</SYS>>)((?:(?!<<SYS>>).)*?)\[/INST\]",
+    r"(?m:^User:)(.*?)(?:\n\n\w+:|\Z)",
+    r"(.+)",
 )
 
 
 def demonstrate(input: Json) -> Text:
-    lines = [NO_MODEL, *(f"{name}: {brief(value)}" for name, value in input.items())]
-    shown = "\n\n".join(TOOLS.sub("<tools> ... </tools>", line) for line in lines)
-    return re.findall(r"\s*\S+", shown)[: limit(input, ALWAYS)]
+    """Answer as a model might; what came with the question goes into the log."""
+    logging.getLogger("proxy.demo").info("event=demo input=%s", json.dumps(input))
+    text = DEMONSTRATION.format(shorten(question(input)))
+    return re.findall(r"\s*\S+", text)[: limit(input, ALWAYS)]
 
 
-# A tool that is recited looks like a call of it.
-TOOLS = re.compile(r"<tools>.*?(</tools>|\Z)", re.DOTALL)
+def question(input: Json) -> str:
+    """What a user said last."""
+    for message in reversed(input.get("messages") or []):
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        if message.get("role") == "user":
+            return " ".join(str(part.get("text", "[...]")) for part in parts)
+    prompt = str(input.get("prompt", ""))
+    found = (re.findall(pattern, prompt, re.DOTALL) for pattern in LAST_WORDS)
+    return next(filter(None, found), [""])[-1]
 
 
-def brief(value: Any) -> str:
-    """One input as people read it: messages a line each, nothing very long."""
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        return "".join(f"\n- {brief_message(item)}" for item in value)
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 600 else text[:600] + " ..."
-
-
-def brief_message(message: Json) -> str:
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = [part.get("text", f"[{part.get('type')}]") for part in parts]
-    return f"{message.get('role')}: {brief(' '.join(map(str, texts)))}"
+def shorten(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= 200 else words[:200] + " ..."
 
 
 INTERRUPTED = "Prediction interrupted; please retry (code: PA)"
@@ -451,7 +459,7 @@ def cut(count: int, why: str, replays: bool) -> Scenario:
 SCENARIOS = {
     # it succeeds
     "hello": Scenario("greets at once"),
-    "demo": Scenario("repeats what it was asked", demonstrate, boot=0.3, pace=1 / 30),
+    "demo": Scenario("says what it was asked", demonstrate, boot=0.3, pace=1 / 30),
     "echo": Scenario("says the JSON of its input", echo),
     "slow": Scenario("20 tokens, 50 ms apart", counting(20), pace=0.05),
     "story": Scenario("50 tokens, 20 ms apart", counting(50), pace=0.02),

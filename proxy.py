@@ -68,6 +68,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import errno
 import gc
 import http.client
 import json
@@ -174,7 +175,10 @@ ERROR_TYPES: dict[str | int | None, str] = {
 
 
 class APIError(Exception):
-    """An OpenAI error object that can be raised; `headers` go with its status."""
+    """An OpenAI error object that can be raised; `headers` go with its status.
+
+    The operator is told its `detail` too, and the client is not.
+    """
 
     def __init__(
         self,
@@ -184,8 +188,10 @@ class APIError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        detail: str = "",
     ) -> None:
         super().__init__(message if len(message) < 2000 else f"{message[:2000]}…")
+        self.detail = detail
         self.status = status
         self.code = code
         self.param = param
@@ -215,12 +221,22 @@ def overloaded(why: str) -> APIError:
     return APIError(503, message, code="overloaded", headers={"retry-after": "1"})
 
 
+NO_DESCRIPTORS = "has as many files and connections open as the system allows"
+
+
+def is_exhausted(error: BaseException | None) -> bool:
+    """Whether no descriptor was left, of the process's or of the system's."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def as_api_error(error: Exception) -> APIError:
     """Convert any exception; an internal one is logged, and its details are hidden."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RuntimeError) and "start new thread" in str(error):
         return overloaded("has as many threads as the system allows")
+    if is_exhausted(error):
+        return overloaded(NO_DESCRIPTORS)
     log.error("internal error", exc_info=error)
     return APIError(
         500,
@@ -228,6 +244,26 @@ def as_api_error(error: Exception) -> APIError:
         code="internal_error",
         headers=NO_RETRY,
     )
+
+
+# From the first quote to the last, or to the end of a message that was cut; and
+# the path of a value in JSON.
+QUOTATION = re.compile(
+    r"""(?s)(?<!\w)(['"])(?:(?!.*…\Z).*\1(?!\w)|.*)|(?<=\$)[.\[]\S*"""
+)
+
+
+def loggable(message: str, prompts: Iterable[str] = ()) -> str:
+    """A message without what it quotes of a request, a schema or a prompt.
+
+    Gone are quotations, paths in JSON, and three words in a row of a prompt's.
+    """
+    words = QUOTATION.sub("...", message).split()[:50]
+    kept = [*words]
+    for at in range(len(words) - 2):
+        if any(" ".join(words[at : at + 3]) in prompt for prompt in prompts):
+            kept[at : at + 3] = ["..."] * 3
+    return " ".join(word for word, _ in groupby(kept))
 
 
 ONE_WORD = re.compile(r"[!#-<>-~]+")
@@ -357,7 +393,11 @@ class Settings:
     # Cancel-After takes 5 s to 24 h (Replicate's docs, "Create a prediction").
     prediction_timeout: int = field(default=600, metadata={"range": (5, 86400)})
     max_body_bytes: int = field(default=25 * 2**20, metadata={"range": (1, 2**31)})
+    max_body_bytes_in_flight: int = field(
+        default=100 * 2**20, metadata={"range": (1, 2**40)}
+    )
     max_concurrent_calls: int = field(default=1000, metadata={"range": (1, 10**6)})
+    max_connections: int = field(default=2000, metadata={"range": (1, 10**6)})
     write_timeout: int = field(default=30, metadata={"range": (1, 3600)})
     shutdown_grace: int = field(default=25, metadata={"range": (0, 3600)})
     responses_db: str = ""  # a file; in memory without one
@@ -658,6 +698,7 @@ NOT_JSON = (
 )
 
 
+MAX_JSON_SIGNS = 500_000  # more, and parsing takes too much memory, and Python's lock
 MAX_JSON_DEPTH = 400  # more, and the SDK's encoder meets Python's recursion limit
 
 
@@ -669,17 +710,40 @@ def json_depth(value: Any) -> int:
     )
 
 
+NO_SIGNS = bytes(set(range(256)) - set(b'"[]{},'))
+
+
+def check_json_signs(data: bytes) -> None:
+    """Raise 413 for too many brackets, braces and commas outside strings.
+
+    They are counted before JSON is parsed, in time and memory for few bytes.
+    """
+    if len(data) <= MAX_JSON_SIGNS:
+        return
+    unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    signs = unescaped.translate(None, NO_SIGNS)
+    count, is_inside = 0, False  # a string
+    for at in range(0, len(signs), 65536):
+        parts = signs[at : at + 65536].split(b'"')
+        count += sum(map(len, parts[is_inside::2]))
+        is_inside ^= len(parts) % 2 == 0
+        if count > MAX_JSON_SIGNS:
+            message = f"The JSON has more than {MAX_JSON_SIGNS} brackets and commas."
+            raise APIError(413, f"{message} Send less at once.")
+
+
 def parse_json_body(data: bytes, content_type: str) -> Json:
     """Parse a JSON object; raise 400 with the reason if it is none, or is ambiguous."""
+    check_json_signs(data)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.removeprefix(b"\xef\xbb\xbf").decode()
         body = json.loads(
             text,
             parse_constant=reject_constant,
             parse_float=finite_float,
             object_pairs_hook=reject_duplicate_keys,
         )
-        if "\\ud" in text.lower():
+        if "\\ud" in text or "\\uD" in text:
             json.dumps(body, ensure_ascii=False).encode()
         if not isinstance(body, dict):
             why = f"it is {KINDS[type(body)]}"
@@ -739,6 +803,8 @@ NUMBER = (int, float)
 
 INT64 = (-(2**63), 2**63 - 1)
 MAX_PREDICTIONS = 128  # of one call; OpenAI's most choices
+MAX_MESSAGES = 10_000
+MAX_PARTS = 10_000  # of all messages
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NO_LIMIT = (-1,)  # as LM Studio's examples and llama.cpp have it
@@ -909,7 +975,9 @@ RESPONSE_FORMAT = one_of(
 
 CHAT = {
     **SHARED,
-    "messages": Param(ARRAY, 1, required=True, items=OBJECT, each=MESSAGE),
+    "messages": Param(
+        ARRAY, 1, MAX_MESSAGES, required=True, items=OBJECT, each=MESSAGE
+    ),
     "tools": Param(ARRAY, 0, 128, default=[], items=OBJECT, each=TOOL),
     "tool_choice": Param(
         (str, dict), choices=("none", "auto", "required"), each=TOOL_CHOICE
@@ -1248,6 +1316,14 @@ def parse_messages(messages: list[Json]) -> Messages:
     Raise 400 for missing content, unreadable attachments, and tool calls and results
     that don't pair."""
     parsed = []
+    total = sum(len(as_list(message["content"])) for message in messages)
+    require(
+        total <= MAX_PARTS,
+        f"Invalid 'messages': array too long. They have {total} parts in all, and may "
+        f"have {MAX_PARTS}.",
+        code="array_above_max_length",
+        param="messages",
+    )
     for index, message in enumerate(messages):
         path = f"messages[{index}].content"
         content = message["content"]
@@ -1400,7 +1476,7 @@ def parse_toolbox(body: Json) -> Toolbox | None:
         require(known.count(name) == 1, message, code="invalid_value", param=among)
     choice = body[param]
     allowed, must_call = known, choice == "required"
-    match choice:
+    match choice:  # a SyntaxError here means that Python is older than 3.10
         case {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": rows}}:
             allowed = [row["function"]["name"] for row in rows]
             must_call = mode == "required"
@@ -1440,6 +1516,24 @@ class ResponseFormat(NamedTuple):
 
 
 ANY_OBJECT = ResponseFormat({"type": "object"})
+
+MAX_SCHEMA_NODES = 20_000  # objects, arrays and values in the schemas of a request
+
+
+def check_schema_sizes(toolbox: Toolbox | None, format: ResponseFormat | None) -> None:
+    """Raise 400 if all schemas together are larger than can be read in good time."""
+    tools = toolbox.tools if toolbox else ()
+    nodes: list[Any] = [tool.parameters for tool in tools]
+    nodes += [format.schema] if format else []
+    for node in nodes:  # which grows as it is gone through
+        nodes += node.values() if isinstance(node, dict) else as_list(node)
+        require(
+            len(nodes) <= MAX_SCHEMA_NODES,
+            "The schemas of the tools and of 'response_format' have more than "
+            f"{MAX_SCHEMA_NODES} objects, arrays and values in all. Send smaller ones.",
+            code="invalid_value",
+            param="tools" if tools else "response_format",
+        )
 
 
 def parse_response_format(body: Json) -> ResponseFormat | None:
@@ -2963,10 +3057,14 @@ class RequestLog:
 
     model: str = ""  # as the client names it
     ref: str = ""  # what Replicate ran
+    stream: bool = False
+    n: int = 1
+    prompts: list[str] = field(default_factory=list)  # which the log never shows
     predictions: list[str] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
     first_text_at: float | None = None  # time.monotonic()
     error: str | int = ""
+    failure: APIError | None = None
 
 
 ALPHABET = string.ascii_letters + string.digits
@@ -3182,7 +3280,8 @@ class MessageReader:
 # SDK's requests go over them too: httpx's own pool is quadratic in its connections.
 
 
-MAX_RESPONSE = 64 * 2**20  # bytes of a body that is no stream, or of one event
+MAX_RECORD = 16 * 2**20  # bytes of a prediction's record, or of other JSON
+MAX_EVENT_LINE = 16 * 2**20  # bytes, and of all lines of an event
 READ_SIZE = 8192  # bytes
 MAX_IDLE = 100  # connections to one host
 
@@ -3426,7 +3525,7 @@ class ReplicateTransport(httpx.BaseTransport):
             content = bytearray()
             for piece in response.body:
                 content += piece
-                if len(content) > MAX_RESPONSE:
+                if len(content) > MAX_RECORD:
                     raise http.client.HTTPException("the response is too large")
         kept = {n: v for n, v in response.headers.items() if n in SDK_HEADERS}
         body = httpx.ByteStream(bytes(content))
@@ -3456,7 +3555,7 @@ def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
         data += fresh
         last = data.rfind(b"\n\n", searched)
         end = last + 2 if last >= 0 else 0  # of the events that are whole
-        if not end and len(data) > MAX_RESPONSE:
+        if not end and len(data) > MAX_EVENT_LINE:
             raise http.client.HTTPException("an event has no end")
         events: list[ServerSentEvent] = []
         name, lines = "", []
@@ -3495,10 +3594,16 @@ class Refusal(NamedTuple):
     message: str
     headers: Mapping[str, str] = {}
 
-    def error(self, why: str = "", param: str | None = None) -> APIError:
-        message = f"{self.message} {why}".strip()
+    def error(
+        self, why: str = "", param: str | None = None, detail: str = ""
+    ) -> APIError:
         return APIError(
-            self.status, message, code=self.code, param=param, headers=self.headers
+            self.status,
+            f"{self.message} {why}".strip(),
+            code=self.code,
+            param=param,
+            headers=self.headers,
+            detail=detail,
         )
 
 
@@ -3663,9 +3768,10 @@ class ReplicateAPI:
             if failed and not isinstance(cause, CONNECTION_ERRORS):
                 raise cause or error from None  # a cancellation, or a fault of ours
             if isinstance(cause, NotConnected):
-                log.warning("event=unreachable why=%s", quoted(cause))
-                raise UNREACHABLE.error() from None
-            raise NO_ANSWER.error() from error
+                if is_exhausted(cause.__cause__):
+                    raise overloaded(NO_DESCRIPTORS) from None
+                raise UNREACHABLE.error(detail=str(cause)) from None
+            raise NO_ANSWER.error(detail=repr(cause or error)) from error
 
     def latest_version(self, owner: str, name: str) -> Json:
         get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
@@ -4034,11 +4140,12 @@ def replace_strings(value: Any, links: Mapping[str, str]) -> Any:
 
 def check_size(input: Json) -> None:
     """Encode it only if it can be too large: that takes 0.2 ms for 20 kB of text."""
-    at_most = sum(6 * len(v) if isinstance(v, str) else 24 for v in leaves(input))
-    if at_most > MAX_INPUT_SIZE:
+    values = leaves(input)
+    size = sum(len(v) for v in values if isinstance(v, str))  # at least
+    if size <= MAX_INPUT_SIZE < 6 * size + 24 * len(values):
         size = len(json.dumps(input, ensure_ascii=False).encode())
-        too_long = "This is more than Replicate takes (6 MiB). Send less of it."
-        require(size <= MAX_INPUT_SIZE, too_long, code="context_length_exceeded")
+    too_long = "This is more than Replicate takes (6 MiB). Send less of it."
+    require(size <= MAX_INPUT_SIZE, too_long, code="context_length_exceeded")
 
 
 # -- Predictions ---------------------------------------------------------------
@@ -4264,7 +4371,7 @@ class Prediction:
             self.unseen_since = None
         except APIError as error:
             self.cancellation.check()
-            self.log_event("unseen", error.code)
+            self.log_event("unseen", error.detail or error.code)
             now = time.monotonic()
             self.unseen_since = self.unseen_since or now
             if (
@@ -4326,7 +4433,9 @@ class Prediction:
                 self.api.cancel(self.id)
                 break
             except APIError as error:
-                self.log_event("uncancelled", error.code, logging.WARNING)
+                self.log_event(
+                    "uncancelled", error.detail or error.code, logging.WARNING
+                )
                 time.sleep(pause)
 
     def log_event(self, event: str, why: object, level: int = logging.INFO) -> None:
@@ -6652,6 +6761,7 @@ class Request:
     headers: Mapping[str, str]  # names in lower case
     body: bytes = b""
     query: str = ""
+    held: int = 0  # bytes of its body that count as in flight
     cancellation: Cancellation = field(default_factory=Cancellation)
     log: RequestLog = field(default_factory=RequestLog)
 
@@ -6725,6 +6835,7 @@ class Generation(NamedTuple):
         self.request.log.ref = (
             f"{model.ref}; default" if model.is_default else model.ref
         )
+        self.request.log.prompts = [each.prompt for each in self.inputs]
         uploaded = [self.upload(each, cancellation) for each in self.inputs]
         jobs = [(each, i) for each in uploaded for i in range(self.body["n"])]
         if len(jobs) == 1:
@@ -6874,7 +6985,7 @@ class Generation(NamedTuple):
         why = self.complaint(answer)
         if why and not sent and self.build_retry and answer.finish_reason != "length":
             cancel()  # it may go on behind what was wanted of it
-            log.warning("event=retry why=%s", quoted(why))
+            log.warning("event=retry why=%s", quoted(loggable(why)))
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
                 again = self.upload(with_seed(again, offset), cancellation)
@@ -6882,7 +6993,7 @@ class Generation(NamedTuple):
                     second = list(others)
             except Exception as error:
                 cancellation.check()
-                failure = as_api_error(error)
+                failure = loggable(str(as_api_error(error)))
                 log.warning("event=retry_failed why=%s", quoted(failure))
             else:
                 better, more = fold(second)
@@ -6890,7 +7001,7 @@ class Generation(NamedTuple):
                     seen, answer, why = second, better, self.complaint(better)
                 seen[-1] = Done(answer.finish_reason, sum_usage([usage, more]))
         if why:
-            log.warning("event=misfit why=%s", quoted(why))
+            log.warning("event=misfit why=%s", quoted(loggable(why)))
         yield from seen[sent:]
 
     def render(self, answer: Choice) -> str:
@@ -6958,11 +7069,12 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
 def generate_chat(proxy: Proxy, request: Request, body: Json) -> Generation:
     """What is to be run for a body that has passed chat's table."""
     body["messages"] = parse_messages(body["messages"])
+    toolbox, format = parse_toolbox(body), parse_response_format(body)
+    check_schema_sizes(toolbox, format)
     chosen = find_model(proxy.models.current(), body["model"])
     kinds = {kind for kind, _ in attachments(body["messages"])}
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
     body["messages"] = fit_attachments(body["messages"], chosen, family)
-    toolbox, format = parse_toolbox(body), parse_response_format(body)
     body = with_tools_and_format(body, family, toolbox, format)
     return Generation(
         proxy,
@@ -7070,6 +7182,7 @@ def response_errors(request: Request, chat: ChatRequest) -> Iterator[None]:
 def read_body(request: Request, model: str = "") -> Json:
     content_type = request.headers.get("content-type", "application/json")
     body = parse_json_body(request.body, content_type)
+    request.body = b""  # it may be large
     if model:
         body["model"] = model
     require(body.get("model"), "you must provide a model parameter")
@@ -7087,6 +7200,7 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
         "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
         param="stream_options",
     )
+    request.log.stream, request.log.n = checked["stream"], checked.get("n") or 1
     return checked
 
 
@@ -7205,6 +7319,9 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
         message = (
             f"Unknown request URL: {method} {path}. Please check the URL for typos."
         )
+        if wanted in ("", "/v1"):
+            message = "The proxy is running. OpenAI's API is here, below /v1: see "
+            message += "GET /v1/models, and POST /v1/chat/completions."
         raise APIError(404, message, code="unknown_url")
     methods = ", ".join(sorted(allowed))
     raise APIError(
@@ -7281,6 +7398,8 @@ SMALL_BODY = 65536  # bytes; a larger body that nobody has read closes the conne
 REQUEST_LINE = re.compile(rb"([A-Za-z]{1,32}) ([!-~\x80-\xff]+) (HTTP/1\.[01])")
 
 ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # one that may stand in our log
 
 
 def check_codings(headers: Mapping[str, str]) -> list[str]:
@@ -7529,7 +7648,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.api_request.log.error = "client_gone"
         finally:
-            self.server.requests.discard(self.api_request)
+            self.server.release(self.api_request)
             self.log_line()
         if self.close_connection and not self.reader.is_done:
             self.drain()
@@ -7539,13 +7658,13 @@ class Handler(BaseHTTPRequestHandler):
         server, timeouts, reader = self.server, self.server.timeouts, self.reader
         self.set_deadline(timeouts.drain if server.is_stopping else timeouts.idle)
         self.read_size = READ_SIZE  # little memory while it waits
-        server.connections[self.connection] = True
+        server.connections[self.connection] = time.monotonic()
         with suppress(BadMessage, ClientDisconnected):
             for _ in self.body:  # of the request before, if nobody has read it
                 pass
             while not reader.data.removeprefix(b"\r\n"):  # an empty line may come first
                 reader.fill()
-        server.connections[self.connection] = False
+        server.connections[self.connection] = 0
         reader.data = reader.data.removeprefix(b"\r\n")
         self.set_deadline(timeouts.head)
         return bool(reader.data)
@@ -7572,6 +7691,8 @@ class Handler(BaseHTTPRequestHandler):
         length = parse_body_length(headers)
         self.request_version = version
         self.api_request = request = Request(method, path, headers, query=query)
+        given_id = headers.get("x-request-id", "")
+        self.id = given_id if REQUEST_ID.fullmatch(given_id) else self.id
         self.body = self.reader.read_body(length or 0, limit)
         is_last = "close" in headers.get("connection", "").lower()
         is_last = is_last or version == "HTTP/1.0"
@@ -7585,16 +7706,23 @@ class Handler(BaseHTTPRequestHandler):
             if length > limit:
                 raise body_too_large(length, limit)
             codings = check_codings(headers)
-            server.admit(request)
+            server.admit(request, max(length, 0))
             self.set_deadline(server.timeouts.body)
             if awaits_continue:
                 send_all(self.connection, b"HTTP/1.1 100 Continue\r\n\r\n")
             self.close_connection = True
             self.read_size = 16 * READ_SIZE
-            request.body = b"".join(self.body)
+            pieces = []
+            for piece in self.body:
+                if length == CHUNKED:
+                    server.hold(request, request.held + len(piece))
+                pieces.append(piece)
+            request.body = b"".join(pieces)
             self.close_connection = is_last
-            for _ in codings:
+            for _ in codings:  # which make a body 1,032 times smaller at the most
+                server.hold(request, min(limit, 1032 * len(request.body)))
                 request.body = decompress(request.body, limit)
+                server.hold(request, len(request.body))
         return operation
 
     def drain(self) -> None:
@@ -7638,6 +7766,7 @@ class Handler(BaseHTTPRequestHandler):
         """An exception as the client gets it; the log line names it."""
         failure = as_api_error(error)
         self.api_request.log.error = failure.code or failure.status
+        self.api_request.log.failure = failure
         return failure
 
     def head(self, status: int, headers: Mapping[str, str]) -> bytes:
@@ -7669,18 +7798,25 @@ class Handler(BaseHTTPRequestHandler):
     def log_line(self) -> None:
         """One line per request: nothing of a key, a token or what was said."""
         request, request_log = self.api_request, self.api_request.log
-        is_probe = request.path.endswith("/health") and self.status == 200
-        level = logging.DEBUG if is_probe else logging.INFO
+        failure, level = request_log.failure, logging.INFO
+        if request.path.endswith("/health") and self.status == 200:
+            level = logging.DEBUG
+        elif failure and (failure.status >= 500 or failure.status == 429):
+            level = logging.WARNING  # not the client's fault
         if not log.isEnabledFor(level):
             return
+        why = failure and loggable(str(failure), request_log.prompts)
         usage = sum_usage(request_log.usages) if request_log.usages else None
         first = request_log.first_text_at
         row = {
             "method": request.method,
             "path": request.path,
             "status": self.status or 499,
+            "client": self.client_address[0],
             "model": request_log.model,
             "ref": request_log.ref,
+            "stream": "yes" if request_log.stream else None,
+            "n": request_log.n if request_log.n > 1 else None,
             "prediction": ",".join(request_log.predictions),
             "tokens_in": usage and usage.prompt_tokens,
             "tokens_out": usage and usage.completion_tokens,
@@ -7688,6 +7824,8 @@ class Handler(BaseHTTPRequestHandler):
             "first_token_ms": first and round((first - self.began) * 1000),
             "ms": self.elapsed_ms(),
             "error": request_log.error,
+            "param": failure and failure.param,
+            "why": failure and f"{why} {failure.detail}".strip(),
             "request_id": self.id,
         }
         pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
@@ -7716,12 +7854,14 @@ class Server(ThreadingHTTPServer):
         self.api = ReplicateAPI(settings, timeouts)
         store = ResponseStore(settings, timeouts)
         self.proxy = Proxy(settings, models, Upstream(self.api, timeouts), store)
-        # From when they are accepted; whether they are between two requests.
-        self.connections: dict[socket.socket, bool] = {}
+        # From when they are accepted; since when they wait for a request, or 0.
+        self.connections: dict[socket.socket, float] = {}
         self.disconnected = threading.Condition()
         self.requests: set[Request] = set()  # in flight
-        self.admission = threading.Lock()
+        self.held = 0  # bytes of their bodies
+        self.admission = threading.RLock()
         self.is_stopping = False  # no connection is kept …
+        self.has_no_grace = False  # … none is waited for …
         self.is_over = False  # … and no request begun
         self.watcher = Watcher(timeouts)
         self.watcher.start()
@@ -7734,6 +7874,7 @@ class Server(ThreadingHTTPServer):
         except BlockingIOError:  # that was all
             pass
         except OSError:  # no descriptor is left: another try at once would fail too
+            self.close_longest_idle()
             time.sleep(self.timeouts.watch_interval)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -7741,13 +7882,48 @@ class Server(ThreadingHTTPServer):
 
         Where many come at once, each would wait for all threads before it.
         """
-        self.connections[request] = False
         work = (self.process_request_thread, (request, client_address))
+        is_full = len(self.connections) >= self.proxy.settings.max_connections
+        has_room = not is_full or self.close_longest_idle()
+        self.connections[request] = 0
         try:
-            _thread.start_new_thread(*work)
-        except RuntimeError:  # there are as many as the system allows
-            self.handle_error(request, client_address)
-            self.shutdown_request(request)
+            if has_room:
+                _thread.start_new_thread(*work)
+                return
+            failure = overloaded("has as many connections as it may (MAX_CONNECTIONS)")
+        except RuntimeError as error:  # there are as many as the system allows
+            self.close_longest_idle()
+            failure = as_api_error(error)
+        self.refuse(request, failure)
+
+    def close_longest_idle(self) -> bool:
+        """Make room; or return False if no connection is idle."""
+        connections = self.connections.copy().items()
+        idle = {since: connection for connection, since in connections if since}
+        if idle:
+            longest = idle[min(idle)]
+            self.connections[longest] = 0
+            shut(longest)
+        return bool(idle)
+
+    def refuse(self, connection: socket.socket, failure: APIError) -> None:
+        """Send an error, with no thread and no time for it, and close."""
+        log.warning("event=connection_refused why=%s", quoted(failure))
+        body = encode_readable_json(failure.body)
+        headers = {
+            "content-type": "application/json",
+            "content-length": len(body),
+            "connection": "close",
+            **failure.headers,
+            **CORS,
+        }
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        head = "\r\n".join(["HTTP/1.1 503 Service Unavailable", *lines, "", ""])
+        with suppress(OSError):
+            connection.setblocking(False)
+            connection.send(head.encode() + body)
+            connection.recv(READ_SIZE)  # or closing would lose what was sent
+        self.shutdown_request(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
@@ -7758,8 +7934,18 @@ class Server(ThreadingHTTPServer):
             self.connections.pop(request, None)
             self.disconnected.notify_all()
 
-    def admit(self, request: Request) -> None:
-        """Raise 503 if there is no room for it."""
+    def check_token(self) -> None:
+        """Log a warning if Replicate does not accept the token."""
+        try:
+            self.api.account()
+        except Exception as error:
+            if isinstance(error, APIError) and error.code == OUR_TOKEN.code:
+                log.warning("event=token_refused why=%s", quoted(error))
+            else:
+                log.debug("event=token_not_checked why=%s", quoted(error))
+
+    def admit(self, request: Request, size: int) -> None:
+        """Raise 503 if there is no room for it, or for a body of that many bytes."""
         with self.admission:
             if self.is_over:
                 raise overloaded("is being stopped")
@@ -7767,11 +7953,40 @@ class Server(ThreadingHTTPServer):
                 raise overloaded(
                     "has as many calls in flight as it may (MAX_CONCURRENT_CALLS)"
                 )
+            self.hold(request, size)
             self.requests.add(request)
+
+    def hold(self, request: Request, size: int) -> None:
+        """Count bytes of its body; raise 503 if there are too many beside others'."""
+        with self.admission:
+            others = self.held - request.held
+            if others and others + size > self.proxy.settings.max_body_bytes_in_flight:
+                raise overloaded(
+                    "has as much to read as it may (MAX_BODY_BYTES_IN_FLIGHT)"
+                )
+            request.held, self.held = size, others + size
+
+    def release(self, request: Request) -> None:
+        with self.admission:
+            self.requests.discard(request)
+            self.held -= request.held
 
     def await_disconnects(self, seconds: float) -> None:
         with self.disconnected:
             self.disconnected.wait_for(lambda: not self.connections, seconds)
+
+    def await_requests(self, seconds: float) -> None:
+        """Wait until all who were connected have left, or for `end_grace`."""
+        with self.disconnected:
+            self.disconnected.wait_for(
+                lambda: not self.connections or self.has_no_grace, seconds
+            )
+
+    def end_grace(self) -> None:
+        """Have `server_close` cancel at once what still runs."""
+        with self.disconnected:
+            self.has_no_grace = True
+            self.disconnected.notify_all()
 
     def server_close(self) -> None:
         """Stop listening, let the requests finish that have come, cancel the rest.
@@ -7788,11 +8003,11 @@ class Server(ThreadingHTTPServer):
         super().server_close()
         grace = self.proxy.settings.shutdown_grace
         drain = min(self.timeouts.drain, grace)
-        self.await_disconnects(drain)
-        for connection, is_idle in self.connections.copy().items():
-            if is_idle:
+        self.await_requests(drain)
+        for connection, idle_since in self.connections.copy().items():
+            if idle_since:
                 shut(connection)
-        self.await_disconnects(grace - drain)
+        self.await_requests(grace - drain)
         with self.admission:
             self.is_over = True
         for request in self.requests.copy():
@@ -7832,33 +8047,37 @@ def make_server(settings: Settings, timeouts: Timeouts | None = None) -> Server:
 # Several servers on one port, for more than one core: processes that are forked from
 # a parent, which holds the port, serves nobody, and replaces one that dies. A pipe
 # stops them: its end comes when the parent is told to stop, and also if it is killed.
+# A second signal puts a byte per worker into another pipe, to have them hurry.
 # Signals, which a terminal or systemd sends to all processes at once, are collected
 # in each, but only the parent looks at them.
 
 
 PAUSE = 1.0  # seconds before a worker takes the place of one that died
+HURRY = 1.0  # seconds after a second signal, for cancels that are tried once
 
 
-def handle_signals(handler: Callable[[int, Any], None]) -> None:
+def handle_signals(handler: Callable[[int, Any], object]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
 
 def run_workers(
     count: int,
-    work: Callable[[int], int],
+    work: Callable[[int, int], int],
     listener: socket.socket,
     signals: Sequence[int],
 ) -> int:
     """Keep processes at work until a signal, and wait for their end until another.
 
-    Each gives its exit code, and is given the end of a pipe that tells it to stop.
+    Each gives its exit code, and is given the ends of the pipes that tell it to stop
+    and to hurry.
     """
-    pipe = os.pipe()
+    stop, hurry = os.pipe(), os.pipe()
 
     def run() -> None:
-        os.close(pipe[1])
-        os._exit(work(pipe[0]))
+        os.close(stop[1])
+        os.close(hurry[1])
+        os._exit(work(stop[0], hurry[0]))
 
     workers: set[multiprocessing.process.BaseProcess] = set()
     due = 0.0
@@ -7878,10 +8097,12 @@ def run_workers(
             workers.remove(worker)
             due = time.monotonic() + PAUSE
     listener.close()
-    os.close(pipe[1])
+    os.close(stop[1])
     while any([worker.is_alive() for worker in workers]):
         if len(signals) > 1:
+            os.write(hurry[1], bytes([signals[1]]) * len(workers))
             for worker in workers:
+                worker.join(2 * HURRY)
                 worker.kill()
             return 128 + signals[1]
         time.sleep(0.1)
@@ -8003,45 +8224,60 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    work = partial(serve_until, settings, listener)
+    work = partial(serve_until, settings, listener, options.demo)
     if settings.workers > 1:
         signals: list[int] = []
         handle_signals(lambda number, _: signals.append(number))
         run = partial(run_workers, settings.workers, work, listener, signals)
     else:
-        run = partial(work, stop_on_signals())
+        run = partial(work, *stop_on_signals())
     url = base_url(listener, settings)
     print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
     print(f"  {curl_line(url, options, models)}\n", flush=True)
     return run()
 
 
-def stop_on_signals() -> int:
-    """A pipe that the first signal ends; another one ends the program at once."""
-    pipe, end = os.pipe()
+def stop_on_signals() -> tuple[int, int]:
+    """Pipes: the first signal ends one, and those after it go into the other."""
+    (stop, stop_end), (hurry, hurry_end) = os.pipe(), os.pipe()
 
-    def stop(*_: Any) -> None:
-        handle_signals(lambda number, _: os._exit(128 + number))
-        os.close(end)
+    def end(*_: Any) -> None:
+        handle_signals(lambda number, _: os.write(hurry_end, bytes([number])))
+        os.close(stop_end)
 
-    handle_signals(stop)
-    return pipe
+    handle_signals(end)
+    return stop, hurry
 
 
-def serve_until(settings: Settings, listener: socket.socket, pipe: int) -> int:
-    """Serve until a pipe ends, and then until all requests are answered."""
+def serve_until(
+    settings: Settings, listener: socket.socket, is_demo: bool, stop: int, hurry: int
+) -> int:
+    """Serve until `stop` ends, then until all requests are answered; return a code.
+
+    A byte in `hurry`, the number of a signal, ends that within `HURRY`.
+    """
     server = Server(settings, Timeouts(), listener)
+    codes = [0]
 
-    def stop() -> None:
-        os.read(pipe, 1)
+    def await_stop() -> None:
+        os.read(stop, 1)
         server.shutdown()
 
-    threading.Thread(target=stop, daemon=True).start()
+    def await_hurry() -> None:
+        if number := os.read(hurry, 1):  # it ends when the parent is killed
+            codes[0] = 128 + number[0]
+            server.end_grace()
+            time.sleep(HURRY)
+            os._exit(codes[0])
+
+    background = [await_stop, await_hurry, *([] if is_demo else [server.check_token])]
+    for work in background:
+        threading.Thread(target=work, daemon=True).start()
     gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
     server.serve_forever(0.1)
     log.info("stopping calls=%d", len(server.requests))
     server.server_close()
-    return 0
+    return codes[0]
 
 
 def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
@@ -8067,14 +8303,19 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
 
 def check_token(settings: Settings, models: Models) -> int:
     """Say what was read, and whether Replicate knows the token."""
-    print(f"settings  are right: {settings}")
-    print(f"models    {len(models.mappings)} in {settings.models_path}, ", end="")
-    print(f"and {models.default_model or 'none'} for any other name")
+    names = [row.name for row in fields(settings) if row.repr]
+    given = [n for n in names if getattr(settings, n) != getattr(Settings, n)]
+    lines = [f"\n          {n.upper()}={getattr(settings, n)}" for n in given]
+    print(f"settings  can be used; not the default:{''.join(lines) or ' none'}")
+    print(f"models    {len(models.mappings)} in {settings.models_path},")
+    print(f"          and {models.default_model or 'none'} for any other name")
     with closing(ReplicateAPI(settings, Timeouts())) as api:
         try:
             account = api.account()
         except APIError as error:
-            raise ConfigError(str(error)) from None
+            where = f"REPLICATE_BASE_URL is {settings.replicate_base_url}."
+            why = f" {where} {error.detail}" if error.detail else ""
+            raise ConfigError(f"{error}{why}") from None
     owner = f"{account.get('type')} {account.get('username')}"
     print(f"token     works: {owner} of Replicate")
     return 0
@@ -8084,21 +8325,19 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
     """Run the program as a child, and anew whenever a file has changed."""
     rest = [argument for argument in arguments if argument != "--reload"]
     command = [sys.executable, str(HERE / "proxy.py"), *rest]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    signals: list[int] = []
+    handle_signals(lambda number, _: signals.append(number))
     while True:
         before = modification_times(options)
         with subprocess.Popen(command) as child:
-            try:
-                while modification_times(options) == before:
-                    time.sleep(0.3)
-            except KeyboardInterrupt:  # the child has got the signal too
-                return child.wait()
-            except SystemExit:
+            while not signals and modification_times(options) == before:
+                time.sleep(0.1)
+            if signals[:1] != [signal.SIGINT]:  # which the child has got too
                 child.terminate()
-                return child.wait()
-            print("A file has changed: starting again.", file=sys.stderr)
-            child.terminate()
+            code = child.wait()
+        if signals:
+            return code if code >= 0 else 128 - code
+        print("A file has changed: starting again.", file=sys.stderr)
 
 
 def modification_times(options: argparse.Namespace) -> list[float]:

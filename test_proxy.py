@@ -4,6 +4,7 @@ import _thread
 import ast
 import asyncio
 import compileall
+import errno
 import gc
 import gzip
 import http.client
@@ -911,6 +912,26 @@ def saying(content, role="user"):
 MISSING, UNSUPPORTED = "missing_required_parameter", "unsupported_parameter"
 TEXT = {"type": "text", "text": "What is it?"}
 CALLED_WHAT = "messages[0].tool_calls[0].function"
+TOO_MANY = "array_above_max_length"
+TWO_HALVES = [{"role": "user", "content": [TEXT] * 5001}] * 2
+
+
+def schema_of(nodes):
+    return {"type": "object", "enum": [1] * (nodes - 3)}
+
+
+def tool_of(nodes):
+    function = {"name": "f", "parameters": schema_of(nodes)}
+    return {"type": "function", "function": function}
+
+
+def large_schemas(nodes):
+    format = {"type": "json_schema", "json_schema": {"name": "x"}}
+    format["json_schema"]["schema"] = schema_of(nodes)
+    return {"tools": [tool_of(nodes)], "response_format": format}
+
+
+A_TOOL = tool_of(10)
 BAD_CALLER = {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1"}]}
 IN_PARTS, FORMAT = "messages[0].content", "response_format"
 INCLUDE, NESTED = "include_usage", "stream_options.include_usage"
@@ -992,12 +1013,51 @@ def test_it_is_said_why_a_body_is_no_json_object(server, body, why):
         ("0 is not false", {"logprobs": 0}, UNSUPPORTED, "logprobs"),
         ("sound", {"modalities": ["text", "audio"]}, UNSUPPORTED, "modalities"),
         ("a call of nothing", {"messages": [BAD_CALLER]}, MISSING, CALLED_WHAT),
+        ("many messages", {"messages": HI * 10_001}, TOO_MANY, "messages"),
+        ("many parts", {"messages": TWO_HALVES}, TOO_MANY, "messages"),
+        ("many tools", {"tools": [A_TOOL] * 129}, TOO_MANY, "tools"),
+        ("a large schema", {"tools": [tool_of(20_001)]}, "invalid_value", "tools"),
+        ("large together", large_schemas(10_001), "invalid_value", "tools"),
     ],
 )
 def test_a_wrong_chat_is_refused(fake, server, given, code, param):
     error = refusal_of(server, given)
     assert (error["code"], error["param"]) == (code, param)
     assert not fake.seen
+
+
+def test_as_many_messages_parts_and_nodes_as_may_be_are_taken(fake, server):
+    parts = [{"role": "user", "content": [TEXT] * 2}]
+    parts += [{"role": "user", "content": [TEXT]}] * 9998
+    for given in ({"messages": parts}, large_schemas(10_000)):
+        assert input_of(fake, server, given)
+
+
+SIGNS = proxy.MAX_JSON_SIGNS
+STRING_OF_SIGNS = b'"' + b"[,]{}" * SIGNS + b'"'
+
+
+@table(
+    "body, status",
+    [
+        ("lists in lists", b"[" + b"[]," * SIGNS + b"[]]", 413),
+        ("objects", b"[" + b'{"a":1},' * SIGNS + b"1]", 413),
+        ("strings", b"[" + b'",",' * SIGNS + b"1]", 413),
+        ("escapes", b"[" + rb'"\\\",",' * SIGNS + b"1]", 413),
+        ("behind a string", STRING_OF_SIGNS + b"[" * (SIGNS + 1), 413),
+        ("a string of them", STRING_OF_SIGNS, 400),
+        ("behind a quotation mark", b'"' + rb"\",[" * SIGNS + b'"', 400),
+        ("behind a backslash", rb'"\\",' + b" " * 10**6 + b"[" * SIGNS, 413),
+        ("a string without end", b'"' + rb"\",[" * SIGNS, 400),
+        ("just as many", b"[" + b"1," * (SIGNS - 2) + b"1]", 400),
+        ("one more", b"[" + b"1," * (SIGNS - 1) + b"1]", 413),
+    ],
+)
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(server, body, status):
+    began = time.process_time()
+    answer = send(server, "POST", CHAT_PATH, body)
+    assert (answer.status, answer.error["code"]) == (status, None)
+    assert time.process_time() - began < 3
 
 
 @table(
@@ -4675,6 +4735,7 @@ class Host(socketserver.ThreadingTCPServer):
     """Answers in bytes as they are given, and counts who connects."""
 
     daemon_threads = True
+    request_queue_size = 1024  # of 48 who connect at once, 5 leave some without it
     token = TOKEN
 
     def __init__(self, says, hangs_up=False, most=None, tls=None):
@@ -5070,7 +5131,7 @@ def test_an_event_of_one_long_line_costs_no_more_than_its_length():
 
 
 def test_an_event_without_an_end_is_no_event(monkeypatch):
-    monkeypatch.setattr(proxy, "MAX_RESPONSE", 1000)
+    monkeypatch.setattr(proxy, "MAX_EVENT_LINE", 1000)
     with pytest.raises(http.client.HTTPException):
         decoded([b"data: "] + [b"x" * 100] * 20)
 
@@ -5318,7 +5379,7 @@ def test_replicate_out_of_reach_is_told_and_may_be_tried_again(settings, caplog)
         answer = chat(server, "hello")
     assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
     assert not answer.advice
-    assert 'event=unreachable why="ConnectionRefusedError' in caplog.text
+    assert "Try again later. ConnectionRefusedError" in caplog.text
     assert TOKEN not in caplog.text
 
 
@@ -6053,6 +6114,7 @@ def test_a_stream_that_breaks_loses_no_word_and_tells_none_twice():
         ThreadPoolExecutor(48) as pool,
     ):
         for answer in pool.map(ask_once, rows):
+            assert answer.status == 200, answer.body
             row = rows[int(answer.headers["x-replicate-prediction-id"][1:])]
             assert answer.streamed_text == "a b c", row
 
@@ -6115,7 +6177,7 @@ def test_a_hang_up_breaks_off_a_look_that_hangs(fake, settings):
 def test_a_create_that_answers_anything_else_is_a_failure_of_replicates(
     monkeypatch, body
 ):
-    monkeypatch.setattr(proxy, "MAX_RESPONSE", 200_000)
+    monkeypatch.setattr(proxy, "MAX_RECORD", 200_000)
     with raw_replicate(answering(body)) as (host, server):
         answer = chat(server, "hello")
         assert (answer.status, answer.error["code"]) == (504, "upstream_unavailable")
@@ -9406,6 +9468,14 @@ def test_a_path_or_method_we_lack_is_told(server, method, path, allow):
     assert path in answer.error["message"]
 
 
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/"])
+def test_a_browser_is_told_that_the_proxy_is_running(server, path):
+    answer = visit(server, "GET", path, {})
+    assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+    assert "is running" in answer.error["message"]
+    assert "/v1/models" in answer.error["message"]
+
+
 def bearer(key, scheme="Bearer"):
     return {"authorization": f"{scheme} {key}"}
 
@@ -10056,6 +10126,60 @@ def test_a_body_nobody_wanted_is_no_request(server, body, status):
         assert (second.status, second.json["id"], rest) == (status, "gpt-4o", b"")
 
 
+ROOM = 1000  # bytes, of MAX_BODY_BYTES_IN_FLIGHT
+SMALL_CHAT = chat_bytes("fake/hello").partition(b"\r\n\r\n")[2]
+
+
+def head_of(*headers):
+    return request(b"expect: 100-continue", *headers)
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@pytest.fixture
+def crowded(settings, fake):
+    """A server with room for 1,000 bytes of bodies, 700 of which are taken."""
+    with (
+        serving(replace(settings, max_body_bytes_in_flight=ROOM)) as server,
+        dial(server) as sock,
+    ):
+        sock.sendall(head_of(length(700)))
+        read_until(sock, b"100 Continue")
+        yield server, sock
+
+
+@table(
+    "raw, status",
+    [
+        ("too long", head_of(length(301)), 503),
+        ("in a chunk", request(CHUNKED, body=chunk(b" " * 301)), 503),
+        ("in chunks", request(CHUNKED, body=chunk(b" " * 200) * 2), 503),
+        (
+            "zipped",
+            request(length(200), b"content-encoding: gzip", body=b"x" * 200),
+            503,
+        ),
+        ("short", request(CLOSE, length(len(SMALL_CHAT)), body=SMALL_CHAT), 200),
+    ],
+)
+def test_bodies_share_the_room_for_all_bodies(crowded, raw, status):
+    server, sock = crowded
+    with dial(server) as other:
+        other.sendall(raw)
+        answer = parse(read_until(other, b"}\n"))[0]
+    assert answer.status == status
+    if status == 503:
+        assert answer.error["code"] == "overloaded"
+        assert "MAX_BODY_BYTES_IN_FLIGHT" in answer.error["message"]
+        assert answer.advice == {"retry-after": "1"}
+    sock.close()  # gives its room back
+    wait_until(lambda: server.held == 0)
+    body = json.dumps({"model": "fake/hello", "messages": HI, "user": "x" * ROOM})
+    assert send(server, "POST", CHAT_PATH, body).status == 200  # alone, it may be large
+
+
 LARGE = [("with the key", AUTHORIZATION, 413), ("without a key", {}, 401)]
 
 
@@ -10539,42 +10663,64 @@ def test_an_answer_of_the_default_model_says_so(server):
 
 
 SECRET = "what-was-said"
-BEGUN = "method=POST path=/v1/chat/completions status"
+BEGUN = "INFO method=POST path=/v1/chat/completions status"
+FAILED = BEGUN.replace("INFO", "WARNING")
 LOGGED = [
     (
         "a whole",
         {},
-        f"{BEGUN}=200 model=fake/echo ref=fake/echo prediction=ID"
+        f"{BEGUN}=200 client=IP model=fake/echo ref=fake/echo prediction=ID"
         " tokens_in=1 tokens_out=3 first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a stream of the default model",
-        {"model": "gpt 9", "stream": True},
-        f'{BEGUN}=200 model="gpt 9" ref="fake/hello; default" prediction=ID'
-        " tokens_in=1 tokens_out=8 first_token_ms=N ms=N request_id=ID",
+        {"model": "gpt 9", "stream": True, "n": 2},
+        f'{BEGUN}=200 client=IP model="gpt 9" ref="fake/hello; default" stream=yes n=2'
+        " prediction=ID,ID tokens_in=2 tokens_out=16 first_token_ms=N ms=N"
+        " request_id=ID",
     ),
     (
         "an estimate",
         {"model": "fake/no-counts"},
-        f"{BEGUN}=200 model=fake/no-counts ref=fake/no-counts prediction=ID"
+        f"{BEGUN}=200 client=IP model=fake/no-counts ref=fake/no-counts prediction=ID"
         " tokens_in=4 tokens_out=7 estimated=yes first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a failure in mid-stream",
         {"model": "fake/failed-late", "stream": True},
-        f"{BEGUN}=200 model=fake/failed-late ref=fake/failed-late prediction=ID"
-        " first_token_ms=N ms=N error=prediction_failed request_id=ID",
+        f"{FAILED}=200 client=IP model=fake/failed-late ref=fake/failed-late stream=yes"
+        " prediction=ID first_token_ms=N ms=N error=prediction_failed why="
+        '"The prediction failed. The model says: it broke"'
+        " request_id=ID",
+    ),
+    (
+        "a failure that quotes and repeats what was said",
+        {"model": "fake/repeats", "messages": [says("user", f"{SECRET} was meant?")]},
+        f"{FAILED}=502 client=IP model=fake/repeats ref=fake/repeats prediction=ID"
+        ' ms=N error=prediction_failed why="The prediction failed. The model says:'
+        ' ... is wrong in ..." request_id=ID',
     ),
     (
         "a refusal",
         {"model": "fake/unauthenticated"},
-        f"{BEGUN}=502 model=fake/unauthenticated ref=fake/unauthenticated"
-        " ms=N error=upstream_authentication request_id=ID",
+        f"{FAILED}=502 client=IP model=fake/unauthenticated ref=fake/unauthenticated"
+        ' ms=N error=upstream_authentication why="Replicate did not accept the'
+        " proxy's token. Put a valid REPLICATE_API_TOKEN from "
+        "https://replicate.com/account/api-tokens into .env and start the proxy again."
+        ' Replicate says: You did not pass a valid " request_id=ID',
     ),
     (
         "a bad parameter",
         {"temperature": SECRET},
-        f"{BEGUN}=400 model=fake/echo ms=N error=invalid_type request_id=ID",
+        f"{BEGUN}=400 client=IP model=fake/echo ms=N error=invalid_type"
+        ' param=temperature why="Invalid type for ...: expected a decimal, but got a'
+        ' string instead." request_id=ID',
+    ),
+    (
+        "a bad value",
+        {"verbosity": SECRET},
+        f"{BEGUN}=400 client=IP model=fake/echo ms=N error=invalid_value"
+        ' param=verbosity why="Invalid value: ...." request_id=ID',
     ),
 ]
 
@@ -10582,23 +10728,53 @@ LOGGED = [
 @table("more, line", LOGGED)
 def test_a_call_is_a_line_in_the_log(fake, server, caplog, more, line):
     caplog.set_level("INFO", "proxy")
+    fake.scenarios["repeats"] = replace(
+        fake.scenarios["failed"], error=f"{SECRET} was meant? is wrong in '{SECRET}'"
+    )
     said = [{"role": "user", "content": SECRET}]
     body = {"model": "fake/echo", "messages": said, **more}
     id = send(server, "POST", f"{CHAT_PATH}?key={SECRET}", body).headers["x-request-id"]
     fake.wait_for(lambda: id in caplog.text)
-    [told] = [row for row in caplog.messages if id in row]
+    [record] = [row for row in caplog.records if id in row.getMessage()]
+    told = f"{record.levelname} {record.getMessage()}".replace("127.0.0.1", "IP")
     told = re.sub(r"_ms=\d+|\bms=\d+", lambda m: m[0].partition("=")[0] + "=N", told)
-    assert re.sub(r"(?<=request_id=)req_\w+|(?<=prediction=)\w+", "ID", told) == line
+    told = re.sub(r"(?<=request_id=)req_\w+|(?<=prediction=)\w+", "ID", told)
+    assert re.sub(r"(?<=prediction=ID,)\w+", "ID", told) == line
     for secret in (KEY, TOKEN, SECRET):
         assert secret not in caplog.text
 
 
+@table(
+    "given, is_kept",
+    [
+        ("a client's", "trace-1.a_B", True),
+        ("nginx's", "0123456789abcdef" * 2, True),
+        ("the longest", "a" * 64, True),
+        ("too long", "a" * 65, False),
+        ("none", "", False),
+        ("with a blank", "a b", False),
+        ("of another alphabet", "ä", False),
+        ("to inject a line", "a=1;level=ERROR", False),
+    ],
+)
+def test_the_id_of_a_request_is_kept_if_it_is_sane(server, caplog, given, is_kept):
+    caplog.set_level("DEBUG", "proxy")
+    headers = {"x-request-id": given.encode()}
+    id = send(server, "GET", "/health", headers=headers).headers["x-request-id"]
+    assert (id == given) == is_kept
+    assert is_kept or re.fullmatch("req_[0-9a-f]{32}", id)
+    wait_until(lambda: log_lines(caplog, f"request_id={id}"))
+
+
 def test_the_log_has_no_line_for_a_probe_that_is_answered(server, caplog):
-    caplog.set_level("INFO", "proxy")
+    caplog.set_level("DEBUG", "proxy")
     assert send(server, "GET", "/health").status == 200
     assert send(server, "POST", "/health").status == 405
-    wait_until(lambda: log_lines(caplog, "path=/health"))
-    assert "status=405" in caplog.text and "status=200" not in caplog.text
+    wait_until(lambda: len(log_lines(caplog, "path=/health")) == 2)
+    levels = {"200": "DEBUG", "405": "INFO"}
+    for record in caplog.records:
+        if status := re.search(r"path=/health status=(\d+)", record.getMessage()):
+            assert record.levelname == levels[status[1]]
 
 
 def test_a_wrong_key_is_logged_without_it(fake, server, caplog):
@@ -10677,6 +10853,53 @@ def test_beyond_its_limit_a_server_says_so_at_once_and_its_health_still_answers(
     assert refused.startswith(b"HTTP/1.1 503 ")
     assert b"retry-after: 1\r\n" in refused
     assert healthy.startswith(b"HTTP/1.1 200 ")
+
+
+def begin_request(server):
+    sock = dial(server)
+    sock.sendall(b"GET /health HTTP/1.1\r\n")
+    return sock
+
+
+def test_a_connection_that_sends_nothing_makes_room_for_one_that_does(settings):
+    with serving(replace(settings, max_connections=3)) as server, ExitStack() as stack:
+        idle = []
+        for _ in range(2):
+            idle.append(stack.enter_context(dial(server)))
+            wait_until(
+                lambda: 0 < len(idle) == sum(map(bool, server.connections.values()))
+            )
+        for sock in [None, *idle]:  # the longest idle first
+            begun = stack.enter_context(begin_request(server))
+            if sock:
+                assert sock.recv(1) == b""
+            wait_until(lambda: [*server.connections.values()][-1] == 0)
+        with dial(server) as sock:
+            refused = read_all(sock)
+        begun.sendall(b"Host: x\r\n\r\n")
+        assert read_until(begun, b'"ok"').startswith(b"HTTP/1.1 200 ")
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert parse(refused)[0].json["error"]["code"] == "overloaded"
+    assert b"retry-after: 1\r\n" in refused and b"MAX_CONNECTIONS" in refused
+
+
+def no_descriptor(*_):
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_call_for_which_no_descriptor_is_left_may_be_tried_again(settings):
+    with serving(settings) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.api.pool, "connect", exhausted_connect)
+        answer = chat(server, "hello")
+    assert (answer.status, answer.error["code"]) == (503, "overloaded")
+    assert answer.advice == {"retry-after": "1"}
+
+
+def exhausted_connect(origin):
+    try:
+        no_descriptor()
+    except OSError as error:
+        raise proxy.NotConnected(repr(error)) from error
 
 
 def test_an_idle_connection_ends_and_does_not_count():
@@ -10961,7 +11184,7 @@ def test_five_hundred_streams_and_as_many_calls_all_arrive(folder):
         assert child.wait(10) == 0
 
 
-def test_a_connection_for_which_there_is_no_thread_is_closed(settings, caplog):
+def test_a_connection_for_which_there_is_no_thread_is_refused(settings, caplog):
     def fail(*_):
         raise RuntimeError("can't start new thread")
 
@@ -10969,9 +11192,12 @@ def test_a_connection_for_which_there_is_no_thread_is_closed(settings, caplog):
         with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
             patch.setattr(_thread, "start_new_thread", fail)
             socks = [stack.enter_context(dial(server)) for _ in range(3)]
-            assert [sock.recv(1) for sock in socks] == [b""] * 3
+            for sock in socks:
+                answer = parse(read_all(sock))[0]
+                assert (answer.status, answer.advice) == (503, {"retry-after": "1"})
+                assert answer.json["error"]["code"] == "overloaded"
         assert send(server, "GET", "/health").status == 200
-    assert "can't start new thread" in caplog.text
+    assert "as many threads as the system allows" in caplog.text
 
 
 # -- Clients -------------------------------------------------------------------
@@ -11278,10 +11504,21 @@ def test_responses_are_of_openai_types_to_the_letter(lasting):
         assert set(extra or {}) <= {"status"}
 
 
-def test_the_demonstration_recites_no_call(create, fake):
+@pytest.mark.parametrize("family", ["llama-2", "llama-3", "gpt-4", "claude", "open"])
+def test_the_demonstration_quotes_the_question_alone(fake, tmp_path, caplog, family):
+    caplog.set_level("INFO", "proxy")
     fake.scenarios["quick-demo"] = replace(SCENARIOS["demo"], boot=0, pace=0)
-    [choice] = create(model="fake/quick-demo", tools=TOOLS).choices
-    assert (choice.finish_reason, choice.message.tool_calls) == ("stop", None)
+    config = {"fake/quick-demo": {"family": family}}
+    asked = ["What is 2 + 2?", "4", 'And "3 +\n\n3"?']
+    roles = ["user", "assistant", "user"]
+    said = [says("system", "Be brief.")]
+    said += [says(*pair) for pair in zip(roles, asked, strict=True)]
+    with serving_models(fake, tmp_path, {"model_configs": config}) as server:
+        body = {"messages": said, "tools": TOOLS}
+        message = chat(server, "quick-demo", **body).message
+    assert message.content.startswith('You wrote: "And "3 + 3"?" No model ran')
+    assert (message.finish_reason, message.calls) == ("stop", ())
+    assert "event=demo input=" in caplog.text and "Be brief." in caplog.text
 
 
 def test_openai_streams_calls(client, llama, fake):
@@ -11864,16 +12101,34 @@ def test_a_signal_lets_all_calls_finish(folder, fake, gate, workers, tell, numbe
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_second_signal_ends_the_program_at_once(folder, fake, workers):
+def test_a_second_signal_ends_the_program_and_its_predictions(folder, fake, workers):
     with started_workers(folder, fake, WORKERS=workers) as (parent, port):
         children = worker_ids(parent) if workers == "2" else []
-        with begin_on(port, "fake/endless")[0]:
-            parent.terminate()
-            wait_until(lambda: is_refused(port))
-            assert parent.poll() is None  # it waits for the call
-            parent.terminate()
-            assert parent.wait(5) == 128 + signal.SIGTERM
+        calls = [begin_on(port, "fake/endless") for _ in range(6)]
+        parent.terminate()
+        wait_until(lambda: is_refused(port))
+        assert parent.poll() is None  # it waits for the calls
+        parent.terminate()
+        assert parent.wait(5) == 128 + signal.SIGTERM
         assert all(map(is_gone, children))
+        assert "Traceback" not in parent.stderr.read()
+    for sock, _ in calls:
+        sock.close()
+    assert (len(fake.creates()), len({*fake.cancels})) == (6, 6)
+
+
+def test_a_second_signal_waits_for_no_cancel(folder, fake):
+    fake.scenarios["cancelled-never"] = replace(
+        SCENARIOS["endless"], on_cancel=Fault(wait=20)
+    )
+    with (
+        started_alone(folder, fake) as (program, port),
+        begin_on(port, "fake/cancelled-never")[0],
+    ):
+        program.terminate()
+        wait_until(lambda: is_refused(port))
+        program.terminate()
+        assert program.wait(5) == 128 + signal.SIGTERM
 
 
 def test_a_worker_that_dies_is_replaced(folder, fake):
@@ -12041,7 +12296,7 @@ def test_one_demonstration_serves_all_workers(folder):
 
         with ThreadPoolExecutor(4) as pool:
             for told in pool.map(ask, range(4)):
-                assert "no model ran" in told
+                assert "No model ran" in told
         parent.terminate()
         assert parent.wait(10) == 0
 
@@ -12251,14 +12506,20 @@ CHECKS = [
     ("all is well", {}, 0, "token     works: user fake of Replicate"),
     ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
     ("a wrong token", {"REPLICATE_API_TOKEN": "r8_x"}, 1, "did not accept the proxy's"),
-    ("nobody there", {"REPLICATE_BASE_URL": "http://127.0.0.1:9"}, 1, "be reached"),
+    (
+        "nobody there",
+        {"REPLICATE_BASE_URL": "http://127.0.0.1:9/v1"},
+        1,
+        "can't be reached from the proxy. Try again later. REPLICATE_BASE_URL is "
+        "http://127.0.0.1:9/v1. ConnectionRefusedError(111, 'Connection refused')\n",
+    ),
 ]
 ENV_FILES = [
-    ("a .env", [], {}, "port=0, workers=1"),
-    ("a .env, to the end", [], {}, "log_level='ERROR'"),
-    ("the environment", [], {"LOG_LEVEL": "DEBUG", "PORT": ""}, "log_level='DEBUG'"),
-    ("another file", ["--env-file", "other"], {}, "log_level='WARNING'"),
-    ("a flag", ["--port", "4000"], {"PORT": "5000"}, "port=4000, workers=1"),
+    ("a .env", [], {}, "PORT=0"),
+    ("a .env, to the end", [], {}, "LOG_LEVEL=ERROR"),
+    ("the environment", [], {"LOG_LEVEL": "DEBUG", "PORT": ""}, "LOG_LEVEL=DEBUG"),
+    ("another file", ["--env-file", "other"], {}, "LOG_LEVEL=WARNING"),
+    ("a flag", ["--port", "4000"], {"PORT": "5000"}, "PORT=4000"),
 ]
 
 
@@ -12305,6 +12566,28 @@ def test_settings_come_from(ended, why, _, __, told):
     assert told in out
 
 
+@table(
+    "changes, log",
+    [
+        (
+            "a wrong token",
+            {"REPLICATE_API_TOKEN": "r8_x"},
+            "WARNING event=token_refused",
+        ),
+        (
+            "a failure of the look",
+            {"REPLICATE_BASE_URL": "http://127.0.0.1:9/v1", "LOG_LEVEL": "DEBUG"},
+            "DEBUG event=token_not_checked",
+        ),
+    ],
+)
+def test_a_wrong_token_is_noticed_at_the_start(folder, fake, changes, log):
+    with started(folder, environ={**settings_for(fake), **changes}) as (program, _):
+        line = program.stderr.readline()
+    assert f"level={log} why=" in line
+    assert ("REPLICATE_API_TOKEN" in line) == ("WARNING" in log)
+
+
 def test_the_demo_works_as_its_line_says_and_ends_when_told(folder):
     if not shutil.which("curl") and os.environ.get("CI") != "true":
         pytest.skip("no curl here")
@@ -12315,8 +12598,7 @@ def test_the_demo_works_as_its_line_says_and_ends_when_told(folder):
             ["sh", "-c", line], capture_output=True, timeout=20, env=environment({})
         )
         answer = Answer(200, {}, pasted.stdout)
-        assert "no model ran" in answer.streamed_text
-        assert "Hello!" in answer.streamed_text
+        assert answer.streamed_text.startswith('You wrote: "Hello!" No model ran')
         program.send_signal(signal.SIGTERM)
         assert program.wait(timeout=10) == 0
 
@@ -12355,12 +12637,24 @@ def test_reload_starts_again_when_a_file_changes(folder, replicate, tmp_path):
         assert not is_healthy(url)
 
 
-def test_ctrl_c_is_quiet_while_the_program_starts(folder, tmp_path):
+SLOW_START = """
+import sys, time
+if "--reload" not in sys.argv:
+    print(flush=True)
+    time.sleep(20)
+sys.path.pop(0)
+del sys.modules["httpx"]
+import httpx
+"""
+
+
+@pytest.mark.parametrize("flags", [["--demo"], ["--demo", "--reload"]], ids=str)
+def test_ctrl_c_is_quiet_while_the_program_starts(folder, tmp_path, flags):
     shutil.copy(folder / "proxy.py", tmp_path)
-    (tmp_path / "httpx.py").write_text("print(flush=True); import time; time.sleep(20)")
-    with start(tmp_path, "--demo", environ={}) as program:
+    (tmp_path / "httpx.py").write_text(SLOW_START)
+    with start(tmp_path, *flags, environ={}) as program:
         program.stdout.readline()
-        program.send_signal(signal.SIGINT)
+        os.killpg(program.pid, signal.SIGINT)
         assert program.communicate(timeout=10)[1] == ""
 
 
@@ -12908,6 +13202,12 @@ def test_sections_use_only_names_above_them(tree):
         used = [name for name in names_in(node, ast.Load) if name.id not in local]
         below += [name for name in used if home.get(name.id, 0) > section(node)]
     assert not [f"line {name.lineno}: {name.id}" for name in below]
+
+
+def test_an_older_python_shows_a_line_that_says_so(tree):
+    """The first that it can't parse, of which it says `invalid syntax`."""
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Match)]
+    assert "3.10" in SOURCE.splitlines()[min(lines) - 1]
 
 
 def test_env_example_names_the_settings():
