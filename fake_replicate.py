@@ -524,6 +524,7 @@ SCENARIOS = {
     "busy-once": refused(BUSY, " the first time", times=1),
     "broken-500": refused(BROKEN),
     "html-502": refused(BAD_GATEWAY, ", in HTML"),
+    "html-504": refused(page(504, "Gateway time-out"), ", in HTML"),
     "not-json": refused(page(201, "Welcome"), ", in HTML"),
     "json-list": refused(Reply(201, ["surprise"]), ", with a list"),
     "reset-before": Scenario("the create is reset", on_create=Fault(RESET)),

@@ -8,9 +8,9 @@
     python proxy.py                      serve, as .env and the environment say
     proxy.make_server(settings)          the same, inside another program
 
-A request passes six stations, each a call that returns before the next begins:
-parse, validate, build the input, create the prediction, follow its events, write.
-To see them in order, read `create_chat_completion` and `Generation`.
+A request passes six stations: parse, validate, build the input; and, for a stream
+when its writer is ready, create the prediction, follow its events, write. To see
+them in order, read `create_chat_completion` and `Generation`.
 
     client                                                     Replicate
       |  request       input                                       ^
@@ -31,6 +31,7 @@ Each section uses only names from those above it.
         Messages            the parts of a message, and what is attached to it
         Tools               which tools a model may call
         Output formats      which JSON an answer has to be
+        Response items      a request for a response in the terms of chat
     3. Inputs
         Chat templates      how a conversation becomes what a model reads
         Families            the inputs of each kind of model: one row per family
@@ -52,6 +53,7 @@ Each section uses only names from those above it.
     6. Objects
         Chat                events as a chat completion, whole or in chunks
         Completions         events as a text completion
+        Responses           events as a response, whole or as its own events
         Response store      responses that were stored, found by their key and id
         Model objects       rows of models.json as OpenAI's models
     7. Serving
@@ -117,6 +119,7 @@ from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, groupby, islice, pairwise, repeat, takewhile
 from math import ceil, floor, inf, isfinite
+from mimetypes import guess_type
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
@@ -331,18 +334,20 @@ def finite_float(text: str) -> float:
     return number
 
 
+# One decoder and one encoder for all: json's functions make new ones for each value.
+parse_strict = json.JSONDecoder(
+    parse_constant=reject_constant, parse_float=finite_float
+).decode
+
+compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def parsed(text: str) -> Any:
     """The value of a JSON text, None if it is not one."""
     try:
-        return json.loads(
-            text, parse_constant=reject_constant, parse_float=finite_float
-        )
+        return parse_strict(text)
     except (ValueError, RecursionError):
         return None
-
-
-# One encoder for all: json.dumps makes a new one for each value.
-compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 # -- Settings ------------------------------------------------------------------
@@ -1050,9 +1055,9 @@ def in_openais_words(body: Json) -> Json:
 def with_effort(body: Json) -> Json:
     """Anthropic's `thinking` and OpenRouter's `reasoning` as reasoning_effort."""
     efforts = {"disabled": "none", "enabled": "medium", "adaptive": "medium"}
-    for name, efforts_by in (("thinking", efforts), ("reasoning", {})):
+    for name in ("thinking", "reasoning"):
         if isinstance(given := body.get(name), dict):
-            effort = given.get("effort") or efforts_by.get(str(given.get("type")))
+            effort = given.get("effort") or efforts.get(str(given.get("type")))
             named = {"reasoning_effort": body.get("reasoning_effort") or effort}
             body = {**without(body, [name]), **named}
     return body
@@ -1355,7 +1360,7 @@ def check_pairing(messages: Messages) -> None:
             )
             ids = [call["id"] for call in message.get("tool_calls", [])]
             results = dict.fromkeys(ids, -1)
-            twice = next((id for id in ids if ids.count(id) > 1), None)
+            twice = next((id for id, n in Counter(ids).items() if n > 1), None)
             require(
                 twice is None,
                 f"Invalid parameter: Duplicate value for 'tool_call_id' of '{twice}' "
@@ -1539,6 +1544,449 @@ def parse_response_format(body: Json) -> ResponseFormat | None:
     if asked["type"] == "json_object":
         return ANY_OBJECT
     return ResponseFormat(**{key: asked["json_schema"][key] for key in JSON_SCHEMA})
+
+
+# -- Response items ------------------------------------------------------------
+#
+# A request for a response in the terms of chat: its items become messages, and its
+# tools functions, which chat's tables then check. What can't run here is left out:
+# hosted tools, and the items of a history that are about them. To add a type of item:
+# a row in ITEMS, and a case in `build_messages`.
+
+
+NO_FILE_ID = FILE["file_id"]
+
+RESPONSE = {
+    "model": Param(STRING, 1, 256),
+    "stream": Param(BOOLEAN, default=False),
+    "previous_response_id": Param(STRING),
+    "input": Param((str, list), required=True, items=(dict,)),
+    "instructions": Param(STRING, default=""),
+    "max_output_tokens": SHARED["max_completion_tokens"],
+    "text": Param(
+        OBJECT,
+        default={},
+        each={
+            "format": Param(OBJECT),
+            "verbosity": Param(STRING, choices=VERBOSITIES),
+        },
+    ),
+    "reasoning": Param(
+        OBJECT, default={}, each={"effort": Param(STRING, choices=EFFORTS)}
+    ),
+    "tools": Param(ARRAY, default=[], items=OBJECT),
+    "tool_choice": Param((str, dict), choices=("none", "auto", "required")),
+    "parallel_tool_calls": Param(BOOLEAN, default=True),
+    "include": Param(ARRAY, default=[], items=STRING),
+    "top_logprobs": refuse(NO_LOGPROBS, 0),
+    "background": refuse("A response is made while you wait. Use 'stream'.", False),
+    "prompt": refuse("No prompts are stored here. Send its text as 'input'."),
+    "conversation": refuse(
+        "No conversations are stored here. Send what was said in 'input'."
+    ),
+}
+
+RESPONSE_IGNORED = {
+    "access_programs",
+    "background_options",
+    "client_metadata",  # Codex sends it
+    "context_management",
+    "image",
+    "max_tool_calls",  # of hosted tools
+    "stream_options",  # a stream always tells its usage
+    "truncation",
+}
+
+CHAT_ONLY = {"functions", "function_call", "n"}  # mean nothing here
+
+RESPONSE_PARTS: dict[str, dict[str, Param]] = {
+    **dict.fromkeys(
+        ("input_text", "output_text", "text", "summary_text", "reasoning_text"),
+        {"text": Param(STRING, required=True)},
+    ),
+    "refusal": {"refusal": Param(STRING, required=True)},
+    "input_image": {
+        "file_id": NO_FILE_ID,
+        "image_url": Param(STRING, 1, required=True),
+    },
+    "input_file": {
+        "file_id": NO_FILE_ID,
+        "file_data": Param(STRING, 1),
+        "file_url": Param(STRING, 1),
+        "filename": Param(STRING, default=""),
+    },
+    "input_audio": {"input_audio": Param(OBJECT, required=True)},
+}
+
+CALL_ITEM = {
+    "call_id": Param(STRING, 1, required=True),
+    "name": Param(STRING, 1, required=True),
+    "namespace": Param(STRING, default=""),
+}
+
+OUTPUT = {"output": Param((str, list), required=True, items=OBJECT)}
+
+OUTPUT_ITEM = {"call_id": Param(STRING, 1, required=True), **OUTPUT}
+
+NAMESPACE = {**NAME_ONLY, "tools": Param(ARRAY, required=True, items=OBJECT)}
+
+TOOL_TYPES = ("function", "custom")  # that can be called here
+
+ALLOWED_HERE = {
+    "mode": Param(STRING, required=True, choices=("auto", "required")),
+    "tools": Param(ARRAY, 1, required=True, items=OBJECT),
+}
+
+ITEMS: dict[str, dict[str, Param]] = {
+    "message": {
+        "role": Param(
+            STRING, required=True, choices=("user", "assistant", "system", "developer")
+        ),
+        "content": Param((str, list), required=True, items=OBJECT),
+    },
+    "function_call": {**CALL_ITEM, "arguments": Param(STRING, required=True)},
+    "function_call_output": OUTPUT_ITEM,
+    "custom_tool_call": {**CALL_ITEM, "input": Param(STRING, required=True)},
+    "custom_tool_call_output": OUTPUT_ITEM,
+    "additional_tools": {"tools": Param(ARRAY, required=True, items=OBJECT)},
+    # Tools of OpenAI's that a client runs: the model sees what was called and came.
+    "local_shell_call": {"action": Param(OBJECT, required=True)},
+    "local_shell_call_output": OUTPUT,
+    "shell_call": {"action": Param(OBJECT, required=True)},
+    "shell_call_output": OUTPUT,
+    "apply_patch_call": {"operation": Param(OBJECT, required=True)},
+    "apply_patch_call_output": {"output": Param(STRING, default="")},
+}
+
+OPENAIS_OWN = ("local_shell", "shell", "apply_patch")
+
+LEFT_OUT = re.compile(
+    r"reasoning|(web_search|file_search|code_interpreter|image_generation)_call"
+    r"|computer_call(_output)?|mcp_\w+|tool_search_\w+|program(_output)?"
+    r"|\w*compaction\w*|configuration_update"
+)
+
+CUSTOM_ARGUMENT = "input"  # of the function that a model gets for a custom tool
+
+
+class ToolName(NamedTuple):
+    """A client's name for a tool that the model may know by another."""
+
+    name: str
+    namespace: str = ""
+    is_custom: bool = False  # called with a text, not with JSON
+
+    @property
+    def flat(self) -> str:
+        """The name that the model knows. Models take all tools to be in `functions`."""
+        is_bare = self.namespace in ("", "functions")
+        return self.name if is_bare else f"{self.namespace}__{self.name}"[-64:]
+
+
+class ChatRequest(NamedTuple):
+    """A request for a response in the terms of chat, and the way back."""
+
+    body: Json  # to be checked against CHAT
+    tool_names: Mapping[str, ToolName]  # by the name that the model knows
+    messages: Sequence[str]  # the path of the item that each message is of …
+    tools: Sequence[str]  # … and of each tool
+
+    def param(self, chats: str) -> str:
+        """Return the Responses' name of a parameter of chat's, for an error."""
+        if match := re.match(r"messages\.?\[(\d+)\]", chats):
+            index, rest = int(match[1]), chats[match.end() :]
+            if self.body["messages"][index]["role"] == "tool":
+                rest = rest.replace(".content", ".output", 1)
+            rest = rest.replace(".image_url.url", ".image_url").replace(".file.", ".")
+            return self.messages[index] + rest
+        if match := re.match(r"tools\[(\d+)\](?:\.function)?", chats):
+            return self.tools[int(match[1])] + chats[match.end() :]
+        name, rest = chats, ""
+        if match := re.match(r"response_format(\.json_schema)?", chats):
+            name, rest = "response_format", chats[match.end() :]
+        return RESPONSE_NAMES.get(name, name) + rest
+
+
+RESPONSE_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
+    "response_format": "text.format",
+}
+
+
+def build_chat_request(
+    body: Json, history: list[Json], items: list[Json]
+) -> ChatRequest:
+    """Translate a request that has passed RESPONSE, with the items before its own.
+
+    Raise 400 for items and tools that are wrong; chat's tables find the rest."""
+    require(
+        "message.output_text.logprobs" not in body["include"],
+        f"Unsupported value: 'message.output_text.logprobs'. {NO_LOGPROBS}",
+        code="unsupported_value",
+        param="include",
+    )
+    paths = ["previous_response_id"] * len(history)
+    paths += [f"input[{index}]" for index in range(len(items))]
+    items = check_items([*history, *items], paths)
+    tools = ResponseTools()
+    tools.add(body["tools"], "tools")
+    for item, path in zip(items, paths, strict=True):
+        if item["type"] == "additional_tools":
+            tools.add(item["tools"], f"{path}.tools", is_newer=True)
+    if tools.dropped:
+        log.info("event=tools_dropped types=%s", quoted(", ".join(tools.dropped)))
+    messages = build_messages(items, paths)
+    if body["instructions"]:
+        system = {"role": "system", "content": body["instructions"]}
+        messages.insert(0, ("instructions", system))
+    format = body["text"].get("format")
+    if format and format.get("type") == "json_schema":
+        schema = without(format, ("type",))
+        format = {"type": "json_schema", "json_schema": schema}
+    passed_on = without(body, {*RESPONSE, *RESPONSE_IGNORED, *CHAT_ONLY})
+    chat = {
+        **passed_on,
+        "model": body["model"],
+        "stream": body["stream"],
+        "messages": [message for _, message in messages],
+        "tools": [tool for _, tool in tools.rows.values()],
+        "tool_choice": tools.choice(body["tool_choice"]),
+        "parallel_tool_calls": body["parallel_tool_calls"],
+        "response_format": format,
+        "verbosity": body["text"].get("verbosity"),
+        "reasoning_effort": body["reasoning"].get("effort"),
+    }
+    if body["max_output_tokens"]:
+        chat["max_completion_tokens"] = body["max_output_tokens"]
+    return ChatRequest(
+        chat,
+        tools.names,
+        [path for path, _ in messages],
+        [path for path, _ in tools.rows.values()],
+    )
+
+
+def input_items(body: Json) -> list[Json]:
+    given = body["input"]
+    return [{"role": "user", "content": given}] if isinstance(given, str) else given
+
+
+def check_items(items: list[Json], paths: list[str]) -> list[Json]:
+    """Check each item by the table of its type. Raise 400."""
+    checked = []
+    for item, path in zip(items, paths, strict=True):
+        kind = item.get("type") or "message"
+        is_text = isinstance(kind, str)
+        if is_text and LEFT_OUT.fullmatch(kind):
+            checked.append({"type": "left_out"})
+            continue
+        if is_text and kind not in ITEMS and {"role", "content"} <= item.keys():
+            kind = "message"
+        if not is_text or kind not in ITEMS:
+            raise APIError(
+                400,
+                f"Invalid value: '{kind}'. Supported values are: {', '.join(ITEMS)}.",
+                code="invalid_value",
+                param=f"{path}.type",
+            )
+        known: Json = {"type": kind, **check(item, ITEMS[kind], f"{path}.")}
+        ids = {name: item[name] for name in ("id", "call_id") if item.get(name)}
+        checked.append({**ids, **known})
+    return checked
+
+
+@dataclass
+class Turn:
+    """A message that is built of items, and the results of its calls."""
+
+    path: str
+    message: Json
+    results: list[tuple[str, Json]] = field(default_factory=list)
+
+    @property
+    def takes_calls(self) -> bool:
+        return self.message["role"] == "assistant" and not self.results
+
+
+def build_messages(items: list[Json], paths: list[str]) -> list[tuple[str, Json]]:
+    """Build messages, each with the path of the first item that it is made of.
+
+    Calls in a row are one message, and their results follow it, wherever they are."""
+    turns: list[Turn] = []
+    callers: dict[str, tuple[Turn, str]] = {}  # and the id of the call, by both ids
+    unanswered: dict[str, str] = {}  # the path of each call, by its id
+    for item, path in zip(items, paths, strict=True):
+        kind = item["type"]
+        if kind == "message":
+            content = chat_content(item["content"], f"{path}.content")
+            turns.append(Turn(path, {"role": item["role"], "content": content}))
+        elif kind.endswith("_call"):
+            if not (turns and turns[-1].takes_calls):
+                turns.append(Turn(path, {"role": "assistant", "content": ""}))
+            call = chat_call(item)
+            twice = f"There are two tool calls with call_id {call['id']}."
+            require(call["id"] not in unanswered, twice, param=path)
+            turns[-1].message.setdefault("tool_calls", []).append(call)
+            unanswered[call["id"]] = path
+            for id in (str(item.get("id", call["id"])), call["id"]):
+                callers[id] = turns[-1], call["id"]
+        elif kind.endswith("_output"):
+            id = str(item.get("call_id") or item.get("id"))
+            unknown = f"No tool call found for function call output with call_id {id}."
+            require(id in callers, unknown, param=path)
+            turn, id = callers[id]
+            duplicate = f"There is a second output for tool call with call_id {id}."
+            require(unanswered.pop(id, None), duplicate, param=path)
+            output = item["output"]
+            if kind.startswith(OPENAIS_OWN) and not isinstance(output, str):
+                output = compact(output)
+            result = {"content": chat_content(output, f"{path}.output")}
+            turn.results.append((path, {"role": "tool", "tool_call_id": id, **result}))
+    for id, path in unanswered.items():
+        message = f"No tool output found for function call {id}."
+        raise APIError(400, message, param=path)
+    if not turns:  # as programs send it that try whether we are there
+        turns.append(Turn("input", {"role": "user", "content": ""}))
+    return [row for turn in turns for row in [(turn.path, turn.message), *turn.results]]
+
+
+def chat_call(item: Json) -> Json:
+    """A call as one of a message's `tool_calls`."""
+    kind, name = item["type"], item.get("name", item["type"].removesuffix("_call"))
+    if kind == "function_call":
+        arguments = item["arguments"]
+    elif kind == "custom_tool_call":
+        arguments = compact({CUSTOM_ARGUMENT: item["input"]})
+    else:
+        arguments = compact(item.get("action", item.get("operation")))
+    return {
+        "id": str(item.get("call_id") or item.get("id")),
+        "type": "function",
+        "function": {
+            "name": ToolName(name, item.get("namespace", "")).flat,
+            "arguments": arguments,
+        },
+    }
+
+
+def chat_content(content: str | list[Json], path: str) -> str | list[Json]:
+    if isinstance(content, str):
+        return content
+    return [chat_part(part, f"{path}[{n}]") for n, part in enumerate(content)]
+
+
+def chat_part(part: Json, path: str) -> Json:
+    kind = part.get("type")
+    if kind is None:
+        raise missing_parameter(f"{path}.type")
+    require(
+        kind in [*RESPONSE_PARTS],
+        f"Invalid value: '{kind}'. Supported values are: {', '.join(RESPONSE_PARTS)}.",
+        code="invalid_value",
+        param=f"{path}.type",
+    )
+    part = check(part, RESPONSE_PARTS[kind], f"{path}.")
+    if kind == "input_image":
+        return {"type": "image_url", "image_url": {"url": part["image_url"]}}
+    if kind == "input_file":
+        data = part["file_url"] or part["file_data"]
+        if not data:
+            raise missing_parameter(f"{path}.file_data")
+        if not re.match("(?i)data:|https?:", data):
+            media_type = guess_type(part["filename"])[0] or "application/pdf"
+            data = f"data:{media_type};base64,{data}"
+        return {"type": "file", "file": {"file_data": data}}
+    if kind in ("refusal", "input_audio"):
+        return {"type": kind, kind: part[kind]}
+    return {"type": "text", "text": part["text"]}
+
+
+def each_tool(
+    tools: list[Json], path: str, namespace: str = ""
+) -> Iterator[tuple[str, str, Json]]:
+    """Yield tools, those in namespaces one by one, with their paths and namespaces."""
+    for index, tool in enumerate(tools):
+        where = f"{path}[{index}]"
+        if tool.get("type") is None:
+            raise missing_parameter(f"{where}.type")
+        if tool["type"] == "namespace":
+            tool = check(tool, NAMESPACE, f"{where}.")
+            yield from each_tool(tool["tools"], f"{where}.tools", tool["name"])
+        else:
+            yield where, namespace, tool
+
+
+class ResponseTools:
+    """The tools of a request as chat's functions."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, tuple[str, Json]] = {}  # with its path in the request
+        self.names: dict[str, ToolName] = {}  # by the name that the model knows
+        self.dropped: set[str] = set()  # types
+
+    def add(self, tools: list[Json], path: str, *, is_newer: bool = False) -> None:
+        """Add tools. Newer ones take the place of those that have their names."""
+        for where, namespace, tool in each_tool(tools, path):
+            if tool["type"] not in TOOL_TYPES:
+                self.dropped.add(str(tool["type"]))
+                continue
+            check(tool, NAME_ONLY, f"{where}.")
+            name = ToolName(tool["name"], namespace, tool["type"] == "custom")
+            function = without(tool, ["type"])
+            if name.is_custom:
+                function = custom_function(tool)
+            function["name"] = name.flat
+            is_second = name.flat in self.rows and not is_newer  # which chat refuses
+            key = where if is_second else name.flat
+            self.rows[key] = where, {"type": "function", "function": function}
+            self.names[name.flat] = name
+
+    def choice(self, asked: Any) -> Any:
+        """Build chat's `tool_choice`. Raise 400 if what is chosen can't run here."""
+        kind = asked.get("type") if isinstance(asked, dict) else asked
+        if kind in ("function", "custom"):
+            check(asked, NAME_ONLY, "tool_choice.")
+            name = ToolName(asked["name"], str(asked.get("namespace") or ""))
+            return {"type": "function", "function": {"name": name.flat}}
+        if kind == "allowed_tools":
+            among = check(asked, ALLOWED_HERE, "tool_choice.")
+            known = [t for t in among["tools"] if t.get("type") in TOOL_TYPES]
+            choices = [self.choice(tool) for tool in known]
+            if choices or among["mode"] == "required":
+                allowed = {"mode": among["mode"], "tools": choices}
+                return {"type": "allowed_tools", "allowed_tools": allowed}
+            return "none"
+        if kind in (None, "none", "auto"):
+            return kind
+        message = "The tools that have to be called are OpenAI's own: none runs here."
+        wants_dropped = kind != "required" or self.dropped
+        require(
+            self.rows or not wants_dropped,
+            message,
+            code="unsupported_value",
+            param="tool_choice",
+        )
+        return asked if kind == "required" else "auto"
+
+
+def custom_function(tool: Json) -> Json:
+    """Describe a tool that is called with a text as a function of one argument."""
+    format = as_object(tool.get("format"))
+    grammar = format.get("definition")
+    rules = f" It has to fit this {format.get('syntax')} grammar:\n{grammar}"
+    text = f"The whole text.{rules if grammar else ''}"
+    return {
+        "description": tool.get("description"),
+        "parameters": {
+            "type": "object",
+            "properties": {CUSTOM_ARGUMENT: {"type": "string", "description": text}},
+            "required": [CUSTOM_ARGUMENT],
+        },
+    }
 
 
 # ==== 3. INPUTS ===============================================================
@@ -1865,6 +2313,7 @@ class Field(NamedTuple):
 class Family(NamedTuple):
     pattern: str = ""
     fields: Mapping[str, Field] = {}  # by OpenAI's parameter, or their own names
+    # From messages, `system` and `prompt` to inputs.
     render: Callable[[Messages, str, str], Json] = render_transcript
     system: str = ""  # the input, or role, for system text; "": on top of the prompt
     prompt: str = "prompt"  # the input for a prompt; "": it takes messages alone
@@ -2441,14 +2890,11 @@ def fit_attachments(messages: Messages, model: Model, family: Family) -> Message
 def place_attachments(messages: Messages, family: Family) -> tuple[Messages, Json]:
     """Move what has an input of its own out of the messages."""
     placed: Json = {}
-    by_kind = defaultdict(list)
-    for kind, url in attachments(messages):
-        by_kind[kind].append(url)
-    for kind, urls in by_kind.items():
-        field = family.attachments[kind]
-        if field.name:
-            placed[field.name] = urls if field.kinds == ARRAY else urls[0]
-    moved = {kind for kind, field in family.attachments.items() if field.name}
+    for kind, row in family.attachments.items():
+        urls = [url for other, url in attachments(messages) if other == kind]
+        if urls and row.name:
+            placed[row.name] = urls if row.kinds == ARRAY else urls[0]
+    moved = {kind for kind, row in family.attachments.items() if row.name}
     rest = []
     for message in messages:
         content = message["content"]
@@ -2648,7 +3094,10 @@ class Cancellation:
         self.callbacks: list[Callable[[], None]] = []
 
     def cancel(self, cause: Exception) -> None:
-        """Stop the request; of several causes the first counts."""
+        """Stop the request; of several causes the first counts.
+
+        Callbacks run with the lock held: they may not wait, nor use this again.
+        """
         with self.lock:
             if self.cause:
                 return
@@ -3138,10 +3587,24 @@ PORTS = {"http": 80, "https": 443}
 
 
 class Refusal(NamedTuple):
+    """What a client is told of a failure that is not its own."""
+
     status: int
     code: str
     message: str
     headers: Mapping[str, str] = {}
+
+    def error(
+        self, why: str = "", param: str | None = None, detail: str = ""
+    ) -> APIError:
+        return APIError(
+            self.status,
+            f"{self.message} {why}".strip(),
+            code=self.code,
+            param=param,
+            headers=self.headers,
+            detail=detail,
+        )
 
 
 OUR_TOKEN = Refusal(
@@ -3161,10 +3624,38 @@ ELSEWHERE = Refusal(
     NO_RETRY,
 )
 
+UNREACHABLE = Refusal(
+    502,
+    "upstream_unavailable",
+    "Replicate can't be reached from the proxy. Try again later.",
+)
+
+NOT_UPLOADED = Refusal(
+    502,
+    "upstream_unavailable",
+    "A file of this call could not be handed to Replicate. Nothing was run: try again.",
+)
+
+LOST = Refusal(
+    502,
+    "upstream_unavailable",
+    "What Replicate made of this can't be had.",
+    NO_RETRY,
+)
+
+NO_ANSWER = Refusal(
+    504,
+    "upstream_unavailable",
+    "Replicate gave no answer that can be understood. It may be running this all the "
+    "same, so trying again may cost twice.",
+    NO_RETRY,
+)
+
 REFUSALS = {
     **dict.fromkeys((301, 302, 303, 307, 308), ELSEWHERE),  # the token follows none
     401: OUR_TOKEN,
     403: OUR_TOKEN,
+    **dict.fromkeys((504, 524), NO_ANSWER),
     402: Refusal(
         429,
         "insufficient_quota",
@@ -3279,20 +3770,8 @@ class ReplicateAPI:
             if isinstance(cause, NotConnected):
                 if is_exhausted(cause.__cause__):
                     raise overloaded(NO_DESCRIPTORS) from None
-                raise APIError(
-                    502,
-                    "Replicate can't be reached from the proxy. Try again later.",
-                    code="upstream_unavailable",
-                    detail=str(cause),
-                ) from None
-            raise APIError(
-                504,
-                "Replicate gave no answer that can be understood. It may be running "
-                "this all the same, so trying again may cost twice.",
-                code="upstream_unavailable",
-                headers=NO_RETRY,
-                detail=repr(cause or error),
-            ) from error
+                raise UNREACHABLE.error(detail=str(cause)) from None
+            raise NO_ANSWER.error(detail=repr(cause or error)) from error
 
     def latest_version(self, owner: str, name: str) -> Json:
         get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
@@ -3357,12 +3836,7 @@ class ReplicateAPI:
                 raise  # means the same as for a prediction
             why = error
         log.warning("event=upload-failed why=%s", quoted(why))
-        raise APIError(
-            502,
-            "A file of this call could not be handed to Replicate. Nothing was run: "
-            "try again.",
-            code="upstream_unavailable",
-        )
+        raise NOT_UPLOADED.error()
 
     def account(self) -> Json:
         return self.send(self.client.account.with_raw_response.get)
@@ -3433,17 +3907,11 @@ def refusal(
     if status == 422 and not invalid and "version" in f"{body.get('title')} {detail}":
         status = 404
     row = REFUSALS.get(status, UNAVAILABLE)
-    headers = dict(row.headers)
     if status == 429 and (seconds := retry_after(error, body, detail)):
-        headers["retry-after"] = seconds
+        row = row._replace(headers={"retry-after": seconds})
     why = f"Replicate says: {detail}" if detail else f"Replicate's status was {status}."
-    return APIError(
-        row.status,
-        f"{row.message} {why}".replace(secret, "…"),
-        code=row.code,
-        param=invalid_param(invalid, prediction_input) if status == 422 else None,
-        headers=headers,
-    )
+    param = invalid_param(invalid, prediction_input) if status == 422 else None
+    return row.error(why.replace(secret, "…"), param)
 
 
 def invalid_param(invalid: Any, prediction_input: PredictionInput | None) -> str | None:
@@ -3485,9 +3953,7 @@ FAILURES = {
 
 def failure(text: str, secret: str) -> APIError:
     row = next(row for pattern, row in FAILURES.items() if re.search(pattern, text))
-    why = f" The model says: {text}" if text else ""
-    message = row.message + why.replace(secret, "…")
-    return APIError(row.status, message, code=row.code, headers=row.headers)
+    return row.error(f"The model says: {text}".replace(secret, "…") if text else "")
 
 
 # How models name a count in their metrics, and in a line of their logs.
@@ -3791,7 +4257,8 @@ class Prediction:
 
     @property
     def output(self) -> str:
-        return output_text(self.record.get("output"))
+        text = output_text(self.record.get("output"))
+        return text.encode("utf-8", "replace").decode()  # half surrogate pairs are `?`
 
     @property
     def stream_url(self) -> str:
@@ -3911,17 +4378,20 @@ class Prediction:
                 now - self.unseen_since > self.timeouts.lost_after
                 and not self.stream_done
             ):
-                message = f"Replicate says no more of the prediction: {error}"
-                raise lost(message) from None
+                raise LOST.error(
+                    f"It says no more of the prediction: {error}"
+                ) from None
 
     def rest(self, *, at_end: bool = False) -> Iterator[Text]:
         """Yield what of its output was not delivered yet."""
+        if isinstance(self.record.get("output"), dict) and not at_end:
+            return  # while it runs, an object may become another
         text = remainder(self.output, "".join(self.delivered))
         if text is None and at_end:
             self.log_event("differs", "from its stream", logging.WARNING)
             if not self.stream_done:
-                raise lost(
-                    "Replicate's stream broke, and what it said is not the output."
+                raise LOST.error(
+                    "Its stream broke, and what it said is not the output."
                 )
         if text:
             yield self.deliver(text)
@@ -3971,10 +4441,6 @@ class Prediction:
     def log_event(self, event: str, why: object, level: int = logging.INFO) -> None:
         name, reason = quoted(self.id), quoted(why)
         log.log(level, "prediction=%s event=%s why=%s", name, event, reason)
-
-
-def lost(message: str) -> APIError:
-    return APIError(502, message, code="upstream_unavailable", headers=NO_RETRY)
 
 
 # ==== 5. TEXT =================================================================
@@ -4640,9 +5106,7 @@ def repair_json(text: str) -> str:
 def parsed_or_why(text: str, format: ResponseFormat) -> tuple[Any, str]:
     """Give the value, and in a sentence why it won't do; "" if it will."""
     try:
-        value = json.loads(
-            text, parse_constant=reject_constant, parse_float=finite_float
-        )
+        value = parse_strict(text)
     except (ValueError, RecursionError) as error:
         return None, f"It is not JSON: {error}."
     return value, validate(value, format.schema)
@@ -5577,6 +6041,410 @@ def text_stream(
     return completion_stream(events, chunk, choice_of, info)
 
 
+# -- Responses -----------------------------------------------------------------
+#
+# Events as a response of the Responses API, whole or as a stream of that API's own
+# events. One builder makes both, so they agree. Clients depend on the order: an item
+# ends before the next begins, and no id ever changes. To add a type of item: a row in
+# ITEM_TYPES, and a case in `ModelResponse.add`.
+
+
+class ItemType(NamedTuple):
+    """How an item of the output is streamed."""
+
+    prefix: str  # of its id
+    event: str  # the name of the events with its text, without .delta and .done
+    key: str  # of the whole text in the event that ends it
+    place: Json = {}  # where in the item the text is
+    more: Json = {}  # what stands beside the text in its events
+    part: str = ""  # the type of the part that holds the text, if any …
+    part_event: str = ""  # … and the name of its events, without .added and .done
+
+
+ITEM_TYPES = {
+    "reasoning": ItemType(
+        "rs_",
+        "response.reasoning_summary_text",
+        "text",
+        place={"summary_index": 0},
+        part="summary_text",
+        part_event="response.reasoning_summary_part",
+    ),
+    "message": ItemType(
+        "msg_",
+        "response.output_text",
+        "text",
+        place={"content_index": 0},
+        more={"logprobs": []},
+        part="output_text",
+        part_event="response.content_part",
+    ),
+    "function_call": ItemType("fc_", "response.function_call_arguments", "arguments"),
+    "custom_tool_call": ItemType("ctc_", "response.custom_tool_call_input", "input"),
+}
+
+ResponseEvents = list[tuple[str, Json]]  # the type of each, and its other fields
+
+
+def response_object(asked: Json) -> Json:
+    """Build the object of a response that has just begun; `asked` is the body.
+
+    Every field has the type that OpenAI's schema says, whatever was asked for."""
+
+    def echo(name: str, kinds: tuple[type, ...], default: Any) -> Any:
+        return asked[name] if type(asked.get(name)) in kinds else default
+
+    text, reasoning = (echo(name, OBJECT, {}) for name in ("text", "reasoning"))
+    format = text.get("format") or {"type": "text"}
+    if format["type"] == "json_schema":
+        format = {"description": None, "strict": False, **without_nulls(format)}
+    unset = dict.fromkeys(("description", "parameters", "strict"))
+    tools = [
+        {"type": "function", **unset, **tool} if tool["type"] == "function" else tool
+        for tool in echo("tools", ARRAY, [])
+    ]
+    return {
+        "id": random_id("resp_", 48),
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "frequency_penalty": echo("frequency_penalty", NUMBER, 0.0),
+        "incomplete_details": None,
+        "instructions": echo("instructions", STRING, None),
+        "max_output_tokens": echo("max_output_tokens", INTEGER, None),
+        "max_tool_calls": echo("max_tool_calls", INTEGER, None),
+        "model": asked["model"],
+        "output": [],
+        "parallel_tool_calls": echo("parallel_tool_calls", BOOLEAN, True),
+        "presence_penalty": echo("presence_penalty", NUMBER, 0.0),
+        "previous_response_id": echo("previous_response_id", STRING, None),
+        "prompt_cache_key": echo("prompt_cache_key", STRING, None),
+        "reasoning": {
+            "effort": reasoning.get("effort"),
+            "summary": reasoning.get("summary"),
+        },
+        "safety_identifier": echo("safety_identifier", STRING, None),
+        "service_tier": "default",
+        "store": echo("store", BOOLEAN, True),
+        "temperature": echo("temperature", NUMBER, 1.0),
+        "text": {"format": format, "verbosity": text.get("verbosity") or "medium"},
+        "tool_choice": echo("tool_choice", (str, dict), "auto"),
+        "tools": tools,
+        "top_logprobs": 0,
+        "top_p": echo("top_p", NUMBER, 1.0),
+        "truncation": echo("truncation", STRING, "disabled"),
+        "usage": None,
+        "user": echo("user", STRING, None),
+        "metadata": echo("metadata", OBJECT, {}),
+    }
+
+
+def response_usage(usage: Usage) -> Json:
+    asked, answered = usage.prompt_tokens or 0, usage.completion_tokens or 0
+    return {
+        "input_tokens": asked,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": answered,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": asked + answered,
+    }
+
+
+CUSTOM_BEGIN = re.compile(rf'\s*\{{\s*"{CUSTOM_ARGUMENT}"\s*:\s*"')
+
+JSON_CHARACTERS = re.compile(  # the two halves of a surrogate pair as one
+    r"""(?: [^"\\\x00-\x1f] | \\["\\/bfnrt] | \\u(?![dD][89abAB])[0-9a-fA-F]{4}
+    | \\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2} )*""",
+    re.VERBOSE,
+)
+
+
+class CustomInput:
+    """Decodes what a custom tool is called with from the arguments of a function."""
+
+    def __init__(self) -> None:
+        self.pieces: list[str] = []
+        self.held = ""
+        self.is_begun = False
+        self.decoded: list[str] = []
+
+    def decode(self, piece: str) -> str:
+        """Add a piece of the arguments; return what is certain of the text by now."""
+        self.pieces.append(piece)
+        self.held += piece
+        if not self.is_begun:
+            if not (begin := CUSTOM_BEGIN.match(self.held)):
+                return ""
+            self.held, self.is_begun = self.held[begin.end() :], True
+        sure = JSON_CHARACTERS.match(self.held)
+        assert sure
+        self.held = self.held[sure.end() :]
+        text: str = json.loads(f'"{sure[0]}"')
+        self.decoded.append(text)
+        return text
+
+    def rest(self) -> str:
+        """Return what is left of the text at the end.
+
+        Arguments in another form are the text themselves."""
+        text, decoded = "".join(self.pieces), "".join(self.decoded)
+        value = parsed(text)
+        strings = [v for v in as_object(value).values() if isinstance(v, str)]
+        if isinstance(as_object(value).get(CUSTOM_ARGUMENT), str):
+            text = value[CUSTOM_ARGUMENT]
+        elif len(strings) == 1:
+            text = strings[0]
+        return text[len(decoded) :] if text.startswith(decoded) else ""
+
+
+# Codex 0.171 does not try again after these codes, nor after `invalid_prompt`, with
+# which it shows the message.
+FINAL_CODES = ("context_length_exceeded", "insufficient_quota")
+
+
+class ModelResponse:
+    """A response, as far as the events of its prediction have come."""
+
+    def __init__(
+        self,
+        object: Json,
+        tool_names: Mapping[str, ToolName],
+        store: Callable[[Json], bool] = lambda object: False,  # and return whether
+    ) -> None:
+        self.object = object
+        self.output: list[Json] = object["output"]
+        self.tool_names = tool_names
+        self.store = store
+        self.item: Json = {}  # the one being written, the last of the output
+        self.type = ITEM_TYPES["message"]  # of it
+        self.place: Json = {}  # of its text
+        self.texts: list[str] = []  # of it
+        self.custom: CustomInput | None = None
+
+    def add(self, event: Event) -> ResponseEvents:
+        """Add an event; return the events of the stream that follow from it."""
+        match event:
+            case Text(text) | Reasoning(text):
+                type = "message" if isinstance(event, Text) else "reasoning"
+                if not text:
+                    return []
+                if self.item.get("type") == type:
+                    return [self.write(text)]
+                return [*self.open(type), self.write(text)]
+            case ToolCall(_, call_id, known):
+                name = self.tool_names.get(known) or ToolName(known)
+                call = {"call_id": call_id, "name": name.name}
+                if name.namespace:
+                    call["namespace"] = name.namespace
+                type = "custom_tool_call" if name.is_custom else "function_call"
+                changes = self.open(type, call)
+                self.custom = CustomInput() if name.is_custom else None
+                return changes
+            case Arguments(_, text):
+                text = self.custom.decode(text) if self.custom else text
+                return [self.write(text)] if text else []
+            case Done(reason, usage):
+                return self.finish(reason, usage)
+
+    def open(self, type: str, call: Json | None = None) -> ResponseEvents:
+        changes = self.close()
+        self.type = row = ITEM_TYPES[type]
+        self.item = {
+            "id": random_id(row.prefix, 48),
+            "type": type,
+            "status": "in_progress",
+        }
+        if call:
+            self.item |= {row.key: "", **call}
+        elif type == "message":
+            self.item |= {"role": "assistant", "content": []}
+        else:
+            self.item |= {"summary": []}
+        index = len(self.output)
+        self.output.append(self.item)
+        self.texts = []
+        self.place = {"item_id": self.item["id"], "output_index": index, **row.place}
+        added = {"output_index": index, "item": self.item.copy()}
+        changes.append(("response.output_item.added", added))
+        if row.part:
+            part = {**self.place, "part": self.part("")}
+            changes.append((f"{row.part_event}.added", part))
+        return changes
+
+    def write(self, text: str) -> tuple[str, Json]:
+        self.texts.append(text)
+        return f"{self.type.event}.delta", {
+            **self.place,
+            "delta": text,
+            **self.type.more,
+        }
+
+    def part(self, text: str) -> Json:
+        """The part of an item that holds its text."""
+        if self.type.part == "output_text":
+            return {
+                "type": "output_text",
+                "annotations": [],
+                "logprobs": [],
+                "text": text,
+            }
+        return {"type": self.type.part, "text": text}
+
+    def close(self, status: str = "completed") -> ResponseEvents:
+        """End the item that is being written, if there is one."""
+        if not self.item:
+            return []
+        changes, row = [], self.type
+        if self.custom and (rest := self.custom.rest()):
+            changes.append(self.write(rest))
+        if not (self.texts or row.part):  # clients want arguments in a delta
+            changes.append(self.write("" if self.custom else "{}"))
+        text = "".join(self.texts)
+        done = {**self.place, row.key: text, **row.more}
+        if row.part:
+            part = self.part(text)
+            key = "content" if "content" in self.item else "summary"
+            self.item |= {"status": status, key: [part]}
+            part_done = {**self.place, "part": part}
+            changes += [
+                (f"{row.event}.done", done),
+                (f"{row.part_event}.done", part_done),
+            ]
+        else:
+            self.item |= {"status": status, row.key: text}
+            if not self.custom:
+                done["name"] = self.item["name"]
+            changes.append((f"{row.event}.done", done))
+        item_done = {"output_index": self.place["output_index"], "item": self.item}
+        changes.append(("response.output_item.done", item_done))
+        self.item, self.custom = {}, None
+        return changes
+
+    def finish(self, reason: str, usage: Usage) -> ResponseEvents:
+        status = "incomplete" if reason == "length" else "completed"
+        changes = [] if self.output else self.open("message")
+        changes += self.close(status)
+        details = {"reason": "max_output_tokens"} if reason == "length" else None
+        self.object |= {
+            "status": status,
+            "completed_at": int(time.time()) if status == "completed" else None,
+            "incomplete_details": details,
+            "usage": response_usage(usage),
+        }
+        # Before its end is sent: the next request may name it.
+        self.object["store"] = self.object["store"] and self.store(self.object)
+        return [*changes, (f"response.{status}", {"response": self.object})]
+
+    def fail(self, error: APIError) -> ResponseEvents:
+        """End it in a way that every client notices; return the last two events.
+
+        OpenAI's clients read the first of them only, and Codex the second. Codex tries
+        again unless it knows the code: what was paid for gets one that it knows."""
+        details = error.body["error"]
+        code = error.code
+        if error.status >= 500:
+            code = "server_error"
+        elif code not in ("rate_limit_exceeded", *FINAL_CODES):
+            code = "invalid_prompt"
+        if self.item:
+            self.close("incomplete")
+        message = str(error)
+        if code == "rate_limit_exceeded" and "retry-after" in error.headers:
+            message += f" Try again in {error.headers['retry-after']}s."
+        failure = {"code": code, "message": message}
+        self.object |= {"status": "failed", "error": failure, "store": False}
+        flat = {name: details[name] for name in ("code", "message", "param")}
+        return [
+            ("error", {**flat, "error": details}),
+            ("response.failed", {"response": self.object}),
+        ]
+
+
+class ModelResponseStream:
+    """A response as a stream of events, each with its number."""
+
+    def __init__(self, response: ModelResponse) -> None:
+        self.response = response
+        self.number = 0
+        # Held from an event's number until it is written: the watcher writes, too.
+        self.lock = threading.Lock()
+        # Around the text of a delta, and of which item that is constant.
+        self.before, self.after, self.item_id = b"", b"", ""
+
+    def frames(self, events: IndexedEvents) -> Iterator[bytes]:
+        """Yield the frames of each event; the first of all wait for an event.
+
+        A text that goes on costs no more than its encoding."""
+        response = self.response
+        last: type[Event] = Done
+        item: Json = {}  # that the text of the last event is of
+        for _, event in events:
+            with self.lock:
+                if isinstance(event, (Text, Reasoning)) and (
+                    response.item is item and type(event) is last
+                ):
+                    response.texts.append(event.text)
+                    yield self.delta(event.text)
+                    continue
+                begin, changes = self.start(), response.add(event)
+                yield begin + b"".join([self.frame(*change) for change in changes])
+                last = type(event)
+                item = response.item if changes else {}
+
+    def start(self) -> bytes:
+        """The first two events, once."""
+        if self.number:
+            return b""
+        return self.frame("response.created", {"response": self.response.object}) + (
+            self.in_progress()
+        )
+
+    def in_progress(self) -> bytes:
+        # without the output so far, which clients have from other events
+        object = {**self.response.object, "output": []}
+        return self.frame("response.in_progress", {"response": object})
+
+    def keep_alive(self) -> bytes:
+        """Return what to send in silence: an event, as Codex counts no comments."""
+        if not self.lock.acquire(blocking=False):  # its request is about to write
+            return b""
+        try:
+            is_over = self.response.object["status"] != "in_progress"
+            return b"" if is_over else self.start() or self.in_progress()
+        finally:
+            self.lock.release()
+
+    def fail(self, error: APIError) -> bytes:
+        begin = self.start()
+        changes = self.response.fail(error)
+        return begin + b"".join([self.frame(*change) for change in changes])
+
+    def frame(self, type: str, data: Json) -> bytes:
+        """Encode an event with its number; what is constant in deltas only once."""
+        if "delta" in data:
+            if self.item_id != data["item_id"]:
+                mark = random_id("", 20)
+                marked = self.encode(type, {**data, "delta": mark})
+                self.before, _, self.after = marked.partition(encode_json(mark))
+                self.item_id = data["item_id"]
+            return self.delta(data["delta"])
+        self.number += 1
+        return self.encode(type, data) + b"%d}\n\n" % (self.number - 1)
+
+    def delta(self, text: str) -> bytes:
+        self.number += 1
+        end = b"%d}\n\n" % (self.number - 1)
+        return self.before + encode_json(text) + self.after + end
+
+    def encode(self, type: str, data: Json) -> bytes:
+        """Encode an event up to its number."""
+        named = encode_json({"type": type, **data})
+        return b'event: %b\ndata: %b,"sequence_number":' % (type.encode(), named[:-1])
+
+
 # -- Response store ------------------------------------------------------------
 #
 # Responses that clients want to come back to, in SQLite: in memory, or in a file that
@@ -5836,7 +6704,8 @@ def select_items(
 def is_reference(item: Json) -> bool:
     """Whether it names an item: by its type, or by being nothing but an id."""
     kind = item.get("type")
-    return kind == "item_reference" or (kind is None and item.keys() <= {"type", "id"})
+    is_bare = "id" in item and item.keys() <= {"type", "id"}
+    return kind == "item_reference" or (kind is None and is_bare)
 
 
 def with_id(item: Json) -> Json:
@@ -5871,6 +6740,8 @@ def model_object(id: str, ref: str, created: int) -> Json:
 
 MAX_PARALLEL_PREDICTIONS = 8  # of one request
 
+KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
+
 
 class Proxy(NamedTuple):
     """What lasts as long as the server."""
@@ -5896,10 +6767,11 @@ class Request:
 
 
 class EventStream(NamedTuple):
-    """A body that is written while it comes into being."""
+    """A body that is written while it comes into being: nothing is, before `run`."""
 
     run: Callable[[Callable[[bytes], None]], None]  # with the writer's `write`
     error: Callable[[APIError], bytes]  # the last frames of one that fails
+    keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE  # what is sent in silence
 
 
 class Response(NamedTuple):
@@ -5919,6 +6791,7 @@ class Generation(NamedTuple):
     format: ResponseFormat | None = None
     # From an answer and what to do about it to the input of another try.
     build_retry: Callable[[str, str], PredictionInput] | None = None
+    echo: bool = False  # the prompt comes before the answer
 
     def respond(
         self,
@@ -5926,6 +6799,10 @@ class Generation(NamedTuple):
         build_object: Callable[[list[Choice], Usage, CompletionInfo], Json],
         build_stream: Callable[[IndexedEvents, CompletionInfo, int], Iterator[bytes]],
     ) -> Response:
+        """Respond with the whole, or with a stream that makes it when it is run.
+
+        By then its writer is watched, and sends a sign of life while nothing comes.
+        """
         options = self.body["stream_options"]
         info = CompletionInfo(
             id=random_id(id_prefix, 29),
@@ -5936,11 +6813,6 @@ class Generation(NamedTuple):
             prompt_tokens=sum(estimate_tokens(len(i.prompt)) for i in self.inputs),
             legacy=bool(self.toolbox and self.toolbox.legacy),
         )
-        model = self.inputs[0].model
-        self.request.log.ref = (
-            f"{model.ref}; default" if model.is_default else model.ref
-        )
-        self.request.log.prompts = [each.prompt for each in self.inputs]
 
         def run(write: Callable[[bytes], None]) -> None:
             with self.start() as events:
@@ -5959,7 +6831,11 @@ class Generation(NamedTuple):
     @contextmanager
     def start(self) -> Iterator[IndexedEvents]:
         """Create the predictions; inside, their events come; after, none runs on."""
-        cancellation = self.request.cancellation
+        cancellation, model = self.request.cancellation, self.inputs[0].model
+        self.request.log.ref = (
+            f"{model.ref}; default" if model.is_default else model.ref
+        )
+        self.request.log.prompts = [each.prompt for each in self.inputs]
         uploaded = [self.upload(each, cancellation) for each in self.inputs]
         jobs = [(each, i) for each in uploaded for i in range(self.body["n"])]
         if len(jobs) == 1:
@@ -5984,14 +6860,17 @@ class Generation(NamedTuple):
         Nobody waits for their threads: each cancels its prediction as soon as it
         knows of one, and the end of the server waits for that.
         """
+        waiting = iter([*enumerate(jobs)])  # of which each thread takes the next
+        threads = min(len(jobs), MAX_PARALLEL_PREDICTIONS)
         arrivals: SimpleQueue[tuple[int, Event] | Exception | None] = SimpleQueue()
         branch = Cancellation()
 
-        def run(index: int, prediction_input: PredictionInput, offset: int) -> None:
+        def run() -> None:
             try:
-                with self.start_choice(prediction_input, offset, branch) as events:
-                    for event in events:
-                        arrivals.put((index, event))
+                for index, (prediction_input, offset) in waiting:
+                    with self.start_choice(prediction_input, offset, branch) as events:
+                        for event in events:
+                            arrivals.put((index, event))
                 arrivals.put(None)
             except Exception as error:
                 arrivals.put(error)
@@ -6002,7 +6881,7 @@ class Generation(NamedTuple):
             arrivals.put(cause)
 
         def arrived() -> Iterator[tuple[int, Event]]:
-            running = len(jobs)
+            running = threads
             while running:
                 item = arrivals.get()
                 if isinstance(item, Exception):
@@ -6012,15 +6891,13 @@ class Generation(NamedTuple):
                 else:
                     yield item
 
-        threads = ThreadPoolExecutor(MAX_PARALLEL_PREDICTIONS)
         try:
             with self.request.cancellation.on_cancel(stop):
-                for index, job in enumerate(jobs):
-                    threads.submit(run, index, *job)
+                for _ in range(threads):
+                    threading.Thread(target=run, name="choices", daemon=True).start()
                 yield arrived()
         finally:
             branch.cancel(ClientDisconnected())
-            threads.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
     def start_choice(
@@ -6030,22 +6907,25 @@ class Generation(NamedTuple):
         cancellation: Cancellation,
     ) -> Iterator[Events]:
         seeded = with_seed(prediction_input, offset)
-        with self.start_prediction(seeded, cancellation) as events:
+        with self.start_prediction(seeded, cancellation) as (events, cancel):
             if self.toolbox or self.format:
-                events = self.with_retry(events, offset, cancellation)
-            if self.body.get("echo"):
+                events = self.with_retry(events, cancel, offset, cancellation)
+            if self.echo:
                 events = echo(events, prediction_input.prompt)
             yield events
 
     @contextmanager
     def start_prediction(
         self, prediction_input: PredictionInput, cancellation: Cancellation
-    ) -> Iterator[Events]:
-        """Create a prediction; after, it is over or cancelled."""
+    ) -> Iterator[tuple[Events, Callable[[], None]]]:
+        """Create a prediction; inside, its events, and what ends it early.
+
+        After, it is over or cancelled."""
         upstream, log = self.proxy.upstream, self.request.log
-        if self.body["max_tokens"] == 0:  # no text is wanted, so no model has to run
+        limit = self.body["max_completion_tokens"] or self.body["max_tokens"]
+        if limit == 0:  # no text is wanted, so no model has to run
             end = (done for done in [Done("length", Usage(None, 0))])
-            yield with_usage(end, prediction_input.prompt, log.usages)
+            yield with_usage(end, prediction_input.prompt, log.usages), end.close
             return
         with upstream.counted():
             prediction = upstream.create(
@@ -6053,7 +6933,7 @@ class Generation(NamedTuple):
             )
             events = prediction.events()
             try:
-                yield self.shape(events, prediction_input)
+                yield self.shape(events, prediction_input), prediction.cancel
             finally:
                 events.close()
                 prediction.cancel()
@@ -6079,7 +6959,11 @@ class Generation(NamedTuple):
         return with_usage(events, prediction_input.prompt, self.request.log.usages)
 
     def with_retry(
-        self, events: Events, offset: int, cancellation: Cancellation
+        self,
+        events: Events,
+        cancel: Callable[[], None],
+        offset: int,
+        cancellation: Cancellation,
     ) -> Events:
         """Hold an answer for as long as another may have to take its place.
 
@@ -6100,18 +6984,20 @@ class Generation(NamedTuple):
         answer, usage = fold(seen)
         why = self.complaint(answer)
         if why and not sent and self.build_retry and answer.finish_reason != "length":
+            cancel()  # it may go on behind what was wanted of it
             log.warning("event=retry why=%s", quoted(loggable(why)))
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
                 again = self.upload(with_seed(again, offset), cancellation)
-                with self.start_prediction(again, cancellation) as others:
+                with self.start_prediction(again, cancellation) as (others, _):
                     second = list(others)
-            except APIError as error:
+            except Exception as error:
                 cancellation.check()
-                log.warning("event=retry_failed why=%s", quoted(loggable(str(error))))
+                failure = as_api_error(error)
+                log.warning("event=retry_failed why=%s", quoted(loggable(str(failure))))
             else:
                 better, more = fold(second)
-                if better.calls or not self.has_good_call(answer):
+                if better.calls or all(self.call_errors(answer)):
                     seen, answer, why = second, better, self.complaint(better)
                 seen[-1] = Done(answer.finish_reason, sum_usage([usage, more]))
         if why:
@@ -6132,23 +7018,20 @@ class Generation(NamedTuple):
 
     def complaint(self, answer: Choice) -> str:
         """What is wrong with an answer, in a sentence; "" if it is as asked for."""
-        if self.toolbox:
-            if self.toolbox.must_call and not answer.calls:
-                return "no tool was called."
-            for call in answer.calls:
-                if why := self.call_error(call):
-                    return why
+        if self.toolbox and self.toolbox.must_call and not answer.calls:
+            return "no tool was called."
         if self.format and not answer.calls:
             return parsed_or_why(answer.text, self.format)[1]
-        return ""
+        return next(filter(None, self.call_errors(answer)), "")
 
-    def call_error(self, call: Json) -> str:
-        assert self.toolbox
-        function = call["function"]
-        return tool_call_error(function["name"], function["arguments"], self.toolbox)
-
-    def has_good_call(self, answer: Choice) -> bool:
-        return any(not self.call_error(call) for call in answer.calls)
+    def call_errors(self, answer: Choice) -> list[str]:
+        """What is wrong with each call; "" if nothing is."""
+        functions = [call["function"] for call in answer.calls]
+        return [
+            tool_call_error(function["name"], function["arguments"], self.toolbox)
+            for function in functions
+            if self.toolbox
+        ]
 
 
 # -- Endpoints -----------------------------------------------------------------
@@ -6179,6 +7062,12 @@ def retrieve_model(proxy: Proxy, request: Request, id: str) -> Response:
 
 def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
     body = parse_body(request, CHAT, model)
+    generation = generate_chat(proxy, request, body)
+    return generation.respond("chatcmpl-", chat_completion, chat_stream)
+
+
+def generate_chat(proxy: Proxy, request: Request, body: Json) -> Generation:
+    """What is to be run for a body that has passed chat's table."""
     body["messages"] = parse_messages(body["messages"])
     toolbox, format = parse_toolbox(body), parse_response_format(body)
     check_schema_sizes(toolbox, format)
@@ -6187,7 +7076,7 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
     family = family_for(chosen, body, kinds, proxy.upstream.schemas)
     body["messages"] = fit_attachments(body["messages"], chosen, family)
     body = with_tools_and_format(body, family, toolbox, format)
-    generation = Generation(
+    return Generation(
         proxy,
         request,
         body,
@@ -6196,11 +7085,10 @@ def create_chat_completion(proxy: Proxy, request: Request, model: str = "") -> R
         format,
         partial(build_retry_input, body, chosen, family),
     )
-    return generation.respond("chatcmpl-", chat_completion, chat_stream)
 
 
 def create_completion(proxy: Proxy, request: Request, model: str = "") -> Response:
-    body = parse_body(request, COMPLETION, model)
+    body = without(parse_body(request, COMPLETION, model), ("messages",))
     predictions = len(body["prompt"]) * body["n"]  # each of which is paid for
     require(
         predictions <= MAX_PREDICTIONS,
@@ -6215,11 +7103,88 @@ def create_completion(proxy: Proxy, request: Request, model: str = "") -> Respon
         build_completion_input(body, chosen, family, prompt)
         for prompt in body["prompt"]
     ]
-    generation = Generation(proxy, request, body, inputs)
+    generation = Generation(proxy, request, body, inputs, echo=body["echo"])
     return generation.respond("cmpl-", text_completion, text_stream)
 
 
-def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
+def create_response(proxy: Proxy, request: Request, model: str = "") -> Response:
+    asked, items, chat = parse_response_request(proxy, request, model)
+    failing = partial(response_errors, request, chat)
+    with failing():
+        generation = generate_chat(proxy, request, check(chat.body, CHAT))
+
+    def store(object: Json) -> bool:
+        return proxy.response_store.save(key_of(request), object, items)
+
+    response = ModelResponse(response_object(asked), chat.tool_names, store)
+    stream = ModelResponseStream(response)
+
+    def run(write: Callable[[bytes], None]) -> None:
+        with failing(), generation.start() as events:
+            for frames in stream.frames(events):
+                write(frames)
+
+    if generation.body["stream"]:
+        return Response(EventStream(run, stream.fail, stream.keep_alive))
+    with failing(), generation.start() as events:
+        for _, event in events:
+            response.add(event)
+    return Response(response.object)
+
+
+def count_input_tokens(proxy: Proxy, request: Request, model: str = "") -> Response:
+    """An estimate: Replicate counts no tokens before it runs a model."""
+    _, _, chat = parse_response_request(proxy, request, model)
+    with response_errors(request, chat):
+        generation = generate_chat(proxy, request, check(chat.body, CHAT))
+    count = ceil(len(generation.inputs[0].prompt) / CHARACTERS_PER_TOKEN)
+    return Response({"object": "response.input_tokens", "input_tokens": count})
+
+
+def parse_response_request(
+    proxy: Proxy, request: Request, model: str
+) -> tuple[Json, list[Json], ChatRequest]:
+    """Return the body as it came, its items, and all of it in the terms of chat."""
+    asked = read_body(request, model)
+    body = check(asked, RESPONSE)
+    store, key = proxy.response_store, key_of(request)
+    items = store.resolve(key, input_items(body))
+    previous = body["previous_response_id"]
+    history = store.history(key, previous) if previous else []
+    return asked, items, build_chat_request(body, history, items)
+
+
+@contextmanager
+def response_errors(request: Request, chat: ChatRequest) -> Iterator[None]:
+    """Raise errors in the terms of a request for a response.
+
+    Codex sends a request 30 times that is answered with any 5xx, and does not know
+    x-should-retry: what may have cost money, or won't get better, is a 400 (0.171).
+    """
+    try:
+        yield
+    except ClientDisconnected:
+        raise
+    except Exception as caught:
+        error = as_api_error(caught)
+        message, status = str(error), error.status
+        param = chat.param(error.param) if error.param else None
+        if param:
+            message = message.replace(f"'{error.param}", f"'{param}")
+        is_final = error.headers.get("x-should-retry") == "false"
+        if status >= 500 and (request.log.predictions or is_final):
+            status = 400
+        raise APIError(
+            status,
+            message,
+            code=error.code,
+            param=param,
+            headers=error.headers,
+            detail=error.detail,
+        ) from None
+
+
+def read_body(request: Request, model: str = "") -> Json:
     content_type = request.headers.get("content-type", "application/json")
     body = parse_json_body(request.body, content_type)
     request.body = b""  # it may be large
@@ -6227,6 +7192,13 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
         body["model"] = model
     require(body.get("model"), "you must provide a model parameter")
     request.log.model = str(body["model"])
+    request.log.stream, n = body.get("stream") is True, body.get("n")
+    request.log.n = n if isinstance(n, int) and n <= MAX_PREDICTIONS else 1
+    return body
+
+
+def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
+    body = read_body(request, model)
     if body.get("best_of") == (body.get("n") or 1):  # all choices are wanted
         del body["best_of"]
     checked = check(in_openais_words(body), params)
@@ -6235,7 +7207,6 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
         "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
         param="stream_options",
     )
-    request.log.stream, request.log.n = checked["stream"], checked.get("n") or 1
     return checked
 
 
@@ -6311,6 +7282,8 @@ ENDPOINTS = [
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
+    Endpoint("POST", "/responses", create_response),
+    Endpoint("POST", "/responses/input_tokens", count_input_tokens),
     # These two before the others, since an id may have a slash.
     Endpoint("GET", "/responses/*/input_items", list_input_items),
     Endpoint("POST", "/responses/*/cancel", cancel_response),
@@ -6452,13 +7425,17 @@ def check_codings(headers: Mapping[str, str]) -> list[str]:
 def decompress(data: bytes, limit: int) -> bytes:
     """What is in gzip or deflate, also in one without zlib's head."""
     for window in (47, -15):  # 32 + 15: gzip or zlib, by its head; no head
-        decoder = zlib.decompressobj(window)
+        decoded, rest = b"", data
         with suppress(zlib.error):
-            decoded = decoder.decompress(data, limit + 1)
-            if len(decoded) > limit:
-                raise body_too_large(len(decoded), limit)
-            if decoder.eof:
-                return decoded
+            while rest:  # gzip may be of several members
+                decoder = zlib.decompressobj(window)
+                decoded += decoder.decompress(rest, limit + 1)
+                if len(decoded) > limit:
+                    raise body_too_large(len(decoded), limit)
+                if not decoder.eof:
+                    raise zlib.error
+                rest = decoder.unused_data
+            return decoded
     raise BadMessage("its body is not what its Content-Encoding says")
 
 
@@ -6494,24 +7471,27 @@ STREAM_HEADERS = {
     "x-accel-buffering": "no",  # or nginx would hold the tokens back
 }
 
-KEEP_ALIVE = b": keep-alive\n\n"  # that very word: `: ping` breaks a client
-
 
 class EventStreamWriter:
-    """Writes a stream to a client: frames by its request, comments by the watcher.
+    """Writes a stream to a client: by its request, and in silence by the watcher.
 
     The status line waits for the first frame, so that a failure before it can have a
     status of its own, but no longer than `Timeouts.silent_start`.
     """
 
     def __init__(
-        self, sock: socket.socket, head: Callable[[], bytes], is_chunked: bool
+        self,
+        sock: socket.socket,
+        head: Callable[[], bytes],
+        is_chunked: bool,
+        keep_alive_frame: Callable[[], bytes] = lambda: KEEP_ALIVE,
     ) -> None:
         self.sock = sock
         self.head = head
         self.is_chunked = is_chunked
+        self.keep_alive_frame = keep_alive_frame
         self.lock = threading.Lock()
-        self.unsent = b""  # the rest of a comment
+        self.unsent = b""  # the rest of what the watcher has begun to send
         self.is_open = False  # the status line is sent
         self.last_write = time.monotonic()
 
@@ -6539,9 +7519,11 @@ class EventStreamWriter:
         limit = timeouts.keep_alive if self.is_open else timeouts.silent_start
         return time.monotonic() - self.last_write >= limit
 
-    def send_comment(self) -> None:
+    def send_keep_alive(self) -> None:
         """Send no more of it than goes at once; the lock is held."""
-        self.unsent = self.take(KEEP_ALIVE)
+        if not (frame := self.keep_alive_frame()):
+            return
+        self.unsent = self.take(frame)
         with suppress(OSError):  # its buffer is full, or it is gone
             sent = self.sock.send(self.unsent, DONT_WAIT)
             self.unsent = self.unsent[sent:]
@@ -6594,7 +7576,7 @@ class Watcher(threading.Thread):
         if writer.is_silent(self.timeouts) and writer.lock.acquire(blocking=False):
             try:
                 if writer in self.writers:
-                    writer.send_comment()
+                    writer.send_keep_alive()
             finally:
                 writer.lock.release()
 
@@ -6776,7 +7758,7 @@ class Handler(BaseHTTPRequestHandler):
         is_chunked = self.request_version == "HTTP/1.1"
         coding = {"transfer-encoding": "chunked"} if is_chunked else {}
         head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
-        writer = EventStreamWriter(self.connection, head, is_chunked)
+        writer = EventStreamWriter(self.connection, head, is_chunked, stream.keep_alive)
         try:
             with self.server.watcher.keeping_alive(writer):
                 stream.run(writer.write)
@@ -6825,7 +7807,11 @@ class Handler(BaseHTTPRequestHandler):
         failure, level = request_log.failure, logging.INFO
         if request.path.endswith("/health") and self.status == 200:
             level = logging.DEBUG
-        elif failure and (failure.status >= 500 or failure.status == 429):
+        elif failure and (
+            failure.status >= 500
+            or failure.status == 429
+            or "x-should-retry" in failure.headers
+        ):
             level = logging.WARNING  # not the client's fault
         if not log.isEnabledFor(level):
             return

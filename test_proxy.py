@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -51,6 +51,13 @@ from hypothesis import strategies as st
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.responses import (
+    ResponseCustomToolCall,
+    ResponseFunctionToolCall,
+    ResponseOutputMessage,
+    ResponseReasoningItem,
+    ResponseStreamEvent,
+)
 
 import fake_replicate
 import proxy
@@ -2076,6 +2083,759 @@ def test_a_schema_of_any_shape_is_no_error_of_ours(fake, server, odd):
         body["response_format"] = named_format(schema=schema)
         body["tools"] = [{**TOOLS[0], "function": {"name": "f", "parameters": schema}}]
         assert ask(server, body).status == 200
+
+
+# -- Response items ------------------------------------------------------------
+
+RESPONSES_PATH = "/v1/responses"
+NATIVE = "ibm-granite/granite-3.3-8b-instruct"  # takes messages and tools as they are
+
+
+def respond(server, model, given="Hi", **body):
+    return post_json(server, RESPONSES_PATH, model=model, input=given, **body)
+
+
+def input_for(lasting, model=NATIVE, given="Hi", **body):
+    """What reaches the model of a request for a response."""
+    fake, server = lasting
+    fake.seen.clear()
+    answer = respond(server, model, given, **body)
+    assert answer.status == 200, answer.body
+    return fake.creates()[0].body["input"]
+
+
+def call_item(id, name="get_time", arguments="{}", **more):
+    row = {"type": "function_call", "call_id": id, "name": name}
+    return {**row, "arguments": arguments, **more}
+
+
+def output_item(id, output="9:00", type="function_call_output"):
+    return {"type": type, "call_id": id, "output": output}
+
+
+def custom_item(id, input, **more):
+    row = {"type": "custom_tool_call", "call_id": id, "name": "exec"}
+    return {**row, "input": input, **more}
+
+
+def calling(content, *calls):
+    """An assistant's message with calls: each an id, a name and arguments."""
+    rows = [
+        {"id": id, "type": "function", "function": {"name": name, "arguments": given}}
+        for id, name, given in calls
+    ]
+    return {"role": "assistant", "content": content, "tool_calls": rows}
+
+
+def result(id, content="9:00"):
+    return {"role": "tool", "tool_call_id": id, "content": content}
+
+
+TEXT_PART = {"type": "input_text", "text": "Hi"}
+ITEM_ROWS = [  # input, the messages that reach the model
+    ("a text", "Hi", HI),
+    ("an empty text", "", [says("user", "")]),
+    ("nothing, as Codex probes", [], [says("user", "")]),
+    ("an easy message", [says("user", "Hi")], HI),
+    ("a message", [{"type": "message", **says("user", "Hi")}], HI),
+    ("parts", [says("user", [TEXT_PART, TEXT_PART])], [says("user", "HiHi")]),
+    (
+        "an answer of ours, as clients send it back",
+        [
+            {
+                "id": "msg_1",
+                "type": "message",
+                "status": "completed",
+                "phase": "final_answer",
+                "role": "assistant",
+                "content": [
+                    {
+                        "type": "output_text",
+                        "annotations": [],
+                        "logprobs": [],
+                        "text": "Hello",
+                    }
+                ],
+            },
+            *HI,
+        ],
+        [says("assistant", "Hello"), *HI],
+    ),
+    (
+        "a refusal",
+        [says("assistant", [{"type": "refusal", "refusal": "No."}])],
+        [says("assistant", "No.")],
+    ),
+    (
+        "a call and its result",
+        [*HI, call_item("c1"), output_item("c1")],
+        [*HI, calling("", ("c1", "get_time", "{}")), result("c1")],
+    ),
+    (
+        "calls in a row, after a text",
+        [
+            says("assistant", "Let me"),
+            call_item("c1"),
+            call_item("c2", "f", '{"a":1}'),
+            output_item("c2", "two"),
+            output_item("c1", "one"),
+        ],
+        [
+            calling("Let me", ("c1", "get_time", "{}"), ("c2", "f", '{"a":1}')),
+            result("c2", "two"),
+            result("c1", "one"),
+        ],
+    ),
+    (
+        "a call after a result",
+        [call_item("c1"), output_item("c1"), call_item("c2"), output_item("c2")],
+        [
+            calling("", ("c1", "get_time", "{}")),
+            result("c1"),
+            calling("", ("c2", "get_time", "{}")),
+            result("c2"),
+        ],
+    ),
+    (
+        "a result that comes late",
+        [call_item("c1"), says("user", "Well?"), output_item("c1")],
+        [
+            calling("", ("c1", "get_time", "{}")),
+            result("c1"),
+            says("user", "Well?"),
+        ],
+    ),
+    (
+        "an id that is used again",
+        [call_item("c"), output_item("c", "1"), call_item("c"), output_item("c", "2")],
+        [
+            calling("", ("c", "get_time", "{}")),
+            result("c", "1"),
+            calling("", ("c", "get_time", "{}")),
+            result("c", "2"),
+        ],
+    ),
+    (
+        "a result of parts",
+        [call_item("c1"), output_item("c1", [TEXT_PART, TEXT_PART])],
+        [calling("", ("c1", "get_time", "{}")), result("c1", "HiHi")],
+    ),
+    (
+        "a call in a namespace",
+        [call_item("c1", "f", namespace="ns"), output_item("c1")],
+        [calling("", ("c1", "ns__f", "{}")), result("c1")],
+    ),
+    (
+        "a call of a custom tool",
+        [
+            custom_item("c1", 'say "ä"\n', namespace="functions"),
+            output_item("c1", [TEXT_PART], "custom_tool_call_output"),
+        ],
+        [
+            calling("", ("c1", "exec", '{"input":"say \\"ä\\"\\n"}')),
+            result("c1", "Hi"),
+        ],
+    ),
+    (
+        "tools of OpenAI's that a client has run",
+        [
+            {"type": "local_shell_call", "id": "l1", "action": {"command": ["ls"]}},
+            {"type": "local_shell_call_output", "id": "l1", "output": "a"},
+            {"type": "shell_call", "call_id": "s1", "action": {"commands": ["ls"]}},
+            {"type": "shell_call_output", "call_id": "s1", "output": [{"stdout": "b"}]},
+            {"type": "apply_patch_call", "call_id": "p1", "operation": {"path": "x"}},
+            {"type": "apply_patch_call_output", "call_id": "p1", "status": "completed"},
+        ],
+        [
+            calling("", ("l1", "local_shell", '{"command":["ls"]}')),
+            result("l1", "a"),
+            calling("", ("s1", "shell", '{"commands":["ls"]}')),
+            result("s1", '[{"stdout":"b"}]'),
+            calling("", ("p1", "apply_patch", '{"path":"x"}')),
+            result("p1", ""),
+        ],
+    ),
+    (
+        "what hosted tools have done, and reasoning",
+        [
+            {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": ""},
+            {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+            {"type": "mcp_list_tools", "id": "mcp_1", "tools": []},
+            {"type": "computer_call_output", "call_id": "c9", "output": {}},
+            {"type": "compaction", "encrypted_content": "x"},
+            *HI,
+        ],
+        HI,
+    ),
+    (
+        "a message of a type unheard of",
+        [{"type": "agent_message", **says("user", "Hi")}],
+        HI,
+    ),
+    (
+        "several messages of developers, in the middle too",
+        [says("developer", "A"), says("user", "Hi"), says("developer", "B")],
+        [says("system", "A"), says("user", "Hi"), says("system", "B")],
+    ),
+]
+
+
+@table("given, messages", ITEM_ROWS)
+def test_items_become_messages(lasting, given, messages):
+    assert input_for(lasting, given=given)["messages"] == messages
+
+
+def test_instructions_come_first(lasting):
+    given = [says("developer", "B"), says("user", "Hi")]
+    asked = input_for(lasting, given=given, instructions="A")
+    assert asked["messages"] == [says("system", "A"), says("system", "B"), *HI]
+
+
+PDF = b64encode(b"%PDF-1.4").decode()
+ITEM_PARTS = [  # a part, the input that it goes to, what reaches that
+    (
+        "an image",
+        {"type": "input_image", "image_url": data_url()},
+        "image",
+        data_url(),
+    ),
+    (
+        "a link to one",
+        {"type": "input_image", "image_url": "https://x.test/a.png", "detail": "auto"},
+        "image",
+        "https://x.test/a.png",
+    ),
+    (
+        "a file as base64",
+        {"type": "input_file", "filename": "a.txt", "file_data": PDF},
+        "pdf",
+        f"data:text/plain;base64,{PDF}",
+    ),
+    (
+        "a file as base64, without a name",
+        {"type": "input_file", "file_data": PDF},
+        "pdf",
+        f"data:application/pdf;base64,{PDF}",
+    ),
+    (
+        "a file as a data: URL",
+        {"type": "input_file", "filename": "a.pdf", "file_data": data_url(b"x", "a/b")},
+        "pdf",
+        data_url(b"x", "a/b"),
+    ),
+    (
+        "a link to a file",
+        {"type": "input_file", "file_url": "https://x.test/a.pdf", "file_id": None},
+        "pdf",
+        "https://x.test/a.pdf",
+    ),
+    (
+        "sound",
+        {"type": "input_audio", "input_audio": {"data": PDF, "format": "mp3"}},
+        "audio",
+        f"data:audio/mp3;base64,{PDF}",
+    ),
+]
+
+
+@table("part, name, expected", ITEM_PARTS)
+def test_parts_of_items_go_where_the_model_takes_them(lasting, part, name, expected):
+    lasting[0].models["me/ears"] = EARS
+    given = [says("user", [TEXT_PART, part])]
+    assert input_for(lasting, "me/ears", given)[name] == expected
+    given = [call_item("c1"), output_item("c1", [TEXT_PART, part])]
+    assert input_for(lasting, "me/ears", given)[name] == expected
+
+
+FLAT_TOOLS = [
+    {"type": "function", "strict": None, **WEATHER},
+    {"type": "function", "strict": False, **TIME},
+]
+CUSTOM = {"type": "custom", "name": "exec", "description": "Runs JavaScript."}
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: WORD"}
+HOSTED = [
+    {"type": "web_search", "external_web_access": False},
+    {"type": "mcp", "server_label": "x"},
+    {"type": "of_tomorrow"},
+]
+
+
+def text_tool(name, description, rules=""):
+    about = {"type": "string", "description": f"The whole text.{rules}"}
+    schema = {"type": "object", "properties": {"input": about}, "required": ["input"]}
+    described = {"description": description} if description else {}
+    return {"name": name, **described, "parameters": schema}
+
+
+RESPONSE_TOOLS = [  # body, the functions that the model gets
+    ("functions", {"tools": FLAT_TOOLS}, [WEATHER, TIME]),
+    ("hosted tools are dropped", {"tools": [*HOSTED, FLAT_TOOLS[1]]}, [TIME]),
+    ("nothing but hosted tools", {"tools": HOSTED}, None),
+    ("no tools", {"tools": [], "tool_choice": "auto"}, None),
+    (
+        "a namespace",
+        {
+            "tools": [
+                {
+                    "type": "namespace",
+                    "name": "agents",
+                    "description": "",
+                    "tools": [FLAT_TOOLS[1], CUSTOM, HOSTED[0]],
+                }
+            ]
+        },
+        [
+            {"name": "agents__get_time"},
+            text_tool("agents__exec", "Runs JavaScript."),
+        ],
+    ),
+    (
+        "the namespace that models use themselves",
+        {"tools": [{"type": "namespace", "name": "functions", "tools": [CUSTOM]}]},
+        [text_tool("exec", "Runs JavaScript.")],
+    ),
+    (
+        "a custom tool with a grammar",
+        {"tools": [{"type": "custom", "name": "exec", "format": GRAMMAR}]},
+        [text_tool("exec", "", " It has to fit this lark grammar:\nstart: WORD")],
+    ),
+    (
+        "a choice",
+        {"tools": FLAT_TOOLS, "tool_choice": {"type": "function", "name": "get_time"}},
+        [TIME],
+    ),
+    (
+        "a choice of a custom tool",
+        {
+            "tools": [*FLAT_TOOLS, CUSTOM],
+            "tool_choice": {"type": "custom", "name": "exec"},
+        },
+        [text_tool("exec", "Runs JavaScript.")],
+    ),
+    (
+        "some of them",
+        {
+            "tools": FLAT_TOOLS,
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "mcp"}, {"type": "function", "name": "get_time"}],
+            },
+        },
+        [TIME],
+    ),
+    (
+        "some that are not here",
+        {
+            "tools": FLAT_TOOLS,
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "web_search"}],
+            },
+        },
+        None,
+    ),
+    (
+        "a hosted one, beside others",
+        {"tools": [*HOSTED, *FLAT_TOOLS], "tool_choice": {"type": "web_search"}},
+        [WEATHER, TIME],
+    ),
+    ("none", {"tools": FLAT_TOOLS, "tool_choice": "none"}, None),
+    (
+        "in the input, where the newest counts",
+        {
+            "tools": [{"type": "function", "name": "get_time", "description": "Old."}],
+            "given": [
+                {
+                    "type": "additional_tools",
+                    "role": "developer",
+                    "tools": [FLAT_TOOLS[1], CUSTOM],
+                },
+                *HI,
+                {"type": "additional_tools", "role": "developer", "tools": [CUSTOM]},
+            ],
+        },
+        [TIME, text_tool("exec", "Runs JavaScript.")],
+    ),
+]
+
+
+@table("body, functions", RESPONSE_TOOLS)
+def test_tools_become_functions(lasting, body, functions):
+    given = input_for(lasting, **body).get("tools")
+    rows = [{"type": "function", "function": row} for row in functions or []]
+    assert given == (rows or None)
+
+
+def test_hosted_tools_are_dropped_with_a_line_in_the_log(lasting, caplog):
+    caplog.set_level("INFO", "proxy")
+    input_for(lasting, tools=HOSTED * 2)
+    [line] = [line for line in caplog.messages if "event=tools_dropped" in line]
+    types = line.split("types=")[1].strip('"').split(", ")
+    assert sorted(types) == sorted(tool["type"] for tool in HOSTED)
+
+
+SCHEMA_FORMAT = {"type": "json_schema", "name": "person", "schema": PERSON}
+RESPONSE_FIELDS = [  # body, model, what reaches it
+    ("a limit", {"max_output_tokens": 7}, NATIVE, {"max_completion_tokens": 7}),
+    (
+        "sampling, and what is not OpenAI's",
+        {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "stop": ["END"],
+            "presence_penalty": 1,
+            "frequency_penalty": 0.5,
+            "top_k": 9,
+        },
+        "ibm-granite/granite-3.1-8b-instruct",
+        {
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "presence_penalty": 1,
+            "frequency_penalty": 0.5,
+            "top_k": 9,
+        },
+    ),
+    ("a seed", {"seed": 7}, "meta/llama-2-7b-chat", {"seed": 7}),
+    ("an effort", {"reasoning": {"effort": "low"}}, "openai/gpt-5", "reasoning_effort"),
+    (
+        "no effort, as Codex asks",
+        {"reasoning": {"summary": "auto", "context": "auto"}},
+        "openai/gpt-5",
+        {"reasoning_effort": None},
+    ),
+    ("a verbosity", {"text": {"verbosity": "low"}}, "openai/gpt-5", "verbosity"),
+    ("no word on text", {"text": {}}, "openai/gpt-5", {"verbosity": None}),
+    (
+        "a schema",
+        {"text": {"format": {**SCHEMA_FORMAT, "strict": True}}},
+        NATIVE,
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"schema": PERSON, "name": "person", "strict": True},
+            }
+        },
+    ),
+    (
+        "any object",
+        {"text": {"format": {"type": "json_object"}}},
+        NATIVE,
+        {"response_format": {"type": "json_object"}},
+    ),
+    (
+        "text",
+        {"text": {"format": {"type": "text"}}},
+        NATIVE,
+        {"response_format": None},
+    ),
+    (
+        "Replicate's own",
+        {"replicate": {"top_k": 3, "x": "y"}},
+        NATIVE,
+        {"top_k": 3, "x": "y"},
+    ),
+    (
+        "what has no meaning here",
+        {
+            "metadata": {"a": "b"},
+            "user": "u",
+            "store": True,
+            "include": ["reasoning.encrypted_content"],
+            "truncation": "auto",
+            "service_tier": "auto",
+            "safety_identifier": "s",
+            "prompt_cache_key": "k",
+            "client_metadata": {"a": "b"},
+            "context_management": [],
+            "max_tool_calls": 3,
+            "stream_options": {"include_obfuscation": False},
+            "background": False,
+            "conversation": None,
+            "prompt": None,
+            "previous_response_id": None,
+            "top_logprobs": 0,
+            "messages": "no",
+            "functions": "no",
+            "n": 5,
+            "x_unheard_of": 1,
+        },
+        NATIVE,
+        {"messages": HI, "user": None, "truncation": None, "n": None},
+    ),
+]
+
+
+@table("body, model, expected", RESPONSE_FIELDS)
+def test_fields_reach_the_model(lasting, body, model, expected):
+    if isinstance(expected, str):
+        expected = {expected: "low"}
+    given = input_for(lasting, model, **body)
+    assert {name: given.get(name) for name in expected} == expected
+
+
+def item_error(*items):
+    return {"input": [*items]}
+
+
+LONELY = output_item("c9")
+CHOICE = {"type": "function", "name": "x"}
+REFUSED_RESPONSES = [  # body, param, code, words of the message
+    ("no input", {"input": None}, "input", "missing_required_parameter", "'input'"),
+    ("a number", {"input": 5}, "input", "invalid_type", "a string or an array"),
+    ("no object", item_error("Hi"), "input[0]", "invalid_type", "an object"),
+    (
+        "neither a role nor a type",
+        item_error({}),
+        "input[0].role",
+        "missing_required_parameter",
+        "'input[0].role'",
+    ),
+    (
+        "a type unheard of",
+        item_error(*HI, {"type": "zzz"}),
+        "input[1].type",
+        "invalid_value",
+        "'zzz'",
+    ),
+    ("a type that is none", item_error({"type": [1]}), "input[0].type", None, "[1]"),
+    ("a role", item_error(says("boss", "x")), "input[0].role", "invalid_value", "boss"),
+    (
+        "no content",
+        item_error({"role": "user"}),
+        "input[0].content",
+        "missing_required_parameter",
+        "'input[0].content'",
+    ),
+    (
+        "a part's type",
+        item_error(says("user", [{"type": "image"}])),
+        "input[0].content[0].type",
+        "invalid_value",
+        "input_image",
+    ),
+    (
+        "a part without one",
+        item_error(says("user", [{"text": "Hi"}])),
+        "input[0].content[0].type",
+        "missing_required_parameter",
+        "type",
+    ),
+    (
+        "an image that is none",
+        item_error(says("user", [{"type": "input_image", "image_url": "x"}])),
+        "input[0].content[0].image_url",
+        "invalid_image_url",
+        "'input[0].content[0].image_url'",
+    ),
+    (
+        "a file that is kept",
+        item_error(says("user", [{"type": "input_file", "file_id": "file-1"}])),
+        "input[0].content[0].file_id",
+        "unsupported_parameter",
+        "file_data",
+    ),
+    (
+        "a file that is empty",
+        item_error(says("user", [{"type": "input_file", "filename": "x"}])),
+        "input[0].content[0].file_data",
+        "missing_required_parameter",
+        "file_data",
+    ),
+    (
+        "a part in a result, after instructions",
+        {
+            "instructions": "x",
+            "input": [
+                call_item("c1"),
+                output_item("c1", [{"type": "input_image", "image_url": "x"}]),
+            ],
+        },
+        "input[1].output[0].image_url",
+        "invalid_image_url",
+        "'input[1].output[0].image_url'",
+    ),
+    (
+        "a call without a name",
+        item_error({"type": "function_call", "call_id": "c", "arguments": "{}"}),
+        "input[0].name",
+        "missing_required_parameter",
+        "name",
+    ),
+    ("a result of no call", item_error(LONELY), "input[0]", None, "call_id c9"),
+    (
+        "two calls of an id",
+        item_error(call_item("c1"), call_item("c1"), output_item("c1")),
+        "input[1]",
+        None,
+        "two tool calls with call_id c1",
+    ),
+    (
+        "a message whose type is none",
+        item_error({"type": [1], **says("user", "Hi")}),
+        "input[0].type",
+        "invalid_value",
+        "[1]",
+    ),
+    (
+        "two results of a call",
+        item_error(call_item("c1"), output_item("c1"), output_item("c1")),
+        "input[2]",
+        None,
+        "second output for tool call with call_id c1",
+    ),
+    (
+        "a result of no call, without an id",
+        item_error({"type": "shell_call_output", "output": "x"}),
+        "input[0]",
+        None,
+        "call_id None",
+    ),
+    (
+        "a call without a result",
+        item_error(*HI, call_item("c7")),
+        "input[1]",
+        None,
+        "No tool output found for function call c7.",
+    ),
+    (
+        "an image for a model that takes none",
+        {
+            **item_error(
+                says("user", [{"type": "input_image", "image_url": data_url()}])
+            ),
+            "model": "meta/llama-2-7b-chat",
+        },
+        "input",
+        "invalid_value",
+        "image_url",
+    ),
+    (
+        "the background",
+        {"background": True},
+        "background",
+        "unsupported_parameter",
+        "stream",
+    ),
+    ("a prompt", {"prompt": {"id": "p"}}, "prompt", "unsupported_parameter", "input"),
+    (
+        "a conversation",
+        {"conversation": "conv_1"},
+        "conversation",
+        "unsupported_parameter",
+        "input",
+    ),
+    (
+        "log probabilities",
+        {"include": ["message.output_text.logprobs"]},
+        "include",
+        "unsupported_value",
+        "log probabilities",
+    ),
+    ("them", {"top_logprobs": 2}, "top_logprobs", "unsupported_parameter", "prob"),
+    (
+        "a limit of none",
+        {"max_output_tokens": 0},
+        "max_output_tokens",
+        "integer_below_min_value",
+        "'max_output_tokens'",
+    ),
+    ("a high fever", {"temperature": 9}, "temperature", "decimal_above_max_value", "2"),
+    (
+        "an effort",
+        {"reasoning": {"effort": "much"}},
+        "reasoning.effort",
+        "invalid_value",
+        "'xhigh'",
+    ),
+    (
+        "a format",
+        {"text": {"format": {"type": "xml"}}},
+        "text.format.type",
+        "invalid_value",
+        "json_schema",
+    ),
+    (
+        "no schema",
+        {"text": {"format": {"type": "json_schema", "name": "x"}}},
+        "text.format.schema",
+        "missing_required_parameter",
+        "'text.format.schema'",
+    ),
+    (
+        "a tool's name, after one that is dropped",
+        {"tools": [HOSTED[0], {"type": "function", "name": "a b"}]},
+        "tools[1].name",
+        "invalid_value",
+        "'tools[1].name'",
+    ),
+    (
+        "a name in a namespace",
+        {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]},
+        "tools[0].tools[0].name",
+        "missing_required_parameter",
+        "name",
+    ),
+    (
+        "a tool as chat has it",
+        {"tools": TOOLS},
+        "tools[0].name",
+        "missing_required_parameter",
+        "'tools[0].name'",
+    ),
+    ("no type", {"tools": [{}]}, "tools[0].type", "missing_required_parameter", "type"),
+    (
+        "two of a name",
+        {"tools": [FLAT_TOOLS[1], FLAT_TOOLS[1]]},
+        "tools",
+        "invalid_value",
+        "twice",
+    ),
+    (
+        "a tool that is not there",
+        {"tools": FLAT_TOOLS, "tool_choice": CHOICE},
+        "tool_choice",
+        "invalid_value",
+        "'x' not found",
+    ),
+    (
+        "a hosted tool alone that has to be called",
+        {"tools": HOSTED, "tool_choice": {"type": "web_search"}},
+        "tool_choice",
+        "unsupported_value",
+        "none runs here",
+    ),
+    (
+        "any of hosted tools",
+        {"tools": HOSTED, "tool_choice": "required"},
+        "tool_choice",
+        "unsupported_value",
+        "none runs here",
+    ),
+    (
+        "too deep a word",
+        {"tool_choice": "must"},
+        "tool_choice",
+        "invalid_value",
+        "must",
+    ),
+]
+
+
+@table("body, param, code, words", REFUSED_RESPONSES)
+def test_a_request_for_a_response_is_refused(lasting, body, param, code, words):
+    fake, server = lasting
+    fake.seen.clear()
+    asked = {"model": "fake/hello", "input": "Hi", **body}
+    answer = post_json(server, RESPONSES_PATH, **asked)
+    assert answer.status == 400
+    assert answer.error["param"] == param
+    assert code in (None, answer.error["code"])
+    assert words in answer.error["message"]
+    assert "messages" not in answer.error["message"]
+    assert not fake.creates()
 
 
 # ==== 3. INPUTS ===============================================================
@@ -4561,6 +5321,7 @@ REFUSALS = [
     ("throttled-bare", 429, "rate_limit_exceeded", {"retry-after": "1"}),
     ("broken-500", 502, "upstream_unavailable", {}),
     ("html-502", 502, "upstream_unavailable", {}),
+    ("html-504", 504, "upstream_unavailable", NEVER),  # it may be running
     ("busy-503", 502, "upstream_unavailable", {}),
     ("conflict", 502, "upstream_unavailable", {}),  # and never 409
     ("reset-before", 504, "upstream_unavailable", NEVER),
@@ -5525,6 +6286,7 @@ CREATED = [
     ("throttled-once", 2, 1),
     ("busy-once", 2, 1),
     ("broken-500", 3, 0),
+    ("html-504", 1, 0),
 ]
 
 
@@ -7127,7 +7889,7 @@ def test_the_work_is_linear_in_the_length_of_a_text(begin, piece, cut):
     for _ in range(10):
         least_once = min(least_once, work_of_filters(once, cut))
         least_more = min(least_more, work_of_filters(more, cut))
-        if least_more < max(6 * least_once, 0.1):
+        if least_more < max(8 * least_once, 0.15):
             return
     pytest.fail(f"{least_once} s, and for four times the text {least_more} s")
 
@@ -7307,6 +8069,535 @@ def test_a_stream_and_a_whole_say_the_same(
     streamed = send(server, "POST", path, asked)
     assert streamed.messages == whole.messages
     assert streamed.chunks[-1]["usage"] == whole.json["usage"]
+
+
+# -- Responses -----------------------------------------------------------------
+
+IDS = re.compile(rb'"(resp|msg|rs|fc|ctc|call)_\w{20,}"')
+
+
+def masked_response(body):
+    """A response's bytes with what differs from one to the next made equal."""
+    text = IDS.sub(rb'"\1_ID"', body)
+    return re.sub(rb'"(created_at|completed_at)": ?\d+', rb'"\1":1', text)
+
+
+def response_of(model, **more):
+    """A response that has just begun, with all keys in their order."""
+    return {
+        "id": "resp_ID",
+        "object": "response",
+        "created_at": 1,
+        "status": "in_progress",
+        "background": False,
+        "completed_at": None,
+        "error": None,
+        "frequency_penalty": 0.0,
+        "incomplete_details": None,
+        "instructions": None,
+        "max_output_tokens": None,
+        "max_tool_calls": None,
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": True,
+        "presence_penalty": 0.0,
+        "previous_response_id": None,
+        "prompt_cache_key": None,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": None,
+        "service_tier": "default",
+        "store": True,
+        "temperature": 1.0,
+        "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_logprobs": 0,
+        "top_p": 1.0,
+        "truncation": "disabled",
+        "usage": None,
+        "user": None,
+        "metadata": {},
+        **more,
+    }
+
+
+def events_bytes(*events):
+    """The frames of events, each a type and what else it says."""
+    frames = [
+        f"event: {type}\ndata: "
+        + json.dumps(
+            {"type": type, **data, "sequence_number": number},
+            ensure_ascii=False,
+            separators=(",", ":"),
+        )
+        + "\n\n"
+        for number, (type, data) in enumerate(events)
+    ]
+    return "".join(frames).encode()
+
+
+def message_item(*parts, status="completed"):
+    row = {"id": "msg_ID", "type": "message", "status": status, "role": "assistant"}
+    return {**row, "content": [*parts]}
+
+
+def output_text(text):
+    return {"type": "output_text", "annotations": [], "logprobs": [], "text": text}
+
+
+def summary_text(text):
+    return {"type": "summary_text", "text": text}
+
+
+def reasoning_item(*parts, status="completed"):
+    row = {"id": "rs_ID", "type": "reasoning", "status": status}
+    return {**row, "summary": [*parts]}
+
+
+def function_call_item(arguments, status="completed", **more):
+    row = {"id": "fc_ID", "type": "function_call", "status": status}
+    named = {"call_id": "call_ID", "name": "get_weather"}
+    return {**row, "arguments": arguments, **named, **more}
+
+
+def custom_call_item(input, status="completed", **more):
+    row = {"id": "ctc_ID", "type": "custom_tool_call", "status": status}
+    return {**row, "input": input, "call_id": "call_ID", "name": "exec", **more}
+
+
+def text_events(at, text, status="completed"):
+    place = {"item_id": "msg_ID", "output_index": at, "content_index": 0}
+    return [
+        (
+            "response.output_item.added",
+            {"output_index": at, "item": message_item(status="in_progress")},
+        ),
+        ("response.content_part.added", {**place, "part": output_text("")}),
+        ("response.output_text.delta", {**place, "delta": text, "logprobs": []}),
+        ("response.output_text.done", {**place, "text": text, "logprobs": []}),
+        ("response.content_part.done", {**place, "part": output_text(text)}),
+        (
+            "response.output_item.done",
+            {
+                "output_index": at,
+                "item": message_item(output_text(text), status=status),
+            },
+        ),
+    ]
+
+
+def reasoning_events(at, text):
+    place = {"item_id": "rs_ID", "output_index": at, "summary_index": 0}
+    name = "response.reasoning_summary"
+    return [
+        (
+            "response.output_item.added",
+            {"output_index": at, "item": reasoning_item(status="in_progress")},
+        ),
+        (f"{name}_part.added", {**place, "part": summary_text("")}),
+        (f"{name}_text.delta", {**place, "delta": text}),
+        (f"{name}_text.done", {**place, "text": text}),
+        (f"{name}_part.done", {**place, "part": summary_text(text)}),
+        (
+            "response.output_item.done",
+            {"output_index": at, "item": reasoning_item(summary_text(text))},
+        ),
+    ]
+
+
+def call_events(at, arguments, **more):
+    place = {"item_id": "fc_ID", "output_index": at}
+    name = "response.function_call_arguments"
+    begun = function_call_item("", "in_progress", **more)
+    done = function_call_item(arguments, **more)
+    return [
+        ("response.output_item.added", {"output_index": at, "item": begun}),
+        (f"{name}.delta", {**place, "delta": arguments}),
+        (f"{name}.done", {**place, "arguments": arguments, "name": done["name"]}),
+        ("response.output_item.done", {"output_index": at, "item": done}),
+    ]
+
+
+def custom_events(at, input, **more):
+    place = {"item_id": "ctc_ID", "output_index": at}
+    name = "response.custom_tool_call_input"
+    begun = custom_call_item("", "in_progress", **more)
+    done = custom_call_item(input, **more)
+    return [
+        ("response.output_item.added", {"output_index": at, "item": begun}),
+        (f"{name}.delta", {**place, "delta": input}),
+        (f"{name}.done", {**place, "input": input}),
+        ("response.output_item.done", {"output_index": at, "item": done}),
+    ]
+
+
+NOW_WORDS = '<tool_call>{"name": "get_time"}</tool_call>'
+IN_SPACE = {"tools": [{"type": "namespace", "name": "ns", "tools": FLAT_TOOLS[:1]}]}
+CUSTOM_WORDS = (
+    '<tool_call>{"name": "exec", "arguments": {"input": "say \\"ä\\"\\n"}}</tool_call>'
+)
+RESPONSES = [  # words, body, events between the first two and the last, its output
+    ("text", "ä\n", {}, text_events(0, "ä\n"), [message_item(output_text("ä\n"))]),
+    (
+        "reasoning",
+        "<think>Hm</think>ä\n",
+        {},
+        [*reasoning_events(0, "Hm"), *text_events(1, "ä\n")],
+        [reasoning_item(summary_text("Hm")), message_item(output_text("ä\n"))],
+    ),
+    (
+        "a call",
+        IN_X,
+        {"tools": FLAT_TOOLS},
+        call_events(0, '{"city":"x"}'),
+        [function_call_item('{"city":"x"}')],
+    ),
+    (
+        "a text and two calls",
+        "Well. " + NOW_WORDS + IN_X,
+        {"tools": FLAT_TOOLS},
+        [
+            *text_events(0, "Well."),
+            *call_events(1, "{}", name="get_time"),
+            *call_events(2, '{"city":"x"}'),
+        ],
+        [
+            message_item(output_text("Well.")),
+            function_call_item("{}", name="get_time"),
+            function_call_item('{"city":"x"}'),
+        ],
+    ),
+    (
+        "a call in a namespace",
+        IN_X.replace("get_weather", "ns__get_weather"),
+        IN_SPACE,
+        call_events(0, '{"city":"x"}', namespace="ns"),
+        [function_call_item('{"city":"x"}', namespace="ns")],
+    ),
+    (
+        "a custom call",
+        CUSTOM_WORDS,
+        {"tools": [CUSTOM]},
+        custom_events(0, 'say "ä"\n'),
+        [custom_call_item('say "ä"\n')],
+    ),
+    (
+        "JSON",
+        '```json\n{"a": 1}\n```',
+        {"text": {"format": {"type": "json_object"}}},
+        text_events(0, '{"a": 1}'),
+        [message_item(output_text('{"a": 1}'))],
+    ),
+]
+
+
+def response_events(answer):
+    """The events of a stream, which have to come as clients need them."""
+    assert answer.status == 200, answer.body
+    *frames, after = answer.body.decode().split("\n\n")
+    assert after == ""
+    events = []
+    for number, frame in enumerate(frames):
+        name, data = frame.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+        assert events[-1]["sequence_number"] == number
+    assert [e["type"] for e in events[:2]] == [
+        "response.created",
+        "response.in_progress",
+    ]
+    return events
+
+
+def response_in(answer):
+    """The response in the last event of a stream; those before have to agree."""
+    events = response_events(answer)
+    last = events[-1]["response"]
+    assert events[-1]["type"] == f"response.{last['status']}"
+    items, texts = [], []
+    for event in events[2:-1]:
+        if event["type"] == "response.in_progress":
+            assert event["response"]["id"] == last["id"]
+        elif event["type"] == "response.output_item.added":
+            assert event["output_index"] == len(items)
+            assert event["item"]["status"] == "in_progress"
+            items.append(event["item"])
+            texts.append("")
+        elif event["type"] == "response.output_item.done":
+            assert event["output_index"] == len(items) - 1
+            assert event["item"] == last["output"][event["output_index"]]
+            assert text_of_item(event["item"]) == texts[-1]
+        elif event["type"] != "error":
+            assert event["output_index"] == len(items) - 1
+            assert event["item_id"] == items[-1]["id"]
+            texts[-1] += event.get("delta", "")
+    assert [item["id"] for item in items] == [item["id"] for item in last["output"]]
+    return last
+
+
+def text_of_item(item):
+    parts = item.get("content") or item.get("summary") or []
+    return item.get("arguments", item.get("input", "".join(p["text"] for p in parts)))
+
+
+def with_all_fields(tool):
+    """A tool as a response repeats it."""
+    unset = dict.fromkeys(("description", "parameters", "strict"))
+    is_function = tool["type"] == "function"
+    return {"type": "function", **unset, **tool} if is_function else tool
+
+
+@table("words, body, events, output", RESPONSES)
+def test_a_response_has_openais_keys_in_their_order(
+    lasting, words, body, events, output
+):
+    fake, server = lasting
+    model = model_saying(fake, words)
+    whole = json.loads(masked_response(respond(server, model, **body).body))
+    usage = whole.pop("usage")
+    assert list(usage) == [
+        "input_tokens",
+        "input_tokens_details",
+        "output_tokens",
+        "output_tokens_details",
+        "total_tokens",
+    ]
+    begun = response_of(model, **body)
+    begun["text"] = {**response_of(model)["text"], **body.get("text", {})}
+    begun["tools"] = [with_all_fields(tool) for tool in body.get("tools", [])]
+    end = {"status": "completed", "completed_at": 1, "output": output, "usage": usage}
+    assert {**whole, "usage": usage} == {**begun, **end}
+    assert list(whole) == [name for name in begun if name != "usage"]
+    streamed = respond(server, model, **body, stream=True)
+    assert masked_response(streamed.body) == events_bytes(
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        *events,
+        ("response.completed", {"response": {**begun, **end}}),
+    )
+
+
+LEAST_LIMIT = "prompt* str; max_tokens int [1024..64000]"
+
+
+def test_a_response_that_reaches_its_limit_is_incomplete(lasting):
+    fake, server = lasting
+    model = model_saying(fake, "Hello")
+    fake.models[model] = make_model(model, LEAST_LIMIT)
+    asked = {"max_output_tokens": 1}
+    streamed = respond(server, model, **asked, stream=True)
+    whole = json.loads(masked_response(respond(server, model, **asked).body))
+    end = {
+        "status": "incomplete",
+        "incomplete_details": {"reason": "max_output_tokens"},
+        "output": [message_item(output_text("Hell"), status="incomplete")],
+        "usage": whole["usage"],
+    }
+    begun = response_of(model, **asked)
+    assert whole == {**begun, **end}
+    assert masked_response(streamed.body) == events_bytes(
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        *text_events(0, "Hell", "incomplete"),
+        ("response.incomplete", {"response": {**begun, **end}}),
+    )
+
+
+def test_a_response_that_fails_in_the_middle_says_so_twice(lasting):
+    """As some clients see the first of these events only, and Codex the second."""
+    fake, server = lasting
+    model = model_saying(fake, "Hel", "lo", after=1, end="failed", error="it broke")
+    streamed = respond(server, model, stream=True)
+    message = "The prediction failed. The model says: it broke"
+    error = {"code": "prediction_failed", "message": message, "param": None}
+    begun = response_of(model)
+    failed = {
+        "status": "failed",
+        "error": {"code": "invalid_prompt", "message": message},
+        "output": [message_item(output_text("Hel"), status="incomplete")],
+        "store": False,
+    }
+    nested = {"message": message, "type": "invalid_request_error"}
+    nested |= {"param": None, "code": "prediction_failed"}
+    assert masked_response(streamed.body) == events_bytes(
+        ("response.created", {"response": begun}),
+        ("response.in_progress", {"response": begun}),
+        *text_events(0, "Hel")[:3],
+        ("error", {**error, "error": nested}),
+        ("response.failed", {"response": {**begun, **failed}}),
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_answer_is_an_empty_message(lasting, stream):
+    fake, server = lasting
+    answer = respond(server, model_saying(fake), stream=stream)
+    told = response_in(answer) if stream else answer.json
+    assert [text_of_item(item) for item in told["output"]] == [""]
+    assert told["output"][0]["content"] == [output_text("")]
+
+
+def test_a_response_repeats_what_it_was_asked_for(lasting):
+    fake, server = lasting
+    asked = {
+        "instructions": "Be brief.",
+        "max_output_tokens": 50,
+        "max_tool_calls": 2,
+        "parallel_tool_calls": False,
+        "prompt_cache_key": "k",
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "safety_identifier": "s",
+        "temperature": 0.5,
+        "text": {
+            "format": {
+                "type": "json_schema",
+                "name": "x",
+                "schema": {},
+                "strict": True,
+            },
+            "verbosity": "low",
+        },
+        "tool_choice": {"type": "function", "name": "get_time"},
+        "tools": [*HOSTED, *FLAT_TOOLS],
+        "top_p": 0.5,
+        "truncation": "auto",
+        "user": "u",
+        "metadata": {"a": "b"},
+        "presence_penalty": 1,
+        "frequency_penalty": 0.5,
+    }
+    told = respond(server, model_saying(fake, NOW_WORDS), **asked).json
+    asked["tools"] = [with_all_fields(tool) for tool in asked["tools"]]
+    asked["text"]["format"] |= {"description": None}
+    assert {name: told[name] for name in asked} == asked
+    told = respond(server, "fake/hello", metadata="no", user=5, truncation=[]).json
+    assert told == told | {"metadata": {}, "user": None, "truncation": "disabled"}
+
+
+RESPONSE_TEXTS = [
+    ("text", ["Hello", " there"], {}),
+    ("reasoning", ["<think>Hm", "m</think>", "\n\nHello"], {}),
+    ("reasoning alone", ["<think>Hm"], {}),
+    ("a call", [IN_X], {"tools": FLAT_TOOLS}),
+    (
+        "text, calls and text",
+        ["A ", NOW_WORDS, IN_X, " B"],
+        {"tools": FLAT_TOOLS},
+    ),
+    ("a call that stops early", [IN_X[:60]], {"tools": FLAT_TOOLS}),
+    ("to a stop string", ["Hello END", " there"], {"stop": "END"}),
+    (
+        "JSON in prose",
+        ['Sure: {"name": "Ada", "age": 36,}. Right?'],
+        {"text": {"format": SCHEMA_FORMAT}},
+    ),
+    ("half a surrogate pair", ["a\ud800b"], {}),
+    ("a custom call", [CUSTOM_WORDS], {"tools": [CUSTOM]}),
+    (
+        "a custom call with a text",
+        ['<tool_call>{"name": "exec", "arguments": "ls"}</tool_call>'],
+        {"tools": [CUSTOM]},
+    ),
+    (
+        "a custom call with more",
+        [CUSTOM_WORDS.replace('{"input"', '{"a": 1, "input"')],
+        {"tools": [CUSTOM]},
+    ),
+    (
+        "characters beyond the first plane",
+        [CUSTOM_WORDS.replace("ä", "\\ud83d\\ude00 \\u00e4 \\\\ \\ud83d")],
+        {"tools": [CUSTOM]},
+    ),
+]
+RETRIED_TEXTS = [  # once more, if not streamed
+    ("a call of no tool", [IN_X.replace("weather", "x")], {"tools": FLAT_TOOLS}),
+    (
+        "a custom call with other arguments",
+        [CUSTOM_WORDS.replace('"input"', '"code"')],
+        {"tools": [CUSTOM]},
+    ),
+    (
+        "a custom call without any",
+        ['<tool_call>{"name": "exec"}</tool_call>'],
+        {"tools": [CUSTOM]},
+    ),
+]
+
+
+def essence(response):
+    """What a response says, without its ids."""
+    keep = ("status", "incomplete_details", "output", "usage")
+    text = json.dumps({name: response[name] for name in keep})
+    return json.loads(IDS.sub(rb'"\1_ID"', text.encode()))
+
+
+@table("texts, body", RESPONSE_TEXTS)
+def test_a_stream_and_a_whole_response_say_the_same(lasting, texts, body):
+    fake, server = lasting
+    model = model_saying(fake, *texts)
+    whole = respond(server, model, **body).json
+    assert essence(response_in(respond(server, model, **body, stream=True))) == essence(
+        whole
+    )
+
+
+@table("texts, body", RESPONSE_TEXTS + RETRIED_TEXTS)
+def test_a_response_cut_into_characters_says_the_same(lasting, texts, body):
+    fake, server = lasting
+    one = respond(server, model_saying(fake, *texts), **body, stream=True)
+    model = model_saying(fake, *"".join(texts), wire=fake_replicate.byte_by_byte)
+    many = essence(response_in(respond(server, model, **body, stream=True)))
+    expected = essence(response_in(one))
+    assert (many["status"], many["output"]) == (expected["status"], expected["output"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@table("texts, body", RESPONSE_TEXTS + RETRIED_TEXTS)
+def test_chat_and_responses_say_the_same(lasting, texts, body, stream):
+    fake, server = lasting
+    model = model_saying(fake, *texts)
+    answer = respond(server, model, **body, stream=stream)
+    told = response_in(answer) if stream else answer.json
+    asked = {name: value for name, value in body.items() if name != "text"}
+    if "tools" in body:
+        tools = [proxy.custom_function(t) if t is CUSTOM else t for t in body["tools"]]
+        functions = [
+            {**{k: v for k, v in tool.items() if k != "type"}, "name": row["name"]}
+            for tool, row in zip(tools, body["tools"], strict=True)
+        ]
+        asked["tools"] = [{"type": "function", "function": f} for f in functions]
+    if "text" in body:
+        schema = {"name": "person", "schema": PERSON}
+        asked["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if stream:
+        asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    chatted = post_json(server, CHAT_PATH, model=model, messages=HI, **asked)
+    said = {"message": "", "reasoning": ""}
+    calls = []
+    for item in told["output"]:
+        if item["type"] in said:
+            said[item["type"]] += text_of_item(item)
+        else:
+            calls.append((item["name"], text_of_item(item)))
+    message = chatted.message
+    assert said == {"message": message.content, "reasoning": message.reasoning}
+    if CUSTOM in body.get("tools", []):
+        assert [name for name, _ in calls] == [name for name, _ in message.calls]
+    else:
+        assert tuple(calls) == message.calls
+    usage = told["usage"]
+    whole = chatted.chunks[-1] if stream else chatted.json
+    assert (usage["input_tokens"], usage["output_tokens"]) == counts(whole["usage"])[:2]
+
+
+@thoroughly
+@given(text=st.text(), ascii=st.booleans(), cuts=st.sets(st.integers(0, 60)))
+def test_the_input_of_a_custom_tool_is_decoded_as_it_comes(text, ascii, cuts):
+    arguments = json.dumps({"input": text}, ensure_ascii=ascii)
+    ends = [0, *sorted(c for c in cuts if c < len(arguments)), len(arguments)]
+    decoder = proxy.CustomInput()
+    pieces = [decoder.decode(arguments[a:b]) for a, b in pairwise(ends)]
+    assert "".join(pieces) + decoder.rest() == text
 
 
 # -- Response store ------------------------------------------------------------
@@ -8019,11 +9310,44 @@ def test_json_that_is_deep_is_run_or_refused(server, depth, status):
     assert status == 200 or "nested too deeply" in answer.error["message"]
 
 
+def test_what_belongs_to_the_other_kind_of_completion_changes_nothing(fake, server):
+    """vLLM's chat has an `echo`; here it would tell the system text."""
+    model = model_saying(fake, "<think>a</think>b")
+    answer = chat(server, model, echo=True, tools=TOOLS)
+    assert answer.message.content == "b"
+    body = {"model": model, "prompt": "Hi", "messages": HI}
+    answer = send(server, "POST", "/v1/completions", body)
+    assert answer.json["choices"][0]["text"] == "<think>a</think>b"
+
+
+def test_half_a_surrogate_pair_is_no_end_of_a_paid_answer(fake, server):
+    """Also where it is said again to the model, to be corrected."""
+    model = model_saying(fake, "no JSON \ud83d", stream_url="")
+    answer = chat(server, model, response_format={"type": "json_object"})
+    assert answer.message.content == "no JSON ?"
+    assert len(fake.creates()) == 2
+
+
+def test_an_object_is_told_when_it_changes_no_more():
+    looks = [recorded({"made": 1}, "processing"), recorded({"made": 5})]
+    with raw_replicate(looks=looks) as (_, server):
+        assert chat(server, "hello", stream=True).streamed_text == '{"made": 5}'
+
+
+def test_a_first_answer_runs_no_longer_than_it_is_wanted(fake, server):
+    """It is cancelled before a second one is over, not after it."""
+    pieces = ['{"b": 1}', "x" * 300, *["y"] * 2000]
+    model = model_saying(fake, *pieces, pace=0.01, hold=0.05)
+    chat(server, model, response_format=named_format())
+    fake.wait_for(lambda: len(fake.cancels) == 2)
+    assert fake.cancels == list(fake.predictions)[-2:]
+
+
 def test_a_lack_of_threads_is_told_as_overload(lasting, monkeypatch):
     start = threading.Thread.start
 
     def start_unless_in_a_pool(thread):
-        if thread.name.startswith("ThreadPoolExecutor"):
+        if thread.name == "choices":
             raise RuntimeError("can't start new thread")
         start(thread)
 
@@ -8296,6 +9620,177 @@ def test_any_origin_may_ask_with_any_header(server):
     headers = {"access-control-request-private-network": "true"}
     answer = visit(server, "OPTIONS", "/v1/any", headers)
     assert answer.headers["access-control-allow-private-network"] == "true"
+
+
+MONEY = [  # a scenario, status, code, what OpenAI's clients are told about a retry
+    ("failed", 400, "prediction_failed", "false"),
+    ("e001", 400, "prediction_failed", "false"),
+    ("e003", 400, "upstream_unavailable", "true"),
+    ("interrupted", 400, "upstream_unavailable", "true"),
+    ("flagged", 400, "content_policy_violation", None),
+    ("too-long", 400, "context_length_exceeded", None),
+    ("aborted", 400, "prediction_timeout", "false"),
+    ("reset-after", 400, "upstream_unavailable", "false"),
+    ("bad-input", 400, "invalid_value", None),
+    ("unauthenticated", 400, "upstream_authentication", "false"),
+    ("no-version", 404, "model_not_found", None),
+    ("out-of-credit", 429, "insufficient_quota", "false"),
+    ("throttled-header", 429, "rate_limit_exceeded", None),
+    ("busy-503", 502, "upstream_unavailable", None),  # nothing was created
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("scenario", "status", "code", "retry"), MONEY, ids=whys(MONEY)
+)
+def test_what_may_have_cost_money_is_no_5xx_of_responses(
+    server, fake, scenario, status, code, retry, stream
+):
+    asked = {"model": f"fake/{scenario}", "input": "Hi", "stream": stream}
+    answer = send(server, "POST", RESPONSES_PATH, asked)
+    assert (answer.status, answer.error["code"]) == (status, code)
+    assert answer.headers.get("x-should-retry") == retry
+    assert len(fake.creates()) <= 2  # the other one by the id of a version
+
+
+def test_a_fault_of_ours_is_no_5xx_once_something_runs(lasting, monkeypatch, caplog):
+    fake, server = lasting
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(proxy, "response_usage", fail)
+    answer = respond(server, "fake/hello")
+    assert (answer.status, answer.error["code"]) == (400, "internal_error")
+    assert "ZeroDivisionError" in caplog.text
+
+
+LATE = [  # a scenario, the code of the failed response, which Codex tries again or not
+    ("failed", "invalid_prompt"),
+    ("flagged", "invalid_prompt"),
+    ("e003", "invalid_prompt"),
+    ("too-long", "context_length_exceeded"),
+    ("out-of-credit", "insufficient_quota"),
+    ("throttled-header", "rate_limit_exceeded"),
+    ("busy-503", "server_error"),
+]
+
+
+@pytest.mark.parametrize(("scenario", "code"), LATE, ids=whys(LATE))
+def test_a_response_that_fails_late_says_whether_to_try_again(watched, scenario, code):
+    fake, server = watched
+    row = fake.scenarios[scenario]
+    if row.on_create.reply:
+        row = replace(row, on_create=row.on_create._replace(wait=0.7))
+    fake.scenarios["late"] = replace(row, boot=0.7)
+    answer = respond(server, "fake/late", stream=True)
+    *_, error, last = response_events(answer)
+    assert (last["type"], last["response"]["error"]["code"]) == (
+        "response.failed",
+        code,
+    )
+    assert error["type"] == "error"
+    assert error["error"]["message"] == error["message"]
+    assert last["response"]["error"]["message"].startswith(error["message"])
+    waits = "Try again in 7s." in last["response"]["error"]["message"]
+    assert waits is (scenario == "throttled-header")
+
+
+def messages_asked(fake):
+    return fake.creates()[-1].body["input"]["messages"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_follows_another(lasting, stream):
+    fake, server = lasting
+    asked = {"instructions": "Be brief.", "tools": FLAT_TOOLS, "stream": stream}
+    model = "ibm-granite/granite-3.3-8b-instruct"
+    answer = respond(server, model, "One?", **asked)
+    first = response_in(answer) if stream else answer.json
+    assert first["store"] is True
+    given = [says("user", [{"type": "input_text", "text": "Two?"}])]
+    again = {"previous_response_id": first["id"]}
+    second = respond(server, model, given, **again).json
+    assert second["previous_response_id"] == first["id"]
+    said = [says("user", "One?"), says("assistant", HELLO), says("user", "Two?")]
+    assert messages_asked(fake) == said  # and no instructions
+    respond(server, model, "Three?", previous_response_id=second["id"])
+    assert messages_asked(fake)[:3] == said
+    assert messages_asked(fake)[3:] == [
+        says("assistant", HELLO),
+        says("user", "Three?"),
+    ]
+
+
+def test_a_result_follows_the_response_with_its_call(lasting):
+    fake, server = lasting
+    tools = [CUSTOM, FLAT_TOOLS[0]]
+    first = respond(server, model_saying(fake, CUSTOM_WORDS), tools=tools).json
+    [call] = first["output"]
+    given = [output_item(call["call_id"], "ok", "custom_tool_call_output")]
+    previous = {"previous_response_id": first["id"], "tools": tools}
+    respond(server, NATIVE, given, **previous)
+    assert messages_asked(fake) == [
+        *HI,
+        calling("", (call["call_id"], "exec", '{"input":"say \\"ä\\"\\n"}')),
+        result(call["call_id"], "ok"),
+    ]
+    answer = respond(server, NATIVE, "Hi", **previous)
+    assert (answer.status, answer.error["param"]) == (400, "previous_response_id")
+
+
+@pytest.mark.parametrize("more", [{}, {"type": "item_reference"}])
+def test_an_item_is_referred_to_as_the_ai_sdk_does(lasting, more):
+    fake, server = lasting
+    [item] = respond(server, "fake/hello", "One?").json["output"]
+    given = [says("user", "One?"), {"id": item["id"], **more}, says("user", "Two?")]
+    respond(server, NATIVE, given)
+    assert messages_asked(fake) == [given[0], says("assistant", HELLO), given[2]]
+
+
+def test_a_response_is_retrieved_as_it_was_made(lasting):
+    fake, server = lasting
+    told = response_in(respond(server, "fake/thinking", stream=True))
+    key = {"authorization": "Bearer key"}
+    path = f"{RESPONSES_PATH}/{told['id']}"
+    assert send(server, "GET", path, headers=key).json == told
+    [item] = send(server, "GET", f"{path}/input_items", headers=key).json["data"]
+    assert (item["role"], item["content"]) == ("user", [TEXT_PART])
+
+
+def test_a_response_is_not_stored_if_it_is_not_to_be(lasting):
+    fake, server = lasting
+    told = respond(server, "fake/hello", store=False).json
+    assert told["store"] is False
+    path, key = f"{RESPONSES_PATH}/{told['id']}", {"authorization": "Bearer key"}
+    assert send(server, "GET", path, headers=key).status == 404
+    again = respond(server, "fake/hello", previous_response_id=told["id"])
+    assert (again.status, again.error["code"]) == (400, "previous_response_not_found")
+    again = respond(server, "fake/hello", [{"id": told["output"][0]["id"]}])
+    assert (again.status, again.error["param"]) == (404, "input")
+    assert len(fake.creates()) and "not found" in again.error["message"]
+
+
+def test_a_conversation_is_for_the_key_that_began_it(server, fake):
+    first = post_json(server, RESPONSES_PATH, model="fake/hello", input="Hi").json
+    [item] = first["output"]
+    for given, status in (
+        ({"input": "Hi", "previous_response_id": first["id"]}, 400),
+        ({"input": [{"type": "item_reference", "id": item["id"]}]}, 404),
+    ):
+        asked = {"model": "fake/hello", **given}
+        assert send(server, "POST", RESPONSES_PATH, asked, OTHER).status == status
+        assert post_json(server, RESPONSES_PATH, **asked).status == 200
+    assert len(fake.creates()) == 3
+
+
+def test_a_store_that_fails_costs_the_storing_alone(lasting, monkeypatch):
+    fake, server = lasting
+    store = server.proxy.response_store
+    monkeypatch.setattr(store, "save", lambda *_: False)
+    told = response_in(respond(server, "fake/hello", stream=True))
+    assert (told["status"], told["store"]) == ("completed", False)
 
 
 @pytest.fixture
@@ -8727,6 +10222,7 @@ A_CHAT = json.dumps({"model": "gpt-4o", "messages": HI}).encode()
         ("deflate without a head", "deflate", zipped(A_CHAT, -15), 200),
         ("none", "identity", A_CHAT, 200),
         ("two", "deflate, gzip", zipped(zipped(A_CHAT, 15), 31), 200),
+        ("members", "gzip", zipped(A_CHAT[:9], 31) + zipped(A_CHAT[9:], 31), 200),
         ("cut off", "gzip", zipped(A_CHAT, 31)[:-9], 400),
         ("not encoded", "gzip", A_CHAT, 400),
         ("no JSON in it", "gzip", zipped(b"{", 31), 400),
@@ -8896,7 +10392,7 @@ def test_a_sign_of_life_is_no_more_than_goes_at_once_and_none_of_it_is_lost():
                 fill += ours.send(b"." * 1024)
         ours.setblocking(True)
         for _ in range(3):
-            writer.send_comment()
+            writer.send_keep_alive()
         got = b""
         writer = threading.Thread(target=writer.write, args=(b"END",))
         writer.start()
@@ -8932,6 +10428,71 @@ def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices(caplog):
             wait_until(lambda: len(log_lines(caplog, "error=client_gone")) == 2, 15)
             assert len(fake.cancels) == 1  # the other was at its end
     assert answer.count(b": keep-alive\n\n") >= 3
+
+
+def start_response(server, model, **more):
+    return start_call(server, model, path=RESPONSES_PATH, input="Hi", **more)
+
+
+def test_who_hangs_up_on_a_response_stops_the_bill(watched):
+    fake, server = watched
+    socks = [
+        start_response(server, "fake/endless", stream=True),
+        start_response(server, "fake/endless"),
+        start_response(server, "fake/very-cold", stream=True),
+    ]
+    read_until(socks[0], b"output_text.delta")
+    read_until(socks[2], b"response.in_progress")
+    fake.wait_for(lambda: len(fake.predictions) == 3)
+    left = time.monotonic()
+    for sock in socks:
+        sock.close()
+    fake.wait_for(lambda: len(fake.cancels) == 3)
+    assert fake.seen[-1].at - left < 1.5
+    assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
+def test_a_response_keeps_alive_by_events(watched):
+    """Numbered like all others: Codex does not count comments."""
+    fake, server = watched
+    answer = respond(server, "fake/cool", stream=True)
+    assert b": keep-alive" not in answer.body
+    kinds = Counter(event["type"] for event in response_events(answer))
+    assert kinds["response.created"] == 1
+    assert kinds["response.in_progress"] >= 3
+    said = text_of_item(response_in(answer)["output"][0])
+    assert said == "".join(fake.scenarios["cool"].text)
+
+
+def test_a_response_keeps_alive_in_the_middle(watched):
+    fake, server = watched
+    model = model_saying(fake, "a", "b", pace=0.4)
+    answer = respond(server, model, stream=True)
+    kinds = [event["type"] for event in response_events(answer)]
+    first = kinds.index("response.output_text.delta")
+    assert "response.in_progress" in kinds[first:]
+    assert response_in(answer)["status"] == "completed"
+
+
+def test_no_number_of_an_event_is_written_twice_or_late():
+    """By the watcher, while its request is about to write: one of them waits."""
+    object = proxy.response_object({"model": "m"})
+    stream = proxy.ModelResponseStream(proxy.ModelResponse(object, {}))
+    texts = [(0, Text("a")), (0, Text("b")), (0, Done("stop"))]
+    frames = stream.frames(texts)
+    written = [stream.keep_alive(), next(frames), stream.keep_alive(), next(frames)]
+    assert written[2] == b""  # as the request is between a number and its bytes
+    written += [*frames, stream.keep_alive()]
+    assert written[-1] == b""  # as it is over
+    answer = Answer(200, {}, b"".join(written))
+    assert [e["type"] for e in response_events(answer)][-1] == "response.completed"
+
+
+@pytest.mark.parametrize("scenario", ["cut-3", "cut-live-3", "timeout-408", "no-done"])
+def test_a_response_of_a_broken_stream_is_complete(watched, scenario):
+    fake, server = watched
+    told = response_in(respond(server, f"fake/{scenario}", stream=True))
+    assert text_of_item(told["output"][0]) == "".join(fake_replicate.SIX)
 
 
 # -- Server --------------------------------------------------------------------
@@ -9758,8 +11319,10 @@ def play_llama(call, input):
     if "sunny" in prompt:  # which the tool has said
         return cut_small(SUNNY)
     if told := re.search(r'<tools>\\n{"name":"(\w+)"', prompt):
-        given = '{"city": "Paris"}' if told[1] == "get_weather" else LADY
-        return cut_small("Let me look.\n" + call.format(told[1], given))
+        given = {"get_weather": '{"city": "Paris"}', "transfer_to_expert": "{}"}
+        return cut_small(
+            "Let me look.\n" + call.format(told[1], given.get(told[1], LADY))
+        )
     return cut_small(ADA_IN_PROSE if "JSON" in prompt else "I know no tools.")
 
 
@@ -9810,6 +11373,133 @@ def test_openai_parses_calls_and_answers(client, llama, fake):
     messages.append({"role": "tool", "tool_call_id": made.id, "content": result})
     assert ask().content == SUNNY
     assert len(fake.creates()) == 2
+
+
+WEATHER_FUNCTION = {"type": "function", **WEATHER_TOOL["function"]}
+
+
+def test_openai_makes_a_response(client):
+    made = client.responses.create(model="gpt-4o", input="Hi", instructions="Be brief.")
+    assert made.output_text == HELLO
+    assert made.usage.output_tokens == sum(map(bool, fake_replicate.HELLO))
+
+
+def test_openai_goes_on_from_a_response(client, fake):
+    model = "ibm-granite/granite-3.3-8b-instruct"
+    first = client.responses.create(model=model, input="One?")
+    asked = {"model": model, "input": "Two?", "previous_response_id": first.id}
+    with client.responses.stream(**asked) as stream:
+        second = stream.get_final_response()
+    assert len(messages_asked(fake)) == 3
+    assert client.responses.retrieve(second.id).output_text == HELLO
+    kept = client.responses.input_items.list(second.id)
+    assert [item.role for item in kept] == ["user"]
+    client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(second.id)
+
+
+def test_openai_counts_the_tokens_of_an_input(client, fake):
+    counted = client.responses.input_tokens.count(model="gpt-4o", input="a" * 41)
+    assert counted.input_tokens == 11
+    assert not fake.creates()
+
+
+def test_openai_streams_a_response(client, lasting):
+    fake, _ = lasting
+    with client.responses.stream(model="fake/thinking", input="Hi") as stream:
+        events = list(stream)
+        made = stream.get_final_response()
+    texts = [e.delta for e in events if e.type == "response.output_text.delta"]
+    assert made.output_text == "".join(texts) == "Hello."
+    assert made.output[0].summary[0].text == "They greet me.\n"
+
+
+def test_openai_asks_calls_and_answers_by_responses(client, llama, fake):
+    given = [{"role": "user", "content": WEATHER_QUESTION}]
+    asked = {"model": llama, "tools": [WEATHER_FUNCTION]}
+    made = client.responses.parse(**asked, input=given)
+    assert made.output_text == "Let me look."
+    call = made.output[-1]
+    assert call.parsed_arguments == {"city": "Paris"}
+    given += made.output
+    result = get_weather(**json.loads(call.arguments))
+    given.append(output_item(call.call_id, result))
+    with client.responses.stream(**asked, input=given) as stream:
+        assert stream.get_final_response().output_text == SUNNY
+    assert len(fake.creates()) == 2
+
+
+def test_openai_calls_a_custom_tool(client, writes, fake):
+    words = CUSTOM_WORDS.replace("say", "say " * 60)
+    writes(words, words)
+    fake.scenarios["writer"] = replace(fake.scenarios["writer"], pace=0.01)
+    asked = {"model": "fake/writer", "tools": [CUSTOM]}
+    with client.responses.stream(**asked, input="Hi") as stream:
+        deltas = [e.delta for e in stream if e.type.endswith("input.delta")]
+        [call] = stream.get_final_response().output
+    assert call.input == "".join(deltas) == "say " * 60 + ' "ä"\n'
+    assert len(deltas) > 1  # it is streamed as it is written
+    output = output_item(call.call_id, "ok", "custom_tool_call_output")
+    given = [call.model_dump(exclude_none=True), output]
+    client.responses.create(**asked, input=given)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_parses_a_response(client, writes, stream):
+    writes(ADA_IN_PROSE, ADA_IN_PROSE)
+    asked = {"model": "fake/writer", "input": "Hi", "text_format": Person}
+    if stream:
+        with client.responses.stream(**asked) as events:
+            made = events.get_final_response()
+    else:
+        made = client.responses.parse(**asked)
+    assert made.output_parsed == Person(name="Ada", age=36)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_openai_raises_for_a_response_that_fails_in_the_middle(client, raw):
+    asked = {"model": "fake/failed-late", "input": "Hi"}
+    with pytest.raises(openai.APIError, match="it broke"):
+        if raw:
+            list(client.responses.create(**asked, stream=True))
+        else:
+            with client.responses.stream(**asked) as stream:
+                stream.until_done()
+
+
+def test_openai_does_not_pay_twice_for_a_response(fake, server):
+    with (
+        client_of(server, max_retries=2) as client,
+        pytest.raises(openai.BadRequestError),
+    ):
+        client.responses.create(model="fake/failed", input="Hi")
+    assert len(fake.creates()) == 1
+
+
+def test_responses_are_of_openai_types_to_the_letter(lasting):
+    fake, server = lasting
+    words = f"<think>Hm</think>A {IN_X}{CUSTOM_WORDS}"
+    asked = {"tools": [FLAT_TOOLS[0], CUSTOM], "stream": True}
+    events = response_events(respond(server, model_saying(fake, words), **asked))
+    adapter = pydantic.TypeAdapter(ResponseStreamEvent)
+    for event in events:
+        read = adapter.validate_python(event)
+        assert read.type == event["type"]
+        extra = {"name"} if event["type"].endswith("arguments.done") else set()
+        assert (read.model_extra or {}).keys() == extra
+    for item, kind in zip(
+        events[-1]["response"]["output"],
+        (
+            ResponseReasoningItem,
+            ResponseOutputMessage,
+            ResponseFunctionToolCall,
+            ResponseCustomToolCall,
+        ),
+        strict=True,
+    ):
+        extra = kind.model_validate(item, strict=True).model_extra
+        assert set(extra or {}) <= {"status"}
 
 
 @pytest.mark.parametrize("family", ["llama-2", "llama-3", "gpt-4", "claude", "open"])
@@ -10052,61 +11742,79 @@ def test_langchain_makes_the_object(langchain, fake, method):
     assert len(fake.creates()) == 1
 
 
-@pytest.fixture
-def instructor():
-    import instructor
+@pytest.mark.parametrize("invoke", [invoke_whole, invoke_streamed])
+def test_langchain_asks_calls_and_answers_by_responses(langchain, fake, invoke):
+    from langchain_core.tools import tool
 
-    return instructor
-
-
-@pytest.mark.parametrize("mode", ["TOOLS", "JSON", "JSON_SCHEMA", "MD_JSON"])
-def test_instructor_makes_the_object(instructor, client, llama, fake, mode):
-    person = instructor.from_openai(client, mode=instructor.Mode[mode]).create(
-        model=llama, messages=HI, response_model=Person, max_retries=0
-    )
-    assert person.model_dump() == {"name": "Ada", "age": 36}
-    assert len(fake.creates()) == 1
-
-
-@pytest.mark.parametrize("mode", ["TOOLS", "JSON", "JSON_SCHEMA"])
-def test_instructor_streams_the_object(instructor, client, llama, fake, mode):
-    partials = instructor.from_openai(
-        client, mode=instructor.Mode[mode]
-    ).create_partial(model=llama, messages=HI, response_model=Person, max_retries=0)
-    grown = [partial.model_dump() for partial in partials]
-    assert any(partial["age"] is None for partial in grown)  # it grows
-    assert grown[-1] == {"name": "Ada", "age": 36}
-    assert len(fake.creates()) == 1
-
-
-class WholeName(Person):
-    @pydantic.field_validator("name")
-    @classmethod
-    def check(cls, name):
-        if " " not in name:
-            raise ValueError("it is wrong: the surname is missing")
-        return name
-
-
-REPEATED = [
-    ("by the proxy, as it breaks the schema", Person, WRONG, 0),
-    ("by instructor, for what no schema says", WholeName, LADY, 1),
-]
-WRITTEN = {"TOOLS": LLAMAS["tagged"].format, "JSON_SCHEMA": "A {}: {}".format}
-
-
-@pytest.mark.parametrize("mode", WRITTEN)
-@table(("type", "wrong", "retries"), REPEATED)
-def test_instructor_has_a_wrong_object_asked_for_again(
-    instructor, client, writes, fake, mode, type, wrong, retries
-):
-    name, right = type.__name__, '{"name": "Ada Lovelace", "age": 36}'
-    writes(WRITTEN[mode](name, wrong), WRITTEN[mode](name, right))
-    person = instructor.from_openai(client, mode=instructor.Mode[mode]).create(
-        model="fake/writer", messages=HI, response_model=type, max_retries=retries
-    )
-    assert person.model_dump() == {"name": "Ada Lovelace", "age": 36}
+    weather = tool(get_weather)
+    langchain = langchain.model_copy(update={"use_responses_api": True})
+    model = langchain.bind_tools([weather])
+    asked = invoke(model, [("user", WEATHER_QUESTION)])
+    [made] = asked.tool_calls
+    assert (made["name"], made["args"]) == ("get_weather", {"city": "Paris"})
+    assert asked.text == "Let me look."
+    answer = invoke(model, [("user", WEATHER_QUESTION), asked, weather.invoke(made)])
+    assert answer.text == SUNNY
+    assert answer.usage_metadata["output_tokens"] > 0
     assert len(fake.creates()) == 2
+
+
+def test_langchain_makes_the_object_by_responses(langchain, fake):
+    langchain = langchain.model_copy(update={"use_responses_api": True})
+    model = langchain.with_structured_output(Person)
+    assert model.invoke("Who wrote the first program?") == Person(name="Ada", age=36)
+    assert len(fake.creates()) == 1
+
+
+@pytest.fixture
+def agents(server):
+    """Run an agent of OpenAI's SDK, which speaks the Responses API, to its end."""
+    import agents
+
+    async def run(agent, question, stream):
+        async with async_client_of(server) as client:
+            provider = agents.OpenAIProvider(openai_client=client)
+            config = agents.RunConfig(model_provider=provider, tracing_disabled=True)
+            if not stream:
+                return await agents.Runner.run(agent, question, run_config=config)
+            running = agents.Runner.run_streamed(agent, question, run_config=config)
+            async for _ in running.stream_events():
+                pass
+            return running
+
+    return lambda agent, question, stream: asyncio.run(run(agent, question, stream))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_asks_calls_and_answers(agents, llama, fake, stream):
+    from agents import Agent, function_tool
+
+    tools = [function_tool(get_weather)]
+    agent = Agent(name="A", instructions="Be nice.", model=llama, tools=tools)
+    assert agents(agent, WEATHER_QUESTION, stream).final_output == SUNNY
+    assert len(fake.creates()) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_makes_the_object(agents, llama, fake, stream):
+    from agents import Agent
+
+    agent = Agent(name="A", model=llama, output_type=Person)
+    person = agents(agent, "Who wrote the first program?", stream).final_output
+    assert person == Person(name="Ada", age=36)
+    assert len(fake.creates()) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_agent_hands_off_to_another(agents, llama, fake, stream):
+    from agents import Agent, function_tool
+
+    tools = [function_tool(get_weather)]
+    expert = Agent(name="expert", model=llama, tools=tools)
+    agent = Agent(name="A", model=llama, handoffs=[expert])
+    result = agents(agent, WEATHER_QUESTION, stream)
+    assert (result.last_agent.name, result.final_output) == ("expert", SUNNY)
+    assert len(fake.creates()) == 3
 
 
 @pytest.fixture
@@ -10164,6 +11872,140 @@ def test_pydantic_ai_streams_text(pydantic_ai):
 
     texts = pydantic_ai(stream)
     assert "".join(texts) == SUNNY and len(texts) > 1
+
+
+@pytest.fixture(scope="module")
+def npm(tmp_path_factory):
+    """A folder with Codex CLI and the AI SDK."""
+    folder = tmp_path_factory.mktemp("npm")
+    packages = ["@openai/codex@0.171.0", "ai@7.0.173", "@ai-sdk/openai@4.0.118"]
+    command = ["npm", "install", "--no-audit", "--no-fund", *packages, "zod@4"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codex(npm):
+    """Have Codex CLI do a turn; return what it says."""
+
+    def run(server, model, prompt, *resume):
+        (npm / "config.toml").write_text(
+            f"""
+            model = "{model}"
+            model_provider = "replicate"
+            [model_providers.replicate]
+            name = "Replicate"
+            base_url = "{server.url}/v1"
+            env_key = "KEY"
+            wire_api = "responses"
+            """
+        )
+        command = [npm / "node_modules/.bin/codex", "exec", *resume]
+        command += [
+            "--skip-git-repo-check",
+            "--dangerously-bypass-approvals-and-sandbox",
+        ]
+        done = subprocess.run(
+            [*command, prompt],
+            cwd=npm,
+            env={**os.environ, "CODEX_HOME": str(npm), "KEY": "key"},
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=120,
+        )
+        return done.stdout + done.stderr
+
+    return run
+
+
+def play_shell(input):
+    """A model that asks the shell, by the tool that it is offered, and believes it."""
+    said = str(input).partition("</tools>")[2]
+    if "MARK-42" in said:
+        return cut_small("It says MARK-42.")
+    name, arguments = "exec_command", {"cmd": "echo MARK-$((40+2))"}
+    if '"name":"exec_command"' not in str(input).replace("\\", ""):
+        script = f"text((await tools.exec_command({json.dumps(arguments)})).output)"
+        name, arguments = "exec", {"input": script}
+    call = json.dumps({"name": name, "arguments": arguments})
+    return cut_small(f"I look. <tool_call>{call}</tool_call>")
+
+
+@pytest.mark.npm
+@pytest.mark.parametrize("model", ["fake/shell", "gpt-5.6-sol"])
+def test_codex_calls_its_shell_and_goes_on(codex, model):
+    """For a name of OpenAI's it sends a custom tool, in a namespace, in the input."""
+    with FakeReplicate(default="shell") as fake, fronting(fake) as server:
+        fake.scenarios["shell"] = replace(SCENARIOS["hello"], text=play_shell)
+        told = codex(server, model, "Which mark does the shell print?")
+        assert "I look." in told
+        assert "It says MARK-42." in told
+        assert len(fake.creates()) == 2
+        told = codex(server, model, "And again?", "resume", "--last")
+        assert "It says MARK-42." in told
+        assert len(fake.creates()) == 3
+
+
+PAID = [
+    *("failed", "failed-late", "e001", "e003", "e004", "interrupted", "director"),
+    *("flagged", "nsfw", "oom", "too-long", "aborted", "canceled", "deadline"),
+    *("reset-after", "out-of-credit", "unauthenticated", "bad-input", "no-version"),
+    *("cold failed", "cold flagged", "cold too-long", "cold e003"),
+]
+
+
+@pytest.mark.npm
+@pytest.mark.parametrize("scenario", PAID)
+def test_codex_pays_for_no_prediction_twice(codex, scenario):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        name = scenario.removeprefix("cold ")
+        boot = 1 if name != scenario else SCENARIOS[name].boot
+        fake.scenarios["row"] = replace(SCENARIOS[name], boot=boot)
+        codex(server, "fake/row", "Hi")
+        assert len(fake.predictions) <= 1
+        assert 1 <= len(fake.creates()) <= 2  # the other one by the id of a version
+
+
+AI_SDK = """
+import { generateText, streamText, tool, isStepCount } from 'ai'
+import { createOpenAI } from '@ai-sdk/openai'
+import { z } from 'zod'
+
+const provider = createOpenAI({ baseURL: process.argv[2] + '/v1', apiKey: 'key' })
+const common = {
+  model: provider('fake/llama'),
+  tools: {
+    get_weather: tool({
+      description: 'Tell the weather in a city.',
+      inputSchema: z.object({ city: z.string() }),
+      execute: async ({ city }) => (city === 'Paris' ? 'sunny' : 'unknown'),
+    }),
+  },
+  stopWhen: isStepCount(3),
+  maxRetries: 0,
+}
+const question = { role: 'user', content: 'What is the weather in Paris?' }
+const whole = await generateText({ ...common, messages: [question] })
+const stream = streamText({ ...common, messages: [question] })
+let text = ''
+for await (const piece of stream.textStream) text += piece
+const messages = [question, ...(await stream.response).messages]
+messages.push({ role: 'user', content: 'Sure?' })
+const second = await generateText({ ...common, messages })
+console.log(JSON.stringify([whole.text, text, second.text]))
+"""
+
+
+@pytest.mark.npm
+def test_the_ai_sdk_calls_answers_and_goes_on(npm):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        text = partial(play_llama, LLAMAS["as-taught"])
+        fake.scenarios["llama"] = replace(SCENARIOS["hello"], text=text)
+        (npm / "program.mjs").write_text(AI_SDK)
+        command = ["node", "program.mjs", server.url]
+        done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
+    assert json.loads(done.stdout) == [SUNNY, f"Let me look.{SUNNY}", SUNNY], done
 
 
 # -- Workers -------------------------------------------------------------------
@@ -10360,6 +12202,20 @@ def test_workers_share_a_file_of_responses_for_as_long_as_they_live(
         parent.terminate()
         assert parent.wait(10) == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_conversation_goes_on_at_any_worker(folder, fake):
+    previous = None
+    with started_workers(folder, fake) as (_, port):
+        url = f"http://127.0.0.1:{port}{RESPONSES_PATH}"
+        headers = {"authorization": "Bearer key", "connection": "close"}
+        for turn in range(6):
+            asked = {"model": NATIVE, "input": f"{turn}?"}
+            asked["previous_response_id"] = previous
+            answer = httpx.post(url, json=asked, headers=headers, trust_env=False)
+            previous = answer.json()["id"]
+    said = [message["content"] for message in messages_asked(fake)]
+    assert said == [text for turn in range(5) for text in (f"{turn}?", HELLO)] + ["5?"]
 
 
 def has_open(pid, path):

@@ -183,6 +183,7 @@ class Load(NamedTuple):
     stream: bool = False
     paced: bool = False  # Replicate sends a token every 20 ms
     interval: float = 0  # seconds between calls, of all connections; 0: no pause
+    responses: bool = False  # by the Responses API, not by chat
 
     def scaled(self, by: float) -> Load:
         """With fewer calls; where there is one only, with fewer tokens."""
@@ -368,13 +369,15 @@ class Turn(NamedTuple):
     failures: list[str]
 
     def run(self, load: Load) -> list[Sample]:
-        body = {
-            "model": load.model,
-            "messages": [{"role": "user", "content": "Say when."}],
-            "max_tokens": load.tokens,
-            "stream": load.stream,
-        }
-        url = f"{self.url}/chat/completions"
+        body: dict[str, Any] = {"model": load.model, "stream": load.stream}
+        if load.responses:
+            path = "responses"
+            body |= {"input": "Say when.", "max_output_tokens": load.tokens}
+        else:
+            path = "chat/completions"
+            body["messages"] = [{"role": "user", "content": "Say when."}]
+            body["max_tokens"] = load.tokens
+        url = f"{self.url}/{path}"
         key = urlsplit(url).username or KEY
         return run_load(load, host_of(url), build_request(url, body, key))
 
@@ -490,6 +493,22 @@ def measure_idle(turn: Turn) -> Values:
         return {"idle": memory_mb(server.process.pid, "VmRSS")}
 
 
+def measure_responses(turn: Turn) -> Values:
+    """Streams of responses and of chats in turns; a response repeats its text."""
+    if not turn.side.proxy:
+        return {}
+    chats = Load(20, tokens=200, stream=True, paced=True).scaled(turn.scale)
+    cpu = {False: 0, True: 0}
+    for responses in (False, True) * 2:
+        load = chats._replace(responses=responses)
+        samples, _, cpu_ns = run_measured(turn, load)
+        if not all(sample.ended for sample in samples):
+            return {}
+        cpu[responses] += cpu_ns
+    tokens = 2 * chats.connections * chats.tokens
+    return {"CPU token": cpu[True] / 1e3 / tokens, "x chat": cpu[True] / cpu[False]}
+
+
 def measure_counts(turn: Turn) -> Values:
     if not turn.side.proxy:
         return {}
@@ -541,6 +560,9 @@ WORKLOADS = {
         "streams of 2,000 tokens on 16 connections, as fast as can be",
         measure_load(Load(16, calls=2, tokens=2000, stream=True)),
     ),
+    "responses": Workload(
+        "20 streams of responses, 200 tokens 20 ms apart", measure_responses
+    ),
     "counts": Workload("calls into functions of proxy.py", measure_counts),
 }
 
@@ -579,6 +601,8 @@ FIGURES = [
     Figure("calls", "CPU per call, ms", "CPU call"),
     Figure("tokens", "tokens/s", "tokens/s", ">= 6 x"),
     Figure("tokens", "CPU per token, us", "CPU token"),
+    Figure("responses", "CPU per token, us", "CPU token"),
+    Figure("responses", "x a stream of a chat", "x chat", "<= 1.3", False),
     Figure("counts", "a whole call", "whole"),
     Figure("counts", "a streamed call of 8 texts", "stream", "<= 250"),
     Figure("counts", "a token more", "token", "<= 10"),
