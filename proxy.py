@@ -6993,8 +6993,8 @@ class Generation(NamedTuple):
                     second = list(others)
             except Exception as error:
                 cancellation.check()
-                failure = loggable(str(as_api_error(error)))
-                log.warning("event=retry_failed why=%s", quoted(failure))
+                failure = as_api_error(error)
+                log.warning("event=retry_failed why=%s", quoted(loggable(str(failure))))
             else:
                 better, more = fold(second)
                 if better.calls or all(self.call_errors(answer)):
@@ -7175,7 +7175,12 @@ def response_errors(request: Request, chat: ChatRequest) -> Iterator[None]:
         if status >= 500 and (request.log.predictions or is_final):
             status = 400
         raise APIError(
-            status, message, code=error.code, param=param, headers=error.headers
+            status,
+            message,
+            code=error.code,
+            param=param,
+            headers=error.headers,
+            detail=error.detail,
         ) from None
 
 
@@ -7187,6 +7192,8 @@ def read_body(request: Request, model: str = "") -> Json:
         body["model"] = model
     require(body.get("model"), "you must provide a model parameter")
     request.log.model = str(body["model"])
+    request.log.stream, n = body.get("stream") is True, body.get("n")
+    request.log.n = n if isinstance(n, int) and n <= MAX_PREDICTIONS else 1
     return body
 
 
@@ -7200,7 +7207,6 @@ def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Jso
         "The 'stream_options' parameter is only allowed when 'stream' is enabled.",
         param="stream_options",
     )
-    request.log.stream, request.log.n = checked["stream"], checked.get("n") or 1
     return checked
 
 
@@ -7801,7 +7807,11 @@ class Handler(BaseHTTPRequestHandler):
         failure, level = request_log.failure, logging.INFO
         if request.path.endswith("/health") and self.status == 200:
             level = logging.DEBUG
-        elif failure and (failure.status >= 500 or failure.status == 429):
+        elif failure and (
+            failure.status >= 500
+            or failure.status == 429
+            or "x-should-retry" in failure.headers
+        ):
             level = logging.WARNING  # not the client's fault
         if not log.isEnabledFor(level):
             return

@@ -6743,6 +6743,14 @@ def test_what_is_long_to_check_counts_as_valid(value, schema):
     assert time.thread_time() - began < 3
 
 
+def test_a_check_that_gives_up_costs_no_second_prediction(server, fake):
+    a = doubled(40)
+    schema = {"properties": {"a": {"$ref": a["$ref"]}}, "$defs": a["$defs"]}
+    format = {"type": "json_schema", "json_schema": {"name": "any", "schema": schema}}
+    answer, creates = ask_for_json(server, fake, '{"a":5}', response_format=format)
+    assert (answer.message.content, len(creates)) == ('{"a":5}', 1)
+
+
 def test_a_sentence_is_never_long():
     many = {"anyOf": [{"const": "x" * n} for n in range(1, 100)]}
     assert len(proxy.validate(5, many)) == proxy.LONGEST_MESSAGE + 1
@@ -10775,6 +10783,23 @@ def test_the_log_has_no_line_for_a_probe_that_is_answered(server, caplog):
     for record in caplog.records:
         if status := re.search(r"path=/health status=(\d+)", record.getMessage()):
             assert record.levelname == levels[status[1]]
+
+
+@table(
+    "format, said",
+    [
+        ("a property", {"properties": {SECRET: STRING}}, {SECRET: 1}),
+        ("a value", {"properties": {"a": {"enum": [SECRET]}}}, {"a": 1}),
+        ("a name that is asked for", {"required": [SECRET]}, {}),
+    ],
+)
+def test_the_log_has_no_word_of_a_schema(server, fake, caplog, format, said):
+    caplog.set_level("DEBUG", "proxy")
+    schema = {"name": "any", "schema": {"type": "object", **format}}
+    format = {"type": "json_schema", "json_schema": schema}
+    ask_for_json(server, fake, json.dumps(said), response_format=format)
+    assert "event=retry why=" in caplog.text and "event=misfit why=" in caplog.text
+    assert SECRET not in caplog.text
 
 
 def test_a_wrong_key_is_logged_without_it(fake, server, caplog):
