@@ -4340,9 +4340,9 @@ class Prediction:
 # -- Stop and reasoning --------------------------------------------------------
 #
 # Each filter is a generator from events to events. Reasoning models write what they
-# think between <think> and </think>, before the answer; the chat templates of some
-# have written the first tag themselves. It becomes Reasoning events, for the field
-# reasoning_content.
+# think between two tags, before the answer; the chat templates of some have written
+# the first tag themselves. It becomes Reasoning events, for the field
+# reasoning_content. To add a pair of tags: a row in REASONING_TAGS.
 
 
 CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
@@ -4431,7 +4431,18 @@ def with_usage(
         yield event
 
 
-THINK, THINK_END = "<think>", "</think>"
+THINK_END = "</think>"
+REASONING_TAGS = {
+    "<think>": THINK_END,
+    THINK_END: "",  # the first tag was lost, and nothing was thought
+    "[THINK]": "[/THINK]",  # Magistral
+    "<|channel>thought": "<channel|>",  # Gemma 4 …
+    "<thought>": "</thought>",  # … behind Gemini's API
+    "<thinking>": "</thinking>",
+    "<reasoning>": "</reasoning>",
+    "<mm:think>": "</mm:think>",  # MiniMax M3
+    "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
+}
 
 # gpt-oss writes in channels: OpenAI's harmony format.
 HARMONY = ("<|start|>assistant", "<|channel|>")
@@ -4451,7 +4462,7 @@ def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) ->
     `starts_inside`: an answer without the first tag begins with reasoning. Where no
     tag ends that, it was the answer after all, and is given as text: `holds` waits to
     see that, without it the text has been given as reasoning before."""
-    state, held = "before", ""
+    state, held, end_tag = "before", "", THINK_END
     thoughts: list[str] = []
     for event in events:
         if isinstance(event, Text):
@@ -4459,9 +4470,10 @@ def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) ->
             if state == "before":
                 begun = held.lstrip()
                 is_far = len(held) - len(begun) > LONGEST_SPACE
-                tags = () if is_far else (THINK, *HARMONY)
-                if begun.startswith(tags[:1]):
-                    held, state = begun[len(THINK) :], "inside"
+                tags = () if is_far else (*REASONING_TAGS, *HARMONY)
+                if tag := next(filter(begun.startswith, tags[: -len(HARMONY)]), ""):
+                    held, end_tag = begun[len(tag) :], REASONING_TAGS[tag]
+                    state = "inside" if end_tag else "between"
                     starts_inside = holds = False
                 elif begun.startswith(tags):
                     yield from split_harmony(begun, events)
@@ -4471,9 +4483,9 @@ def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) ->
                 else:
                     state = "inside" if starts_inside else "after"
             if state == "inside":
-                thought, tag, rest = held.partition(THINK_END)
+                thought, tag, rest = held.partition(end_tag)
                 if not tag:
-                    end = len(held) - overhang(held, [THINK_END])
+                    end = len(held) - overhang(held, [end_tag])
                     thought, rest = held[:end], held[end:]
                 if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
                     thoughts.append(thought)

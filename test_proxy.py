@@ -6354,7 +6354,30 @@ THOUGHT = [  # what is said, whether it may have begun already, thought, answer
     ("an empty thought", "<think></think>Hello.", False, "", "Hello."),
     ("nothing but a thought", "<think>Hm.</think>", False, "Hm.", ""),
     ("a thought that breaks off", "<think>Hm, <", False, "Hm, <", ""),
-    ("a tag that is none", "<thinking>Hm.", False, "", "<thinking>Hm."),
+    ("a tag that is none", "<thinker>Hm.", False, "", "<thinker>Hm."),
+    *(
+        (f"between {tag}", f"{tag}\nHm.\n{end}\n\nHi.", False, "\nHm.\n", "Hi.")
+        for tag, end in proxy.REASONING_TAGS.items()
+        if end
+    ),
+    ("Magistral", "[THINK]Hm.[/THINK]Hi.", False, "Hm.", "Hi."),
+    ("Gemma 4", "<|channel>thought\nHm.\n<channel|>Hi.", False, "\nHm.\n", "Hi."),
+    ("Gemma 4, no thought", "<|channel>thought\n<channel|>Hi.", False, "", "Hi."),
+    (
+        "a tag of others within",
+        "<thought><think></think></thought>a",
+        False,
+        "<think></think>",
+        "a",
+    ),
+    ("the last tag at the beginning", "</think>\n\nHello.", False, "", "Hello."),
+    (
+        "the tag of another in an answer",
+        "Write [THINK] so.",
+        False,
+        "",
+        "Write [THINK] so.",
+    ),
     ("half a tag", "<thi", False, "", "<thi"),
     ("a tag in the answer", "It is <think>.", False, "", "It is <think>."),
     ("an end without a beginning", "a</think>b", False, "", "a</think>b"),
