@@ -1365,6 +1365,11 @@ class Toolbox(NamedTuple):
         """The finish_reason of an answer that calls."""
         return "function_call" if self.legacy else "tool_calls"
 
+    @property
+    def only(self) -> Tool | None:
+        """The tool that has to be called, if it is the only one."""
+        return self.tools[0] if self.must_call and len(self.tools) == 1 else None
+
     def find(self, written: str) -> Tool | None:
         """The tool of that name, or the only one that differs in case and marks."""
         for form in (str, plain_name):
@@ -4498,6 +4503,11 @@ REASONING_TAGS = {
     "<mm:think>": "</mm:think>",  # MiniMax M3
     "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
 }
+CALLS_BEGIN = (  # some models forget to end their reasoning before a call
+    "\n<tool_call>\n",  # Qwen
+    "<|tool_calls_section_begin|>",  # Kimi
+    "<｜tool▁calls▁begin｜>",  # DeepSeek
+)
 
 # gpt-oss writes in channels: OpenAI's harmony format.
 HARMONY = ("<|start|>assistant", "<|channel|>")
@@ -4510,8 +4520,10 @@ HARMONY_HEADER = re.compile(
 LONGEST_HEADER = 400  # characters
 
 
-def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) -> Events:
-    """Tell reasoning from the answer.
+def split_reasoning(
+    events: Events, starts_inside: bool, holds: bool = False, may_call: bool = False
+) -> Events:
+    """Tell reasoning from the answer. If the model `may_call`, a call ends it too.
 
     `starts_inside`: an answer without the first tag begins with reasoning. Where no
     tag ends that, it was the answer after all, and is given as text: `holds` waits to
@@ -4537,10 +4549,12 @@ def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) ->
                 else:
                     state = "inside" if starts_inside else "after"
             if state == "inside":
-                thought, tag, rest = held.partition(end_tag)
-                if not tag:
-                    end = len(held) - overhang(held, [end_tag])
-                    thought, rest = held[:end], held[end:]
+                ends = (end_tag, *CALLS_BEGIN) if may_call else (end_tag,)
+                found = [(held.find(end), end) for end in ends if end in held]
+                at, tag = min(found, default=(len(held) - overhang(held, ends), ""))
+                thought, rest = held[:at], held[at:]
+                if tag == end_tag:
+                    rest = rest.removeprefix(tag)
                 if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
                     thoughts.append(thought)
                     if not holds:
@@ -5358,6 +5372,16 @@ def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str
     return [(name, arguments)] if is_sure or is_whole and arguments[0] == "{" else []
 
 
+def arguments_alone(given: Any, toolbox: Toolbox) -> list[tuple[str, str]]:
+    """What fits the only tool that may be called, and has to be, is its arguments."""
+    if (tool := toolbox.only) and isinstance(given, dict):
+        arguments = arguments_text(given, tool, is_sure=False)
+        is_known = given.keys() <= properties_of(tool).keys()
+        if is_known and not tool_call_error(tool.name, arguments, toolbox):
+            return [(tool.name, arguments)]
+    return []
+
+
 def arguments_text(given: Any, tool: Tool | None, is_sure: bool) -> str:
     """Arguments as JSON: a text may hold them, or be the only one a tool needs."""
     if isinstance(given, str) and given.lstrip().startswith("{"):
@@ -5725,7 +5749,7 @@ class ToolCallParser:
             head = self.held[at : at + LONGEST_HEAD]
             is_sure = is_sure or "".join(head.split()).startswith(OPENAI_HEAD)
             found = parse_head(head, self.toolbox, is_sure)
-            if not (found or is_sure):
+            if not (found or is_sure or self.toolbox.only):
                 return self.refuse()
             name, begin = found or ("", 0)
             if begin is None and len(head) == LONGEST_HEAD:
@@ -5740,7 +5764,9 @@ class ToolCallParser:
         value = yield from self.read_value(reader, text)
         calls = [(python, unwrapped(value, tool))]
         if not python:
-            calls = calls_in(parsed(value), self.toolbox, is_sure)
+            given = parsed(value)
+            calls = calls_in(given, self.toolbox, is_sure)
+            calls = calls or arguments_alone(given, self.toolbox)
         is_known = all(self.toolbox.find(name) for name, _ in calls)
         if reader.is_done and calls and (is_known or (is_sure and not self.strict)):
             for call in calls:
@@ -7051,7 +7077,8 @@ class Generation(NamedTuple):
         calls; and what was sent in the end is counted."""
         if "messages" in self.body:
             omits, stream = prediction_input.omits_think, self.body["stream"]
-            events = split_reasoning(events, omits, holds=omits and not stream)
+            holds, may_call = omits and not stream, bool(self.toolbox)
+            events = split_reasoning(events, omits, holds, may_call)
         events = drop_end_token(events)
         if prediction_input.cut:
             events = cut_after(events, prediction_input.cut)

@@ -7908,6 +7908,29 @@ THROUGH_THE_DOOR = [  # what a model says, the text, the reasoning, the calls
         (PARIS,),
     ),
     ("a token after a call", f"{SPACED}<|eot_id|>", "", "", (PARIS,)),
+    (
+        "a call that ends the reasoning",
+        f"<think>Hm.\n<tool_call>\n{SPACED}\n</tool_call>",
+        "",
+        "Hm.",
+        (PARIS,),
+    ),
+    (
+        "and Kimi's",
+        "<think>Hm.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather"
+        f":0<|tool_call_argument_begin|>{CITY}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        "",
+        "Hm.",
+        (PARIS,),
+    ),
+    (
+        "tags of calls in the reasoning",
+        "<think>It is <tool_call>.</think>Hi.",
+        "Hi.",
+        "It is <tool_call>.",
+        (),
+    ),
     ("a token at the end", "Hello.<|im_end|>", "Hello.", "", ()),
     (
         "reasoning of Magistral's and a call",
@@ -9302,6 +9325,10 @@ IN_PARIS = (
     '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
 )
 BAD_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city":7}}</tool_call>'
+DAYS_IN_TEXT = (
+    '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris", "days": "5"}}'
+    "</tool_call>"
+)
 OF_NOBODY = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 NOW_CALLED = '<tool_call>{"name": "get_time"}</tool_call>'
 MAY = {"tools": TOOLS}
@@ -9326,6 +9353,8 @@ RETRIES = [  # body, first answer, stream, what is wrong if it is asked for agai
     ("a call that does not fit, but was told", MUST, BAD_CALL, True, ""),
     ("a second call that is bad", MAY, IN_PARIS + OF_NOBODY, False, f"{NO_TOOL}f."),
     ("another tool than the named", ONE_TOOL, NOW_CALLED, False, f"{NO_TOOL}get_time."),
+    ("a name in another case", MUST, IN_PARIS.replace("get_w", "Get-W"), False, ""),
+    ("types put right", MUST, DAYS_IN_TEXT, False, ""),
 ]
 
 
@@ -9365,6 +9394,27 @@ def test_a_call_that_lacks_is_asked_for_once_more(
         assert why in prompts(fake)[1]
         assert words.partition("{")[0] in prompts(fake)[1]
         assert answer.headers["x-replicate-prediction-id"].count(",") == 1
+
+
+ALONE = [  # body, what is said, whether it is a call of get_weather
+    ("the arguments of the only tool", ONE_TOOL, CITY, True),
+    ("and in a fence", ONE_TOOL, f"```json\n{CITY}\n```", True),
+    ("and to be repaired", ONE_TOOL, "{'city': 'Paris',}", True),
+    ("of one of two tools", MUST, CITY, False),
+    ("of a tool that may be called", {"tools": TOOLS[:1]}, CITY, False),
+    ("other keys", ONE_TOOL, '{"city": "Paris", "note": ""}', False),
+    ("too few", ONE_TOOL, '{"days": 1}', False),
+]
+
+
+@both_ways
+@table("body, said, is_call", ALONE)
+def test_the_arguments_of_the_only_tool_are_its_call(
+    fake, server, body, said, is_call, stream
+):
+    answer = chat(server, model_saying(fake, *said), **body, stream=stream)
+    assert answer.message.calls == ((PARIS,) if is_call else ())
+    assert len(fake.creates()) == 1 or not is_call
 
 
 def test_a_second_try_is_paid_for_too(fake, server):
