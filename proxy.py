@@ -5469,10 +5469,14 @@ FORMAT_ROWS = (
 )
 TOOL_CALL_FORMATS = [ToolCallFormat(*row) for row in FORMAT_ROWS]
 CLOSING_TAGS = [f.closing for f in TOOL_CALL_FORMATS if f.closing.startswith("<")]
-BY_BEGINNING = {
-    c: [format for format in TOOL_CALL_FORMATS if format.opening[0] == c]
-    for c in {format.opening[0] for format in TOOL_CALL_FORMATS}
-}
+BY_NAME = [format for format in TOOL_CALL_FORMATS if format.opening[0] == "*"]
+
+
+@lru_cache(maxsize=1000)
+def formats_by_beginning(text: str) -> list[ToolCallFormat]:
+    """The formats with an opening that begins as one or two characters do."""
+    formats = (format for format in TOOL_CALL_FORMATS if format not in BY_NAME)
+    return [f for f in formats if text.startswith(f.opening[: len(text)])]
 
 
 def unwrapped(arguments: str, tool: Tool | None) -> str:
@@ -5535,10 +5539,11 @@ def tagged_arguments(text: str, tool: Tool | None) -> Json:
     A value ends with the last of what closes it before the next tag. Where nothing
     does, only the tag of a parameter that is still missing is the next."""
     tags: list[tuple[str, re.Match[str]]] = []
+    missing = {*properties_of(tool)}
     for tag in TAGGED.finditer(text):
         name = (tag["name"] or tag["quoted"] or tag["key"]).strip()
-        is_next = not tags or tag["closed"]
-        if is_next or name in properties_of(tool).keys() - dict(tags).keys():
+        if not tags or tag["closed"] or name in missing:
+            missing.discard(name)
             tags.append((name, tag))
     arguments: Json = {}
     for place, (name, tag) in enumerate(tags, 1):
@@ -5694,17 +5699,16 @@ class ToolCallParser:
             if at == len(self.held):
                 return openings, None, "", at
             is_line = self.is_fresh or "\n" in self.held[start:at]
+            places = {ANYWHERE: True, INSIDE: bool(openings)}
+            places[LINE] = is_line or bool(openings)
+            places[CALLED] = any(opening.holds == "call" for opening in openings)
             found = []
-            formats = BY_BEGINNING.get(self.held[at], [])
-            for format in [*formats, *BY_BEGINNING["*"]] if openings else formats:
-                is_place = {
-                    ANYWHERE: True,
-                    LINE: is_line or openings,
-                    INSIDE: openings,
-                    CALLED: any(opening.holds == "call" for opening in openings),
-                }
+            formats = formats_by_beginning(self.held[at : at + 2])
+            for format in [*formats, *BY_NAME] if openings else formats:
+                if not places[format.where]:
+                    continue
                 opening = opening_at(format.opening, self.held, at, self.toolbox)
-                if opening and is_place[format.where]:
+                if opening:
                     found.append((*opening, format))
             if any(end < 0 for _, end, _ in found):
                 return openings, None, "", at
@@ -5837,13 +5841,13 @@ class ToolCallParser:
     def read_tagged(self, name: str, at: int) -> Events:
         """Read tags up to what closes the call.
 
-        That follows the end of a value; if it may be part of one, what closes or opens
-        another call has to follow it, or nothing at all."""
+        That follows the end of a value, or the next call does. If it may be part of a
+        value, what closes or opens another call has to follow it, or nothing at all."""
         openings = [o for o in self.openings if o.holds != "object"]
         closing = any_of(o.closing for o in openings)
         opening = any_of(o.opening.partition("*")[0] for o in openings)
         ends = re.compile(
-            rf"{TAGGED_END.pattern}\s{{0,20}}(?={closing})"
+            rf"{TAGGED_END.pattern}\s{{0,20}}(?={closing}|{opening})"
             rf"|(?={closing}\s{{0,20}}(?:{closing}|{opening}))"
         )
         looked, is_more = at, True
@@ -5869,18 +5873,14 @@ class ToolCallParser:
             gap = GAP.match(self.held)
             rest = self.held[gap.end() :] if gap else ""
             closings = [opening.closing for opening in self.openings]
-            closed = [i for i, c in enumerate(closings) if c and rest.startswith(c)]
-            stray = [tag for tag in CLOSING_TAGS if rest.startswith(tag)]
-            if closed:
-                self.held = rest.removeprefix(closings[closed[0]])
-                del self.openings[closed[0] :]
-            elif stray:
-                self.held = rest.removeprefix(stray[0])
+            tags = [tag for tag in (*closings, *CLOSING_TAGS) if tag]
+            if closed := [tag for tag in tags if rest.startswith(tag)]:
+                self.held = rest.removeprefix(closed[0])
+                if closed[0] in closings:
+                    del self.openings[closings.index(closed[0]) :]
             elif rest[:1] in ("}", "]") and self.is_sure():
                 self.held = rest[1:]
-            elif rest and not any(
-                c.startswith(rest) for c in (*closings, *CLOSING_TAGS)
-            ):
+            elif rest and not any(tag.startswith(rest) for tag in tags):
                 return
             elif not (yield from self.more()):
                 self.held = ""
