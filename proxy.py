@@ -5293,11 +5293,12 @@ CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
 SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
 SEVERAL_CALLS = "multi_tool_use.parallel"  # as OpenAI's models name them
 NAME_CHARACTERS = ALPHABET + "_-."
+LONGEST_NAME = 80  # characters, with what models write before it
 LONGEST_HEAD = 400  # characters, up to where arguments begin
 OPENAI_HEAD = '{"tool_calls":['
 HEAD = re.compile(  # without its space
     rf"""\{{(?:"(?:id|type)":"[\w-]{{0,64}}",|"function":\{{)*
-    (?:"(?:{"|".join(NAME_KEYS)})":"(?P<name>[\w.-]{{0,80}})(?:(?P<end>")|\Z)
+    (?:"(?:{"|".join(NAME_KEYS)})":"(?P<name>[\w.-]{{0,{LONGEST_NAME}}})(?:(?P<end>")|\Z)
     (?P<given>,"(?:{"|".join(ARGUMENT_KEYS)})":\{{(?P<first>"(?P<key>[^"]*)"|\}})?)?)?""",
     re.ASCII | re.VERBOSE,
 )
@@ -5501,7 +5502,9 @@ def opening_at(
     at += len(before)
     if not star:
         return "", at
-    name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 80]))
+    name = "".join(
+        takewhile(NAME_CHARACTERS.__contains__, text[at : at + LONGEST_NAME])
+    )
     at += len(name)
     rest = text[at : at + len(after)]
     is_whole = rest == after and at < len(text)
@@ -7072,9 +7075,10 @@ class Generation(NamedTuple):
     def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
         """What the client asked for and the model can't do, step by step.
 
-        Reasoning comes before all else; a model's own limit is a length of its text;
-        stop strings are looked for in what the client reads, not in tags, fences or
-        calls; and what was sent in the end is counted."""
+        Reasoning comes before all else, and the token that ends a turn is no text; a
+        model's own limit is a length of its text; stop strings are looked for in what
+        the client reads, not in tags, fences or calls; and what was sent in the end is
+        counted."""
         if "messages" in self.body:
             omits, stream = prediction_input.omits_think, self.body["stream"]
             holds, may_call = omits and not stream, bool(self.toolbox)
