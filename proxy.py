@@ -1441,13 +1441,37 @@ class Toolbox(NamedTuple):
         """The finish_reason of an answer that calls."""
         return "function_call" if self.legacy else "tool_calls"
 
-    def find(self, name: str) -> Tool | None:
-        return next((tool for tool in self.tools if tool.name == name), None)
+    @property
+    def only(self) -> Tool | None:
+        """The tool that has to be called, if it is the only one."""
+        return self.tools[0] if self.must_call and len(self.tools) == 1 else None
 
-    def knows(self, name: str, is_whole: bool) -> bool:
-        """Whether a tool has that name, or one that begins so."""
-        names = (tool.name for tool in self.tools)
-        return any(n == name if is_whole else n.startswith(name) for n in names)
+    def find(self, written: str) -> Tool | None:
+        """The tool of that name, or the only one that differs in case and marks."""
+        for form in (str, plain_name):
+            name = form(written)
+            found = [tool for tool in self.tools if form(tool.name) == name]
+            if len(found) == 1:
+                return found[0]
+        return None
+
+    def knows(self, written: str, is_whole: bool) -> bool:
+        """Whether a tool has that name, or may have when more of it is written."""
+        if is_whole:
+            return self.find(written) is not None
+        name = plain_name(written)
+        is_half = any(prefix.startswith(written) for prefix in NAME_PREFIXES)
+        return is_half or any(plain_name(t.name).startswith(name) for t in self.tools)
+
+
+NAME_PREFIXES = ("functions.", "default_api.")  # OpenAI's, and Gemini's
+
+
+def plain_name(written: str) -> str:
+    """What models keep of a name: of functions.Get-Weather, get_weather."""
+    for prefix in NAME_PREFIXES:
+        written = written.removeprefix(prefix)
+    return written.lower().replace("-", "_")
 
 
 def parse_toolbox(body: Json) -> Toolbox | None:
@@ -4449,11 +4473,12 @@ class Prediction:
 # -- Stop and reasoning --------------------------------------------------------
 #
 # Each filter is a generator from events to events. Reasoning models write what they
-# think between <think> and </think>, before the answer; the chat templates of some
-# have written the first tag themselves. It becomes Reasoning events, for the field
-# reasoning_content.
+# think between two tags, before the answer; the chat templates of some have written
+# the first tag themselves. It becomes Reasoning events, for the field
+# reasoning_content. To add a pair of tags: a row in REASONING_TAGS.
 
 
+LONGEST_SPACE = 200  # characters that wait for what may follow them
 CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
 
 
@@ -4491,6 +4516,41 @@ def overhang(text: str, stops: Sequence[str]) -> int:
     """How many characters at the end may be the beginning of a stop string."""
     lengths = range(min(max(map(len, stops), default=0) - 1, len(text)), 0, -1)
     return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stops)), 0)
+
+
+END_TOKENS = (
+    "<|im_end|>",  # Qwen
+    "<|eot_id|>",  # Llama 3
+    "<|eom_id|>",
+    "<|eot|>",  # Llama 4
+    "<end_of_turn>",  # Gemma 3
+    "<turn|>",  # Gemma 4
+    "<eos>",
+    "</s>",  # Mistral
+    "<|end_of_text|>",  # Granite
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",  # DeepSeek
+)
+
+
+def drop_end_token(events: Events) -> Events:
+    """Leave out the token that ends a turn; in the middle of a text it is text."""
+    held = ""
+    for event in events:
+        if isinstance(event, Text) and (held or "<" in event.text):
+            text = held + event.text
+            last = text[text.rfind("<") :]
+            is_begun = any(token.startswith(last) for token in END_TOKENS)
+            is_ended = len(last) < LONGEST_SPACE and last.rstrip() in END_TOKENS
+            held = last if is_begun or is_ended else ""
+            event = Text(text.removesuffix(held))
+            if not event.text:
+                continue
+        elif held:
+            if not isinstance(event, Done) or held.rstrip() not in END_TOKENS:
+                yield Text(held)
+            held = ""
+        yield event
 
 
 def cut_after(events: Events, tokens: int) -> Events:
@@ -4540,7 +4600,23 @@ def with_usage(
         yield event
 
 
-THINK, THINK_END = "<think>", "</think>"
+THINK_END = "</think>"
+REASONING_TAGS = {
+    "<think>": THINK_END,
+    THINK_END: "",  # the first tag was lost, and nothing was thought
+    "[THINK]": "[/THINK]",  # Magistral
+    "<|channel>thought": "<channel|>",  # Gemma 4 …
+    "<thought>": "</thought>",  # … behind Gemini's API
+    "<thinking>": "</thinking>",
+    "<reasoning>": "</reasoning>",
+    "<mm:think>": "</mm:think>",  # MiniMax M3
+    "<|inner_prefix|>": "<|inner_suffix|>",  # Apertus
+}
+CALLS_BEGIN = (  # some models forget to end their reasoning before a call
+    "\n<tool_call>\n",  # Qwen
+    "<|tool_calls_section_begin|>",  # Kimi
+    "<｜tool▁calls▁begin｜>",  # DeepSeek
+)
 
 # gpt-oss writes in channels: OpenAI's harmony format.
 HARMONY = ("<|start|>assistant", "<|channel|>")
@@ -4551,16 +4627,17 @@ HARMONY_HEADER = re.compile(
     r"[^<]{0,100}(?:<\|constrain\|>\w{0,20})?<\|message\|>"
 )
 LONGEST_HEADER = 400  # characters
-LONGEST_SPACE = 200  # characters that wait for what may follow them
 
 
-def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) -> Events:
-    """Tell reasoning from the answer.
+def split_reasoning(
+    events: Events, starts_inside: bool, holds: bool = False, may_call: bool = False
+) -> Events:
+    """Tell reasoning from the answer. If the model `may_call`, a call ends it too.
 
     `starts_inside`: an answer without the first tag begins with reasoning. Where no
     tag ends that, it was the answer after all, and is given as text: `holds` waits to
     see that, without it the text has been given as reasoning before."""
-    state, held = "before", ""
+    state, held, end_tag = "before", "", THINK_END
     thoughts: list[str] = []
     for event in events:
         if isinstance(event, Text):
@@ -4568,9 +4645,10 @@ def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) ->
             if state == "before":
                 begun = held.lstrip()
                 is_far = len(held) - len(begun) > LONGEST_SPACE
-                tags = () if is_far else (THINK, *HARMONY)
-                if begun.startswith(tags[:1]):
-                    held, state = begun[len(THINK) :], "inside"
+                tags = () if is_far else (*REASONING_TAGS, *HARMONY)
+                if tag := next(filter(begun.startswith, tags[: -len(HARMONY)]), ""):
+                    held, end_tag = begun[len(tag) :], REASONING_TAGS[tag]
+                    state = "inside" if end_tag else "between"
                     starts_inside = holds = False
                 elif begun.startswith(tags):
                     yield from split_harmony(begun, events)
@@ -4580,10 +4658,12 @@ def split_reasoning(events: Events, starts_inside: bool, holds: bool = False) ->
                 else:
                     state = "inside" if starts_inside else "after"
             if state == "inside":
-                thought, tag, rest = held.partition(THINK_END)
-                if not tag:
-                    end = len(held) - overhang(held, [THINK_END])
-                    thought, rest = held[:end], held[end:]
+                ends = (end_tag, *CALLS_BEGIN) if may_call else (end_tag,)
+                found = [(held.find(end), end) for end in ends if end in held]
+                at, tag = min(found, default=(len(held) - overhang(held, ends), ""))
+                thought, rest = held[:at], held[at:]
+                if tag == end_tag:
+                    rest = rest.removeprefix(tag)
                 if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
                     thoughts.append(thought)
                     if not holds:
@@ -4825,6 +4905,33 @@ class Validation:
         return target
 
 
+def possible_types(schema: Any, root: Any) -> list[str]:
+    """The types that values of a schema may have, as far as it says so."""
+    within = Validation(root)
+    try:
+        return [type for type in TYPES if may_be(type, schema, within)]
+    except (TooManySteps, RecursionError):
+        return [*TYPES]
+
+
+def may_be(type: str, schema: Any, within: Validation) -> bool:
+    within.spend()
+    schema = as_object(schema)
+    given = schema.get("type", "object" if "properties" in schema else None)
+    names = [name for name in [given, *as_list(given)] if name in [*TYPES]]
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    choices = [as_list(schema[k]) for k in ("anyOf", "oneOf") if as_list(schema.get(k))]
+    all_of = as_list(schema.get("allOf"))
+    if "$ref" in schema:
+        all_of = [*all_of, within.target(schema["$ref"])]
+    return (
+        (not names or type in names)
+        and (not isinstance(values, list) or any(map(TYPES[type], values)))
+        and all(may_be(type, one, within) for one in all_of)
+        and all(any(may_be(type, one, within) for one in each) for each in choices)
+    )
+
+
 def with_article(name: str) -> str:
     return name if name == "null" else f"{ARTICLES.get(name, 'a')} {name}"
 
@@ -4848,7 +4955,13 @@ def inside(path: str, key: str | int) -> str:
 
 
 CLOSERS = {"{": "}", "[": "]", "(": ")"}
-QUOTES = ('"', "'", "`")
+QUOTES = {  # by their first character
+    '"': '"',
+    "'": "'",
+    "`": "`",
+    "\\": '\\"',  # JSON that is escaped once more
+    "<": '<|"|>',  # Gemma 4
+}
 DEEPEST_JSON = 200  # brackets
 LONGEST_WORD = 1000  # characters, or what may have to wait for its end
 SPACE_OR_COMMENT = re.compile(
@@ -4866,8 +4979,11 @@ PYTHON_WORD = re.compile(rf"[\w.+-]{{0,{LONGEST_WORD}}}")
 PYTHON_QUOTES = re.compile(r"\"{1,3}|'{1,3}|`")
 KEYWORD = re.compile(r"(?:\w{1,100}\s{0,100}(?:=\s{0,100})?)?")
 ESCAPE = r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
-UNQUOTED = {q: re.compile(rf'(?:[^\\\x00-\x1f"{q}]+|{ESCAPE})+') for q in QUOTES}
-HALF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z")
+UNQUOTED = {q: re.compile(rf'(?:[^\\\x00-\x1f"{q}]+|{ESCAPE})+') for q in "\"'`<"}
+UNQUOTED["\\"] = re.compile(
+    r'(?:[^\\\x00-\x1f"]+|\\\\(?:[/bfnrt]|u[0-9a-fA-F]{4}|\\["\\]))+'
+)
+HALF_ESCAPE = re.compile(r"\\{1,3}(?:u[0-9a-fA-F]{0,3})?\Z")
 END = re.compile(r"`|<[|｜]|</(?:tool_call|function|invoke|json)")
 HALF_END = re.compile(r"</?[a-z_]{0,8}\Z")
 
@@ -4878,15 +4994,18 @@ class JSONReader:
     """Reads one object or array that comes in pieces, whatever is wrong with it.
 
     What is JSON as it stands is given at once; from the first repair on, nothing is
-    until the value ends. With the `names` of parameters it reads the arguments of a
-    call in Python."""
+    until the value ends. It may be the arguments of a `tool`, and in Python."""
 
     def __init__(
-        self, keeps_space: bool = False, names: Iterable[str] | None = None
+        self,
+        keeps_space: bool = False,
+        tool: Tool | None = None,
+        is_python: bool = False,
     ) -> None:
         self.keeps_space = keeps_space  # between tokens
-        self.is_python = names is not None
-        self.names = iter(names or ())
+        self.tool = tool
+        self.is_python = is_python
+        self.names = iter(properties_of(tool))
         self.raw: list[str] = []  # all that came
         self.text, self.at = "", 0  # what is looked at, and how far it was read
         self.passed = 0  # characters before `text`
@@ -4970,13 +5089,26 @@ class JSONReader:
             yield from self.more()
         yield from self.value()
 
-    def value(self) -> Reading:
-        """Read what begins here."""
+    def value(self, key: str = "") -> Generator[None, str, object]:
+        """Read what begins here; `key` is JSON."""
         c = self.next()
+        if c in QUOTES:
+            is_argument = self.tool and len(self.closers) == 1
+            name = parsed(key) if is_argument and key else None
+            if name is not None and "string" not in types_of(self.tool, name):
+                return self.typed_string(name)
+            return self.string()
         if c not in ("{", "["):
-            return self.string() if c in QUOTES else self.word()
+            return self.word()
         self.at += 1
         return self.container(c)
+
+    def typed_string(self, name: str) -> Reading:
+        """Read a string that stands for a value of another type."""
+        self.is_strict = False
+        start = len(self.repaired)
+        text = parsed((yield from self.string()))
+        self.repaired[start:] = [compact(typed(text, self.tool, name))]
 
     def container(self, opener: str) -> Reading:
         """Read what follows an opening bracket."""
@@ -5016,16 +5148,18 @@ class JSONReader:
                 if comma:
                     self.write(comma if self.keeps_space else comma[:1])
                     comma = ""
-                if opener == "[" or (yield from self.key(opener)):
+                if opener == "[":
                     yield from self.value()
+                elif key := (yield from self.key(opener)):
+                    yield from self.value(key)
                 last = (self.repaired or self.ready)[-1][-1:]
         self.is_strict &= not comma and c == self.closers[-1]
         self.at += c == self.closers.pop()
         self.write(comma[1:] if self.keeps_space else "")
         self.write("]" if opener == "[" else "}")
 
-    def key(self, opener: str) -> Generator[None, str, bool]:
-        """Read a key; False if no value follows."""
+    def key(self, opener: str) -> Generator[None, str, str]:
+        """Read a key, and give it as JSON; "" if no value follows."""
         if opener == "(":
             keyword = yield from self.token(KEYWORD)
             if "=" not in keyword:
@@ -5033,10 +5167,11 @@ class JSONReader:
                 keyword = next(self.names, "")
             if not keyword:
                 raise ValueError("too many values")
-            self.write(compact(keyword.rstrip("= \t\r\n")) + ":")
-            return True
+            key = compact(keyword.rstrip("= \t\r\n"))
+            self.write(f"{key}:")
+            return key
         lacks = ":null" if self.next() in QUOTES else ""
-        yield from (self.string() if lacks else self.word(is_key=True))
+        key = yield from (self.string() if lacks else self.word(is_key=True))
         self.write((yield from self.space()))
         if has_colon := self.next() == ":":
             self.at += 1
@@ -5046,12 +5181,12 @@ class JSONReader:
         if lacks and self.next() in (",", "}", "]"):
             self.is_strict = False
             self.write(lacks)
-            return False
+            return ""
         if not has_colon:
             raise ValueError("no colon")
-        return True
+        return key
 
-    def word(self, is_key: bool = False) -> Reading:
+    def word(self, is_key: bool = False) -> Generator[None, str, str]:
         word = yield from self.token(PYTHON_WORD if self.is_python else WORD)
         token = word.rstrip()
         self.at -= len(word) - len(token)
@@ -5066,23 +5201,32 @@ class JSONReader:
             self.is_strict = False
             token = (not is_key and PYTHON_LITERALS.get(token)) or compact(token)
         self.write(token)
+        return token
 
-    def string(self) -> Reading:
-        if self.is_python:
+    def string(self) -> Generator[None, str, str]:
+        """Read a string, and give it as JSON."""
+        quote = QUOTES[self.next()]
+        if self.is_python and quote[0] in "\"'`":
             quote = yield from self.token(PYTHON_QUOTES)
         else:
-            quote = self.next()
-            self.at += 1
+            while not self.text.startswith(quote, self.at):
+                if not quote.startswith(self.text[self.at :]):
+                    raise ValueError("no quote")
+                yield from self.more()
+            self.at += len(quote)
         self.is_strict &= quote == '"'
         self.write('"')
-        while len(quote) != 2:
+        pieces = ['"']
+        while quote not in ('""', "''"):
             if plain := UNQUOTED[quote[0]].match(self.text, self.at):
                 self.at = plain.end()
-                self.write(plain[0])
+                escaped = plain[0] if quote != '\\"' else json.loads(f'"{plain[0]}"')
+                self.write(escaped)
+                pieces.append(escaped)
                 if self.at == len(self.text):
                     yield from self.more()
                     continue
-            rest = self.text[self.at : self.at + 3]
+            rest = self.text[self.at : self.at + 5]
             if rest.startswith(quote):
                 self.at += len(quote)
                 break
@@ -5091,9 +5235,36 @@ class JSONReader:
             else:  # an unknown escape stands for its backslash
                 self.is_strict = False
                 self.at += rest[:2] in ("\\'", "\\`")
-                self.write(json.dumps(self.next())[1:-1])
+                pieces.append(json.dumps(self.next())[1:-1])
+                self.write(pieces[-1])
                 self.at += 1
         self.write('"')
+        return "".join((*pieces, '"'))
+
+
+def types_of(tool: Tool | None, parameter: Any) -> list[str]:
+    """The types that a parameter of a tool may have."""
+    if not tool or not isinstance(parameter, str):
+        return [*TYPES]
+    return possible_types(properties_of(tool).get(parameter), tool.parameters)
+
+
+def typed(text: str, tool: Tool | None, parameter: str) -> Any:
+    """A value that is written as text, of a type that the tool asks for.
+
+    It stays text if that may be one, or if it is no value of any other type."""
+    types, word = types_of(tool, parameter), text.strip()
+    if len(types) < len(TYPES):
+        if "string" in types:
+            return text
+        word = PYTHON_LITERALS.get(word, word)
+        if word[:1] in ("{", "["):
+            reader = JSONReader()
+            repaired = reader.feed(f"{word}\n", is_over=True)
+            word = word if reader.rest.strip() else repaired
+    value = parsed(word)
+    is_json = value is not None or word == "null"
+    return value if is_json and any(TYPES[type](value) for type in types) else text
 
 
 def repair_json(text: str) -> str:
@@ -5187,29 +5358,8 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
 
 def possible_brackets(schema: Json) -> str:
     """The brackets that values of a schema may begin with, as far as it says so."""
-    types, within = {"{": "object", "[": "array"}, Validation(schema)
-    try:
-        return "".join(c for c in types if may_be(types[c], schema, within))
-    except (TooManySteps, RecursionError):
-        return "{["
-
-
-def may_be(type: str, schema: Any, within: Validation) -> bool:
-    within.spend()
-    schema = as_object(schema)
-    given = schema.get("type", "object" if "properties" in schema else None)
-    names = [name for name in [given, *as_list(given)] if name in [*TYPES]]
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    choices = [as_list(schema[k]) for k in ("anyOf", "oneOf") if as_list(schema.get(k))]
-    all_of = as_list(schema.get("allOf"))
-    if "$ref" in schema:
-        all_of = [*all_of, within.target(schema["$ref"])]
-    return (
-        (not names or type in names)
-        and (not isinstance(values, list) or any(map(TYPES[type], values)))
-        and all(may_be(type, one, within) for one in all_of)
-        and all(any(may_be(type, one, within) for one in each) for each in choices)
-    )
+    types = possible_types(schema, schema)
+    return "{" * ("object" in types) + "[" * ("array" in types)
 
 
 def lone_value(text: str, format: ResponseFormat, brackets: str) -> str:
@@ -5246,16 +5396,18 @@ def tool_call_error(name: str, arguments: str, toolbox: Toolbox) -> str:
     return validate(parsed(arguments), schema, "arguments")
 
 
-NAME_KEYS = ("name", "function", "tool", "tool_name")
+NAME_KEYS = ("name", "function", "tool", "tool_name", "recipient_name")
 ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
 SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
-NAME_CHARACTERS = ALPHABET + "_-"
+SEVERAL_CALLS = "multi_tool_use.parallel"  # as OpenAI's models name them
+NAME_CHARACTERS = ALPHABET + "_-."
+LONGEST_NAME = 80  # characters, with what models write before it
 LONGEST_HEAD = 400  # characters, up to where arguments begin
 OPENAI_HEAD = '{"tool_calls":['
 HEAD = re.compile(  # without its space
     rf"""\{{(?:"(?:id|type)":"[\w-]{{0,64}}",|"function":\{{)*
-    (?:"(?:{"|".join(NAME_KEYS)})":"(?P<name>[\w-]{{0,64}})(?:(?P<end>")|\Z)
+    (?:"(?:{"|".join(NAME_KEYS)})":"(?P<name>[\w.-]{{0,{LONGEST_NAME}}})(?:(?P<end>")|\Z)
     (?P<given>,"(?:{"|".join(ARGUMENT_KEYS)})":\{{(?P<first>"(?P<key>[^"]*)"|\}})?)?)?""",
     re.ASCII | re.VERBOSE,
 )
@@ -5270,7 +5422,7 @@ def parse_head(
 
     That is 0 if they can't be streamed, None if it is yet to be seen; all is None if
     no call begins so, or if it is a tool that is described, not called."""
-    head = "".join(text.split()).replace("'", '"')
+    head = "".join(text.split()).replace("'", '"').replace('\\"', '"').rstrip("\\")
     found = HEAD.match(head)
     assert found
     name, key, rest = found["name"], found["key"], head[found.end() :]
@@ -5281,6 +5433,8 @@ def parse_head(
         return ("", 0) if head.startswith(OPENAI_HEAD) else None
     is_described = key in SCHEMA_KEYS and key not in properties_of(toolbox.find(name))
     is_whole = bool(found["end"])
+    if name == SEVERAL_CALLS or (not is_whole and SEVERAL_CALLS.startswith(name)):
+        return "", 0 if is_whole else None
     if not toolbox.knows(name, is_whole) or (is_described and not is_sure):
         return None
     if not is_whole:
@@ -5292,7 +5446,7 @@ def parse_head(
         return name, None if rest[:1] in ("", '"') else 0
     braces = [brace.start() for brace in re.finditer("{", text)]
     at = braces[head[: found.start("given")].count("{")]
-    return name, 0 if "'" in text[:at] else at
+    return name, 0 if {"'", "\\"} & {*text[:at]} else at
 
 
 def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str]]:
@@ -5305,45 +5459,59 @@ def calls_in(value: Any, toolbox: Toolbox, is_sure: bool) -> list[tuple[str, str
     if not isinstance(value, dict):
         return []
     inner = value.get("tool_calls", value.get("function"))
-    if isinstance(inner, (dict, list)):
-        return calls_in(inner, toolbox, is_sure)
     name = next((value[key] for key in NAME_KEYS if key in value), "")
     given = next((value[key] for key in ARGUMENT_KEYS if key in value), None)
+    if name == SEVERAL_CALLS:
+        inner = as_object(given).get("tool_uses")
+    if isinstance(inner, (dict, list)):
+        return calls_in(inner, toolbox, is_sure)
     rest = {key: value[key] for key in value if key not in CALL_KEYS}
     if is_sure and len(value) == 1 and rest:
         [(key, given)] = rest.items()
         name, rest = (key, {}) if toolbox.find(key) else ("", rest)
     if not isinstance(name, str):
         return []
-    name = name.removeprefix("functions.") if is_sure else name
     tool = toolbox.find(name)
+    name = tool.name if tool else name.removeprefix("functions.")
     if is_sure and given is None and rest.keys() <= properties_of(tool).keys():
         given, rest = rest, {}
     if rest or not TOOL_NAME.fullmatch(name) or not (tool or is_sure):
         return []
-    arguments = arguments_text(given, tool if is_sure else None)
+    arguments = arguments_text(given, tool, is_sure)
     is_whole = given is not None or not properties_of(tool)
     return [(name, arguments)] if is_sure or is_whole and arguments[0] == "{" else []
 
 
-def arguments_text(given: Any, tool: Tool | None) -> str:
+def arguments_alone(given: Any, toolbox: Toolbox) -> list[tuple[str, str]]:
+    """What fits the only tool that may be called, and has to be, is its arguments."""
+    if (tool := toolbox.only) and isinstance(given, dict):
+        arguments = arguments_text(given, tool, is_sure=False)
+        is_known = given.keys() <= properties_of(tool).keys()
+        if is_known and not tool_call_error(tool.name, arguments, toolbox):
+            return [(tool.name, arguments)]
+    return []
+
+
+def arguments_text(given: Any, tool: Tool | None, is_sure: bool) -> str:
     """Arguments as JSON: a text may hold them, or be the only one a tool needs."""
     if isinstance(given, str) and given.lstrip().startswith("{"):
         return repair_json(given) or given
-    if isinstance(given, str) and given:
-        needed = as_list(tool and tool.parameters.get("required"))
-        if len(needed) == 1 and is_string(tool, needed[0]):
+    if isinstance(given, str) and given and tool and is_sure:
+        needed = as_list(tool.parameters.get("required"))
+        if len(needed) == 1 and types_of(tool, needed[0]) == ["string"]:
             given = {needed[0]: given}
+    if isinstance(given, dict):
+        given = {
+            name: typed(value, tool, name)
+            if isinstance(value, str) and "string" not in types_of(tool, name)
+            else value
+            for name, value in given.items()
+        }
     return compact({} if given in (None, "") else given)
 
 
-def is_string(tool: Tool | None, parameter: Any) -> bool:
-    known = properties_of(tool)
-    is_known = isinstance(parameter, str) and parameter in known
-    return is_known and json_type(as_object(known[parameter])) == "string"
-
-
-ANYWHERE, LINE, INSIDE = "anywhere", "at the beginning of a line", "after an opening"
+ANYWHERE, LINE = "anywhere", "at the beginning of a line"
+INSIDE, CALLED = "after an opening", "after one that is surely a call"
 
 
 class ToolCallFormat(NamedTuple):
@@ -5360,32 +5528,45 @@ class ToolCallFormat(NamedTuple):
 
 
 FORMAT_ROWS = (
-    ("call", "<tool_call>", "</tool_call>"),  # Qwen, Hermes, granite
+    ("call", "<tool_call>", "</tool_call>"),  # Qwen, Hermes, granite, GLM
     ("call", "<tool_calls>", "</tool_calls>"),
     ("call", "<|tool_call|>", "<|/tool_call|>"),  # granite 3, phi-4
+    ("call", "<|tool_call>call:", "<tool_call|>"),  # Gemma 4
+    ("call", "<|tool_call_start|>", "<|tool_call_end|>"),  # LFM 2
     ("call", "<function_call>", "</function_call>"),
+    ("call", "<function-call>", "</function-call>"),
     ("call", "<functioncall>", "</functioncall>"),  # glaive
+    ("call", "<|tools_prefix|>", "<|tools_suffix|>"),  # Apertus
     ("call", "<|python_tag|>", "<|eom_id|>"),  # Llama 3
-    ("call", "[TOOL_CALLS]"),  # Mistral …
-    ("named", "*[ARGS]", "", INSIDE),  # … since its tokenizer 11
+    ("call", "<|python_start|>", "<|python_end|>"),  # Llama 4
+    ("call", "[TOOL_CALLS]"),  # Mistral
+    ("call", "<seed:tool_call>", "</seed:tool_call>"),
+    ("named", "*", "", CALLED),  # GLM, Kimi, Mistral since its tokenizer 11
     ("named", "<function=*>", "</function>"),  # Llama 3, Qwen3 Coder
-    ("named", "*\n", "</tool_call>", INSIDE),  # GLM
-    ("tagged", "*<arg_key>", "</tool_call>", INSIDE),
+    ("named", '<function name="*">', "</function>"),  # MiniCPM 5
+    ("python", "<function=*(", "</function>"),
     ("call", "<function_calls>", "</function_calls>"),  # Claude
     ("named", '<invoke name="*">', "</invoke>"),
     ("call", "<minimax:tool_call>", "</minimax:tool_call>"),
     ("call", "<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),  # DeepSeek V3.2
+    ("call", "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),  # DeepSeek V4
     ("named", '<｜DSML｜invoke name="*">', "</｜DSML｜invoke>"),
+    ("call", "<|DSML|tool_calls>", "</|DSML|tool_calls>"),
+    ("named", '<|DSML|invoke name="*">', "</|DSML|invoke>"),
     ("call", "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),  # DeepSeek V3, V3.1
     ("named", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>*", "<｜tool▁call▁end｜>"),
     ("named", "<｜tool▁call▁begin｜>*<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
     ("call", "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),  # Kimi K2
-    ("named", "<|tool_call_begin|>functions.*:", "<|tool_call_end|>"),
-    ("named", "<|tool_call_begin|>*:", "<|tool_call_end|>"),
+    ("call", "<|tool_call_section_begin|>", "<|tool_call_section_end|>"),
+    ("call", "<|tool_call_begin|>", "<|tool_call_end|>"),
     ("object", "<|start|>assistant"),  # gpt-oss: the tool is named in its role …
-    ("named", "to=functions.*", "<|call|>", INSIDE),
-    ("named", "<|channel|>commentary to=functions.*", "<|call|>"),  # … or channel
-    ("named", "<|channel|>analysis to=functions.*", "<|call|>"),
+    ("object", "<|channel|>commentary"),  # … or channel
+    ("object", "<|channel|>comment"),
+    ("object", "<|channel|>analysis"),
+    ("named", "to=*", "<|call|>", INSIDE),
+    ("object", "<tools>", "</tools>"),  # Qwen2.5 Coder
+    ("object", "<function>", "</function>"),
+    ("object", "<tool_code>", "</tool_code>"),
     ("object", "```json", "```"),
     ("object", "```xml", "```"),
     ("object", "```tool_call", "```"),
@@ -5393,15 +5574,29 @@ FORMAT_ROWS = (
     ("object", "```", "```"),
     ("object", "[", "]", LINE),
     ("object", "print(", ")", INSIDE),
-    ("object", "default_api.", "", INSIDE),
     ("python", "*(", "", INSIDE),  # Llama 4: [get_time(zone="UTC")]
     ("result", "<tool_response"),  # made up, after a call
 )
 TOOL_CALL_FORMATS = [ToolCallFormat(*row) for row in FORMAT_ROWS]
-BY_BEGINNING = {
-    c: [format for format in TOOL_CALL_FORMATS if format.opening[0] == c]
-    for c in {format.opening[0] for format in TOOL_CALL_FORMATS}
-}
+CLOSING_TAGS = [f.closing for f in TOOL_CALL_FORMATS if f.closing.startswith("<")]
+BY_NAME = [format for format in TOOL_CALL_FORMATS if format.opening[0] == "*"]
+
+
+@lru_cache(maxsize=1000)
+def formats_by_beginning(text: str) -> list[ToolCallFormat]:
+    """The formats with an opening that begins as one or two characters do."""
+    formats = (format for format in TOOL_CALL_FORMATS if format not in BY_NAME)
+    return [f for f in formats if text.startswith(f.opening[: len(text)])]
+
+
+def unwrapped(arguments: str, tool: Tool | None) -> str:
+    """For f(x={"x": 1}), as f({"x": 1}) reads, {"x": 1}, unless x may be an object."""
+    given = as_object(parsed(arguments))
+    for name, inner in given.items():
+        is_all = isinstance(inner, dict) and inner.keys() <= properties_of(tool).keys()
+        if len(given) == 1 and is_all and "object" not in types_of(tool, name):
+            return compact(inner)
+    return arguments
 
 
 def opening_at(
@@ -5416,7 +5611,9 @@ def opening_at(
     at += len(before)
     if not star:
         return "", at
-    name = "".join(takewhile(NAME_CHARACTERS.__contains__, text[at : at + 64]))
+    name = "".join(
+        takewhile(NAME_CHARACTERS.__contains__, text[at : at + LONGEST_NAME])
+    )
     at += len(name)
     rest = text[at : at + len(after)]
     is_whole = rest == after and at < len(text)
@@ -5433,28 +5630,44 @@ LONGEST_CALL = 200_000  # characters that are held
 LONGEST_PIECE = 1000  # characters that are looked at together
 LONGEST_LEAD = 80  # characters
 LEAD = re.compile(  # what may stand between a name and its arguments
-    r"\s*(?:\d{1,3}\s*)?(?:(?:<\|\w{1,30}\|>|commentary|analysis|```|json|code)\s*){0,9}"
+    r"\s*(?:(?:\[CALL_ID\]\w{1,40})?\[ARGS\]\s*)?(?::?\d{1,3}\s*)?"
+    r"(?:(?:<\|\w{1,30}\|>|</function>|comment(?:ary)?|analysis|```|json|code)\s*){0,9}"
 )
-PARAMETER = "<(?:｜DSML｜|antml:)?parameter"
-TAG_BEGINS = re.compile(f"{PARAMETER}|<arg_key>")
+PARAMETER = "param(?:eter)?"
+PREFIX = "(?:[｜|]DSML[｜|]|antml:)?"
+TAG_BEGINS = re.compile(f"<(?:{PREFIX}{PARAMETER}|arg_key>)")
+TAGGED_END = re.compile(rf"</(?:{PREFIX}{PARAMETER}[^<>]{{0,20}}|arg_value)>")
 TAGGED = re.compile(  # Qwen3 Coder has the first form, Claude the next, GLM the last
-    rf"<parameter=(?P<name>[^<>]{{1,64}})>"
-    rf'|{PARAMETER} name="(?P<quoted>[^<>"]{{1,64}})"[^<>]{{0,40}}>'
-    r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>"
+    rf"(?P<closed>{TAGGED_END.pattern}\s{{0,20}})?(?:"
+    rf"<{PARAMETER}=(?P<name>[^<>]{{1,64}})>"
+    rf'|<{PREFIX}{PARAMETER} name="(?P<quoted>[^<>"]{{1,64}})"(?P<type>[^<>]{{0,40}})>'
+    r"|<arg_key>(?P<key>[^<>]{1,64})</arg_key>\s*<arg_value>)"
 )
-TAGGED_END = re.compile(r"</(?:｜DSML｜|antml:)?parameter>|</arg_value>")
 
 
 def tagged_arguments(text: str, tool: Tool | None) -> Json:
-    """Arguments between tags: strings where the tool says so, else as they parse."""
+    """Arguments between tags: of the types that the tool asks for, else as they parse.
+
+    A value ends with the last of what closes it before the next tag. Where nothing
+    does, only the tag of a parameter that is still missing is the next."""
+    tags: list[tuple[str, re.Match[str]]] = []
+    missing = {*properties_of(tool)}
+    for tag in TAGGED.finditer(text):
+        name = (tag["name"] or tag["quoted"] or tag["key"]).strip()
+        if not tags or tag["closed"] or name in missing:
+            missing.discard(name)
+            tags.append((name, tag))
     arguments: Json = {}
-    for piece in TAGGED_END.split(text)[:-1]:
-        if tag := TAGGED.search(piece):
-            name = (tag["name"] or tag["quoted"] or tag["key"]).strip()
-            text = piece[tag.end() :].removeprefix("\n").removesuffix("\n")
-            value = parsed(text)
-            is_json = value is not None or text.strip() == "null"
-            arguments[name] = value if is_json and not is_string(tool, name) else text
+    for place, (name, tag) in enumerate(tags, 1):
+        after = tags[place][1] if place < len(tags) else None
+        value = text[tag.end() : after.start() if after else len(text)]
+        if not (after and after["closed"]):
+            ends = [end.start() for end in TAGGED_END.finditer(value)]
+            unclosed = value.rstrip().removesuffix(f"</{name}>").rstrip()
+            value = value[: ends[-1]] if ends else unclosed
+        value = value.removeprefix("\n").removesuffix("\n")
+        is_text = 'string="true"' in (tag["type"] or "")
+        arguments[name] = value if is_text else typed(value, tool, name)
     return arguments
 
 
@@ -5488,7 +5701,6 @@ class ToolCallParser:
         readers = {
             "object": self.read_object,
             "named": self.read_named,
-            "tagged": self.read_tagged,
             "python": self.read_object,
         }
         while self.held or (yield from self.more(skims=not self.openings)):
@@ -5523,7 +5735,8 @@ class ToolCallParser:
         while not self.coming:
             if self.done:
                 return False
-            yield from self.take()
+            if self.texts or self.events:
+                yield from self.take()
             event = next(self.source, Done("stop"))
             if isinstance(event, Done):
                 self.done = event
@@ -5558,6 +5771,8 @@ class ToolCallParser:
     def emit_call(self, name: str, arguments: str = "") -> None:
         self.join_texts()
         if not self.calls or self.toolbox.parallel:
+            tool = self.toolbox.find(name)
+            name = tool.name if tool else name
             self.events.append(ToolCall(self.calls, random_id("call_", 24), name))
         self.calls += 1
         self.is_fresh = True
@@ -5596,12 +5811,16 @@ class ToolCallParser:
             if at == len(self.held):
                 return openings, None, "", at
             is_line = self.is_fresh or "\n" in self.held[start:at]
+            places = {ANYWHERE: True, INSIDE: bool(openings)}
+            places[LINE] = is_line or bool(openings)
+            places[CALLED] = any(opening.holds == "call" for opening in openings)
             found = []
-            formats = BY_BEGINNING.get(self.held[at], [])
-            for format in [*formats, *BY_BEGINNING["*"]] if openings else formats:
-                is_place = is_line if format.where == LINE else format.where == ANYWHERE
+            formats = formats_by_beginning(self.held[at : at + 2])
+            for format in [*formats, *BY_NAME] if openings else formats:
+                if not places[format.where]:
+                    continue
                 opening = opening_at(format.opening, self.held, at, self.toolbox)
-                if opening and (is_place or openings):
+                if opening:
                     found.append((*opening, format))
             if any(end < 0 for _, end, _ in found):
                 return openings, None, "", at
@@ -5646,7 +5865,7 @@ class ToolCallParser:
             head = self.held[at : at + LONGEST_HEAD]
             is_sure = is_sure or "".join(head.split()).startswith(OPENAI_HEAD)
             found = parse_head(head, self.toolbox, is_sure)
-            if not (found or is_sure):
+            if not (found or is_sure or self.toolbox.only):
                 return self.refuse()
             name, begin = found or ("", 0)
             if begin is None and len(head) == LONGEST_HEAD:
@@ -5655,14 +5874,15 @@ class ToolCallParser:
                 return self.give_up(is_sure or bool(name))
         text, before = self.held[at:], self.held[:at]
         if begin:
-            self.emit_call(name)
-            return (yield from self.read_arguments(text[begin:], text[:begin]))
-        names = properties_of(self.toolbox.find(python)) if python else None
-        reader = JSONReader(names=names)
+            return (yield from self.read_arguments(name, text[begin:], text[:begin]))
+        tool = self.toolbox.find(python) if python else None
+        reader = JSONReader(tool=tool, is_python=tool is not None)
         value = yield from self.read_value(reader, text)
-        calls = [(python, value)] if python else []
+        calls = [(python, unwrapped(value, tool))]
         if not python:
-            calls = calls_in(parsed(value), self.toolbox, is_sure)
+            given = parsed(value)
+            calls = calls_in(given, self.toolbox, is_sure)
+            calls = calls or arguments_alone(given, self.toolbox)
         is_known = all(self.toolbox.find(name) for name, _ in calls)
         if reader.is_done and calls and (is_known or (is_sure and not self.strict)):
             for call in calls:
@@ -5675,9 +5895,10 @@ class ToolCallParser:
         else:
             self.give_up(is_sure or bool(name))
 
-    def read_arguments(self, text: str, around: str = "") -> Events:
+    def read_arguments(self, name: str, text: str, around: str = "") -> Events:
         """Tell arguments as they are written, and pass over what is around them."""
-        reader = JSONReader()
+        self.emit_call(name)
+        reader = JSONReader(tool=self.toolbox.find(name))
         yield from self.read_value(reader, text, is_told=True)
         if reader.is_broken:
             told = "".join(reader.raw)[: reader.sound]
@@ -5708,12 +5929,17 @@ class ToolCallParser:
 
     def read_named(self, name: str, at: int) -> Events:
         """Read the arguments after an opening that holds the name."""
-        closing = self.openings[-1].closing
+        openings = [o for o in self.openings if o.closing and o.holds != "object"]
+        closings = tuple(opening.closing for opening in openings)
         while True:
             lead, brace, _ = self.held[at:].partition("{")
             begun = lead.lstrip()
-            if TAG_BEGINS.match(begun) or (closing and begun.startswith(closing)):
+            if TAG_BEGINS.match(begun):
                 return (yield from self.read_tagged(name, at))
+            if begun.startswith(closings):
+                self.emit_call(name, "{}")
+                self.held = self.held[at:]
+                return
             if brace or len(lead) >= LONGEST_LEAD:
                 break
             if not (yield from self.more()):
@@ -5722,41 +5948,60 @@ class ToolCallParser:
             return self.refuse()
         if "```" in lead:
             self.openings.append(ToolCallFormat("object", "```", "```"))
-        self.emit_call(name)
-        yield from self.read_arguments(self.held[at + len(lead) :])
+        yield from self.read_arguments(name, self.held[at + len(lead) :])
 
     def read_tagged(self, name: str, at: int) -> Events:
-        """Read tags up to what closes them."""
-        closing, looked, is_more = self.openings[-1].closing, at, True
-        while is_more and (end := self.held.find(closing, looked)) < 0:
-            looked = max(at, len(self.held) - len(closing) + 1)
+        """Read tags up to what closes the call.
+
+        That follows the end of a value, or the next call does. If it may be part of a
+        value, what closes or opens another call has to follow it, or nothing at all."""
+        openings = [o for o in self.openings if o.holds != "object"]
+        closing = any_of(o.closing for o in openings)
+        opening = any_of(o.opening.partition("*")[0] for o in openings)
+        ends = re.compile(
+            rf"{TAGGED_END.pattern}\s{{0,20}}(?={closing}|{opening})"
+            rf"|(?={closing}\s{{0,20}}(?:{closing}|{opening}))"
+        )
+        looked, is_more = at, True
+        while is_more and not (found := ends.search(self.held, looked)):
+            looked = max(at, len(self.held) - LONGEST_SPACE)
             is_more = len(self.held) <= LONGEST_CALL and (yield from self.more())
-        end = len(self.held) if end < 0 else end
+        end = found.end() if found else len(self.held)
         if end > LONGEST_CALL:
             return self.refuse(LONGEST_CALL)
-        if not is_more and TAGGED.search(TAGGED_END.split(self.held)[-1]):
-            return self.give_up(is_call=True)
-        arguments = tagged_arguments(self.held[:end], self.toolbox.find(name))
+        if not found and TAGGED.search(TAGGED_END.split(self.held)[-1]):
+            last = [at, *(end.start() for end in re.finditer(closing, self.held))][-1]
+            is_cut = self.done and self.done.finish_reason == "length"
+            if last <= at or is_cut:
+                return self.give_up(is_call=True)
+            end = last
+        arguments = tagged_arguments(self.held[at:end], self.toolbox.find(name))
         self.emit_call(name, compact(arguments))
         self.held = self.held[end:]
 
     def read_closings(self) -> Events:
-        """Drop what closes the openings of a call, and a bracket too many."""
+        """Drop what closes a call, open or not, and a bracket too many."""
         while True:
             gap = GAP.match(self.held)
             rest = self.held[gap.end() :] if gap else ""
             closings = [opening.closing for opening in self.openings]
-            closed = [i for i, c in enumerate(closings) if c and rest.startswith(c)]
-            if closed:
-                self.held = rest.removeprefix(closings[closed[0]])
-                del self.openings[closed[0] :]
+            tags = [tag for tag in (*closings, *CLOSING_TAGS) if tag]
+            if closed := [tag for tag in tags if rest.startswith(tag)]:
+                self.held = rest.removeprefix(closed[0])
+                if closed[0] in closings:
+                    del self.openings[closings.index(closed[0]) :]
             elif rest[:1] in ("}", "]") and self.is_sure():
                 self.held = rest[1:]
-            elif rest and not any(closing.startswith(rest) for closing in closings):
+            elif rest and not any(tag.startswith(rest) for tag in tags):
                 return
             elif not (yield from self.more()):
                 self.held = ""
                 return
+
+
+def any_of(texts: Iterable[str]) -> str:
+    """A pattern for one of some texts that are not empty."""
+    return f"(?:{'|'.join(map(re.escape, filter(None, texts))) or '(?!)'})"
 
 
 # ==== 6. OBJECTS ==============================================================
@@ -6941,12 +7186,15 @@ class Generation(NamedTuple):
     def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
         """What the client asked for and the model can't do, step by step.
 
-        Reasoning comes before all else; a model's own limit is a length of its text;
-        stop strings are looked for in what the client reads, not in tags, fences or
-        calls; and what was sent in the end is counted."""
+        Reasoning comes before all else, and the token that ends a turn is no text; a
+        model's own limit is a length of its text; stop strings are looked for in what
+        the client reads, not in tags, fences or calls; and what was sent in the end is
+        counted."""
         if "messages" in self.body:
             omits, stream = prediction_input.omits_think, self.body["stream"]
-            events = split_reasoning(events, omits, holds=omits and not stream)
+            holds, may_call = omits and not stream, bool(self.toolbox)
+            events = split_reasoning(events, omits, holds, may_call)
+        events = drop_end_token(events)
         if prediction_input.cut:
             events = cut_after(events, prediction_input.cut)
         if self.toolbox:

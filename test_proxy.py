@@ -6402,6 +6402,30 @@ def test_what_may_begin_a_stop_string_is_held(text, stops, held):
     assert text_of(told) == text[: len(text) - held]
 
 
+ENDED = [  # what is said, and what of it is told
+    *(
+        (f"{token} at the end", f"Hello.{token}", "Hello.")
+        for token in proxy.END_TOKENS
+    ),
+    ("Qwen's, and a line", "Hello.\n<|im_end|>\n", "Hello.\n"),
+    ("Gemma's", "Hello.<end_of_turn>", "Hello."),
+    ("one in the middle", "Write <|im_end|> so.", "Write <|im_end|> so."),
+    ("one before space", "</s>" + " " * 300, "</s>" + " " * 300),
+    ("half of one", "Hello.<|im_e", "Hello.<|im_e"),
+    ("another tag", "a <b>c</b>", "a <b>c</b>"),
+    ("less", "a < b <", "a < b <"),
+    ("nothing else", "<eos>", ""),
+]
+
+
+@table("cut", [("cut", list), ("whole", lambda said: [said])])
+@table("said, expected", ENDED)
+def test_the_token_that_ends_a_turn_is_no_text(said, expected, cut):
+    told = list(proxy.drop_end_token(script(cut(said))))
+    assert text_of(told) == expected
+    assert (told[0], told[-1]) == (Reasoning("Hm."), Done("stop", Usage(1, 2)))
+
+
 # -- Reasoning -----------------------------------------------------------------
 
 TO_A_TOOL = (
@@ -6416,7 +6440,30 @@ THOUGHT = [  # what is said, whether it may have begun already, thought, answer
     ("an empty thought", "<think></think>Hello.", False, "", "Hello."),
     ("nothing but a thought", "<think>Hm.</think>", False, "Hm.", ""),
     ("a thought that breaks off", "<think>Hm, <", False, "Hm, <", ""),
-    ("a tag that is none", "<thinking>Hm.", False, "", "<thinking>Hm."),
+    ("a tag that is none", "<thinker>Hm.", False, "", "<thinker>Hm."),
+    *(
+        (f"between {tag}", f"{tag}\nHm.\n{end}\n\nHi.", False, "\nHm.\n", "Hi.")
+        for tag, end in proxy.REASONING_TAGS.items()
+        if end
+    ),
+    ("Magistral", "[THINK]Hm.[/THINK]Hi.", False, "Hm.", "Hi."),
+    ("Gemma 4", "<|channel>thought\nHm.\n<channel|>Hi.", False, "\nHm.\n", "Hi."),
+    ("Gemma 4, no thought", "<|channel>thought\n<channel|>Hi.", False, "", "Hi."),
+    (
+        "a tag of others within",
+        "<thought><think></think></thought>a",
+        False,
+        "<think></think>",
+        "a",
+    ),
+    ("the last tag at the beginning", "</think>\n\nHello.", False, "", "Hello."),
+    (
+        "the tag of another in an answer",
+        "Write [THINK] so.",
+        False,
+        "",
+        "Write [THINK] so.",
+    ),
     ("half a tag", "<thi", False, "", "<thi"),
     ("a tag in the answer", "It is <think>.", False, "", "It is <think>."),
     ("an end without a beginning", "a</think>b", False, "", "a</think>b"),
@@ -7278,9 +7325,104 @@ PARIS_ALONE = [  # each is a call of get_weather for Paris, and nothing else
         "<|start|>assistant to=functions.get_weather<|channel|>commentary "
         f"json<|message|>{CITY}<|call|>",
     ),
+    ("Llama 4", f"<|python_start|>{SPACED}<|python_end|>"),
+    (
+        "Llama 4, in Python",
+        '<|python_start|>[get_weather(city="Paris")]<|python_end|>',
+    ),
+    ("Gemma 4", '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'),
+    ("LFM 2", '<|tool_call_start|>[get_weather(city="Paris")]<|tool_call_end|>'),
+    ("Mistral, nothing between", f"[TOOL_CALLS]get_weather{CITY}"),
+    ("Mistral, space between", f"[TOOL_CALLS]get_weather[ARGS] {CITY}"),
+    ("Mistral, an id", f"[TOOL_CALLS]get_weather[CALL_ID]VvvODy9mT[ARGS]{CITY}"),
+    (
+        "DeepSeek V4",
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n'
+        '<｜DSML｜parameter name="city" string="true">Paris</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜tool_calls>",
+    ),
+    (
+        "DeepSeek V4 with other bars",
+        '<|DSML|tool_calls>\n<|DSML|invoke name="get_weather">\n'
+        '<|DSML|parameter name="city" string="true">Paris</|DSML|parameter>\n'
+        "</|DSML|invoke>\n</|DSML|tool_calls>",
+    ),
+    (
+        "Kimi K2, in the singular",
+        "<|tool_call_section_begin|><|tool_call_begin|>\nfunctions.get_weather:0 "
+        f"<|tool_call_argument_begin|>{CITY}<|tool_call_end|>"
+        "<|tool_call_section_end|>",
+    ),
+    (
+        "Seed",
+        "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>"
+        "\n</function>\n</seed:tool_call>",
+    ),
+    ("Qwen2.5 Coder", f"<tools>\n{SPACED}\n</tools>"),
+    ("Qwen2.5 Coder, half closed", f"<tools> {SPACED} </tool"),
+    ("Qwen2.5 Coder, a function", f"<function>\n{SPACED}\n</function>"),
+    ("Qwen2.5 Coder, a dash", f"<function-call> {SPACED}"),
+    (
+        "the name in a tag",
+        f"<tool_call>\n<function>get_weather</function>\n{CITY}\n</tool_call>",
+    ),
+    ("a tool_code tag", f"<tool_code>{SPACED}</tool_code>"),
+    ("a function tag with Python", '<function=get_weather(city="Paris")</function>'),
+    ("functions.", SPACED.replace("get", "functions.get")),
+    ("another case", f"<tool_call>{SPACED.replace('get_w', 'Get_W')}</tool_call>"),
+    ("another mark", SPACED.replace("_", "-")),
+    ("another case, in Python", '[Get_Weather(city="Paris")]'),
+    (
+        "gpt-oss, a bare name",
+        "<|channel|>commentary to=get_weather <|constrain|>"
+        f"json<|message|>{CITY}<|call|>",
+    ),
+    (
+        "gpt-oss, another channel",
+        "<|channel|>comment to=functions.get_weather <|constrain|>"
+        f"json<|message|>{CITY}<|call|>",
+    ),
+    (
+        "MiniCPM",
+        '<function name="get_weather"><param name="city">Paris</param></function>',
+    ),
+    ("Apertus", '<|tools_prefix|>[{"get_weather": {"city": "Paris"}}]<|tools_suffix|>'),
+    ("a closing tag too many", f"<tool_call>{CALL}</tool_call>\n</tool_call>"),
+    (
+        "a closing tag of nothing",
+        "<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n"
+        "</tool_call>",
+    ),
+    (
+        "a parameter that is not closed",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</function>\n"
+        "</tool_call>",
+    ),
+    (
+        "a function that is not closed",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n\n</tool_call>",
+    ),
+    (
+        "no tag around, and not closed",
+        "<function=get_weather>\n<parameter=city>\nParis\n</function>",
+    ),
+    (
+        "a parameter that is closed wrongly",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter/>\n"
+        "</function>\n</tool_call>",
+    ),
+    ("brackets around", '<tool_call>get_weather({"city": "Paris"})</tool_call>'),
+    (
+        "arguments that are escaped",
+        '<tool_call>{"name": "get_weather", "arguments": {\\"city\\": \\"Paris\\"}}'
+        "</tool_call>",
+    ),
+    ("a call that is escaped", SPACED.replace('"', '\\"')),
     ("Gemini", '```tool_code\nprint(default_api.get_weather(city="Paris"))\n```'),
 ]
 NOW_ALONE = [  # and these of get_time
+    ("GLM", "<tool_call>get_time</tool_call>"),
+    ("GLM, with a line", "<tool_call>get_time\n</tool_call>"),
     ("half a closing tag", f"<tool_call>{TIME_CALL}</tool_c"),
     (
         "something after the arguments",
@@ -7494,6 +7636,28 @@ TOOL_CALL_FORMATS = [  # what is said, its text, its calls
         [PARIS, NOW],
     ),
     (
+        "several calls as OpenAI's models write them",
+        '{"name": "multi_tool_use.parallel", "arguments": {"tool_uses": ['
+        '{"recipient_name": "functions.get_weather", "parameters": {"city": "Paris"}}'
+        ', {"recipient_name": "functions.get_weather", "parameters": {"city": "Rome"}}'
+        "]}}",
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "and in tags",
+        '<tool_call>{"name": "multi_tool_use.parallel", "arguments": {"tool_uses": ['
+        '{"recipient_name": "functions.get_time", "parameters": {}}]}}</tool_call>',
+        "",
+        [NOW],
+    ),
+    (
+        "quotes in what is escaped",
+        r"<function=get_weather>{\"city\": \"a \\\"b\\\" \\n\\\\\"}</function>.",
+        ".",
+        [("get_weather", r'{"city":"a \"b\" \n\\"}')],
+    ),
+    (
         "quotes in quotes",
         '<function=get_weather>{"city": "the "Big" Apple"}</function>.',
         ".",
@@ -7533,6 +7697,10 @@ NEAR_MISSES = [
     ("the bare tag", "Use <tool_call> for calls, </tool_call> to end."),
     ("a tag with other JSON", '<tool_call>{"x": 1}</tool_call>'),
     ("a tag at the end", "so <tool_call>"),
+    ("a name after a tag", "<tool_call>get_time is how it begins.</tool_call>"),
+    ("a name with more in it", SPACED.replace("get_weather", "my.get_weather")),
+    ("a call of several, of none", '{"name": "multi_tool_use.parallel"}'),
+    ("tags that mention others", "Docs mention </tool_call> and <function=name>."),
     ("a list", "[1, 2, [3]]"),
     ("a link", "[get_weather](https://example.org) [x]\n[1]: y"),
     ("Python with a variable", "[get_weather(city)]"),
@@ -7608,18 +7776,137 @@ def test_a_call_is_heard_in_every_dialect(dialect):
         "object": '{"name":"get_weather","arguments":{"city":"Paris"}}',
         "named": '{"city":"Paris"}',
         "python": 'city="Paris")',
-        "tagged": "city</arg_key><arg_value>Paris</arg_value>",
     }[dialect.holds]
     opening = dialect.opening.replace("*", "get_weather")
-    around = "[TOOL_CALLS]" if dialect.where == proxy.INSIDE else ""
+    is_inside = dialect.where in (proxy.INSIDE, proxy.CALLED)
+    around = "[TOOL_CALLS]" if is_inside else ""
     heard = hear(list(around + opening + holds + dialect.closing))
     assert summary(heard)[:2] == ("", [PARIS])
+
+
+EDITOR = Toolbox(
+    (
+        Tool(
+            "write",
+            "",
+            {
+                "$defs": {"Text": {"type": "string"}},
+                "properties": {
+                    "path": {"type": "string"},
+                    "text": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+                    "by_ref": {"$ref": "#/$defs/Text"},
+                    "any": {},
+                    "on": {"type": "boolean"},
+                    "n": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+                    "list": {"type": "array", "items": {"type": "string"}},
+                    "object": {"type": "object"},
+                },
+                "required": ["path"],
+            },
+        ),
+    )
+)
+
+
+def in_tags(**given):
+    values = (f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in given.items())
+    return f"<tool_call>\n<function=write>\n{''.join(values)}</function>\n</tool_call>"
+
+
+WRITTEN_BY_SCHEMA = [  # what is said, and the arguments of the call of `write`
+    ("JSON for a text", in_tags(path='{"a": 1}'), {"path": '{"a": 1}'}),
+    ("JSON for a text or null", in_tags(text='{"a": 1}'), {"text": '{"a": 1}'}),
+    ("a number for a text or null", in_tags(text="42"), {"text": "42"}),
+    ("null for a text", in_tags(path="null"), {"path": "null"}),
+    ("JSON for a text elsewhere", in_tags(by_ref="[1]"), {"by_ref": "[1]"}),
+    ("a value of any type", in_tags(any="42"), {"any": 42}),
+    ("None of any type", in_tags(any="None"), {"any": "None"}),
+    ("True", in_tags(on="True"), {"on": True}),
+    ("None", in_tags(n="None"), {"n": None}),
+    ("a number", in_tags(n=" 5 "), {"n": 5}),
+    ("no number", in_tags(n="five"), {"n": "five"}),
+    ("a list", in_tags(list="['a']"), {"list": ["a"]}),
+    ("an object", in_tags(object="{'a': None}"), {"object": {"a": None}}),
+    (
+        "what closes a value, in it",
+        in_tags(path="a.md", text="It ends with </parameter> here."),
+        {"path": "a.md", "text": "It ends with </parameter> here."},
+    ),
+    (
+        "what closes a call, in it",
+        in_tags(path="a.md", text="Use <function=x>, </function>, </tool_call>."),
+        {"path": "a.md", "text": "Use <function=x>, </function>, </tool_call>."},
+    ),
+    (
+        "a tag in a value",
+        in_tags(path="a.md", text="<parameter=path> is a tag."),
+        {"path": "a.md", "text": "<parameter=path> is a tag."},
+    ),
+    (
+        "a value that ends with the next tag",
+        in_tags(path="a.md", text="x").replace("</parameter>", "", 1),
+        {"path": "a.md", "text": "x"},
+    ),
+    (
+        "a value closed by its name",
+        '<function_calls>\n<invoke name="write">\n<parameter name="path">a</path>\n'
+        '<parameter name="object">{"a": 1}</parameter>\n</invoke>\n</function_calls>',
+        {"path": "a", "object": {"a": 1}},
+    ),
+    (
+        "said to be a text",
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="write">\n'
+        '<｜DSML｜parameter name="any" string="true">42</｜DSML｜parameter>\n'
+        "</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        {"any": "42"},
+    ),
+    (
+        "texts in JSON",
+        '<tool_call>{"name": "write", "arguments": {"path": "5", "text": "null", '
+        '"any": "1", "n": "5", "list": "[\\"a\\"]", "on": "no"}}</tool_call>',
+        {"path": "5", "text": "null", "any": "1", "n": 5, "list": ["a"], "on": "no"},
+    ),
+    (
+        "and before the name",
+        '<tool_call>{"arguments": {"n": "5", "object": {"n": "5"}}, "name": "write"}',
+        {"n": 5, "object": {"n": "5"}},
+    ),
+    (
+        "texts in Python",
+        '[write("5", n="5", on=True)]',
+        {"path": "5", "n": 5, "on": True},
+    ),
+    ("an object in Python", '[write(object={"path": "a"})]', {"object": {"path": "a"}}),
+    ("arguments in brackets", '[write({"path": "a", "n": 1})]', {"path": "a", "n": 1}),
+    (
+        "Gemma 4",
+        '<|tool_call>call:write{path:<|"|>x, {"y"}<|"|>,on:true,n:42,object:{k:[<|"|>v'
+        '<|"|>,1]}}<tool_call|>',
+        {"path": 'x, {"y"}', "on": True, "n": 42, "object": {"k": ["v", 1]}},
+    ),
+    (
+        "a parameter called name",
+        '[TOOL_CALLS]write{"name": "x", "path": "a"}',
+        {"name": "x", "path": "a"},
+    ),
+]
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+@table(("said", "arguments"), WRITTEN_BY_SCHEMA)
+def test_arguments_are_of_the_types_that_the_tool_asks_for(said, arguments, cut):
+    text, calls, done = summary(hear(cut(said), EDITOR))
+    assert (text, done.finish_reason) == ("", "tool_calls")
+    assert [(name, json.loads(given)) for name, given in calls] == [
+        ("write", arguments)
+    ]
 
 
 CALLISH = st.sampled_from(
     [
         *(row[1] for row in TOOL_CALL_FORMATS),
         *(row[1] for row in NEAR_MISSES),
+        *(row[1] for row in WRITTEN_BY_SCHEMA),
         *(d.opening.replace("*", "get_time") for d in proxy.TOOL_CALL_FORMATS),
         *(d.closing for d in proxy.TOOL_CALL_FORMATS),
         '{"name":"get_time","arguments":{',
@@ -7686,6 +7973,45 @@ THROUGH_THE_DOOR = [  # what a model says, the text, the reasoning, the calls
         "gpt-oss, the tool in its role",
         "<|start|>assistant to=functions.get_weather<|channel|>commentary json"
         '<|message|>{"city":"Paris"}<|call|>',
+        "",
+        "",
+        (PARIS,),
+    ),
+    ("a token after a call", f"{SPACED}<|eot_id|>", "", "", (PARIS,)),
+    (
+        "a call that ends the reasoning",
+        f"<think>Hm.\n<tool_call>\n{SPACED}\n</tool_call>",
+        "",
+        "Hm.",
+        (PARIS,),
+    ),
+    (
+        "and Kimi's",
+        "<think>Hm.<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather"
+        f":0<|tool_call_argument_begin|>{CITY}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        "",
+        "Hm.",
+        (PARIS,),
+    ),
+    (
+        "tags of calls in the reasoning",
+        "<think>It is <tool_call>.</think>Hi.",
+        "Hi.",
+        "It is <tool_call>.",
+        (),
+    ),
+    ("a token at the end", "Hello.<|im_end|>", "Hello.", "", ()),
+    (
+        "reasoning of Magistral's and a call",
+        f"[THINK]Hm.[/THINK][TOOL_CALLS]get_weather[ARGS]{CITY}",
+        "",
+        "Hm.",
+        (PARIS,),
+    ),
+    (
+        "a name in another case",
+        f"<tool_call>{SPACED.replace('get_w', 'Get-W')}</tool_call>",
         "",
         "",
         (PARIS,),
@@ -7840,6 +8166,8 @@ TEDIOUS = [
     ("fences", "`"),
     ("less", "<"),
     ("quotes", '"'),
+    ("end tokens", "</s>"),
+    ("end tokens and space", "</s> \n"),
     ("tags", "<tool_call>"),
     ("tags and braces", "<tool_call>{"),
     ("sure objects in objects", '<tool_call>{"a":'),
@@ -7853,6 +8181,10 @@ TEDIOUS = [
     ("quotes in Python", "[get_weather('"),
     ("Python without an end", '[get_weather("""'),
     ("tags without an end", "<function=get_weather><parameter=a>"),
+    ("closings in tags", "<function=get_weather><parameter=a></function>"),
+    ("escaped braces", '<tool_call>{\\"name\\": '),
+    ("quotes of Gemma's", '<tool_call>get_weather{city:<|"|>'),
+    ("names of several calls", '{"name":"multi_tool_use.parallel","arguments":{'),
     ("calls", '<tool_call>{"name":"get_time","arguments":{}}</tool_call>\n'),
     ("harmony", "<|channel|>commentary to=functions.get_time<|message|>{"),
     ("reasoning", "<think>"),
@@ -7867,6 +8199,11 @@ TEDIOUS_AFTER = [  # how it begins, and what it repeats
     ("arguments to mend", "<function=get_weather>{'city': '", "a "),
     ("an object to hold", '<tool_call>{"arguments": {"city": "', "a "),
     ("a tag", "<function=get_weather><parameter=city>", "<p "),
+    ("space in a tag", "<function=get_weather><parameter=city>", " "),
+    ("tags in a tag", "<function=get_weather><parameter=city>", "<parameter=a>"),
+    ("ends in a tag", "<function=get_weather><parameter=city>", "</parameter>"),
+    ("what is escaped", '<function=get_weather>{\\"city\\": \\"', "a "),
+    ("backslashes", '<function=get_weather>{\\"city\\": \\"', "\\\\"),
     ("a list", '[{"name": "get_time", "arguments": [', "[1, 2], "),
     ("a JSON answer", '{"a": [', '{"b": "c"}, '),
     ("one to mend", "{'a': [", "{'b': 'c'}, "),
@@ -7879,6 +8216,7 @@ def work_of_filters(text, cut):
     """CPU seconds that all filters of a call take for a text."""
     began = time.thread_time()
     events = proxy.split_reasoning(script(cut(text)), starts_inside=False)
+    events = proxy.drop_end_token(events)
     events = proxy.extract_tool_calls(events, BOX)
     events = proxy.extract_json(events, OBJECT)
     list(proxy.stop_at(events, ["</tool_call>", "<<<"]))
@@ -9057,6 +9395,10 @@ IN_PARIS = (
     '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
 )
 BAD_CALL = '<tool_call>{"name": "get_weather", "arguments": {"city":7}}</tool_call>'
+DAYS_IN_TEXT = (
+    '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris", "days": "5"}}'
+    "</tool_call>"
+)
 OF_NOBODY = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
 NOW_CALLED = '<tool_call>{"name": "get_time"}</tool_call>'
 MAY = {"tools": TOOLS}
@@ -9081,6 +9423,8 @@ RETRIES = [  # body, first answer, stream, what is wrong if it is asked for agai
     ("a call that does not fit, but was told", MUST, BAD_CALL, True, ""),
     ("a second call that is bad", MAY, IN_PARIS + OF_NOBODY, False, f"{NO_TOOL}f."),
     ("another tool than the named", ONE_TOOL, NOW_CALLED, False, f"{NO_TOOL}get_time."),
+    ("a name in another case", MUST, IN_PARIS.replace("get_w", "Get-W"), False, ""),
+    ("types put right", MUST, DAYS_IN_TEXT, False, ""),
 ]
 
 
@@ -9120,6 +9464,27 @@ def test_a_call_that_lacks_is_asked_for_once_more(
         assert why in prompts(fake)[1]
         assert words.partition("{")[0] in prompts(fake)[1]
         assert answer.headers["x-replicate-prediction-id"].count(",") == 1
+
+
+ALONE = [  # body, what is said, whether it is a call of get_weather
+    ("the arguments of the only tool", ONE_TOOL, CITY, True),
+    ("and in a fence", ONE_TOOL, f"```json\n{CITY}\n```", True),
+    ("and to be repaired", ONE_TOOL, "{'city': 'Paris',}", True),
+    ("of one of two tools", MUST, CITY, False),
+    ("of a tool that may be called", {"tools": TOOLS[:1]}, CITY, False),
+    ("other keys", ONE_TOOL, '{"city": "Paris", "note": ""}', False),
+    ("too few", ONE_TOOL, '{"days": 1}', False),
+]
+
+
+@both_ways
+@table("body, said, is_call", ALONE)
+def test_the_arguments_of_the_only_tool_are_its_call(
+    fake, server, body, said, is_call, stream
+):
+    answer = chat(server, model_saying(fake, *said), **body, stream=stream)
+    assert answer.message.calls == ((PARIS,) if is_call else ())
+    assert len(fake.creates()) == 1 or not is_call
 
 
 def test_a_second_try_is_paid_for_too(fake, server):
