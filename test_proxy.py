@@ -10280,6 +10280,15 @@ def test_a_client_that_hangs_up_stops_the_bill_once(watched, caplog, leave):
     assert sorted(fake.cancels) == sorted(fake.predictions)
 
 
+def test_a_hang_up_before_the_answer_of_the_create_cancels_right_after_it(watched):
+    fake, server = watched
+    fake.scenarios["held"] = replace(SCENARIOS["endless"], hold=0.5)
+    with start_call(server, "fake/held"):
+        wait_until(lambda: fake.predictions)
+    wait_until(lambda: fake.cancels)
+    assert not [seen for seen in fake.seen if is_look(seen)]
+
+
 def test_a_hundred_clients_that_leave_at_once_are_all_noticed(watched, caplog):
     caplog.set_level("INFO", "proxy")
     fake, server = watched
