@@ -10888,8 +10888,13 @@ def test_beyond_its_limit_a_server_says_so_at_once_and_its_health_still_answers(
 
 
 def begin_request(server):
+    """A connection in the middle of its second request, known to be so."""
     sock = dial(server)
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert read_until(sock, b"\n}\n").startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: [*server.connections.values()][-1])
     sock.sendall(b"GET /health HTTP/1.1\r\n")
+    wait_until(lambda: not [*server.connections.values()][-1])
     return sock
 
 
@@ -10905,7 +10910,6 @@ def test_a_connection_that_sends_nothing_makes_room_for_one_that_does(settings):
             begun = stack.enter_context(begin_request(server))
             if sock:
                 assert sock.recv(1) == b""
-            wait_until(lambda: [*server.connections.values()][-1] == 0)
         with dial(server) as sock:
             refused = read_all(sock)
         begun.sendall(b"Host: x\r\n\r\n")
