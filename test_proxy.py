@@ -10148,7 +10148,9 @@ def chunk(data):
 def crowded(settings, fake):
     """A server with room for 1,000 bytes of bodies, 700 of which are taken."""
     with (
-        serving(replace(settings, max_body_bytes_in_flight=ROOM)) as server,
+        serving(
+            replace(settings, max_body_bytes_in_flight=ROOM), TIMEOUTS._replace(body=30)
+        ) as server,
         dial(server) as sock,
     ):
         sock.sendall(head_of(length(700)))
