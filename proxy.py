@@ -7866,6 +7866,7 @@ class Handler(BaseHTTPRequestHandler):
         set_timeout(self.connection, socket.SO_SNDTIMEO, limit)
         self.reader = MessageReader(self.receive)
         self.body = self.reader.read_body(0)
+        self.api_request = Request("-", "-", {})
 
     def set_deadline(self, seconds: float) -> None:
         self.deadline = time.monotonic() + seconds
@@ -7888,7 +7889,6 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.began = time.monotonic()
         self.id = f"req_{secrets.token_hex(16)}"
-        self.api_request = Request("-", "-", {})
         self.status = 0  # once it is sent
         try:
             try:
@@ -7904,6 +7904,7 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             self.server.release(self.api_request)
             self.log_line()
+            self.api_request = Request("-", "-", {})  # this one may be large
         if self.close_connection and not self.reader.is_done:
             self.drain()
 

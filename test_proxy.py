@@ -10515,7 +10515,9 @@ def chunk(data):
 def crowded(settings, fake):
     """A server with room for 1,000 bytes of bodies, 700 of which are taken."""
     with (
-        serving(replace(settings, max_body_bytes_in_flight=ROOM)) as server,
+        serving(
+            replace(settings, max_body_bytes_in_flight=ROOM), TIMEOUTS._replace(body=30)
+        ) as server,
         dial(server) as sock,
     ):
         sock.sendall(head_of(length(700)))
@@ -10645,6 +10647,15 @@ def test_a_client_that_hangs_up_stops_the_bill_once(watched, caplog, leave):
     wait_until(lambda: len(log_lines(caplog, "error=client_gone")) == len(LEAVES))
     fake.wait_for(lambda: len(fake.cancels) >= len(LEAVES), 1)
     assert sorted(fake.cancels) == sorted(fake.predictions)
+
+
+def test_a_hang_up_before_the_answer_of_the_create_cancels_right_after_it(watched):
+    fake, server = watched
+    fake.scenarios["held"] = replace(SCENARIOS["endless"], hold=0.5)
+    with start_call(server, "fake/held"):
+        wait_until(lambda: fake.predictions)
+    wait_until(lambda: fake.cancels)
+    assert not [seen for seen in fake.seen if is_look(seen)]
 
 
 def test_a_hundred_clients_that_leave_at_once_are_all_noticed(watched, caplog):
@@ -11246,8 +11257,13 @@ def test_beyond_its_limit_a_server_says_so_at_once_and_its_health_still_answers(
 
 
 def begin_request(server):
+    """A connection in the middle of its second request, known to be so."""
     sock = dial(server)
+    sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert read_until(sock, b"\n}\n").startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: [*server.connections.values()][-1])
     sock.sendall(b"GET /health HTTP/1.1\r\n")
+    wait_until(lambda: not [*server.connections.values()][-1])
     return sock
 
 
@@ -11263,7 +11279,6 @@ def test_a_connection_that_sends_nothing_makes_room_for_one_that_does(settings):
             begun = stack.enter_context(begin_request(server))
             if sock:
                 assert sock.recv(1) == b""
-            wait_until(lambda: [*server.connections.values()][-1] == 0)
         with dial(server) as sock:
             refused = read_all(sock)
         begun.sendall(b"Host: x\r\n\r\n")
