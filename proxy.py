@@ -648,13 +648,16 @@ def find_ref(models: Models, id: str) -> str | None:
 
     Clients write names in other case, with a date (gpt-4o-2024-08-06, gpt-4-0613),
     with what Ollama (name:latest) or LiteLLM (replicate/owner/name) put to them."""
-    name = id.strip(" ").removesuffix(":latest")
-    if REF.fullmatch(rest := name.removeprefix("replicate/")):
+    full = id.strip(" ")
+    name = re.sub("(?i):latest$", "", full)
+    if REF.fullmatch(rest := re.sub("(?i)^replicate/", "", name)):
         name = rest
     mappings = {key.casefold(): ref for key, ref in models.mappings.items()}
-    listed = mappings.get(name.casefold())
+    listed = mappings.get(full.casefold()) or mappings.get(name.casefold())
     undated = mappings.get(DATE.sub("", name.casefold()))
-    return listed or (name if REF.fullmatch(name) else undated)
+    known = {ref.casefold(): ref for ref in (*mappings.values(), *models.configs)}
+    ref = known.get(name.casefold(), name) if REF.fullmatch(name) else undated
+    return listed or ref
 
 
 def find_model(models: Models, id: str) -> Model:
@@ -990,7 +993,7 @@ CHAT = {
     "response_format": Param(OBJECT, each=RESPONSE_FORMAT),
     "modalities": refuse("Replicate's language models answer in text.", ["text"]),
     "audio": refuse("Replicate's language models answer in text."),
-    **dict.fromkeys(GRAMMARS, refuse(NO_GRAMMAR)),
+    **dict.fromkeys(GRAMMARS, refuse(NO_GRAMMAR, "", [])),
     "web_search_options": refuse("Replicate's language models don't search."),
 }
 
@@ -1002,6 +1005,11 @@ COMPLETION = {
     "suffix": refuse("Replicate's models don't fill in the middle.", ""),
     "logprobs": refuse(NO_LOGPROBS),
     "best_of": refuse("All choices are returned, with n.", 1),
+    **dict.fromkeys(GRAMMARS, refuse(NO_GRAMMAR, "", [])),
+    "response_format": refuse(
+        "A prompt goes to the model as it is. Ask for JSON by /v1/chat/completions.",
+        {"type": "text"},
+    ),
 }
 
 IGNORED_NAMES = (
@@ -1034,10 +1042,15 @@ def in_openais_words(body: Json) -> Json:
         "structured_outputs": outputs.get("json"),
         **{key: body.get(key) for key in ("json_schema", "guided_json", "format")},
     }
-    if asked.get("type") == "text" or "json_schema" in asked:
+    if asked.get("type") == "text":
+        del schemas["response_format"]
+    elif asked.get("json_schema") is not None:
         schemas = {}
     for key, schema in schemas.items():
         value = parsed(schema) if isinstance(schema, str) else schema
+        inner = as_object(value).get("schema")
+        if key == "json_schema" and isinstance(inner, dict):
+            value = inner  # OpenAI's own form of it
         if isinstance(value, dict) and not isinstance(value.get("format"), dict):
             asked = {"type": "json_schema", "json_schema": {"schema": value}}
             body = {**without(body, [key]), "response_format": asked}
@@ -1072,7 +1085,8 @@ def as_chat_part(part: Any) -> Any:
     """A part of a message under the name that chat has for it."""
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         return part
-    if isinstance(part.get("image_url"), str):
+    is_image = part["type"] in ("image_url", "input_image")
+    if is_image and isinstance(part.get("image_url"), str):
         return {**part, "type": "image_url", "image_url": {"url": part["image_url"]}}
     return {**part, "type": PART_TYPES.get(part["type"], part["type"])}
 
@@ -1597,7 +1611,7 @@ RESPONSE = {
         },
     ),
     "reasoning": Param(
-        OBJECT, default={}, each={"effort": Param(STRING, choices=EFFORTS)}
+        OBJECT, default={}, each={"effort": SAMPLING["reasoning_effort"]}
     ),
     "tools": Param(ARRAY, default=[], items=OBJECT),
     "tool_choice": Param((str, dict), choices=("none", "auto", "required")),
@@ -2150,8 +2164,8 @@ def render_calls(message: Json) -> Json:
 
 
 def render_call(function: Json) -> str:
-    name, text = json.dumps(function["name"]), function["arguments"].strip() or "{}"
-    arguments = text if parsed(text) is not None else json.dumps(text)
+    name, text = compact(function["name"]), function["arguments"].strip() or "{}"
+    arguments = text if parsed(text) is not None else compact(text)
     arguments = arguments.replace("</tool_call", r"<\/tool_call")  # the same in JSON
     return f'<tool_call>{{"name": {name}, "arguments": {arguments}}}</tool_call>'
 
@@ -2879,6 +2893,8 @@ def fit_attachments(messages: Messages, model: Model, family: Family) -> Message
     Raise 400 if that comes with the user's last message, or after it.
     """
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+    while last and messages[last - 1]["role"] == "user":  # an image, then the question
+        last -= 1
     now = Counter(kind for kind, _ in attachments(messages[last:]))
     excess = Counter(kind for kind, _ in attachments(messages))
     for kind, count in excess.items():
@@ -4667,10 +4683,10 @@ def split_reasoning(
                     rest = rest.removeprefix(tag)
                 if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
                     thoughts.append(thought)
-                    if not holds:
-                        yield Reasoning(thought)
-                    elif tag:
+                    if holds and tag:
                         yield Reasoning("".join(thoughts))
+                    elif thought and not holds:
+                        yield Reasoning(thought)
                 elif not tag:
                     continue  # space alone is no reasoning
                 held, state = rest, "between" if tag else state
@@ -4684,7 +4700,7 @@ def split_reasoning(
         if isinstance(event, Done):
             is_answer = starts_inside and event.finish_reason != "length"
             thought = "".join(thoughts) + held if holds else held
-            if state == "inside" and not (holds and is_answer) and thought:
+            if state == "inside" and not (holds and is_answer) and thought.strip():
                 yield Reasoning(thought)
             if state == "inside" and is_answer:
                 yield Text("".join(thoughts) + held)
@@ -7056,7 +7072,8 @@ class Generation(NamedTuple):
             model=self.body["model"],
             include_usage=bool(options.get("include_usage")),
             continuous_usage=bool(options.get("continuous_usage_stats")),
-            prompt_tokens=sum(estimate_tokens(len(i.prompt)) for i in self.inputs),
+            prompt_tokens=self.body["n"]
+            * sum(estimate_tokens(len(i.prompt)) for i in self.inputs),
             legacy=bool(self.toolbox and self.toolbox.legacy),
         )
 
@@ -7360,7 +7377,9 @@ def create_response(proxy: Proxy, request: Request, model: str = "") -> Response
     asked, items, chat = parse_response_request(proxy, request, model)
     failing = partial(response_errors, request, chat)
     with failing():
-        generation = generate_chat(proxy, request, check(chat.body, CHAT))
+        generation = generate_chat(
+            proxy, request, check(in_openais_words(chat.body), CHAT)
+        )
 
     def store(object: Json) -> bool:
         return proxy.response_store.save(key_of(request), object, items)
@@ -7385,7 +7404,9 @@ def count_input_tokens(proxy: Proxy, request: Request, model: str = "") -> Respo
     """An estimate: Replicate counts no tokens before it runs a model."""
     _, _, chat = parse_response_request(proxy, request, model)
     with response_errors(request, chat):
-        generation = generate_chat(proxy, request, check(chat.body, CHAT))
+        generation = generate_chat(
+            proxy, request, check(in_openais_words(chat.body), CHAT)
+        )
     count = ceil(len(generation.inputs[0].prompt) / CHARACTERS_PER_TOKEN)
     return Response({"object": "response.input_tokens", "input_tokens": count})
 
@@ -7541,7 +7562,7 @@ ENDPOINTS = [
 ]
 
 # A base URL may end in /v1, or be Azure's; there, and in old clients, it has the model.
-BASE_PATH = r"(?:/openai)?(?:/v1)*(?:/(?:engines|deployments)/(?P<model>.+))?"
+BASE_PATH = r"(?:/openai|/v1)*(?:/(?:engines|deployments)/(?P<model>.+))?"
 
 
 def find_operation(
@@ -7589,9 +7610,10 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
 
 def given_key(headers: Mapping[str, str]) -> str | None:
     scheme, _, key = headers.get("authorization", "").strip().partition(" ")
-    if scheme:
-        return key.strip() if scheme.lower() == "bearer" else ""
-    return headers.get("api-key") or headers.get("x-api-key")
+    if scheme.lower() == "bearer" and key.strip():
+        return key.strip()
+    other = headers.get("api-key") or headers.get("x-api-key")
+    return other or ("" if scheme else None)
 
 
 WHOSE_KEY = (
@@ -7657,6 +7679,10 @@ ORIGIN = re.compile(r"\A\w+://[^/?]*")  # of a target that is a whole URL
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # one that may stand in our log
 
 
+MAX_CODINGS = 2  # of a body, and …
+MAX_GZIP_MEMBERS = 16  # … parts of one in gzip: each costs a copy of all that follows
+
+
 def check_codings(headers: Mapping[str, str]) -> list[str]:
     """In which codings a body is, the last one first. Raise 415 for another."""
     given = headers.get("content-encoding", "").lower().split(",")
@@ -7668,6 +7694,8 @@ def check_codings(headers: Mapping[str, str]) -> list[str]:
                 "in gzip or deflate."
             )
             raise APIError(415, message, code="unsupported_content_encoding")
+    too_many = f"Unsupported content encoding: a body may be in {MAX_CODINGS} at most."
+    require(len(codings) <= MAX_CODINGS, too_many)
     return [*filter(None, reversed(codings))]
 
 
@@ -7676,15 +7704,15 @@ def decompress(data: bytes, limit: int) -> bytes:
     for window in (47, -15):  # 32 + 15: gzip or zlib, by its head; no head
         decoded, rest = b"", data
         with suppress(zlib.error):
-            while rest:  # gzip may be of several members
+            for _ in range(MAX_GZIP_MEMBERS):  # gzip may be of several
                 decoder = zlib.decompressobj(window)
                 decoded += decoder.decompress(rest, limit + 1)
                 if len(decoded) > limit:
                     raise body_too_large(len(decoded), limit)
                 if not decoder.eof:
                     raise zlib.error
-                rest = decoder.unused_data
-            return decoded
+                if not (rest := decoder.unused_data):
+                    return decoded
     raise BadMessage("its body is not what its Content-Encoding says")
 
 
