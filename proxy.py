@@ -73,7 +73,6 @@ import gc
 import http.client
 import json
 import logging
-import multiprocessing
 import os
 import re
 import secrets
@@ -1645,7 +1644,7 @@ RESPONSE_PARTS: dict[str, dict[str, Param]] = {
     ),
     "refusal": {"refusal": Param(STRING, required=True)},
     "input_image": {
-        "file_id": NO_FILE_ID,
+        "file_id": refuse("No files are kept here. Send it as image_url."),
         "image_url": Param(STRING, 1, required=True),
     },
     "input_file": {
@@ -1705,6 +1704,8 @@ LEFT_OUT = re.compile(
     r"|\w*compaction\w*|configuration_update"
 )
 
+NONE_RUNS_HERE = "The tools that have to be called are OpenAI's own: none runs here."
+
 CUSTOM_ARGUMENT = "input"  # of the function that a model gets for a custom tool
 
 
@@ -1719,7 +1720,8 @@ class ToolName(NamedTuple):
     def flat(self) -> str:
         """The name that the model knows. Models take all tools to be in `functions`."""
         is_bare = self.namespace in ("", "functions")
-        return self.name if is_bare else f"{self.namespace}__{self.name}"[-64:]
+        namespace = re.sub(r"[^\w-]", "_", self.namespace, flags=re.ASCII)
+        return self.name if is_bare else f"{namespace}__{self.name}"[-64:]
 
 
 class ChatRequest(NamedTuple):
@@ -1995,17 +1997,21 @@ class ResponseTools:
             among = check(asked, ALLOWED_HERE, "tool_choice.")
             known = [t for t in among["tools"] if t.get("type") in TOOL_TYPES]
             choices = [self.choice(tool) for tool in known]
-            if choices or among["mode"] == "required":
-                allowed = {"mode": among["mode"], "tools": choices}
-                return {"type": "allowed_tools", "allowed_tools": allowed}
-            return "none"
+            require(
+                choices or among["mode"] == "auto",
+                NONE_RUNS_HERE,
+                code="unsupported_value",
+                param="tool_choice",
+            )
+            allowed = {"mode": among["mode"], "tools": choices}
+            named = {"type": "allowed_tools", "allowed_tools": allowed}
+            return named if choices else "none"
         if kind in (None, "none", "auto"):
             return kind
-        message = "The tools that have to be called are OpenAI's own: none runs here."
         wants_dropped = kind != "required" or self.dropped
         require(
             self.rows or not wants_dropped,
-            message,
+            NONE_RUNS_HERE,
             code="unsupported_value",
             param="tool_choice",
         )
@@ -6382,7 +6388,7 @@ def response_object(asked: Json) -> Json:
         "output": [],
         "parallel_tool_calls": echo("parallel_tool_calls", BOOLEAN, True),
         "presence_penalty": echo("presence_penalty", NUMBER, 0.0),
-        "previous_response_id": echo("previous_response_id", STRING, None),
+        "previous_response_id": echo("previous_response_id", STRING, None) or None,
         "prompt_cache_key": echo("prompt_cache_key", STRING, None),
         "reasoning": {
             "effort": reasoning.get("effort"),
@@ -6448,6 +6454,10 @@ class CustomInput:
         self.decoded.append(text)
         return text
 
+    def is_cut(self) -> bool:
+        """Whether the arguments end in the middle."""
+        return self.is_begun and parsed("".join(self.pieces)) is None
+
     def rest(self) -> str:
         """Return what is left of the text at the end.
 
@@ -6459,6 +6469,8 @@ class CustomInput:
             text = value[CUSTOM_ARGUMENT]
         elif len(strings) == 1:
             text = strings[0]
+        elif self.is_cut():
+            return ""
         return text[len(decoded) :] if text.startswith(decoded) else ""
 
 
@@ -6562,6 +6574,8 @@ class ModelResponse:
         changes, row = [], self.type
         if self.custom and (rest := self.custom.rest()):
             changes.append(self.write(rest))
+        if self.custom and self.custom.is_cut():
+            status = "incomplete"  # a client might run half of it
         if not (self.texts or row.part):  # clients want arguments in a delta
             changes.append(self.write("" if self.custom else "{}"))
         text = "".join(self.texts)
@@ -6600,6 +6614,12 @@ class ModelResponse:
         self.object["store"] = self.object["store"] and self.store(self.object)
         return [*changes, (f"response.{status}", {"response": self.object})]
 
+    def keep(self) -> None:
+        """Store what came of a response that ends early: its items may be named."""
+        self.close("incomplete")
+        is_kept = self.object["store"] and self.output and self.store(self.object)
+        self.object["store"] = bool(is_kept)
+
     def fail(self, error: APIError) -> ResponseEvents:
         """End it in a way that every client notices; return the last two events.
 
@@ -6611,13 +6631,12 @@ class ModelResponse:
             code = "server_error"
         elif code not in ("rate_limit_exceeded", *FINAL_CODES):
             code = "invalid_prompt"
-        if self.item:
-            self.close("incomplete")
         message = str(error)
         if code == "rate_limit_exceeded" and "retry-after" in error.headers:
             message += f" Try again in {error.headers['retry-after']}s."
         failure = {"code": code, "message": message}
-        self.object |= {"status": "failed", "error": failure, "store": False}
+        self.object |= {"status": "failed", "error": failure}
+        self.keep()
         flat = {name: details[name] for name in ("code", "message", "param")}
         return [
             ("error", {**flat, "error": details}),
@@ -6829,11 +6848,13 @@ class ResponseStore:
     def resolve(self, key: str, items: Iterable[Json]) -> list[Json]:
         """Put what is stored in the place of references. Raise APIError (404)."""
         resolved = []
-        for item in items:
+        for index, item in enumerate(items):
             if is_reference(item):
-                id = str(item.get("id"))
+                id, path = str(item.get("id") or ""), f"input[{index}].id"
+                if not id:
+                    raise missing_parameter(path)
                 if not (found := self.find_item(key, id)):
-                    raise APIError(404, ITEM_NOT_FOUND.format(id=id), param="input")
+                    raise APIError(404, ITEM_NOT_FOUND.format(id=id), param=path)
                 item = found
             resolved.append(item)
         return resolved
@@ -6907,6 +6928,8 @@ class ResponseStore:
         try:
             if self.is_closed:
                 raise overloaded("is being stopped")
+            if self.connection and self.path and not Path(self.path).exists():
+                self.disconnect()  # what is put into a file that was removed is lost
             self.connection = self.connection or self.connect()
             with self.connection:
                 yield self.connection
@@ -7388,9 +7411,15 @@ def create_response(proxy: Proxy, request: Request, model: str = "") -> Response
     stream = ModelResponseStream(response)
 
     def run(write: Callable[[bytes], None]) -> None:
-        with failing(), generation.start() as events:
-            for frames in stream.frames(events):
-                write(frames)
+        try:
+            with failing(), generation.start() as events:
+                for frames in stream.frames(events):
+                    write(frames)
+        except ClientDisconnected:  # who goes on from what was seen of it
+            if response.object["status"] == "in_progress":
+                response.object["status"] = "cancelled"
+                response.keep()
+            raise
 
     if generation.body["stream"]:
         return Response(EventStream(run, stream.fail, stream.keep_alive))
@@ -7441,15 +7470,17 @@ def response_errors(request: Request, chat: ChatRequest) -> Iterator[None]:
         param = chat.param(error.param) if error.param else None
         if param:
             message = message.replace(f"'{error.param}", f"'{param}")
-        is_final = error.headers.get("x-should-retry") == "false"
-        if status >= 500 and (request.log.predictions or is_final):
+        headers = error.headers
+        if request.log.predictions:
+            headers = {**headers, **NO_RETRY}
+        if status >= 500 and headers.get("x-should-retry") == "false":
             status = 400
         raise APIError(
             status,
             message,
             code=error.code,
             param=param,
-            headers=error.headers,
+            headers=headers,
             detail=error.detail,
         ) from None
 
@@ -8366,6 +8397,8 @@ def run_workers(
         os.close(stop[1])
         os.close(hurry[1])
         os._exit(work(stop[0], hurry[0]))
+
+    import multiprocessing  # 5 ms, for those alone who have workers
 
     workers: set[multiprocessing.process.BaseProcess] = set()
     due = 0.0

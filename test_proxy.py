@@ -995,7 +995,7 @@ def test_it_is_said_why_a_body_is_no_json_object(server, body, why):
         ("a part", saying(["a"]), "invalid_type", "messages[0].content[0]"),
         ("a film", saying([TEXT, FILM]), "invalid_value", f"{IN_PARTS}[1].type"),
         ("by a grammar", {"guided_regex": "a+"}, UNSUPPORTED, "guided_regex"),
-        ("by choice", {"structured_outputs": {"choice": []}}, UNSUPPORTED, CHOICES),
+        ("by choice", {"structured_outputs": {"choice": ["a"]}}, UNSUPPORTED, CHOICES),
         ("a tool choice of no type", {"tool_choice": {}}, MISSING, "tool_choice.type"),
         ("an unknown role", saying("", "boss"), "invalid_value", "messages[0].role"),
         ("a text as a number", {"top_p": "1"}, "invalid_type", "top_p"),
@@ -8778,7 +8778,6 @@ def test_a_response_that_fails_in_the_middle_says_so_twice(lasting):
         "status": "failed",
         "error": {"code": "invalid_prompt", "message": message},
         "output": [message_item(output_text("Hel"), status="incomplete")],
-        "store": False,
     }
     nested = {"message": message, "type": "invalid_request_error"}
     nested |= {"param": None, "code": "prediction_failed"}
@@ -9161,7 +9160,7 @@ def test_a_reference_becomes_the_item_that_it_names(store, reference):
     assert caught.value.status == 404
     error = caught.value.body["error"]
     assert error["message"].startswith("Item with id 'msg_of_resp_1' not found. Items")
-    assert (error["type"], error["param"]) == ("invalid_request_error", "input")
+    assert (error["type"], error["param"]) == ("invalid_request_error", "input[1].id")
 
 
 def test_a_history_is_no_longer_than_what_a_client_could_send():
@@ -10024,10 +10023,10 @@ def test_any_origin_may_ask_with_any_header(server):
 MONEY = [  # a scenario, status, code, what OpenAI's clients are told about a retry
     ("failed", 400, "prediction_failed", "false"),
     ("e001", 400, "prediction_failed", "false"),
-    ("e003", 400, "upstream_unavailable", "true"),
-    ("interrupted", 400, "upstream_unavailable", "true"),
-    ("flagged", 400, "content_policy_violation", None),
-    ("too-long", 400, "context_length_exceeded", None),
+    ("e003", 400, "upstream_unavailable", "false"),
+    ("interrupted", 400, "upstream_unavailable", "false"),
+    ("flagged", 400, "content_policy_violation", "false"),
+    ("too-long", 400, "context_length_exceeded", "false"),
     ("aborted", 400, "prediction_timeout", "false"),
     ("reset-after", 400, "upstream_unavailable", "false"),
     ("bad-input", 400, "invalid_value", None),
@@ -10148,6 +10147,33 @@ def test_an_item_is_referred_to_as_the_ai_sdk_does(lasting, more):
     assert messages_asked(fake) == [given[0], says("assistant", HELLO), given[2]]
 
 
+@pytest.mark.parametrize("is_left", [False, True])
+def test_a_conversation_goes_on_from_an_answer_that_broke_off(lasting, is_left):
+    """The AI SDK refers to the message that it has seen the beginning of."""
+    fake, server = lasting
+    asked = {"path": RESPONSES_PATH, "input": "One?", "stream": True}
+    if is_left:
+        with start_call(server, "fake/endless", **asked) as sock:
+            answer = read_until(sock, b"output_text.delta")
+        wait_until(lambda: not server.requests)
+    else:
+        answer = respond(server, "fake/failed-late", "One?", stream=True).body
+    id = re.search(rb'"(msg_\w+)"', answer)[1].decode()
+    given = [says("user", "One?"), {"type": "item_reference", "id": id}, *HI]
+    assert respond(server, NATIVE, given).status == 200
+    [_, said, _] = messages_asked(fake)
+    assert said["role"] == "assistant" and said["content"]
+
+
+def test_a_custom_call_that_is_cut_off_is_not_whole(lasting):
+    fake, server = lasting
+    for end, given in (("say", "say"), ('"input": "', "")):
+        words = CUSTOM_WORDS[: CUSTOM_WORDS.index(end) + len(end)]
+        model = model_saying(fake, words)
+        [call] = respond(server, model, tools=[CUSTOM]).json["output"]
+        assert (call["status"], call["input"]) == ("incomplete", given)
+
+
 def test_a_response_is_retrieved_as_it_was_made(lasting):
     fake, server = lasting
     told = response_in(respond(server, "fake/thinking", stream=True))
@@ -10167,7 +10193,9 @@ def test_a_response_is_not_stored_if_it_is_not_to_be(lasting):
     again = respond(server, "fake/hello", previous_response_id=told["id"])
     assert (again.status, again.error["code"]) == (400, "previous_response_not_found")
     again = respond(server, "fake/hello", [{"id": told["output"][0]["id"]}])
-    assert (again.status, again.error["param"]) == (404, "input")
+    assert (again.status, again.error["param"]) == (404, "input[0].id")
+    bare = respond(server, "fake/hello", [{"type": "item_reference"}])
+    assert (bare.status, bare.error["param"]) == (400, "input[0].id")
     assert len(fake.creates()) and "not found" in again.error["message"]
 
 
