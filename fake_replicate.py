@@ -299,9 +299,9 @@ def stamps(input: Json) -> Text:
 
 
 DEMONSTRATION = (
-    'You wrote: "{}" No model ran to answer that: this is the demonstration of the'
-    " proxy, and nothing left this machine. With your Replicate token in .env, you"
-    " would be reading what a model says."
+    'You wrote: "{}". No model ran to answer that: this is the demo of the proxy, and'
+    " nothing left this machine. With your Replicate token in .env, you would be"
+    " reading what a model says."
 )
 # What a user says in the prompts that the proxy writes, and where that ends.
 LAST_WORDS = (
@@ -314,7 +314,7 @@ LAST_WORDS = (
 
 def demonstrate(input: Json) -> Text:
     """Answer as a model might; what came with the question goes into the log."""
-    logging.getLogger("proxy.demo").info("event=demo input=%s", json.dumps(input))
+    logging.getLogger("proxy.demo").info("event=demo input=%.2000s", json.dumps(input))
     text = DEMONSTRATION.format(shorten(question(input)))
     return re.findall(r"\s*\S+", text)[: limit(input, ALWAYS)]
 

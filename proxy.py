@@ -696,7 +696,7 @@ def warn_of_default(id: str, ref: str) -> None:
 
 NOT_JSON = (
     "We could not parse the JSON body of your request. The OpenAI API expects a JSON "
-    "object, but what was sent is none: "
+    "object, but what was sent is not one: "
 )
 
 
@@ -810,7 +810,7 @@ MAX_PARTS = 10_000  # of all messages
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 VERBOSITIES = ("low", "medium", "high")
 NO_LIMIT = (-1,)  # as LM Studio's examples and llama.cpp have it
-NO_LOGPROBS = "Replicate's models tell no log probabilities."
+NO_LOGPROBS = "Replicate's models give no log probabilities."
 NO_GRAMMAR = "Only a JSON Schema can be asked for, as response_format."
 GRAMMARS = ("guided_regex", "guided_grammar", "guided_choice", "regex", "grammar")
 
@@ -2748,7 +2748,8 @@ class SchemaCache:
             entry.family = self.read(ref)
             entry.expires = self.clock() + SCHEMA_LASTS
         except Exception as error:
-            log.warning("the schema of %s can't be read: %s", ref, as_api_error(error))
+            why = quoted(as_api_error(error))
+            log.warning("event=schema_unreadable ref=%s why=%s", quoted(ref), why)
         finally:
             entry.is_read.set()
 
@@ -7627,8 +7628,8 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
             f"Unknown request URL: {method} {path}. Please check the URL for typos."
         )
         if wanted in ("", "/v1"):
-            message = "The proxy is running. OpenAI's API is here, below /v1: see "
-            message += "GET /v1/models, and POST /v1/chat/completions."
+            message = "The proxy is running. The API is under /v1: try "
+            message += "GET /v1/models or POST /v1/chat/completions."
         raise APIError(404, message, code="unknown_url")
     methods = ", ".join(sorted(allowed))
     raise APIError(
@@ -7648,7 +7649,7 @@ def given_key(headers: Mapping[str, str]) -> str | None:
 
 
 WHOSE_KEY = (
-    "those in PROXY_API_KEY where it was started: not OpenAI's, nor Replicate's."
+    "those in PROXY_API_KEY where the proxy was started: not OpenAI's, nor Replicate's."
 )
 
 
@@ -8537,7 +8538,7 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
     except OSError as error:
         why = str(error).partition(" (while")[0]
         raise ConfigError(
-            f"Nothing can be served on {settings.host}:{settings.port}: {why}. "
+            f"Can't listen on {settings.host}:{settings.port}: {why}. "
             "Choose another address with --host and --port, or HOST and PORT."
         ) from None
     with suppress(ImportError, ValueError, OSError):  # Windows has no limit
@@ -8596,7 +8597,7 @@ def serve_until(
         threading.Thread(target=work, daemon=True).start()
     gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
     server.serve_forever(0.1)
-    log.info("stopping calls=%d", len(server.requests))
+    log.info("event=stopping calls=%d", len(server.requests))
     server.server_close()
     return codes[0]
 
@@ -8613,6 +8614,8 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
             command += ["--env-file", str(Path(options.env_file).resolve())]
         key = f"$({shlex.join(command)})"
     model = next(iter(models.mappings), models.default_model or "owner/name")
+    if "gpt-4o" in models.mappings:  # a better answer than the first one's
+        model = "gpt-4o"
     hello = [{"role": "user", "content": "Hello!"}]
     body = json.dumps({"model": model, "stream": True, "messages": hello})
     return (
@@ -8627,7 +8630,7 @@ def check_token(settings: Settings, models: Models) -> int:
     names = [row.name for row in fields(settings) if row.repr]
     given = [n for n in names if getattr(settings, n) != getattr(Settings, n)]
     lines = [f"\n          {n.upper()}={getattr(settings, n)}" for n in given]
-    print(f"settings  can be used; not the default:{''.join(lines) or ' none'}")
+    print(f"settings  OK; changed:{''.join(lines) or ' none'}")
     print(f"models    {len(models.mappings)} in {settings.models_path},")
     print(f"          and {models.default_model or 'none'} for any other name")
     with closing(ReplicateAPI(settings, Timeouts())) as api:
@@ -8638,7 +8641,7 @@ def check_token(settings: Settings, models: Models) -> int:
             why = f" {where} {error.detail}" if error.detail else ""
             raise ConfigError(f"{error}{why}") from None
     owner = f"{account.get('type')} {account.get('username')}"
-    print(f"token     works: {owner} of Replicate")
+    print(f"token     OK: {owner} of Replicate")
     return 0
 
 

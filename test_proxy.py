@@ -978,8 +978,8 @@ def test_it_is_said_why_a_body_is_no_json_object(server, body, why):
     headers = {**AUTHORIZATION, "content-type": "application/json"}
     answer = send(server, "POST", CHAT_PATH, body, headers)
     assert answer.status == 400
-    assert f"what was sent is none: {why}" in re.sub(
-        "none: .* at", "none: at", answer.error["message"]
+    assert f"what was sent is not one: {why}" in re.sub(
+        "not one: .* at", "not one: at", answer.error["message"]
     )
 
 
@@ -6114,7 +6114,7 @@ def test_a_stream_that_breaks_loses_no_word_and_tells_none_twice():
         if opened[id] == 1:
             return stream_of(*map(output_events, WORDS[:count]), end=ENDS[end])
         if again == "refuses":
-            return NO_SUCH
+            return answering(b"{}", b"404 Not Found", b"connection: close\r\n")
         begin = {"replays": 0, "goes on": count, "skips": count + 1}[again]
         words = WORDS[begin : begin + 1 if breaks else None]
         done = [] if breaks else [SAYS_DONE]
@@ -11975,7 +11975,7 @@ def test_the_demonstration_quotes_the_question_alone(fake, tmp_path, caplog, fam
     with serving_models(fake, tmp_path, {"model_configs": config}) as server:
         body = {"messages": said, "tools": TOOLS}
         message = chat(server, "quick-demo", **body).message
-    assert message.content.startswith('You wrote: "And "3 + 3"?" No model ran')
+    assert message.content.startswith('You wrote: "And "3 + 3"?". No model ran')
     assert (message.finish_reason, message.calls) == ("stop", ())
     assert "event=demo input=" in caplog.text and "Be brief." in caplog.text
 
@@ -12962,7 +12962,7 @@ PROBLEMS = [
     ("no env file", ["--env-file", "/nowhere"], SET, ["proxy.py: /nowhere can't be"]),
 ]
 CHECKS = [
-    ("all is well", {}, 0, "token     works: user fake of Replicate"),
+    ("all is well", {}, 0, "token     OK: user fake of Replicate"),
     ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
     ("a wrong token", {"REPLICATE_API_TOKEN": "r8_x"}, 1, "did not accept the proxy's"),
     (
@@ -13057,7 +13057,7 @@ def test_the_demo_works_as_its_line_says_and_ends_when_told(folder):
             ["sh", "-c", line], capture_output=True, timeout=20, env=environment({})
         )
         answer = Answer(200, {}, pasted.stdout)
-        assert answer.streamed_text.startswith('You wrote: "Hello!" No model ran')
+        assert answer.streamed_text.startswith('You wrote: "Hello!". No model ran')
         program.send_signal(signal.SIGTERM)
         assert program.wait(timeout=10) == 0
 
