@@ -76,6 +76,7 @@ import logging
 import os
 import re
 import secrets
+import select
 import selectors
 import shlex
 import signal
@@ -5649,6 +5650,7 @@ def opening_at(
 START = re.compile(r"[<\[{`]")  # what any call begins with
 START_OR_SPACE = re.compile(r"[<\[{`]|\s\Z")
 GAP = re.compile(rf"[\s,;]{{0,{LONGEST_SPACE + 1}}}")
+MAX_ENDLESS_CALLS = 20  # of one answer, in tags that nothing closes
 MOST_OPENINGS = 6  # of one call
 LONGEST_CALL = 200_000  # characters that are held
 LONGEST_PIECE = 1000  # characters that are looked at together
@@ -5719,6 +5721,7 @@ class ToolCallParser:
         self.events: list[Event] = []  # … and what was told before them
         self.calls = 0
         self.openings: list[ToolCallFormat] = []  # that are not closed
+        self.endless = 0  # calls in tags that nothing closed
         self.is_fresh = True  # nothing was said yet, or nothing since a call
 
     def parse(self) -> Events:
@@ -5733,7 +5736,8 @@ class ToolCallParser:
                 start = START.search(self.held)
                 end = start.start() if start else len(self.held)
                 self.emit_text(max(len(self.held[:end].rstrip()), end - LONGEST_SPACE))
-            self.openings, holds, name, at = self.read_openings()
+            openings, holds, name, at = self.read_openings()
+            self.openings = [*dict.fromkeys(openings)]
             if holds == "result" and calls:
                 break  # what a tool gives is not the model's to say
             if holds is None and (yield from self.more()):
@@ -5980,8 +5984,8 @@ class ToolCallParser:
         That follows the end of a value, or the next call does. If it may be part of a
         value, what closes or opens another call has to follow it, or nothing at all."""
         openings = [o for o in self.openings if o.holds != "object"]
-        closing = any_of(o.closing for o in openings)
-        opening = any_of(o.opening.partition("*")[0] for o in openings)
+        closing = any_of({o.closing for o in openings})
+        opening = any_of({o.opening.partition("*")[0] for o in openings})
         ends = re.compile(
             rf"{TAGGED_END.pattern}\s{{0,20}}(?={closing}|{opening})"
             rf"|(?={closing}\s{{0,20}}(?:{closing}|{opening}))"
@@ -5997,6 +6001,9 @@ class ToolCallParser:
             last = [at, *(end.start() for end in re.finditer(closing, self.held))][-1]
             is_cut = self.done and self.done.finish_reason == "length"
             if last <= at or is_cut:
+                self.endless += 1
+                if self.endless > MAX_ENDLESS_CALLS:  # each was looked at to the end
+                    return self.refuse(len(self.held))
                 return self.give_up(is_call=True)
             end = last
         arguments = tagged_arguments(self.held[at:end], self.toolbox.find(name))
@@ -6833,10 +6840,11 @@ class ResponseStore:
             if not (row := self.select(connection, key, id)):
                 return None
             start, _, response = row
-            return {**response, "output": select_items(connection, start, True)}
+            items = select_items(connection, start, True)
+        return {**response, "output": self.decode(items)}
 
-    def find_item(self, key: str, id: str) -> Json | None:
-        """An item of any response that was stored with the key."""
+    def find_item(self, key: str, id: str) -> bytes | None:
+        """The JSON of an item of any response that was stored with the key."""
         newest = (
             "SELECT items.body FROM items JOIN responses ON start = response"
             " WHERE items.name = ? AND created >= ? ORDER BY start DESC LIMIT 1"
@@ -6844,19 +6852,25 @@ class ResponseStore:
         given = store_name(key, id), self.clock() - self.max_age
         with self.connected() as connection:
             row = connection.execute(newest, given).fetchone()
-        return json.loads(row[0]) if row else None
+        return bytes(row[0]) if row else None
 
     def resolve(self, key: str, items: Iterable[Json]) -> list[Json]:
-        """Put what is stored in the place of references. Raise APIError (404)."""
-        resolved = []
+        """Put what is stored in the place of references. Raise APIError: 404, or 400
+        for more of it than a conversation may have."""
+        resolved, total = [], 0
+        found: dict[str, tuple[int, Json]] = {}  # the size of each, and the item
         for index, item in enumerate(items):
             if is_reference(item):
                 id, path = str(item.get("id") or ""), f"input[{index}].id"
                 if not id:
                     raise missing_parameter(path)
-                if not (found := self.find_item(key, id)):
-                    raise APIError(404, ITEM_NOT_FOUND.format(id=id), param=path)
-                item = found
+                if id not in found:
+                    if not (body := self.find_item(key, id)):
+                        raise APIError(404, ITEM_NOT_FOUND.format(id=id), param=path)
+                    found[id] = len(body), self.decode([body])[0]
+                size, item = found[id]
+                total += size
+                self.check_size(total, path)
             resolved.append(item)
         return resolved
 
@@ -6864,14 +6878,15 @@ class ResponseStore:
         """The items that a response was an answer to, without those before them."""
         with self.connected() as connection:
             row = self.select(connection, key, id)
-            return select_items(connection, row[0], False) if row else None
+            items = select_items(connection, row[0], False) if row else None
+        return None if items is None else self.decode(items)
 
     def history(self, key: str, id: str) -> list[Json]:
         """The items of a response and of all before it, input and output, in order.
 
         Raise APIError if a part of them is gone, since the model would not know of it.
         """
-        turns: list[list[Json]] = []
+        turns: list[list[bytes]] = []
         previous: str | None = id
         total = 0
         with self.connected() as connection:
@@ -6886,16 +6901,26 @@ class ResponseStore:
                     )
                 start, size, response = row
                 total += size
-                require(
-                    total <= self.max_history,
-                    f"The conversation up to '{id}' has more than {self.max_history} "
-                    "bytes. Send what matters of it in 'input'.",
-                    code="context_length_exceeded",
-                    param="previous_response_id",
-                )
+                self.check_size(total, "previous_response_id")
                 turns.append(select_items(connection, start))
                 previous = response.get("previous_response_id")
-        return list(chain.from_iterable(reversed(turns)))
+        return self.decode(chain.from_iterable(reversed(turns)))
+
+    def decode(self, bodies: Iterable[bytes]) -> list[Json]:
+        """Decode items, when others may use the store again."""
+        try:
+            return list(map(json.loads, bodies))
+        except ValueError as error:
+            raise self.failure(error) from error
+
+    def check_size(self, size: int, param: str) -> None:
+        require(
+            size <= self.max_history,
+            f"The conversation has more than {self.max_history} bytes. Send what "
+            "matters of it in 'input'.",
+            code="context_length_exceeded",
+            param=param,
+        )
 
     def delete(self, key: str, id: str) -> bool:
         """Delete a response and its items; False if there is none."""
@@ -6934,7 +6959,7 @@ class ResponseStore:
             self.connection = self.connection or self.connect()
             with self.connection:
                 yield self.connection
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError) as error:
             if self.path:
                 self.disconnect()
             raise self.failure(error) from error
@@ -6977,14 +7002,14 @@ def store_name(key: str, id: str) -> bytes:
 
 def select_items(
     connection: sqlite3.Connection, response: int, is_output: bool | None = None
-) -> list[Json]:
-    """The items of a response: its input, its output, or both."""
+) -> list[bytes]:
+    """The items of a response, as JSON: its input, its output, or both."""
     rows = connection.execute(
         "SELECT body FROM items WHERE response = ? AND is_output = ifnull(?, is_output)"
         " ORDER BY rowid",
         [response, is_output],
     )
-    return [json.loads(body) for (body,) in rows]
+    return [body for (body,) in rows]
 
 
 def is_reference(item: Json) -> bool:
@@ -7594,7 +7619,7 @@ ENDPOINTS = [
 ]
 
 # A base URL may end in /v1, or be Azure's; there, and in old clients, it has the model.
-BASE_PATH = r"(?:/openai|/v1)*(?:/(?:engines|deployments)/(?P<model>.+))?"
+BASE_PATH = r"(?:/openai|/v1)*(?:/(?:engines|deployments)/(?P<model>.{1,256}))?"
 
 
 def find_operation(
@@ -7830,9 +7855,12 @@ class EventStreamWriter:
 
     def send_keep_alive(self) -> None:
         """Send no more of it than goes at once; the lock is held."""
-        if not (frame := self.keep_alive_frame()):
+        if self.unsent:  # it is not read: no more of it
+            self.last_write = time.monotonic()
+        elif frame := self.keep_alive_frame():
+            self.unsent = self.take(frame)
+        else:
             return
-        self.unsent = self.take(frame)
         with suppress(OSError):  # its buffer is full, or it is gone
             sent = self.sock.send(self.unsent, DONT_WAIT)
             self.unsent = self.unsent[sent:]
@@ -7842,6 +7870,17 @@ class EventStreamWriter:
 Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
+def has_hung_up(sock: socket.socket) -> bool:
+    """Whether its end has come, behind bytes that nobody has read: Linux can tell."""
+    if not (hung_up := getattr(select, "POLLRDHUP", 0)):
+        return False
+    with suppress(OSError, ValueError):  # it was closed just now
+        poll = select.poll()
+        poll.register(sock, hung_up)
+        return bool(poll.poll(0))
+    return False
+
+
 class Watcher(threading.Thread):
     """Cancels the requests of clients that hang up, and keeps silent streams alive."""
 
@@ -7849,6 +7888,7 @@ class Watcher(threading.Thread):
         super().__init__(name="watcher", daemon=True)
         self.timeouts = timeouts
         self.clients: dict[Cancellation, socket.socket] = {}
+        self.ahead: dict[Cancellation, socket.socket] = {}  # who have sent more
         self.writers: set[EventStreamWriter] = set()
         self.is_stopped = False
 
@@ -7861,6 +7901,7 @@ class Watcher(threading.Thread):
             yield
         finally:
             self.clients.pop(cancellation, None)
+            self.ahead.pop(cancellation, None)
 
     @contextmanager
     def keeping_alive(self, writer: EventStreamWriter) -> Iterator[None]:
@@ -7895,16 +7936,23 @@ class Watcher(threading.Thread):
             for cancellation, client in self.clients.copy().items():
                 with suppress(OSError, ValueError, KeyError):  # it was closed just now
                     selector.register(client, selectors.EVENT_READ, cancellation)
-            if not selector.get_map():  # which Windows can't wait for
+            ready: list[tuple[selectors.SelectorKey, int]] = []
+            if selector.get_map():
+                ready = selector.select(self.timeouts.watch_interval)
+            else:  # which Windows can't wait for
                 time.sleep(self.timeouts.watch_interval)
-                return
-            for key, _ in selector.select(self.timeouts.watch_interval):
-                # What a client sends now is its next request: from then on a hang-up
-                # can't be seen, and its request is no longer watched.
-                if (sent := peek(cast(socket.socket, key.fileobj))) is not None:
+            for key, _ in ready:
+                client = cast(socket.socket, key.fileobj)
+                if (sent := peek(client)) is not None:
                     self.clients.pop(key.data, None)
                 if sent == b"":
                     key.data.cancel(ClientDisconnected())
+                elif sent:  # its next request, behind which a read sees no end
+                    self.ahead[key.data] = client
+        for cancellation, client in self.ahead.copy().items():
+            if has_hung_up(client):
+                self.ahead.pop(cancellation, None)
+                cancellation.cancel(ClientDisconnected())
 
     def stop(self) -> None:
         self.is_stopped = True

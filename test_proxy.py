@@ -8196,6 +8196,8 @@ TEDIOUS = [
     ("quotes in Python", "[get_weather('"),
     ("Python without an end", '[get_weather("""'),
     ("tags without an end", "<function=get_weather><parameter=a>"),
+    ("calls without an end", "<function=get_weather><parameter=a></parameter>"),
+    ("calls of Claude's", '<invoke name="get_weather"><parameter name="a">'),
     ("closings in tags", "<function=get_weather><parameter=a></function>"),
     ("escaped braces", '<tool_call>{\\"name\\": '),
     ("quotes of Gemma's", '<tool_call>get_weather{city:<|"|>'),
@@ -9005,11 +9007,23 @@ def test_a_stored_response_is_found_whole_and_by_its_items(store):
     question = {"id": "msg_q", "type": "message", "role": "user", "content": []}
     assert store.save(KEY, response, [question, *asking_for("And?")])
     assert json.dumps(store.find(KEY, "resp_1")) == json.dumps(response)
-    assert store.find_item(KEY, "msg_of_resp_1") == response["output"][0]
-    assert store.find_item(KEY, "msg_q") == question
+    assert json.loads(store.find_item(KEY, "msg_of_resp_1")) == response["output"][0]
+    assert json.loads(store.find_item(KEY, "msg_q")) == question
     first, second = store.input_items(KEY, "resp_1")
     assert first == question
-    assert store.find_item(KEY, second["id"]) == second
+    assert json.loads(store.find_item(KEY, second["id"])) == second
+
+
+def test_references_to_one_item_count_each_time(store):
+    """Or a small request would become a large one."""
+    question = {"id": "msg_q", "role": "user", "content": "a" * 9_000_000}
+    assert store.save(KEY, stored_response("resp_1"), [question])
+    named = {"type": "item_reference", "id": "msg_q"}
+    assert len(store.resolve(KEY, [named] * 2)) == 2
+    with pytest.raises(APIError) as caught:
+        store.resolve(KEY, [named] * 3)
+    assert caught.value.code == "context_length_exceeded"
+    assert caught.value.param == "input[2].id"
 
 
 @table(
@@ -9239,7 +9253,7 @@ def test_the_last_of_two_with_an_id_counts(store):
         assert store.save(KEY, stored_response(f"resp_{text}", text), [item])
     assert texts_of(store.find(KEY, "resp_1")["output"]) == ["two"]
     assert len(store.input_items(KEY, "resp_1")) == 1
-    assert texts_of([store.find_item(KEY, "msg_1")]) == ["two"]
+    assert texts_of([json.loads(store.find_item(KEY, "msg_1"))]) == ["two"]
 
 
 def test_many_threads_use_a_store_at_once(store):
@@ -9843,6 +9857,14 @@ UNKNOWN = [  # method, path, and which method it has
     ("DELETE a model", "DELETE", "/v1/models/x", "GET"),
     ("GET an engine", "GET", "/v1/engines/x/chat/completions", "POST"),
 ]
+
+
+def test_a_long_path_is_no_work(server):
+    """As nobody needs a key to send one."""
+    path = "/deployments/a" + "/responses/a" * 5000
+    before = time.process_time()
+    assert visit(server, "POST", path).status == 404
+    assert time.process_time() - before < 1
 
 
 @table("method, path, allow", UNKNOWN)
@@ -10761,6 +10783,16 @@ def is_look(seen):
     return seen.method == "GET" and seen.path.startswith("/v1/predictions/")
 
 
+@pytest.mark.skipif(not hasattr(select, "POLLRDHUP"), reason="Linux alone can tell")
+def test_a_hang_up_is_seen_behind_what_was_sent_before_it(watched):
+    fake, server = watched
+    with start_call(server, "fake/stuck", stream=True) as sock:
+        read_until(sock, b"keep-alive")
+        sock.sendall(b"\r\n")
+        sock.shutdown(socket.SHUT_WR)
+        fake.wait_for(lambda: fake.cancels)
+
+
 def test_a_finished_prediction_is_never_cancelled(watched, caplog):
     caplog.set_level("INFO", "proxy")
     fake, server = watched
@@ -10821,6 +10853,7 @@ def test_a_failure_after_the_status_line_went_out_is_a_frame(watched):
 
 
 def test_a_sign_of_life_is_no_more_than_goes_at_once_and_none_of_it_is_lost():
+    """And none is added to one that was not read, or they would fill the memory."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
@@ -10839,7 +10872,7 @@ def test_a_sign_of_life_is_no_more_than_goes_at_once_and_none_of_it_is_lost():
         while not got.endswith(b"END"):
             got += theirs.recv(65536)
         writer.join()
-    assert got == b"." * fill + b"HEAD" + b": keep-alive\n\n" * 3 + b"END"
+    assert got == b"." * fill + b"HEAD" + b": keep-alive\n\n" + b"END"
 
 
 @contextmanager
