@@ -112,7 +112,7 @@ from contextlib import (
 )
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from hashlib import sha256
 from hmac import compare_digest
 from html import escape
@@ -540,6 +540,17 @@ class Models:
     configs: Mapping[str, ModelConfig]
     created: int = 0  # when the file was last written: Unix seconds
 
+    @cached_property
+    def by_name(self) -> dict[str, str]:
+        """The refs by their names, in lower case."""
+        return {name.casefold(): ref for name, ref in self.mappings.items()}
+
+    @cached_property
+    def spellings(self) -> dict[str, str]:
+        """The refs of the file by themselves, in lower case."""
+        refs = (*self.mappings.values(), *self.configs)
+        return {ref.casefold(): ref for ref in refs}
+
 
 def without_version(ref: str) -> str:
     return ref.partition(":")[0]
@@ -652,11 +663,10 @@ def find_ref(models: Models, id: str) -> str | None:
     name = re.sub("(?i):latest$", "", full)
     if REF.fullmatch(rest := re.sub("(?i)^replicate/", "", name)):
         name = rest
-    mappings = {key.casefold(): ref for key, ref in models.mappings.items()}
-    listed = mappings.get(full.casefold()) or mappings.get(name.casefold())
-    undated = mappings.get(DATE.sub("", name.casefold()))
-    known = {ref.casefold(): ref for ref in (*mappings.values(), *models.configs)}
-    ref = known.get(name.casefold(), name) if REF.fullmatch(name) else undated
+    lower, names = name.casefold(), models.by_name
+    listed = names.get(full.casefold()) or names.get(lower)
+    undated = names.get(DATE.sub("", lower))
+    ref = models.spellings.get(lower, name) if REF.fullmatch(name) else undated
     return listed or ref
 
 
