@@ -1067,7 +1067,14 @@ def in_openais_words(body: Json) -> Json:
         elif schema == "json":
             body = {**without(body, [key]), "response_format": {"type": "json_object"}}
     messages = [
-        {**message, "content": list(map(as_chat_part, filter(is_said, content)))}
+        {
+            **message,
+            "content": [
+                as_chat_part(part)
+                for part in content
+                if as_object(part).get("type") not in PASSED_OVER
+            ],
+        }
         if isinstance(content := as_object(message).get("content"), list)
         else message
         for message in as_list(body.get("messages"))
@@ -1084,11 +1091,6 @@ def with_effort(body: Json) -> Json:
             named = {"reasoning_effort": body.get("reasoning_effort") or effort}
             body = {**without(body, [name]), **named}
     return body
-
-
-def is_said(part: Any) -> bool:
-    """Whether a part is not what a model only thought."""
-    return as_object(part).get("type") not in PASSED_OVER
 
 
 def as_chat_part(part: Any) -> Any:
@@ -4673,7 +4675,7 @@ def split_reasoning(
     tag ends that, it was the answer after all, and is given as text: `holds` waits to
     see that, without it the text has been given as reasoning before."""
     state, held, end_tag = "before", "", THINK_END
-    thoughts: list[str] = []
+    pieces: list[str] = []
     for event in events:
         if isinstance(event, Text):
             held += event.text
@@ -4696,15 +4698,15 @@ def split_reasoning(
                 ends = (end_tag, *CALLS_BEGIN) if may_call else (end_tag,)
                 found = [(held.find(end), end) for end in ends if end in held]
                 at, tag = min(found, default=(len(held) - overhang(held, ends), ""))
-                thought, rest = held[:at], held[at:]
+                piece, rest = held[:at], held[at:]
                 if tag == end_tag:
                     rest = rest.removeprefix(tag)
-                if thoughts or thought.strip() or len(thought) > LONGEST_SPACE:
-                    thoughts.append(thought)
+                if pieces or piece.strip() or len(piece) > LONGEST_SPACE:
+                    pieces.append(piece)
                     if holds and tag:
-                        yield Reasoning("".join(thoughts))
-                    elif thought and not holds:
-                        yield Reasoning(thought)
+                        yield Reasoning("".join(pieces))
+                    elif piece and not holds:
+                        yield Reasoning(piece)
                 elif not tag:
                     continue  # space alone is no reasoning
                 held, state = rest, "between" if tag else state
@@ -4717,11 +4719,11 @@ def split_reasoning(
             continue
         if isinstance(event, Done):
             is_answer = starts_inside and event.finish_reason != "length"
-            thought = "".join(thoughts) + held if holds else held
-            if state == "inside" and not (holds and is_answer) and thought.strip():
-                yield Reasoning(thought)
+            piece = "".join(pieces) + held if holds else held
+            if state == "inside" and not (holds and is_answer) and piece.strip():
+                yield Reasoning(piece)
             if state == "inside" and is_answer:
-                yield Text("".join(thoughts) + held)
+                yield Text("".join(pieces) + held)
             elif state != "inside" and held:
                 yield Text(held)
         yield event
@@ -5939,8 +5941,8 @@ class ToolCallParser:
         reader = JSONReader(tool=self.toolbox.find(name))
         yield from self.read_value(reader, text, is_told=True)
         if reader.is_broken:
-            told = "".join(reader.raw)[: reader.sound]
-            yield from self.read_broken_arguments(told.count("{") - told.count("}"))
+            sound = "".join(reader.raw)[: reader.sound]
+            yield from self.read_broken_arguments(sound.count("{") - sound.count("}"))
         if around:
             reader = JSONReader()
             reader.feed(around)
@@ -7035,8 +7037,9 @@ def with_id(item: Json) -> Json:
     if not isinstance(id, str) or not id:
         id = random_id(ITEM_PREFIXES.get(kind, "item_"), 48)
     if isinstance(text := item.get("content"), str):
-        said = {"type": "output_text", "annotations": []}
-        part = said if item.get("role") == "assistant" else {"type": "input_text"}
+        part: Json = {"type": "input_text"}
+        if item.get("role") == "assistant":
+            part = {"type": "output_text", "annotations": []}
         content = {"content": [{**part, "text": text}]}
     return {"id": id, "type": kind, **without(item, ("id", "type")), **content}
 
@@ -7436,9 +7439,7 @@ def create_response(proxy: Proxy, request: Request, model: str = "") -> Response
     asked, items, chat = parse_response_request(proxy, request, model)
     failing = partial(response_errors, request, chat)
     with failing():
-        generation = generate_chat(
-            proxy, request, check(in_openais_words(chat.body), CHAT)
-        )
+        generation = generate_chat(proxy, request, check_body(chat.body, CHAT))
 
     def store(object: Json) -> bool:
         return proxy.response_store.save(key_of(request), object, items)
@@ -7469,9 +7470,7 @@ def count_input_tokens(proxy: Proxy, request: Request, model: str = "") -> Respo
     """An estimate: Replicate counts no tokens before it runs a model."""
     _, _, chat = parse_response_request(proxy, request, model)
     with response_errors(request, chat):
-        generation = generate_chat(
-            proxy, request, check(in_openais_words(chat.body), CHAT)
-        )
+        generation = generate_chat(proxy, request, check_body(chat.body, CHAT))
     count = ceil(len(generation.inputs[0].prompt) / CHARACTERS_PER_TOKEN)
     return Response({"object": "response.input_tokens", "input_tokens": count})
 
@@ -7534,11 +7533,16 @@ def read_body(request: Request, model: str = "") -> Json:
     return body
 
 
+def check_body(body: Json, params: Mapping[str, Param]) -> Json:
+    """Check a body of whatever server's client by OpenAI's table."""
+    return check(in_openais_words(body), params)
+
+
 def parse_body(request: Request, params: Mapping[str, Param], model: str) -> Json:
     body = read_body(request, model)
     if body.get("best_of") == (body.get("n") or 1):  # all choices are wanted
         del body["best_of"]
-    checked = check(in_openais_words(body), params)
+    checked = check_body(body, params)
     require(
         checked["stream"] or body.get("stream_options") is None,
         "The 'stream_options' parameter is only allowed when 'stream' is enabled.",

@@ -9014,6 +9014,29 @@ def test_a_stored_response_is_found_whole_and_by_its_items(store):
     assert json.loads(store.find_item(KEY, second["id"])) == second
 
 
+def test_a_file_that_was_removed_is_made_anew(tmp_path):
+    """What is stored in the removed one, no other process and no later start finds."""
+    path = tmp_path / "responses.db"
+    with store_of(path) as store:
+        assert store.save(KEY, stored_response("resp_1"), [])
+        for file in tmp_path.iterdir():
+            file.unlink()
+        assert store.save(KEY, stored_response("resp_2"), [])
+        with store_of(path) as other:
+            assert other.find(KEY, "resp_2")
+
+
+def test_a_row_that_is_no_json_is_no_fault_of_ours(tmp_path):
+    path = tmp_path / "responses.db"
+    with store_of(path) as store:
+        assert store.save(KEY, stored_response("resp_1"), [])
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE items SET body = x'7b'")
+        with pytest.raises(APIError) as caught:
+            store.find(KEY, "resp_1")
+        assert (caught.value.status, caught.value.code) == (503, "overloaded")
+
+
 def test_references_to_one_item_count_each_time(store):
     """Or a small request would become a large one."""
     question = {"id": "msg_q", "role": "user", "content": "a" * 9_000_000}
@@ -10899,6 +10922,7 @@ def test_a_client_that_does_not_read_is_dropped_and_nobody_else_notices(caplog):
         ):
             answer = read_until(cold, b"[DONE]")
             wait_until(lambda: len(log_lines(caplog, "error=client_gone")) == 2, 15)
+            fake.wait_for(lambda: fake.cancels)  # nobody waits for it but us
             assert len(fake.cancels) == 1  # the other was at its end
     assert answer.count(b": keep-alive\n\n") >= 3
 
