@@ -6987,12 +6987,17 @@ class ResponseStore:
             isolation_level=None,  # no BEGIN but our own
             check_same_thread=False,
         )
-        try:
-            connection.executescript(STORE_SCHEMA)
-        except sqlite3.Error:
-            connection.close()
-            raise
-        return connection
+        deadline = time.monotonic() + self.timeout
+        while True:
+            try:
+                connection.executescript(STORE_SCHEMA)
+                return connection
+            except sqlite3.Error as error:
+                # SQLite itself does not wait where two turn to a WAL at once
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    connection.close()
+                    raise
+                time.sleep(0.01)
 
     def disconnect(self) -> None:
         if self.connection:

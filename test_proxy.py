@@ -9296,10 +9296,13 @@ def test_many_threads_use_a_store_at_once(store):
 PROCESS = """
 import sys, proxy
 path, name, key = sys.argv[1:]
-settings = proxy.Settings(responses_db=path)
-store = proxy.ResponseStore(settings, proxy.Timeouts(store=30))
 print(flush=True)
 sys.stdin.readline()
+for number in range(40):  # one that opens the file while others do
+    settings = proxy.Settings(responses_db=f"{path}{number}")
+    proxy.ResponseStore(settings, proxy.Timeouts(store=30)).close()
+settings = proxy.Settings(responses_db=path)
+store = proxy.ResponseStore(settings, proxy.Timeouts(store=30))
 for number in range(40):
     id, previous = f"{name}_{number}", number and f"{name}_{number - 1}" or None
     response = {"id": id, "output": [], "previous_response_id": previous}
