@@ -2380,7 +2380,6 @@ class Family(NamedTuple):
     native: str = ""  # "chat", "responses": how it takes tools and formats as inputs
     required: tuple[str, ...] = ()  # inputs without which it does not run
     omits_think: bool = False  # an answer may begin with what it thinks, but no tag
-    is_language: bool = True
 
 
 # Where a model's own default is short (128 to 2,048 tokens), an answer would
@@ -2546,6 +2545,8 @@ ATTACHMENT_NAMES = {
     "file": "file files pdf document documents input_file",
 }
 
+FILE_TYPES = ("file", "files", "string", "strings", "array")  # take a file, or its URL
+
 # The types of inputs, as `input_type` gives them, that take values of a parameter.
 ACCEPTED: dict[tuple[type, ...], tuple[str, ...]] = {
     INTEGER: ("integer", "number"),
@@ -2586,7 +2587,7 @@ def json_type(schema: Json) -> str:
 
 
 def input_type(schema: Json, schemas: Json) -> str:
-    """A JSON type, or closer: file or enum, and files, strings or objects."""
+    """A JSON type, or closer: file or enum, and files, strings or numbers …"""
     type = json_type(schema)
     if type == "string" and schema.get("format") == "uri":
         return "file"
@@ -2595,7 +2596,7 @@ def input_type(schema: Json, schemas: Json) -> str:
     if type == "array":
         item = resolve(schema.get("items"), schemas)
         listed = "file" if item.get("format") == "uri" else json_type(item)
-        return f"{listed}s" if listed in ("file", "string", "object") else type
+        return f"{listed}s" if listed else type
     return type
 
 
@@ -2614,45 +2615,90 @@ def is_text(output: Json, schemas: Json) -> bool:
     return type in ("", "string", "enum", "strings", "object")
 
 
-def read_family(document: Any) -> Family | None:
-    """Read a model's OpenAPI document; None if none of its inputs takes the text."""
+class Input(NamedTuple):
+    """An input as its model's schema describes it."""
+
+    type: str  # as `input_type` gives it
+    field: Field  # what it takes; with no default, as the model has its own:
+    default: Any = None
+    description: str = ""
+
+
+class ModelSchema(NamedTuple):
+    """What a model says of itself."""
+
+    inputs: Mapping[str, Input] = {}
+    required: tuple[str, ...] = ()  # those of them that have no default
+    outputs: tuple[str, ...] = ()  # types of what it makes, as `input_type` gives them
+    is_language: bool = True  # what it makes can be text
+    family: Family | None = None  # how it is asked for text, if an input takes any
+
+    def find(self, names: str, *types: str) -> str:
+        """The best input of these names, one that the model needs before others."""
+        fitting = [
+            name
+            for name in names.split()
+            if name in self.inputs and self.inputs[name].type in ("", *types)
+        ]
+        return min(fitting, key=lambda name: name not in self.required, default="")
+
+
+def read_schema(document: Any) -> ModelSchema:
+    """Read a model's OpenAPI document."""
     schemas = as_object(as_object(as_object(document).get("components")).get("schemas"))
-    if not is_text(resolve(schemas.get("Output"), schemas), schemas):
-        return Family(is_language=False)
+    output = resolve(schemas.get("Output"), schemas)
     inputs = resolve(schemas.get("Input"), schemas)
     rows = as_object(inputs.get("properties")).items()
     known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
-    types = {name: input_type(row, schemas) for name, row in known.items()}
-    all_fields = {name: read_field(name, row) for name, row in known.items()}
     listed = as_list(inputs.get("required"))
-    needed = tuple(n for n in known if n in listed and "default" not in known[n])
+    schema = ModelSchema(
+        {
+            name: Input(
+                input_type(row, schemas),
+                read_field(name, row),
+                row.get("default"),
+                str(row.get("description") or ""),
+            )
+            for name, row in known.items()
+        },
+        tuple(n for n in known if n in listed and "default" not in known[n]),
+        output_types(output, schemas),
+        is_text(output, schemas),
+    )
+    return schema._replace(family=read_family(schema))
 
-    def find(names: Iterable[str], *accepted: str) -> str:
-        """The best input of these names, one that the model needs before others."""
-        fitting = [name for name in names if types.get(name, "-") in ("", *accepted)]
-        return min(fitting, key=lambda name: name not in needed, default="")
 
-    messages = find(["messages"], "objects", "array")
-    prompt, system = find(PROMPTS.split(), "string"), find(SYSTEM_NAMES, "string")
-    if not (messages or prompt):
+def output_types(output: Json, schemas: Json) -> tuple[str, ...]:
+    """The types of an output, () if its schema tells none."""
+    parts = [resolve(part, schemas) for part in alternatives(output)] or [output]
+    return tuple(filter(None, (input_type(part, schemas) for part in parts)))
+
+
+def read_family(schema: ModelSchema) -> Family | None:
+    """How a language model is asked; None if none of its inputs takes the text."""
+    find, needed = schema.find, schema.required
+    messages = find("messages", "objects", "array")
+    prompt, system = find(PROMPTS, "string"), find(SYSTEMS, "string")
+    if not schema.is_language or not (messages or prompt):
         return None
+    all_fields = {name: row.field for name, row in schema.inputs.items()}
     family = Family(system=system, prompt=prompt)
     if messages and prompt not in needed:
         family = family._replace(render=render_messages, system="system")
     fields: dict[str, Field] = {}
     for parameter, param in MODEL_PARAMS.items():
-        if name := find(names_of(parameter), *ACCEPTED[param.kinds]):
+        if name := find(" ".join(names_of(parameter)), *ACCEPTED[param.kinds]):
             field = all_fields[name]
             if levels_in(field, param) or not (field.choices and param.choices):
                 fields[parameter] = field
     if limit := fields.get("max_tokens"):
-        default = known[limit.name].get("default")
+        default = schema.inputs[limit.name].default
         if is_bound(default) and 0 < default < DEFAULT_MAX_TOKENS:
             fields["max_tokens"] = limit._replace(default=DEFAULT_MAX_TOKENS)
     attachments = {
         part: all_fields[name]
         for part, names in ATTACHMENT_NAMES.items()
-        if (name := find(names.split(), "file", "files", "string", "strings", "array"))
+        if (name := find(names, *FILE_TYPES))
     }
     if "image_url" in attachments and family.render is render_messages:
         attachments |= IN_PLACE
@@ -2711,15 +2757,15 @@ MAX_SCHEMAS = 1000
 
 @dataclass
 class SchemaEntry:
-    """The family that a schema was last read as, if it ever was."""
+    """A schema as it was last read, if it ever was."""
 
-    family: Family | None = None
+    schema: ModelSchema | None = None
     expires: float = 0
     is_read: threading.Event = field(default_factory=threading.Event)
 
 
 class SchemaCache:
-    """Families by ref, each read once an hour; an old one serves until then."""
+    """Schemas by ref, each read once an hour; an old one serves until then."""
 
     def __init__(
         self,
@@ -2735,8 +2781,8 @@ class SchemaCache:
         self.lock = threading.Lock()
         self.entries: dict[str, SchemaEntry] = {}  # the last used one is the last
 
-    def find(self, ref: str) -> Family | None:
-        """The last family that was read, or None: no schema, or not in time."""
+    def find(self, ref: str) -> ModelSchema | None:
+        """The schema as last read, or None: there is none, or not in time."""
         if "/" not in ref:
             return None  # Replicate tells nothing of a version without its model
         with self.lock:
@@ -2751,14 +2797,14 @@ class SchemaCache:
                     threading.Thread(target=fill, daemon=True).start()
                 except RuntimeError:  # none to be had: the next request tries again
                     entry.expires = 0
-                    return entry.family
-        if entry.family is None:
+                    return entry.schema
+        if entry.schema is None:
             entry.is_read.wait(self.limit)
-        return entry.family
+        return entry.schema
 
     def fill(self, ref: str, entry: SchemaEntry) -> None:
         try:
-            entry.family = self.read(ref)
+            entry.schema = self.read(ref)
             entry.expires = self.clock() + SCHEMA_LASTS
         except Exception as error:
             why = quoted(as_api_error(error))
@@ -2766,15 +2812,18 @@ class SchemaCache:
         finally:
             entry.is_read.set()
 
-    def read(self, ref: str) -> Family | None:
-        """Of a deployment: the row of the model that it runs, or that one's schema."""
+    def read(self, ref: str) -> ModelSchema | None:
+        """Of a deployment: that of the model it runs, whose row counts first."""
         owner, _, name = ref.partition("/")
         if owner == "deployments":
             ref = self.release_of(*name.split("/"))
             row = find_family(without_version(ref))
-            return merge(row, self.find(ref)) if row else self.read(ref)
+            if not row:
+                return self.read(ref)
+            schema = self.find(ref) or ModelSchema()
+            return schema._replace(family=merge(row, schema.family))
         name, _, version = name.partition(":")
-        return read_family(self.look_up(owner, name, version))
+        return read_schema(self.look_up(owner, name, version))
 
 
 def family_for(
@@ -2783,16 +2832,20 @@ def family_for(
     """Its row if that says all that is needed, so that a known model costs no GET."""
     named = model.config.family
     row = FAMILIES[named] if named else find_family(model.owner_and_name)
+    schema = ModelSchema()
     if row is None:
-        family = schemas.find(model.ref) or Family()
+        schema = schemas.find(model.ref) or schema
+        family = schema.family or Family()
     else:
         known = {*DOCUMENTED, *row.fields, *(f.name for f in row.fields.values())}
         known |= {*SYSTEM_NAMES} if "messages" in body else set()
         sent = {name for name, value in body.items() if value is not None}
         is_enough = sent <= known and attached <= row.attachments.keys()
-        family = row if is_enough else merge(row, schemas.find(model.ref))
+        if not is_enough:
+            schema = schemas.find(model.ref) or schema
+        family = row if is_enough else merge(row, schema.family)
     require(
-        family.is_language,
+        row or schema.is_language,
         f"The model `{model.id}` is not a language model: what it makes is not text. "
         "Use one that is.",
         param="model",

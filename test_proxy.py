@@ -3925,15 +3925,15 @@ JSON = st.recursive(
 
 @thoroughly
 @given(whole=JSON, properties=JSON, required=JSON, output=JSON)
-def test_no_json_whatever_makes_reading_a_family_fail(
+def test_no_json_whatever_makes_reading_a_schema_fail(
     whole, properties, required, output
 ):
-    proxy.read_family(whole)
-    proxy.read_family({"components": {"schemas": whole}})
+    proxy.read_schema(whole)
+    proxy.read_schema({"components": {"schemas": whole}})
     made = {"properties": properties, "required": required}
     schemas = {"Input": made, "Output": output}
-    family = proxy.read_family({"components": {"schemas": schemas}})
-    assert family is None or isinstance(family, proxy.Family)
+    schema = proxy.read_schema({"components": {"schemas": schemas}})
+    assert isinstance(schema, proxy.ModelSchema)
 
 
 @pytest.fixture(name="shared")
@@ -3959,8 +3959,8 @@ def test_a_schema_as_deep_as_json_goes_is_read(key):
     deep = {}
     for _ in range(100_000):
         deep = {key: [deep] if key.endswith("Of") else deep}
-    proxy.read_family(deep)
-    proxy.read_family(document({"prompt": deep, "image": {"type": "array", **deep}}))
+    proxy.read_schema(deep)
+    proxy.read_schema(document({"prompt": deep, "image": {"type": "array", **deep}}))
     while deep:  # Python would free it recursively
         (deep,) = deep.values()
         deep = deep[0] if isinstance(deep, list) else deep
@@ -4120,8 +4120,8 @@ def clock():
     return Clock()
 
 
-def prompt_of(family):
-    return family and family.prompt
+def prompt_of(schema):
+    return schema and schema.family and schema.family.prompt
 
 
 @table(
@@ -4170,11 +4170,11 @@ def test_an_old_schema_serves_while_it_is_read_again(clock):
         clock,
         limit=600,
     )
-    assert schemas.find("a/b").prompt == "prompt"
+    assert schemas.find("a/b").family.prompt == "prompt"
     clock.now += 3601
-    assert schemas.find("a/b").prompt == "prompt"
+    assert schemas.find("a/b").family.prompt == "prompt"
     told.set()
-    wait_until(lambda: schemas.find("a/b").prompt == "text")
+    wait_until(lambda: schemas.find("a/b").family.prompt == "text")
 
 
 @table(
@@ -4203,9 +4203,9 @@ def test_a_schema_is_looked_up_where_it_can_be(ref, expected):
 def test_a_deployment_is_asked_as_the_model_it_runs(runs, expected, asked):
     models = Models(short(OPEN_ONE + "; min_p float"))
     schemas = proxy.SchemaCache(models, lambda owner, name: runs)
-    found = schemas.find("deployments/acme/mine")
+    found = schemas.find("deployments/acme/mine").family
     assert (found.system, bool(found.pattern)) == ("", expected == "xai/grok-4")
-    assert schemas.find("deployments/acme/mine").fields.keys() >= {"min_p"}
+    assert schemas.find("deployments/acme/mine").family.fields.keys() >= {"min_p"}
     assert models.asked == asked
 
 
@@ -4216,12 +4216,12 @@ def test_a_deployment_that_tells_nothing_is_asked_again_after_a_minute(clock):
     clock.now += 59
     assert schemas.find("deployments/acme/mine") is None
     clock.now += 2
-    assert schemas.find("deployments/acme/mine").prompt == "prompt"
+    assert schemas.find("deployments/acme/mine").family.prompt == "prompt"
 
 
 def test_a_deployments_row_stands_where_the_schema_can_not_be_had():
     schemas = proxy.SchemaCache(Models(GONE), lambda owner, name: "xai/grok-4")
-    assert schemas.find("deployments/acme/mine") == proxy.FAMILIES["open"]
+    assert schemas.find("deployments/acme/mine").family == proxy.FAMILIES["open"]
 
 
 def test_calls_that_arrive_together_share_one_look():
@@ -4238,7 +4238,7 @@ def test_calls_that_arrive_together_share_one_look():
         found = [pool.submit(schemas.find, "a/b") for _ in range(20)]
         assert asked.wait(10)
         told.set()
-    assert {each.result().prompt for each in found} == {"prompt"}
+    assert {each.result().family.prompt for each in found} == {"prompt"}
     assert len(models.asked) == 1
 
 
@@ -4250,7 +4250,7 @@ def test_a_call_waits_no_longer_than_its_limit(clock):
     assert schemas.find("a/b") is None
     told.set()
     wait_until(lambda: schemas.find("a/b"))
-    assert schemas.find("a/b").prompt == "prompt"
+    assert schemas.find("a/b").family.prompt == "prompt"
 
 
 def test_without_a_thread_nobody_waits_and_the_next_call_tries_again(
@@ -4265,11 +4265,11 @@ def test_without_a_thread_nobody_waits_and_the_next_call_tries_again(
         began = time.monotonic()
         assert schemas.find("a/b") is None
         assert time.monotonic() - began < 9
-    assert schemas.find("a/b").prompt == "prompt"
+    assert schemas.find("a/b").family.prompt == "prompt"
     clock.now += 3601
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", no_thread)
-        assert schemas.find("a/b").prompt == "prompt"
+        assert schemas.find("a/b").family.prompt == "prompt"
 
 
 def test_only_so_many_schemas_are_kept():
