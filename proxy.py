@@ -105,6 +105,7 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import (
+    AbstractContextManager,
     closing,
     contextmanager,
     nullcontext,
@@ -123,7 +124,7 @@ from mimetypes import guess_type
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, NoReturn, TypeGuard, cast
+from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 if __name__ == "__main__":  # so that Ctrl-C is quiet while it starts
@@ -7162,6 +7163,66 @@ class Response(NamedTuple):
     headers: Mapping[str, str] = {}
 
 
+Item = TypeVar("Item")
+
+# Starts some work; inside, what it yields, and after, nothing of it runs on.
+Job = Callable[[Cancellation], AbstractContextManager[Iterable[Item]]]
+
+
+@contextmanager
+def start_side_by_side(
+    jobs: Sequence[Job[Item]], cancellation: Cancellation
+) -> Iterator[Iterable[tuple[int, Item]]]:
+    """Run jobs; inside, what they yield as it comes, each with the index of its job.
+
+    The first error, or a cancellation, ends all of them at once. Nobody waits for
+    their threads: each cancels its prediction as soon as it knows of one, and the end
+    of the server waits for that.
+    """
+    if len(jobs) == 1:
+        with jobs[0](cancellation) as items:
+            yield zip(repeat(0), items)  # noqa: B905
+        return
+    waiting = iter([*enumerate(jobs)])  # of which each thread takes the next
+    threads = min(len(jobs), MAX_PARALLEL_PREDICTIONS)
+    arrivals: SimpleQueue[tuple[int, Item] | Exception | None] = SimpleQueue()
+    branch = Cancellation()
+
+    def run() -> None:
+        try:
+            for index, job in waiting:
+                with job(branch) as items:
+                    for item in items:
+                        arrivals.put((index, item))
+            arrivals.put(None)
+        except Exception as error:
+            arrivals.put(error)
+
+    def stop() -> None:
+        cause = cancellation.cause or ClientDisconnected()
+        branch.cancel(cause)
+        arrivals.put(cause)
+
+    def arrived() -> Iterator[tuple[int, Item]]:
+        running = threads
+        while running:
+            item = arrivals.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+
+    try:
+        with cancellation.on_cancel(stop):
+            for _ in range(threads):
+                threading.Thread(target=run, name="predictions", daemon=True).start()
+            yield arrived()
+    finally:
+        branch.cancel(ClientDisconnected())
+
+
 class Generation(NamedTuple):
     """The choices of a request for text: `n` of each input."""
 
@@ -7220,67 +7281,19 @@ class Generation(NamedTuple):
         )
         self.request.log.prompts = [each.prompt for each in self.inputs]
         uploaded = [self.upload(each, cancellation) for each in self.inputs]
-        jobs = [(each, i) for each in uploaded for i in range(self.body["n"])]
-        if len(jobs) == 1:
-            with self.start_choice(*jobs[0], cancellation) as events:
-                yield zip(repeat(0), events)  # noqa: B905
-        else:
-            with self.start_side_by_side(jobs) as indexed:
-                yield indexed
+        jobs = [
+            partial(self.start_choice, each, offset)
+            for each in uploaded
+            for offset in range(self.body["n"])
+        ]
+        with start_side_by_side(jobs, cancellation) as events:
+            yield events
 
     def upload(
         self, prediction_input: PredictionInput, cancellation: Cancellation
     ) -> PredictionInput:
         cache = self.proxy.upstream.upload_cache
         return upload_large_files(prediction_input, cache, cancellation)
-
-    @contextmanager
-    def start_side_by_side(
-        self, jobs: list[tuple[PredictionInput, int]]
-    ) -> Iterator[IndexedEvents]:
-        """The first error, or a cancellation, ends all choices at once.
-
-        Nobody waits for their threads: each cancels its prediction as soon as it
-        knows of one, and the end of the server waits for that.
-        """
-        waiting = iter([*enumerate(jobs)])  # of which each thread takes the next
-        threads = min(len(jobs), MAX_PARALLEL_PREDICTIONS)
-        arrivals: SimpleQueue[tuple[int, Event] | Exception | None] = SimpleQueue()
-        branch = Cancellation()
-
-        def run() -> None:
-            try:
-                for index, (prediction_input, offset) in waiting:
-                    with self.start_choice(prediction_input, offset, branch) as events:
-                        for event in events:
-                            arrivals.put((index, event))
-                arrivals.put(None)
-            except Exception as error:
-                arrivals.put(error)
-
-        def stop() -> None:
-            cause = self.request.cancellation.cause or ClientDisconnected()
-            branch.cancel(cause)
-            arrivals.put(cause)
-
-        def arrived() -> Iterator[tuple[int, Event]]:
-            running = threads
-            while running:
-                item = arrivals.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    running -= 1
-                else:
-                    yield item
-
-        try:
-            with self.request.cancellation.on_cancel(stop):
-                for _ in range(threads):
-                    threading.Thread(target=run, name="choices", daemon=True).start()
-                yield arrived()
-        finally:
-            branch.cancel(ClientDisconnected())
 
     @contextmanager
     def start_choice(
