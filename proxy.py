@@ -32,11 +32,15 @@ Each section uses only names from those above it.
         Tools               which tools a model may call
         Output formats      which JSON an answer has to be
         Response items      a request for a response in the terms of chat
+        Forms               bodies of multipart/form-data in the terms of JSON
+        Tasks               what models do besides text: one row per endpoint
     3. Inputs
         Chat templates      how a conversation becomes what a model reads
         Families            the inputs of each kind of model: one row per family
         Input schemas       a family read from what a model says of itself
         Prediction inputs   a request in the terms of its model
+        Masks               where an image is to be edited
+        Task inputs         the same for images and all else that is not text
     4. Predictions
         Events              what is seen of a prediction, and the log of a request
         Cancellation        how a request in progress is made to stop
@@ -55,6 +59,7 @@ Each section uses only names from those above it.
         Completions         events as a text completion
         Responses           events as a response, whole or as its own events
         Response store      responses that were stored, found by their key and id
+        Images              files that models made as OpenAI's images
         Model objects       rows of models.json as OpenAI's models
     7. Serving
         Generation          n choices, retries, and the response made of them
@@ -119,7 +124,7 @@ from hmac import compare_digest
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import accumulate, chain, groupby, islice, pairwise, repeat, takewhile
-from math import ceil, floor, inf, isfinite
+from math import ceil, floor, inf, isfinite, log2, sqrt
 from mimetypes import guess_type
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
@@ -454,6 +459,7 @@ class Timeouts(NamedTuple):
     get: float = 5  # … and a GET or a cancel, which can be repeated
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
     stream: float = 60  # without a byte on an event stream
+    file: float = 120  # for all of a file that a model made to arrive
     poll: float = 1  # between GETs of a prediction that does not stream …
     poll_most: float = 5  # … and at the most
     after_done: float = 0.05  # between GETs of one whose stream has said `done`
@@ -809,7 +815,7 @@ class Param(NamedTuple):
     by_type: bool = False  # required if the `type` beside it has its name
     unset: tuple[Any, ...] = ()  # values that mean the same as null
     refused: str = ""  # why any value but null and the choices is refused
-    names: str = ""  # what models call it, the best first; "": as OpenAI does
+    names: str = ""  # what models call their input for it, the best first
 
 
 STRING, INTEGER, BOOLEAN, ARRAY, OBJECT = (str,), (int,), (bool,), (list,), (dict,)
@@ -837,9 +843,9 @@ def refuse(reason: str, *harmless: Any) -> Param:
 # send more to servers like this.
 SAMPLING = {
     "temperature": Param(NUMBER, 0, 2, names="temperature temp"),
-    "top_p": Param(NUMBER, 0, 1),
-    "presence_penalty": Param(NUMBER, -2, 2),
-    "frequency_penalty": Param(NUMBER, -2, 2),
+    "top_p": Param(NUMBER, 0, 1, names="top_p"),
+    "presence_penalty": Param(NUMBER, -2, 2, names="presence_penalty"),
+    "frequency_penalty": Param(NUMBER, -2, 2, names="frequency_penalty"),
     "max_tokens": Param(
         INTEGER,
         1,
@@ -864,12 +870,12 @@ SAMPLING = {
         names="reasoning_effort thinking_level effort reasoning thinking "
         "thinking_budget",
     ),
-    "verbosity": Param(STRING, choices=VERBOSITIES),
+    "verbosity": Param(STRING, choices=VERBOSITIES, names="verbosity"),
 }
 
 # Not OpenAI's, but sent by many clients to models that have them.
 EXTENSIONS = {
-    "top_k": Param(INTEGER, *INT64),
+    "top_k": Param(INTEGER, *INT64, names="top_k"),
     "min_tokens": Param(INTEGER, *INT64, names="min_tokens min_new_tokens min_length"),
     "repetition_penalty": Param(NUMBER, 0, names="repetition_penalty repeat_penalty"),
 }
@@ -1106,7 +1112,11 @@ def as_chat_part(part: Any) -> Any:
 
 def check(body: Json, params: Mapping[str, Param], path: str = "") -> Json:
     """Return the body with every parameter of the table; raise 400 if one is wrong."""
-    given = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
+    given = {
+        k: v
+        for k, v in body.items()
+        if v is not None and (k in params or k not in IGNORED)
+    }
     checked: Json = {}
     for name, param in params.items():
         value = given.get(name)
@@ -1240,14 +1250,40 @@ def join_texts(parts: list[Json]) -> str | list[Json]:
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
 
 MEDIA_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+")
+FILE_TYPE = "application/octet-stream"  # of any file
 
-IMAGE_START = re.compile(
-    rb"(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<gif>GIF8[79]a)|"
-    rb"(?P<webp>RIFF....WEBP)",
-    re.DOTALL,
-)
+# How files begin, by their media types. Of the first bits of a frame of MPEG audio, two
+# tell MP3 from AAC.
+SIGNATURES = {
+    type: re.compile(pattern, re.DOTALL)
+    for type, pattern in {
+        "image/png": rb"\x89PNG\r\n\x1a\n",
+        "image/jpeg": rb"\xff\xd8\xff",
+        "image/gif": rb"GIF8[79]a",
+        "image/webp": rb"RIFF....WEBP",
+        "image/avif": rb"....ftypavi[fs]",
+        "image/svg+xml": rb"\s*(<[?!][^>]*>\s*)*<svg\b",
+        "audio/wav": rb"RIFF....WAVE",
+        "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]",
+        "audio/aac": rb"\xff[\xf0\xf1\xf8\xf9]",
+        "audio/flac": rb"fLaC",
+        "audio/ogg": rb"OggS",
+        "audio/mp4": rb"....ftypM4A",
+        "video/mp4": rb"....ftyp",
+        "video/webm": rb"\x1aE\xdf\xa3",
+    }.items()
+}
+
+
+def media_type(content: bytes) -> str:
+    """Tell a file by its first bytes, as many programs name a fixed type; or ""."""
+    start = content[:256]
+    return next((type for type, row in SIGNATURES.items() if row.match(start)), "")
+
 
 BASE64 = re.compile(r"[A-Za-z0-9+/]*")
+
+IMAGES_TAKEN = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 WRONG_IMAGE = (
     "You uploaded an unsupported image. Please make sure your image is valid and has "
@@ -1287,18 +1323,25 @@ def parse_part(part: Json, path: str) -> Json:
     path, url = f"{path}.{kind}.{key}", part[kind][key].strip()
     if kind == "input_audio":
         url = f"data:audio/{part[kind]['format']};base64,{url}"
-    if not LINK.fullmatch(url):
-        attached = read_data_url(url)
-        if attached is None:
-            message = f"Invalid '{path}': it has to be {expected}, with the right data."
-            code = "invalid_image_url" if kind == "image_url" else "invalid_value"
-            raise APIError(400, message, code=code, param=path)
-        if kind == "image_url":
-            media_type = image_type(attached)
-            require(media_type, WRONG_IMAGE, code="invalid_image_format", param=path)
-            attached = attached._replace(kind=media_type)
-        url = attached.url
+    url = parse_url(url, path, expected, is_image=kind == "image_url")
     return {"type": kind, kind: without_nulls({**part[kind], "url": url})}
+
+
+def parse_url(url: str, path: str, expected: str, *, is_image: bool) -> str:
+    """Return a link, or a data: URL in a form that any model reads; or raise 400."""
+    if LINK.fullmatch(url):
+        return url
+    attached = read_data_url(url)
+    if attached is None:
+        message = f"Invalid '{path}': it has to be {expected}, with the right data."
+        code = "invalid_image_url" if is_image else "invalid_value"
+        raise APIError(400, message, code=code, param=path)
+    type = media_type(b64decode(attached.base64[:344]))
+    if is_image:
+        is_taken = type in IMAGES_TAKEN
+        require(is_taken, WRONG_IMAGE, code="invalid_image_format", param=path)
+        attached = attached._replace(kind=type)
+    return attached.url
 
 
 def read_data_url(url: str) -> Attachment | None:
@@ -1307,7 +1350,7 @@ def read_data_url(url: str) -> Attachment | None:
     scheme, _, rest = head.partition(":")
     kind, *parameters = [word.strip().lower() for word in rest.split(";")]
     in_base64 = scheme.lower() == "data" and parameters[-1:] == ["base64"]
-    kind = kind or "application/octet-stream"  # an image's own bytes tell its type
+    kind = kind or FILE_TYPE  # an image's own bytes tell its type
     if not (comma and in_base64 and MEDIA_TYPE.fullmatch(kind)):
         return None
     line = "".join(unquote(data).split()).replace("-", "+").replace("_", "/")
@@ -1315,12 +1358,6 @@ def read_data_url(url: str) -> Attachment | None:
     if len(line) % 4 == 1 or not BASE64.fullmatch(line):
         return None
     return Attachment(kind, line + "=" * (-len(line) % 4))
-
-
-def image_type(attached: Attachment) -> str:
-    """Tell an image by its first bytes, as many programs send a fixed type; or ""."""
-    match = IMAGE_START.match(b64decode(attached.base64[:64]))
-    return f"image/{match.lastgroup}" if match else ""
 
 
 def attachments(messages: Messages) -> list[tuple[str, str]]:
@@ -2048,6 +2085,216 @@ def custom_function(tool: Json) -> Json:
     }
 
 
+# -- Forms ---------------------------------------------------------------------
+#
+# Bodies of multipart/form-data in the terms of JSON: a file is a data: URL, and a
+# field has the type that its row wants.
+
+
+MAX_FORM_PARTS = 1000
+MAX_PART_HEAD = 16 * 1024  # bytes
+
+HEADER_PARAM = re.compile(r';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
+
+
+def header_params(value: str) -> dict[str, str]:
+    """The parameters in a header's value, by their names in lower case."""
+    return {
+        name.lower(): plain or re.sub(r"\\(.)", r"\1", quoted)
+        for name, quoted, plain in HEADER_PARAM.findall(value)
+    }
+
+
+def parse_form(data: bytes, content_type: str, params: Mapping[str, Param]) -> Json:
+    """Parse a form (RFC 7578); raise 400 if it is not one, or not whole.
+
+    `image[]` and `image[0]` are two ways to write an array.
+    """
+    values: dict[str, list[str]] = defaultdict(list)
+    for headers, content in split_form(data, content_type):
+        given = header_params(headers.get("content-disposition", ""))
+        name = re.sub(r"\[\d*\]$", "", given.get("name", ""))
+        if not name:
+            raise bad_form("a part of it has no name")
+        filename = given.get("filename", given.get("filename*"))
+        if filename is not None:
+            named = guess_type(filename)[0] or headers.get("content-type", "")
+            is_type = MEDIA_TYPE.fullmatch(named)
+            type = media_type(content) or (named if is_type else FILE_TYPE)
+            values[name].append(f"data:{type};base64,{b64encode(content).decode()}")
+        elif content:  # or it is a field that nobody has filled in
+            try:
+                values[name].append(content.decode())
+            except UnicodeDecodeError:
+                raise bad_form(f"its field '{name}' is not UTF-8") from None
+    return {name: form_value(name, texts, params) for name, texts in values.items()}
+
+
+def split_form(
+    data: bytes, content_type: str
+) -> Iterator[tuple[dict[str, str], bytes]]:
+    """Yield the headers and the content of each part."""
+    boundary = header_params(content_type).get("boundary", "")
+    if not 0 < len(boundary) <= 70:  # RFC 2046, 5.1.1
+        raise bad_form("its Content-Type has no boundary")
+    mark = b"\r\n--" + boundary.encode("utf-8", "replace")
+    _, *parts = (b"\r\n" + data).split(mark, MAX_FORM_PARTS + 1)
+    if len(parts) > MAX_FORM_PARTS:
+        raise bad_form(f"it has more than {MAX_FORM_PARTS} parts")
+    if not parts or not parts.pop().startswith(b"--"):
+        raise bad_form("it has no end")
+    for part in parts:
+        head, gap, content = part.partition(b"\r\n\r\n")
+        padding, *lines = head.decode("utf-8", "replace").split("\r\n")
+        if not gap or padding.strip() or len(head) > MAX_PART_HEAD:
+            raise bad_form("the head of a part can't be read")
+        pairs = (line.partition(":") for line in lines)
+        yield {name.strip().lower(): value.strip() for name, _, value in pairs}, content
+
+
+def form_value(name: str, texts: list[str], params: Mapping[str, Param]) -> Any:
+    """A field with the type of its row; `check` refuses what has another."""
+    kinds = params[name].kinds if name in params else STRING
+    if kinds == ARRAY:
+        return texts
+    if len(texts) > 1:
+        raise bad_form(f"its field '{name}' is there more than once")
+    value = parsed(texts[0].lower() if kinds == BOOLEAN else texts[0])
+    return texts[0] if kinds == STRING or value is None else value
+
+
+def bad_form(why: str) -> APIError:
+    return APIError(400, f"We could not parse the form in your request: {why}.")
+
+
+# -- Tasks ---------------------------------------------------------------------
+#
+# What models do besides text. A task is what an endpoint wants of a model: OpenAI's
+# parameters, with what models call their inputs for them, and the types of output that
+# will do. To add one: a row in TASKS. To add a name for an input: a word in its row.
+
+
+class Task(NamedTuple):
+    path: str
+    example: str  # a name in models.json that does it
+    params: Mapping[str, Param]
+    needs: tuple[str, ...]  # the parameters that a model must have inputs for
+    outputs: tuple[str, ...]  # as `input_type` names the types of outputs
+
+
+PROMPT_NAMES = (
+    "prompt text_prompt positive_prompt caption instruction input_prompt user_prompt "
+    "text description"
+)
+
+FILES = Param(ARRAY, 1, 16, required=True, items=STRING)  # links or data: URLs
+
+IMAGE_VARIATION = {
+    "model": SHARED["model"],
+    "image": FILES._replace(
+        names="images image_input input_images image_urls reference_images init_images "
+        "image input_image image_url init_image image_path img source_image "
+        "image_prompt image_reference_url redux_image subject_reference control_image "
+        "face_image main_face_image character_reference_image first_frame_image "
+        "start_image img_cond_path input_file input media"
+    ),
+    "n": Param(
+        INTEGER,
+        1,
+        10,
+        default=1,
+        names="num_outputs number_of_images num_images num_images_per_prompt",
+    ),
+    "size": Param(STRING, default="auto", pattern=r"auto|[1-9]\d{1,4}x[1-9]\d{1,4}"),
+    "response_format": Param(STRING, choices=("url", "b64_json")),
+    "output_format": Param(
+        STRING,
+        choices=("png", "jpeg", "jpg", "webp", "gif", "svg"),
+        names="output_format format image_format",
+    ),
+    "output_compression": Param(
+        INTEGER, 0, 100, names="output_compression output_quality quality"
+    ),
+    "seed": SAMPLING["seed"],
+    "steps": Param(INTEGER, 1, names="num_inference_steps steps num_steps"),
+    "guidance_scale": Param(NUMBER, names="guidance_scale guidance cfg_scale cfg"),
+    "negative_prompt": Param(STRING, names="negative_prompt n_prompt"),
+    "replicate": SHARED["replicate"],
+}
+
+IMAGE_GENERATION = {
+    **without(IMAGE_VARIATION, ["image"]),
+    "prompt": Param(STRING, 1, 32000, required=True, names=PROMPT_NAMES),
+    "quality": Param(
+        STRING,
+        choices=("low", "medium", "high", "xhigh", "max", "standard", "hd"),
+        unset=("auto",),
+        names="quality",
+    ),
+    "background": Param(
+        STRING, choices=("transparent", "opaque"), unset=("auto",), names="background"
+    ),
+    "moderation": Param(STRING, choices=("low",), unset=("auto",), names="moderation"),
+    "style": Param(STRING, names="style"),
+    "stream": Param(BOOLEAN, default=False),
+    "partial_images": Param(INTEGER, 0, 3),
+    "markup": refuse("Replicate's models draw no markup."),
+}
+
+IMAGE_EDIT = {
+    **IMAGE_GENERATION,
+    "image": IMAGE_VARIATION["image"],
+    "mask": FILES._replace(high=1, required=False, names="mask mask_image"),
+    "input_fidelity": Param(STRING, choices=("low", "high"), names="input_fidelity"),
+}
+
+FILE_OUTPUTS = ("file", "files", "object", "objects", "array")
+
+TASKS = {
+    "generation": Task(
+        "/images/generations",
+        "flux-schnell",
+        IMAGE_GENERATION,
+        ("prompt",),
+        FILE_OUTPUTS,
+    ),
+    "edit": Task(
+        "/images/edits",
+        "flux-kontext-pro",
+        IMAGE_EDIT,
+        ("prompt", "image"),
+        FILE_OUTPUTS,
+    ),
+    "variation": Task(
+        "/images/variations",
+        "flux-redux-schnell",
+        IMAGE_VARIATION,
+        ("image",),
+        FILE_OUTPUTS,
+    ),
+}
+
+
+def parse_files(value: Any, name: str) -> list[str]:
+    """The URLs of files: one or several, each alone or, as in JSON, in an object."""
+    urls = []
+    for index, file in enumerate(value if isinstance(value, list) else [value]):
+        path = f"{name}[{index}]"
+        if isinstance(file, dict):
+            inside = check(file, FILE_IN_JSON, f"{path}.")["image_url"]
+            file = inside if isinstance(inside, str) else inside.get("url")
+        check_kind(path, file, STRING)
+        expected = "a file, https://… or data:image/png;base64,…"
+        urls.append(parse_url(file.strip(), path, expected, is_image=True))
+    return urls
+
+
+FILE_IN_JSON = {
+    "image_url": Param((str, dict), required=True),
+    "file_id": NO_FILE_ID,
+}
+
+
 # ==== 3. INPUTS ===============================================================
 
 
@@ -2342,12 +2589,11 @@ def render_response_items(messages: Messages, system: str, _: str) -> Json:
 # notation of `parse_field`, with bounds only where those of OpenAI's do not do.
 
 
-def names_of(parameter: str) -> list[str]:
-    """What models call it, the best first."""
-    return MODEL_PARAMS[parameter].names.split() or [parameter]
-
-
-PARAMETER_OF = {name: row for row in MODEL_PARAMS for name in names_of(row)}
+PARAMETER_OF = {
+    name: parameter
+    for parameter, param in MODEL_PARAMS.items()
+    for name in param.names.split()
+}
 
 # An effort as tokens to think with, as Google counts them behind an API like OpenAI's.
 BUDGETS = {
@@ -2553,6 +2799,8 @@ ACCEPTED: dict[tuple[type, ...], tuple[str, ...]] = {
     INTEGER: ("integer", "number"),
     NUMBER: ("number",),
     STRING: ("string", "enum"),
+    BOOLEAN: ("boolean",),
+    ARRAY: FILE_TYPES,
     (str, list): ("string", "strings", "array"),
 }
 
@@ -2688,7 +2936,7 @@ def read_family(schema: ModelSchema) -> Family | None:
         family = family._replace(render=render_messages, system="system")
     fields: dict[str, Field] = {}
     for parameter, param in MODEL_PARAMS.items():
-        if name := find(" ".join(names_of(parameter)), *ACCEPTED[param.kinds]):
+        if name := find(param.names, *ACCEPTED[param.kinds]):
             field = all_fields[name]
             if levels_in(field, param) or not (field.choices and param.choices):
                 fields[parameter] = field
@@ -2827,6 +3075,40 @@ class SchemaCache:
         return read_schema(self.look_up(owner, name, version))
 
 
+MADE = {
+    **dict.fromkeys(("string", "strings", "enum"), "text"),
+    **dict.fromkeys(("number", "numbers", "integers", "arrays"), "numbers"),
+    **dict.fromkeys(("file", "files"), "files"),
+}
+
+
+def find_input(schema: ModelSchema, param: Param) -> str:
+    return schema.find(param.names, *ACCEPTED[param.kinds])
+
+
+def makes(task: Task, schema: ModelSchema) -> bool:
+    """Whether the output can be what the task is for, for all that a schema tells."""
+    return not schema.outputs or not {*task.outputs}.isdisjoint(schema.outputs)
+
+
+def fits(task: Task, schema: ModelSchema) -> bool:
+    """Whether a model can do a task with what it needs, and nothing else."""
+    inputs = {find_input(schema, task.params[name]) for name in task.needs}
+    return makes(task, schema) and "" not in inputs and inputs >= {*schema.required}
+
+
+def what_it_makes(schema: ModelSchema) -> str:
+    return " or ".join(sorted({MADE.get(type, "data") for type in schema.outputs}))
+
+
+def uses(schema: ModelSchema) -> str:
+    """A sentence on the endpoints that a model can be used by; "" if none is known."""
+    paths = [f"/v1{task.path}" for task in TASKS.values() if fits(task, schema)]
+    if schema.is_language and schema.family:
+        paths = ["/v1/chat/completions"]
+    return f" Use it by POST {' or '.join(paths)}." if paths else ""
+
+
 def family_for(
     model: Model, body: Json, attached: set[str], schemas: SchemaCache
 ) -> Family:
@@ -2847,8 +3129,8 @@ def family_for(
         family = row if is_enough else merge(row, schema.family)
     require(
         row or schema.is_language,
-        f"The model `{model.id}` is not a language model: what it makes is not text. "
-        "Use one that is.",
+        f"The model `{model.id}` is not a language model: what it makes is not text."
+        f"{uses(schema) or ' Use one that is.'}",
         param="model",
     )
     return family
@@ -3053,7 +3335,10 @@ def build_input(
         **without(config.input, SYSTEM_NAMES if is_chat else ()),
         **body["replicate"],
     }
-    require_inputs(model, family, input)
+    attachments = family.attachments.items()
+    remedies = {row.name: f"a part of type '{part}'" for part, row in attachments}
+    remedies[family.system] = "a system message"
+    require_inputs(model, family.required, input, remedies)
     sent = input.get(fields["max_tokens"].name) if "max_tokens" in fields else None
     limit = sent if type(sent) is int else None  # `replicate` may hold anything
     wanted = asked.get("max_tokens")
@@ -3093,12 +3378,11 @@ def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
     return check_param(name, value, Param(kinds, choices=field.choices, items=ANYTHING))
 
 
-def require_inputs(model: Model, family: Family, input: Json) -> None:
+def require_inputs(
+    model: Model, required: Iterable[str], input: Json, remedies: Mapping[str, str]
+) -> None:
     """Raise 400 for what the schema says the model can't run without."""
-    attachments = family.attachments.items()
-    remedies = {row.name: f"a part of type '{part}'" for part, row in attachments}
-    remedies[family.system] = "a system message"
-    for name in family.required:
+    for name in required:
         otherwise = f'"replicate": {{"{name}": …}} in the body'
         require(
             name in input,
@@ -3107,6 +3391,331 @@ def require_inputs(model: Model, family: Family, input: Json) -> None:
             code="missing_required_parameter",
             param=name,
         )
+
+
+# -- Masks ---------------------------------------------------------------------
+#
+# OpenAI edits where a mask is transparent, and models where it is white, or black.
+
+
+MAX_MASK_PIXELS = 4 * 2**20
+
+WRONG_MASK = (
+    "Invalid 'mask': {why}. Send a PNG with 8 bits a channel that is transparent where "
+    "the image is to be edited, or an image without transparency that is white there."
+)
+
+
+def bad_mask(why: str) -> APIError:
+    message = WRONG_MASK.format(why=why)
+    return APIError(400, message, code="invalid_value", param="mask")
+
+
+def convert_mask(url: str, *, is_black: bool) -> str:
+    """Make a mask of the transparency of a PNG; without any, it is one already."""
+    attached = read_data_url(url)
+    if attached is None:  # a link
+        return url
+    data = attached.content
+    if attached.kind == "image/jpeg" or data[12:16] == b"VP8 ":  # WebP without alpha
+        return url
+    if attached.kind != "image/png":
+        raise bad_mask("it is no PNG")
+    try:
+        alpha = read_alpha(data)
+    except (struct.error, zlib.error, IndexError):
+        raise bad_mask("it can't be read") from None
+    if not alpha:
+        return url
+    opposite = bytes(range(255, -1, -1))
+    rows = alpha if is_black else [row.translate(opposite) for row in alpha]
+    return Attachment("image/png", b64encode(write_gray_png(rows)).decode()).url
+
+
+def read_alpha(png: bytes) -> list[bytes]:
+    """The rows of the alpha channel (PNG specification, 9), [] if there is none."""
+    chunks: dict[bytes, bytes] = defaultdict(bytes)
+    at = 8
+    while at < len(png) and b"IEND" not in chunks:
+        (size,) = struct.unpack_from(">I", png, at)
+        chunks[png[at + 4 : at + 8]] += png[at + 8 : at + 8 + size]
+        at += 12 + size
+    width, height, depth, color, *_, interlace = struct.unpack(
+        ">IIBBBBB", chunks[b"IHDR"]
+    )
+    if color not in (4, 6) and b"tRNS" not in chunks:
+        return []
+    if (depth, color, interlace) != (8, 6, 0):
+        raise bad_mask("its pixels are not 8-bit RGBA, one row after another")
+    if not 0 < width * height <= MAX_MASK_PIXELS:
+        raise bad_mask("it has more than 4 megapixels")
+    size = height * (1 + 4 * width)
+    data = zlib.decompressobj().decompress(chunks[b"IDAT"], size)
+    if len(data) < size:
+        raise bad_mask("it is cut off")
+    rows, above = [], bytes(width)
+    for at in range(0, size, 1 + 4 * width):
+        above = unfilter(data[at], data[at + 4 : at + 1 + 4 * width : 4], above)
+        rows.append(above)
+    return rows
+
+
+def unfilter(kind: int, row: bytes, above: bytes) -> bytes:
+    """Undo a filter, of one channel."""
+    if kind == 0:
+        return row
+    if kind == 1:
+        return bytes(total & 255 for total in accumulate(row))
+    if kind == 2:
+        return bytes((a + b) & 255 for a, b in zip(row, above, strict=True))
+    out = bytearray()
+    left = corner = 0
+    for byte, up in zip(row, above, strict=True):
+        if kind == 3:
+            near = (left + up) // 2
+        else:  # Paeth's: the neighbour that is nearest to left + up - corner
+            a, b, c = abs(up - corner), abs(left - corner), abs(left + up - 2 * corner)
+            near = left if a <= b and a <= c else up if b <= c else corner
+        left, corner = (byte + near) & 255, up
+        out.append(left)
+    return bytes(out)
+
+
+def write_gray_png(rows: list[bytes]) -> bytes:
+    head = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", head), (b"IDAT", data), (b"IEND", b"")):
+        crc = zlib.crc32(kind + content)
+        png += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+    return png
+
+
+# -- Task inputs ---------------------------------------------------------------
+#
+# A request for what is no text in the terms of its model, which its schema alone
+# tells. What a model has no input for is left out, unless the result would be a lie.
+# To add a model that is odd: a row in QUIRKS.
+
+
+class Quirk(NamedTuple):
+    """What no schema tells of a model."""
+
+    mask_is_black: bool = False  # where it edits; others edit what is white
+
+
+QUIRKS = {r"ideogram-ai/.*": Quirk(mask_is_black=True)}
+
+# What a model may call a choice for which OpenAI has another word.
+SPELLINGS = {
+    "jpeg": "jpg",
+    "jpg": "jpeg",
+    "hd": "high",
+    "standard": "medium",
+    "xhigh": "high",
+    "max": "high",
+}
+
+# Choices that a model may lack, as they only say how well something is done.
+OPTIONAL = {"quality", "moderation", "input_fidelity", "opaque", "vivid", "natural"}
+
+
+def check_task(task: Task, model: Model, schema: ModelSchema) -> None:
+    """Raise 400 for a model that can't do it, and say what it is for."""
+    lacking = [n for n in task.needs if not find_input(schema, task.params[n])]
+    if not makes(task, schema):
+        why = f"makes {what_it_makes(schema)}"
+    elif lacking:
+        why = f"has no input for '{lacking[0]}'"
+    else:
+        return
+    raise APIError(
+        400,
+        f"The model `{model.id}` ({model.ref}) can't be used by POST /v1{task.path}: "
+        f"it {why}.{uses(schema)}",
+        code="invalid_value",
+        param="model",
+    )
+
+
+def build_task_inputs(
+    task: Task, body: Json, model: Model, schema: ModelSchema | None
+) -> list[PredictionInput]:
+    """What Replicate is to run: one prediction, or several for `n`. Raise 400."""
+    if schema is None:  # it can't be had: the commonest names
+        names = [task.params[name].names.split()[0] for name in task.needs]
+        schema = ModelSchema({name: Input("", Field(name)) for name in names})
+    check_task(task, model, schema)
+    inputs = size_inputs(body.get("size") or "auto", schema)
+    parameters = dict.fromkeys(inputs, "size")  # Replicate's name -> OpenAI's
+    for parameter, param in task.params.items():
+        name, value = find_input(schema, param), body.get(parameter)
+        if parameter == "n" or not param.names:
+            continue
+        if not name:
+            require(
+                value is None or (parameter != "mask" and value != "transparent"),
+                f"The model `{model.id}` ({model.ref}) has no input for '{parameter}'.",
+                code="unsupported_parameter",
+                param=parameter,
+            )
+            continue
+        if parameter == "mask" and value:
+            is_black = quirk_of(model).mask_is_black
+            value = [convert_mask(value[0], is_black=is_black)]
+        value = task_value(parameter, value, schema.inputs[name])
+        if value is not None:
+            inputs[name], parameters[name] = value, parameter
+    for name, row in schema.inputs.items():  # the model's own, by their own names
+        if name in body and name not in {*task.params, *inputs}:
+            inputs[name] = fit(name, body[name], name, row.field)
+    inputs = {**inputs, **model.config.input, **body["replicate"]}
+    seed = schema.find("seed random_seed", "integer", "number")
+    count = find_input(schema, task.params["n"]) if "n" in task.params else ""
+    shares = split_count(body.get("n", 1), schema.inputs.get(count))
+    built = PredictionInput(
+        model,
+        inputs,
+        parameters,
+        prompt=body.get("prompt", ""),
+        limit=None,
+        cut=None,
+        seed=schema.inputs[seed].field if type(inputs.get(seed)) is int else None,
+    )
+    all_inputs = [with_seed(built, offset) for offset in range(len(shares))]
+    if count and count not in inputs:
+        all_inputs = [
+            each._replace(input={**each.input, count: share})
+            for each, share in zip(all_inputs, shares, strict=True)
+        ]
+    remedies = {
+        name: f"'{parameter}' by POST /v1{other.path}"
+        for other in TASKS.values()
+        for parameter in other.needs
+        for name in other.params[parameter].names.split()
+    }
+    require_inputs(model, schema.required, all_inputs[0].input, remedies)
+    return all_inputs
+
+
+def quirk_of(model: Model) -> Quirk:
+    rows = (q for p, q in QUIRKS.items() if re.fullmatch(p, model.owner_and_name))
+    return next(rows, Quirk())
+
+
+def task_value(parameter: str, value: Any, input: Input) -> Any:
+    """Bring a value to the type and the words of an input; None if it is left out."""
+    field = input.field
+    choices = {str(choice).casefold(): choice for choice in field.choices}
+    if value is None:
+        # OpenAI's own default, as programs put it into files with names in .png
+        return choices.get("png") if parameter == "output_format" else None
+    if isinstance(value, list):
+        is_one = input.type in ("file", "string") or (not input.type and len(value) < 2)
+        most = 1 if is_one else field.high
+        require(
+            most is None or len(value) <= most,
+            f"Invalid '{parameter}': the model takes {most}, but got {len(value)}.",
+            code="array_above_max_length",
+            param=parameter,
+        )
+        return value[0] if is_one else value
+    if isinstance(value, str) and choices:
+        found = choices.get(value.casefold(), choices.get(SPELLINGS.get(value, "")))
+        if found is not None or not OPTIONAL.isdisjoint((parameter, value)):
+            return found
+    value = fit(parameter, value, parameter, field)
+    bring = wrap if parameter == "seed" else clamp
+    return bring(value, field.low, field.high) if is_number(value) else value
+
+
+def split_count(count: int, input: Input | None) -> list[Any]:
+    """How many each prediction has to make: as many as its input takes."""
+    shares: list[Any] = []
+    while count > 0:
+        share: Any = 1
+        if input and input.field.choices:
+            fitting = [c for c in input.field.choices if int(c) <= count]
+            share = max(fitting, key=int, default=min(input.field.choices, key=int))
+        elif input:
+            share = int(clamp(count, 1, input.field.high))
+        shares.append(share)
+        count -= int(share)
+    return shares
+
+
+SIZE = re.compile(r"(\d{2,5}) ?[x*\u00d7] ?(\d{2,5})")
+RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
+GRADE = re.compile(r"(\d+(?:\.\d+)?) ?(MP|K|)", re.IGNORECASE)
+STEP = re.compile(r"(?:multiple of|divisible by) (\d+)")
+
+Size = tuple[float, float]  # width and height, or only their ratio
+
+
+def parse_size(text: str, name: str) -> Size | None:
+    match = SIZE.fullmatch(text) or RATIO.fullmatch(text)
+    return (float(match[1]), float(match[2])) if match else None
+
+
+def parse_grade(text: str, name: str) -> Size | None:
+    """The square of a grade: 2K, 0.5 MP, or 0.25 of an input that is in megapixels."""
+    if not (match := GRADE.fullmatch(text)):
+        return None
+    unit = match[2].upper() or ("MP" if "megapixels" in name else "")
+    side = {"K": 1024 * float(match[1]), "MP": sqrt(1e6 * float(match[1]))}.get(unit)
+    return (side, side) if side else None
+
+
+def size_inputs(size: str, schema: ModelSchema) -> Json:
+    """What makes images of a size, or of the nearest that a model has; {} for auto.
+
+    A model has sizes to choose from, or takes width and height, in some only if
+    another input is `custom`; or the ratio of the two, and a grade of resolution.
+    """
+    if not (match := SIZE.fullmatch(size)):
+        return {}
+    width, height = float(match[1]), float(match[2])
+
+    def distance(other: Size) -> tuple[float, float]:
+        ratio = abs(log2(width / height) - log2(other[0] / other[1]))
+        return round(ratio, 6), abs(log2(width * height) - log2(other[0] * other[1]))
+
+    def nearest(names: str, parse: Callable[[str, str], Size | None]) -> Json:
+        for name in names.split():
+            choices = schema.inputs[name].field.choices if name in schema.inputs else ()
+            sizes = {c: found for c in choices if (found := parse(str(c), name))}
+            sizes = {choice: found for choice, found in sizes.items() if all(found)}
+            if sizes:
+                return {name: min(sizes, key=lambda choice: distance(sizes[choice]))}
+        return {}
+
+    if exact := nearest("size resolution image_size", parse_size):
+        return exact
+    ratio = nearest("aspect_ratio", parse_size)
+    custom = {
+        name: choice
+        for name in ("aspect_ratio", "size", "resolution")
+        if name in schema.inputs
+        for choice in schema.inputs[name].field.choices
+        if str(choice).lower() == "custom"
+    }
+    across, down = schema.inputs.get("width"), schema.inputs.get("height")
+    if across and down and (custom or not ratio):
+        most = across.field.high or inf, down.field.high or inf
+        scale = min(1, most[0] / width, most[1] / height)
+        sides = side_input(width * scale, across), side_input(height * scale, down)
+        return {**custom, "width": sides[0], "height": sides[1]}
+    grades = "megapixels output_megapixels resolution image_size size"
+    return {**ratio, **nearest(grades, parse_grade)}
+
+
+def side_input(wanted: float, input: Input) -> Any:
+    """The width or height that is nearest to what is wanted."""
+    if choices := input.field.choices:
+        return min(choices, key=lambda choice: abs(float(choice) - wanted))
+    match = STEP.search(input.description)
+    step = int(match[1]) if match else 8
+    return int(clamp(round(wanted / step) * step, input.field.low, input.field.high))
 
 
 # ==== 4. PREDICTIONS ==========================================================
@@ -3397,6 +4006,7 @@ class MessageReader:
 
 MAX_RECORD = 16 * 2**20  # bytes of a prediction's record, or of other JSON
 MAX_EVENT_LINE = 16 * 2**20  # bytes, and of all lines of an event
+MAX_FILE = 64 * 2**20  # bytes of a file that a model made
 READ_SIZE = 8192  # bytes
 MAX_IDLE = 100  # connections to one host
 
@@ -3697,7 +4307,8 @@ def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
 # refusal: a row in REFUSALS. To add a way for a prediction to fail: a row in FAILURES.
 
 
-TRUSTED_HOST = re.compile(r"(.+\.)?replicate\.(com|net|delivery)")
+API_HOST = re.compile(r"(.+\.)?replicate\.(com|net)")
+FILE_HOST = re.compile(r"(.+\.)?replicate\.delivery")
 PORTS = {"http": 80, "https": 443}
 
 
@@ -3979,14 +4590,71 @@ class ReplicateAPI:
                 )
             yield response.body
 
-    def may_stream_from(self, url: str) -> bool:
-        """The token goes to our API's origin and to Replicate's hosts alone."""
+    @contextmanager
+    def open_file(
+        self, url: str, cancellation: Cancellation
+    ) -> Iterator[tuple[int | None, Iterator[bytes]]]:
+        """Open a file that a model made: its size, if it is known, and its bytes.
+
+        Raise APIError. Replicate keeps it for an hour (its docs, "Output files").
+        """
+        if attached := read_data_url(url):  # of a create that was waited for
+            yield len(attached.content), iter([attached.content])
+            return
+        self.check_file_host(url)
+        parts = urlsplit(url)
+        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        host, timeout = (b"Host", parts.netloc.encode()), self.timeouts.stream
+        head = render_head("GET", target.encode(), [host])
+        too_late = time.monotonic() + self.timeouts.file
+
+        def bounded(pieces: Iterator[bytes]) -> Iterator[bytes]:
+            total = 0
+            for piece in pieces:
+                total += len(piece)
+                if total > MAX_FILE or time.monotonic() > too_late:
+                    raise http.client.HTTPException("it is too large, or too slow")
+                yield piece
+
+        try:
+            with self.pool.request(
+                parts[:2], "GET", head, timeout, cancellation
+            ) as response:
+                if response.status != 200:
+                    raise http.client.HTTPException(f"status {response.status}")
+                size = parse_body_length(response.headers)
+                yield None if size == CHUNKED else size, bounded(response.body)
+        except CONNECTION_ERRORS as error:
+            where = f"Replicate keeps it for an hour, at '{url}'."
+            raise LOST.error(where, detail=repr(error)) from error
+
+    def fetch_file(self, url: str, cancellation: Cancellation) -> bytes:
+        """Fetch a file that a model made, twice if need be. Raise APIError."""
+        self.check_file_host(url)
+        for is_last in (False, True):
+            try:
+                with self.open_file(url, cancellation) as (_, pieces):
+                    return b"".join(pieces)
+            except APIError:
+                cancellation.check()
+                if is_last:
+                    raise
+        raise AssertionError
+
+    def check_file_host(self, url: str) -> None:
+        """Raise 502 for a link to anywhere but Replicate's files."""
+        if not (read_data_url(url) or self.is_trusted(url, FILE_HOST)):
+            host = quoted(urlsplit(url).netloc.rpartition("@")[2])
+            raise LOST.error(f"The model says that it is at {host}, not at Replicate.")
+
+    def is_trusted(self, url: str, hosts: re.Pattern[str]) -> bool:
+        """Whether a URL is at our API's origin, or by https at one of these hosts."""
         with suppress(ValueError):
             scheme, host, port = origin_of(urlsplit(url))
             is_https = (scheme, port) == ("https", 443)
-            is_trusted = is_https and TRUSTED_HOST.fullmatch(host)
+            is_theirs = is_https and bool(hosts.fullmatch(host))
             is_ours = (scheme, host, port) == origin_of(self.base)
-            return (is_ours or bool(is_trusted)) and "@" not in urlsplit(url).netloc
+            return (is_ours or is_theirs) and "@" not in urlsplit(url).netloc
         return False
 
 
@@ -4308,6 +4976,25 @@ class Upstream:
         cancellation.check()
         return prediction
 
+    @contextmanager
+    def start(
+        self,
+        prediction_input: PredictionInput,
+        cancellation: Cancellation,
+        request_log: RequestLog,
+        *,
+        wait: bool,
+    ) -> Iterator[Prediction]:
+        """Create a prediction as `create` does; after, it is over or cancelled."""
+        with self.counted():
+            prediction = self.create(
+                prediction_input, cancellation, request_log, wait=wait
+            )
+            try:
+                yield prediction
+            finally:
+                prediction.cancel()
+
     def count(self, more: int) -> None:
         with self.changed:
             self.running += more
@@ -4381,7 +5068,7 @@ class Prediction:
         url = str(self.record["urls"].get("stream") or "")
         is_text = "/v1/files/" not in url  # which is a file's bytes
         streams = self.prediction_input.model.config.supports_streaming
-        return url if streams and is_text and self.api.may_stream_from(url) else ""
+        return url if streams and is_text and self.api.is_trusted(url, API_HOST) else ""
 
     def events(self) -> Events:
         """Yield its Texts as they come, then Done. Raise APIError."""
@@ -4400,13 +5087,10 @@ class Prediction:
         yield self.end()
 
     def wait_until_done(self) -> Any:
-        """Its output, when it has succeeded. Raise APIError; cancel if interrupted."""
-        try:
-            for _ in self.polls():
-                pass
-            self.request_log.usages.append(self.end().usage)
-        finally:
-            self.cancel()
+        """Its output, when it has succeeded. Raise APIError."""
+        for _ in self.polls():
+            pass
+        self.end()
         return self.record.get("output")
 
     def polls(self) -> Iterator[None]:
@@ -7103,6 +7787,60 @@ def with_id(item: Json) -> Json:
     return {"id": id, "type": kind, **without(item, ("id", "type")), **content}
 
 
+# -- Images --------------------------------------------------------------------
+
+
+class Image(NamedTuple):
+    url: str  # at Replicate, or a data: URL
+    content: bytes  # b"" if the client fetches it
+    type: str  # its media type
+
+
+def file_urls(output: Any) -> list[str]:
+    """The links and data: URLs in an output, whatever it is, in their order."""
+    if isinstance(output, str):
+        return [output] if re.match("https?:|data:", output, re.I) else []
+    inside = output.values() if isinstance(output, dict) else as_list(output)
+    return [url for each in inside for url in file_urls(each)]
+
+
+def image_list(images: Sequence[Image], created: int) -> Json:
+    rows = [
+        {"b64_json": b64encode(image.content).decode()}
+        if image.content
+        else {"url": image.url}
+        for image in images
+    ]
+    formats = {image.type.removeprefix("image/") for image in images if image.content}
+    known = {"output_format": formats.pop()} if len(formats) == 1 else {}
+    return {"created": created, "data": rows, **known}
+
+
+# Replicate counts no tokens of images; OpenAI's clients want the keys.
+NO_IMAGE_USAGE = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
+
+
+def image_event(kind: str, image: Image, body: Json, created: int) -> bytes:
+    """The event that ends an image: `kind` is image_generation or image_edit."""
+    type = f"{kind}.completed"
+    data = {
+        "type": type,
+        "b64_json": b64encode(image.content).decode(),
+        "created_at": created,
+        "size": body["size"],
+        "quality": body["quality"] or "auto",
+        "background": body["background"] or "auto",
+        "output_format": image.type.removeprefix("image/"),
+        "usage": NO_IMAGE_USAGE,
+    }
+    return f"event: {type}\n".encode() + sse_frame(data)
+
+
 # -- Model objects -------------------------------------------------------------
 
 
@@ -7223,6 +7961,33 @@ def start_side_by_side(
         branch.cancel(ClientDisconnected())
 
 
+@contextmanager
+def start_predictions(
+    proxy: Proxy,
+    request: Request,
+    inputs: Sequence[PredictionInput],
+    read: Callable[[Prediction, Cancellation], Iterator[Item]],
+) -> Iterator[Iterable[tuple[int, Item]]]:
+    """Create predictions; inside, what is read of each; after, none runs on."""
+    upstream, cancellation = proxy.upstream, request.cancellation
+
+    @contextmanager
+    def start(
+        prediction_input: PredictionInput, cancellation: Cancellation
+    ) -> Iterator[Iterator[Item]]:
+        with upstream.start(
+            prediction_input, cancellation, request.log, wait=True
+        ) as prediction:
+            yield read(prediction, cancellation)
+
+    uploaded = [
+        upload_large_files(each, upstream.upload_cache, cancellation) for each in inputs
+    ]
+    jobs = [partial(start, each) for each in uploaded]
+    with start_side_by_side(jobs, cancellation) as items:
+        yield items
+
+
 class Generation(NamedTuple):
     """The choices of a request for text: `n` of each input."""
 
@@ -7323,16 +8088,14 @@ class Generation(NamedTuple):
             end = (done for done in [Done("length", Usage(None, 0))])
             yield with_usage(end, prediction_input.prompt, log.usages), end.close
             return
-        with upstream.counted():
-            prediction = upstream.create(
-                prediction_input, cancellation, log, wait=not self.body["stream"]
-            )
-            events = prediction.events()
-            try:
-                yield self.shape(events, prediction_input), prediction.cancel
-            finally:
-                events.close()
-                prediction.cancel()
+        wait = not self.body["stream"]
+        with (
+            upstream.start(
+                prediction_input, cancellation, log, wait=wait
+            ) as prediction,
+            closing(prediction.events()) as events,
+        ):
+            yield self.shape(events, prediction_input), prediction.cancel
 
     def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
         """What the client asked for and the model can't do, step by step.
@@ -7591,9 +8354,106 @@ def response_errors(request: Request, chat: ChatRequest) -> Iterator[None]:
         ) from None
 
 
-def read_body(request: Request, model: str = "") -> Json:
+def create_image(proxy: Proxy, request: Request, model: str = "") -> Response:
+    return respond_with_images(proxy, request, TASKS["generation"], model)
+
+
+def create_image_edit(proxy: Proxy, request: Request, model: str = "") -> Response:
+    return respond_with_images(proxy, request, TASKS["edit"], model)
+
+
+def create_image_variation(proxy: Proxy, request: Request, model: str = "") -> Response:
+    return respond_with_images(proxy, request, TASKS["variation"], model)
+
+
+BASE64_MODELS = re.compile("(openai/)?(chat)?gpt-image", re.IGNORECASE)
+
+
+def respond_with_images(
+    proxy: Proxy, request: Request, task: Task, model: str
+) -> Response:
+    body, inputs = parse_task_request(proxy, request, task, model)
+    is_streamed, created = body.get("stream"), int(time.time())
+    default = "b64_json" if BASE64_MODELS.match(body["model"]) else "url"
+    wants_url = not is_streamed and (body["response_format"] or default) == "url"
+    api = proxy.upstream.api
+
+    def read(prediction: Prediction, cancellation: Cancellation) -> Iterator[Image]:
+        urls = file_urls(prediction.wait_until_done())
+        if wants_url and not all(map(LINK.fullmatch, urls)):
+            prediction.refresh()  # only the response to a create has data: URLs
+            urls = file_urls(prediction.record.get("output"))
+        if not urls:
+            raise no_output("an image", prediction)
+        for url in urls:
+            if wants_url:
+                api.check_file_host(url)
+                content = b""
+                with (
+                    suppress(APIError),
+                    api.open_file(url, cancellation) as (_, pieces),
+                ):
+                    content = next(pieces, b"")
+                cancellation.check()
+            else:
+                content = api.fetch_file(url, cancellation)
+            type = media_type(content)
+            if content and not type.startswith("image/"):
+                raise no_output("an image", prediction, type)
+            yield Image(url, b"" if wants_url else content, type)
+
+    def run(write: Callable[[bytes], None]) -> None:
+        kind = "image_edit" if "image" in body else "image_generation"
+        with start_predictions(proxy, request, inputs, read) as images:
+            for _, image in images:
+                write(image_event(kind, image, body, created))
+
+    if is_streamed:
+        return Response(EventStream(run, lambda error: sse_frame(error.body)))
+    with start_predictions(proxy, request, inputs, read) as images:
+        in_order = sorted(images, key=itemgetter(0))
+    return Response(image_list([image for _, image in in_order], created))
+
+
+def no_output(wanted: str, prediction: Prediction, type: str = "") -> APIError:
+    model = prediction.prediction_input.model
+    message = f"The model `{model.id}` ({model.ref}) did not make {wanted}"
+    message += f", but {type}." if type else "."
+    return APIError(502, message, code="prediction_failed", headers=NO_RETRY)
+
+
+def parse_task_request(
+    proxy: Proxy, request: Request, task: Task, model: str
+) -> tuple[Json, list[PredictionInput]]:
+    """Return the body, checked, and what Replicate is to run for it."""
+    body = read_body(request, model, task.params)
+    if "image" in task.params and body.get("images") is not None:  # OpenAI's, in JSON
+        body["image"] = body.pop("images")
+    for name in ("image", "mask"):
+        if name in task.params and body.get(name) is not None:
+            body[name] = parse_files(body[name], name)
+    body = check(body, task.params)
+    models = replace(proxy.models.current(), default_model=None)
+    try:
+        chosen = find_model(models, body["model"])
+    except APIError as error:
+        message = f"{error} One that can do this is `{task.example}`."
+        raise APIError(404, message, code=error.code, param="model") from None
+    schema = proxy.upstream.schemas.find(chosen.ref)
+    request.log.ref, request.log.prompts = chosen.ref, [body.get("prompt") or ""]
+    return body, build_task_inputs(task, body, chosen, schema)
+
+
+def read_body(
+    request: Request, model: str = "", form: Mapping[str, Param] | None = None
+) -> Json:
+    """Parse a body of JSON, or a form if there is a table for its fields."""
     content_type = request.headers.get("content-type", "application/json")
-    body = parse_json_body(request.body, content_type)
+    is_form = content_type.lower().startswith("multipart/form-data")
+    if is_form and form is not None:
+        body = parse_form(request.body, content_type, form)
+    else:
+        body = parse_json_body(request.body, content_type)
     request.body = b""  # it may be large
     if model:
         body["model"] = model
@@ -7694,6 +8554,9 @@ ENDPOINTS = [
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
+    Endpoint("POST", "/images/generations", create_image),
+    Endpoint("POST", "/images/edits", create_image_edit),
+    Endpoint("POST", "/images/variations", create_image_variation),
     Endpoint("POST", "/responses", create_response),
     Endpoint("POST", "/responses/input_tokens", count_input_tokens),
     # These two before the others, since an id may have a slash.

@@ -5483,7 +5483,7 @@ def test_deployments_and_versions_are_asked_as_their_models(fake, server, model,
 STREAM_HOSTS = [
     ("https://stream.replicate.com/v1/streams/x", True),
     ("https://stream-b.svc.rno2.c.replicate.net/v1/streams/x", True),
-    ("https://replicate.delivery/x", True),
+    ("https://replicate.delivery/x", False),
     ("http://127.0.0.1:1/v1/streams/x", False),  # where the settings say, but the port
     ("https://me@stream.replicate.com/v1/streams/x", False),
     ("https://:secret@stream.replicate.com/v1/streams/x", False),
