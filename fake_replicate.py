@@ -6,7 +6,8 @@
 Point any client of Replicate at `fake.base_url`. No model runs: what happens is
 a scenario, a row of SCENARIOS, and a model whose owner is `fake` chooses it by
 name. `version: "fake/out-of-credit"` is refused for want of credit; every
-other model plays `fake.default`.
+other model plays `fake.default`, or what `fake.plays` says of it. A model whose
+output is no text of a scenario's makes it of its input, by `fake.makes`.
 
     client                                  a scenario, an input
       |           call                               |
@@ -27,6 +28,7 @@ look up is said to be a guess where it stands.
     Wires        what may become of a stream between its events and its bytes
     Texts        what the models say
     Scenarios    what can happen: one row per case
+    Files        what image and speech models make, and how it is served
     Models       what a model says of itself: one row per model
     Predictions  a scenario, an input and a moment of birth
     Server       sockets and HTTP
@@ -83,6 +85,7 @@ class Reply(NamedTuple):
     body: Any = None
     type: str = "application/json; charset=UTF-8"
     headers: Mapping[str, str] = {}
+    length: int | None = None  # what is said of an iterator's; None: it is chunked
 
 
 class Refusal(Exception):
@@ -387,6 +390,7 @@ class Scenario:
     counts: bool = True  # whether metrics count the tokens
     logs: str | None = ""
     removed: bool = False  # whether input and output are gone at the end
+    inline: bool = False  # whether a create that waits has files as data: URLs
     # the timeline
     boot: float = 0
     pace: float = 0
@@ -485,6 +489,7 @@ SCENARIOS = {
     "no-counts": Scenario("no token counts at all", counts=False),
     "null-logs": Scenario("the logs are null", logs=None),
     "empty-error": Scenario('the error of a success is ""', error=""),
+    "data-urls": Scenario("files are data: URLs after Prefer: wait", inline=True),
     "data-removed": Scenario("at the end, input and output are gone", removed=True),
     "wait-processing": Scenario("`processing` for 0.3 s, with all its text", late=0.3),
     "wait-ran-out": Scenario("Prefer: wait runs out at once", boot=0.2, hold=0),
@@ -572,13 +577,62 @@ SCENARIOS = {
     ),
 }
 
+# == Files =====================================================================
+# What image and speech models make. A maker gives FakeFiles wherever its output
+# is to have links.
+
+
+@dataclass(frozen=True)
+class FakeFile:
+    """A file that was uploaded, or that a model made, and what befalls its GETs."""
+
+    content: bytes
+    content_type: str
+    fault: Fault = NO_FAULT
+    length: int | None = None  # what Content-Length says; None: the truth
+    held: threading.Event | None = None  # half of it is sent before this is set
+
+    def frames(self, pause: Callable[[float], None]) -> Frames:
+        middle = len(self.content) // 2
+        yield self.content[:middle]
+        while self.held and not self.held.wait(0.01):
+            pause(0.001)
+        yield self.content[middle:]
+        if self.length and self.length > len(self.content):
+            raise Cut
+
+    def data_url(self) -> str:
+        encoded = base64.b64encode(self.content).decode()
+        return f"data:{self.content_type};base64,{encoded}"
+
+
+EXTENSIONS = {"image/jpeg": "jpg", "audio/mpeg": "mp3", "text/plain": "txt"}
+# The URL of an image, by which `metrics` count them.
+IMAGE_URL = re.compile(r"data:image/|https?:.*\.(png|webp|jpg|gif|svg\+xml)$")
+
+Make = Callable[[Json], Any]
+TOKENS: Any = object()  # stands for an output that is the tokens of a scenario
+
+
+def replace_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The same JSON, with all that is no list and no object changed."""
+    if isinstance(value, list):
+        return [replace_leaves(item, change) for item in value]
+    if isinstance(value, dict):
+        return {key: replace_leaves(item, change) for key, item in value.items()}
+    return change(value)
+
+
 # == Models ====================================================================
 # What GET /v1/models says. A row's fields are written as short as can be:
-# name* type =default [minimum..maximum], where * is for a required one.
+# name* type a, b =default [minimum..maximum] # description
+# where * is for a required one, and `a, b` are the values of an enum. An output is
+# a type, or {fields}; "" is text, made token by token.
 
 FIELD = re.compile(
-    r"(?P<name>\w+)(?P<required>\*?) (?P<type>\[?\w+\]?)(?P<enum> [\w, ]+?)?"
+    r"(?P<name>\w+)(?P<required>\*?) (?P<type>[\w\[\]]+)(?P<enum> [\w:./, -]+?)?"
     r"(?: ?=(?P<default>.+?))?(?: \[(?P<minimum>\S*?)\.\.(?P<maximum>\S*)\])?"
+    r"(?: # (?P<description>.+))?"
 )
 TYPES: dict[str, Json] = {
     "str": {"type": "string"},
@@ -587,9 +641,8 @@ TYPES: dict[str, Json] = {
     "bool": {"type": "boolean"},
     "obj": {"type": "object"},
     "uri": {"type": "string", "format": "uri"},
-    "[str]": {"type": "array", "items": {"type": "string"}},
-    "[obj]": {"type": "array", "items": {"type": "object"}},
-    "[uri]": {"type": "array", "items": {"type": "string", "format": "uri"}},
+    "any": {},
+    "enum": {"type": "string"},
 }
 OUTPUT = {
     "type": "array",
@@ -600,7 +653,15 @@ OUTPUT = {
 }
 
 
-def make_model(ref: str, fields: str | None = None, official: bool = True) -> Json:
+def make_type(text: str) -> Json:
+    if text.startswith("["):
+        return {"type": "array", "items": make_type(text[1:-1])}
+    return dict(TYPES[text])
+
+
+def make_model(
+    ref: str, fields: str | None = None, official: bool = True, output: str = ""
+) -> Json:
     owner, _, name = ref.partition("/")
     return {
         "url": f"https://replicate.com/{ref}",
@@ -610,11 +671,11 @@ def make_model(ref: str, fields: str | None = None, official: bool = True) -> Js
         "visibility": "public",
         "run_count": 1,
         "is_official": official,
-        "latest_version": fields and make_version(ref, fields),
+        "latest_version": fields and make_version(ref, fields, output),
     }
 
 
-def make_version(ref: str, fields: str) -> Json:
+def make_version(ref: str, fields: str, output: str = "") -> Json:
     return {
         "id": hashlib.sha256(ref.encode()).hexdigest(),
         "created_at": "2025-01-01T00:00:00.000000Z",
@@ -622,7 +683,7 @@ def make_version(ref: str, fields: str) -> Json:
             "openapi": "3.0.2",
             "info": {"title": "Cog", "version": "0.1.0"},
             "paths": {},
-            "components": {"schemas": make_schemas(fields)},
+            "components": {"schemas": make_schemas(fields, output)},
         },
     }
 
@@ -643,8 +704,21 @@ def ref_of(model: Json) -> str:
     return f"{model['owner']}/{model['name']}"
 
 
-def make_schemas(fields: str) -> dict[str, Json]:
+def make_schemas(fields: str, output: str = "") -> dict[str, Json]:
     schemas: dict[str, Json] = {"Output": OUTPUT}
+    schemas["Input"] = make_object("Input", fields, schemas)
+    if output.startswith("{"):
+        made = make_object("ModelOutput", output[1:-1], schemas)
+        schemas["ModelOutput"] = made
+        ref = "#/components/schemas/ModelOutput"
+        schemas["Output"] = {"$ref": ref, "title": "Output"}
+    elif output:
+        schemas["Output"] = {**make_type(output), "title": "Output"}
+    return schemas
+
+
+def make_object(title: str, fields: str, schemas: dict[str, Json]) -> Json:
+    """The schema of an object; each of its enums is one of the schemas."""
     properties: Json = {}
     required: list[str] = []
     for order, text in enumerate(" ".join(fields.split()).split("; ")):
@@ -652,18 +726,19 @@ def make_schemas(fields: str) -> dict[str, Json]:
         assert match, f"not in the notation of MODELS: {text}"
         row = match.groupdict("")
         name = row["name"]
-        made = dict(TYPES.get(row["type"], {}))
+        made = make_type(row["type"])
         if row["enum"]:
-            values = row["enum"].strip().split(", ")
-            schemas[name] = {"type": "string", "title": name, "enum": values}
+            values: list[Any] = row["enum"].strip().split(", ")
+            values = [int(v) for v in values] if row["type"] == "int" else values
+            schemas[name] = {**made, "title": name, "enum": values}
             made = {"allOf": [{"$ref": f"#/components/schemas/{name}"}]}
         numbers = [key for key in ("default", "minimum", "maximum") if row[key]]
         made |= {key: json.loads(row[key]) for key in numbers}
+        made |= {"description": row["description"]} if row["description"] else {}
         properties[name] = {**made, "title": name.capitalize(), "x-order": order}
         required += [name] if row["required"] else []
-    schemas["Input"] = {"type": "object", "title": "Input", "properties": properties}
-    schemas["Input"]["required"] = required
-    return schemas
+    known = {"type": "object", "title": title, "properties": properties}
+    return {**known, "required": required}
 
 
 KINDS: dict[str, Any] = {"string": str, "integer": int, "number": (int, float)}
@@ -811,6 +886,7 @@ class Prediction:
     model: Json
     input: Json
     deadline: float
+    made: Any = TOKENS  # its output, if that is of the model's own making
     id: str = field(default_factory=lambda: random_name(26))
     key: str = field(default_factory=lambda: random_name(52))
     urls: Json = field(default_factory=dict)
@@ -822,11 +898,19 @@ class Prediction:
     def __post_init__(self) -> None:
         scenario, text = self.scenario, self.scenario.text
         self.tokens: Text = text(self.input) if callable(text) else text
+        if self.writes_text and self.made is not TOKENS:
+            self.tokens = self.made
         self.count = len(self.tokens) if scenario.after is None else scenario.after
         finish = scenario.boot + self.count * scenario.pace
         self.finish = FOREVER if scenario.end is None else finish
         self.stopped_at = self.deadline
         self.stopped_as = "canceled" if self.deadline > scenario.boot else "aborted"
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether its output comes token by token, as that of language models."""
+        output = input_schemas(self.model).get("Output")
+        return output == OUTPUT if output else self.made is TOKENS
 
     @property
     def age(self) -> float:
@@ -872,11 +956,14 @@ class Prediction:
                 pause(0.001)
 
     def output(self, age: float) -> Any:
-        """A list grows; anything else comes at the end."""
+        """A list of tokens grows; anything else comes at the end."""
         tokens, succeeded = self.tokens_at(age), self.status_at(age) == "succeeded"
-        if self.scenario.form is list:
-            return tokens if tokens or succeeded else None
-        return self.scenario.form(tokens) if succeeded else None
+        if self.scenario.form is not list:
+            return self.scenario.form(tokens) if succeeded else None
+        if self.made is not TOKENS and not self.writes_text:
+            ended, how = self.ending()
+            return self.made if 0 < age >= ended and how == "succeeded" else None
+        return tokens if tokens or succeeded else None
 
     def record(self, age: float) -> Json:
         """The prediction object, as it is at that age."""
@@ -909,7 +996,9 @@ class Prediction:
                 "input_token_count": len(" ".join(strings(self.input)).split()),
                 "output_token_count": sum(map(bool, self.tokens_at(age))),
             }
-            metrics |= counts if scenario.counts else {}
+            images = sum(map(bool, map(IMAGE_URL.match, strings(self.output(age)))))
+            metrics |= counts if scenario.counts and self.writes_text else {}
+            metrics |= {"image_count": images} if images else {}
             closing["logs"] = scenario.logs and scenario.logs.format(**counts)
         return closing
 
@@ -1092,7 +1181,11 @@ class Handler(BaseHTTPRequestHandler):
         body = reply.body
         if not reply.status:
             raise Reset
-        if isinstance(body, (Iterator, Prediction)):
+        if reply.length is not None:
+            self.wfile.write(self.head(reply, f"Content-Length: {reply.length}"))
+            for sent in body:
+                self.connection.sendall(sent)
+        elif isinstance(body, (Iterator, Prediction)):
             self.wfile.write(self.head(reply, "Transfer-Encoding: chunked"))
             if isinstance(body, Prediction):
                 self.server.pacer.play(body, self.send_frame)
@@ -1121,12 +1214,6 @@ class Handler(BaseHTTPRequestHandler):
 # == Stand-in ==================================================================
 # All that exists here, and a method per operation; to add one, a case in `dispatch`
 # too. Tests look at what there is, and may add to it, at any time.
-
-
-@dataclass(frozen=True)
-class FakeFile:
-    content: bytes
-    content_type: str
 
 
 def deployed(owner: str, name: str) -> str:
@@ -1169,12 +1256,15 @@ class FakeReplicate:
         self.record = record
         self.servers: list[Server] = []
         self.scenarios = dict(SCENARIOS)
+        self.plays: dict[str, str] = {}  # by model, the scenario it plays
         self.models = dict(MODELS)
+        self.makes: dict[str, Make] = {}  # by model, what it makes of an input
         self.seen: list[Call] = []
         self.predictions: dict[str, Prediction] = {}
         self.streams: dict[str, Prediction] = {}
         self.cancels: list[str] = []
-        self.files: dict[str, FakeFile] = {}
+        self.files: dict[str, FakeFile] = {}  # by id: those of the Files API
+        self.output_files: dict[str, FakeFile] = {}  # by URL: what models made
         self.on_upload = NO_FAULT
         self.faults: Counter[str] = Counter()
 
@@ -1216,6 +1306,8 @@ class FakeReplicate:
         if self.record:
             self.seen.append(call)
         try:
+            if file := self.output_files.get(f"{self.origin}{call.path}"):
+                return self.deliver(call, file)
             given = call.headers.get("authorization")
             if given != f"Bearer {self.token}":
                 raise Refusal(BAD_TOKEN if given else NO_TOKEN)
@@ -1301,22 +1393,24 @@ class FakeReplicate:
     def choose(self, ref: str) -> str:
         """The name of the scenario that a model plays."""
         owner, _, name = ref.partition("/")
-        chosen = name if owner == "fake" else self.default
+        chosen = self.plays.get(ref, name if owner == "fake" else self.default)
         if chosen not in self.scenarios:
             raise Refusal(NO_VERSION)
         return chosen
 
     def create(self, call: Call, model: Json) -> Reply:
-        input = call.body["input"]
+        input, ref = call.body["input"], ref_of(model)
         check_input(input, input_schemas(model))
-        name = self.choose(ref_of(model))
+        name = self.choose(ref)
         scenario = self.scenarios[name]
         given = re.fullmatch(r"(\d+)s", call.headers.get("cancel-after", ""))
         deadline = min(scenario.deadline, float(given[1]) if given else FOREVER)
 
         def begin() -> Reply:
             """A prediction that is waited for has the record of that moment."""
-            prediction = self.add(Prediction(scenario, model, input, deadline))
+            made = self.makes[ref](input) if ref in self.makes else TOKENS
+            made = replace_leaves(made, self.publish)
+            prediction = self.add(Prediction(scenario, model, input, deadline, made))
             preference = call.headers.get("prefer", "")
             if not (match := re.fullmatch(r"wait(?:=(\d+))?", preference)):
                 return Reply(201, prediction.record(0))
@@ -1324,15 +1418,18 @@ class FakeReplicate:
             prediction.wait_until(min(held, prediction.finish), call.pause)
             age = prediction.age
             status = 201 if age >= prediction.ending()[0] else 202
+            record = prediction.record(age)
+            if scenario.inline:
+                record["output"] = replace_leaves(record["output"], self.inline)
             headers = {"Preference-Applied": preference}
-            return Reply(status, prediction.record(age), headers=headers)
+            return Reply(status, record, headers=headers)
 
         return self.play_fault(scenario.on_create, name, call, begin)
 
     def add(self, prediction: Prediction) -> Prediction:
         get = f"{self.base_url}/predictions/{prediction.id}"
         prediction.urls = {"get": get, "cancel": f"{get}/cancel"}
-        if url := prediction.scenario.stream_url:
+        if (url := prediction.scenario.stream_url) and prediction.writes_text:
             url = url.format(streams=self.origin, key=prediction.key)
             prediction.urls["stream"] = url
         self.predictions[prediction.id] = self.streams[prediction.key] = prediction
@@ -1342,6 +1439,32 @@ class FakeReplicate:
                 self.predictions.pop(oldest.id, None)
                 self.streams.pop(oldest.key, None)
         return prediction
+
+    def add_file(self, content: bytes, content_type: str, **faults: Any) -> str:
+        """Serve a file, to anyone who knows its URL; the faults are FakeFile's."""
+        kind = content_type.rpartition("/")[2]
+        name = f"output.{EXTENSIONS.get(content_type, kind)}"
+        url = f"{self.origin}/delivery/{random_name(44)}/{name}"
+        self.output_files[url] = FakeFile(content, content_type, **faults)
+        if not self.record and len(self.output_files) > 1000:
+            self.output_files.pop(next(iter(self.output_files)), None)
+        return url
+
+    def publish(self, value: Any) -> Any:
+        """The URL of a file that a model has made; another value itself."""
+        return self.add_file(**vars(value)) if isinstance(value, FakeFile) else value
+
+    def inline(self, value: Any) -> Any:
+        file = self.output_files.get(value) if isinstance(value, str) else None
+        return file.data_url() if file else value
+
+    def deliver(self, call: Call, file: FakeFile) -> Reply:
+        def send() -> Reply:
+            length = len(file.content) if file.length is None else file.length
+            frames = file.frames(call.pause)
+            return Reply(200, frames, file.content_type, length=length)
+
+        return self.play_fault(file.fault, f"file {call.path}", call, send)
 
     def look_up(self, call: Call, prediction: Prediction) -> Reply:
         def look() -> Reply:

@@ -1,4 +1,4 @@
-"""The same banners as in proxy.py, in the same order; at the end, the file itself."""
+"""The same banners as in proxy.py, in their order; then the stand-in, and the file."""
 
 import _thread
 import ast
@@ -38,6 +38,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import quote, urlsplit
+from urllib.request import urlopen
 
 import certifi
 import httpx
@@ -321,7 +322,7 @@ def replicate():
 @pytest.fixture
 def fake(replicate):
     """The stand-in for Replicate, which has forgotten the tests before."""
-    for seen in (replicate.seen, replicate.cancels, replicate.faults):
+    for seen in (replicate.seen, replicate.cancels, replicate.faults, replicate.plays):
         seen.clear()
     return replicate
 
@@ -5893,6 +5894,7 @@ ELSEWHERE = {row[0] for row in REFUSALS} | {
     *("endless", "cancel-500", "data-removed", "hang", "hang-before"),  # below
     *("demo", "length", "story", "stamped", "stamped-at-once"),  # Server, Clients
     *("very-cold", "stuck", "slow-create", "cancel-slow"),  # for hang-ups
+    "data-urls",  # for models that make files
 }
 
 
@@ -13662,6 +13664,179 @@ def test_a_pod_on_kubernetes_may_do_nothing(pod):
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
     }
+
+
+# -- Stand-in ------------------------------------------------------------------
+# What tests of endpoints lean on: models that make something of their input.
+
+PAINTED = fake_replicate.FakeFile(b"png" * 9, "image/png")
+
+
+def fetch_from(fake, url, body=None, **headers):
+    """What the stand-in answers: a GET, or a POST of a body."""
+    path = url.removeprefix(fake.origin)
+    with closing(http.client.HTTPConnection(*fake.servers[0].server_address)) as sock:
+        sock.request("POST" if body else "GET", path, body, headers)
+        return read(sock)
+
+
+def create_at(fake, ref, prefer="wait", **input):
+    """The prediction of a model of the stand-in, as its create says it is."""
+    model = fake.find_model(ref)
+    version = ref if model["is_official"] else fake_replicate.version_id(model)
+    headers = {"authorization": f"Bearer {fake.token}", "prefer": prefer}
+    headers |= {"content-type": "application/json"}
+    body = json.dumps({"version": version, "input": input})
+    return fetch_from(fake, f"{fake.base_url}/predictions", body, **headers).json
+
+
+def look_at(fake, url):
+    return fetch_from(fake, url, authorization=f"Bearer {fake.token}")
+
+
+def at_the_end_of(fake, prediction):
+    """Its record, once it is over."""
+    url = prediction["urls"]["get"]
+    wait_until(lambda: look_at(fake, url).json.get("completed_at"))
+    return look_at(fake, url).json
+
+
+def painting(fake, made=PAINTED, scenario="hello", output="uri"):
+    """A model of the stand-in that makes what it is told: its ref."""
+    ref = f"me/paints-{len(fake.models)}"
+    fake.models[ref] = make_model(ref, "prompt* str", output=output)
+    fake.makes[ref] = lambda input: made
+    fake.plays[ref] = scenario
+    return ref
+
+
+@table(
+    "output, schema",
+    [
+        ("a link", "uri", {"type": "string", "format": "uri"}),
+        (
+            "vectors",
+            "[[float]]",
+            {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+        ),
+        ("anything", "any", {}),
+    ],
+)
+def test_a_model_of_the_stand_in_says_what_it_makes(output, schema):
+    made = fake_replicate.make_schemas("prompt str", output)["Output"]
+    assert made == {**schema, "title": "Output"}
+
+
+def test_an_object_that_a_model_makes_has_its_fields():
+    schemas = fake_replicate.make_schemas("a str", "{text* str; srt_file uri}")
+    assert schemas["Output"]["$ref"] == "#/components/schemas/ModelOutput"
+    made = schemas["ModelOutput"]
+    assert list(made["properties"]) == ["text", "srt_file"]
+    assert (made["type"], made["required"]) == ("object", ["text"])
+
+
+def test_a_field_has_its_enum_and_its_description():
+    fields = (
+        'a enum 1:1, 0.5 MP, Not set ="1:1"; b int 8, 16 =8; c* str # A list; d any'
+    )
+    schemas = fake_replicate.make_schemas(fields)
+    assert schemas["a"]["enum"] == ["1:1", "0.5 MP", "Not set"]
+    assert (schemas["b"]["type"], schemas["b"]["enum"]) == ("integer", [8, 16])
+    assert schemas["Input"]["properties"]["c"]["description"] == "A list"
+
+
+@table(
+    "scenario, told, at_the_end",
+    [
+        ("at once", "hello", "succeeded", "made"),
+        ("slowly", "story", "succeeded", "made"),
+        ("after the wait", "wait-ran-out", "starting", "made"),
+        ("told before the record is", "wait-processing", "processing", "made"),
+        ("not at all", "failed", "failed", None),
+        ("null", "null-output", "succeeded", None),
+        ("another kind of output", "number-output", "succeeded", 42),
+    ],
+)
+def test_what_is_made_comes_when_the_scenario_says(fake, scenario, told, at_the_end):
+    prediction = create_at(fake, painting(fake, scenario=scenario), prompt="a")
+    assert prediction["status"] == told
+    assert "stream" not in prediction["urls"]
+    record = at_the_end_of(fake, prediction)
+    made = record["output"] in fake.output_files
+    assert ("made" if made else record["output"]) == at_the_end
+    assert record["metrics"].pop("predict_time") >= 0
+    assert record["metrics"] == ({"image_count": 1} if made else {})
+
+
+def test_what_is_made_is_null_until_it_is_there(fake):
+    ref = painting(fake, scenario="endless")
+    prediction = create_at(fake, ref, "", prompt="a")
+    assert (prediction["status"], prediction["output"]) == ("starting", None)
+    looked = look_at(fake, prediction["urls"]["get"]).json
+    assert (looked["status"], looked["output"]) == ("processing", None)
+    fake.predictions[prediction["id"]].cancel()
+    assert at_the_end_of(fake, prediction)["status"] == "canceled"
+
+
+def test_files_within_what_is_made_become_links_or_data_urls(fake):
+    ref = painting(
+        fake, {"images": [PAINTED, "https://a.test/b.png", None]}, "data-urls"
+    )
+    prediction = create_at(fake, ref, prompt="a")
+    inline, *rest = prediction["output"]["images"]
+    assert inline == PAINTED.data_url() == f"data:image/png;base64,{'cG5n' * 9}"
+    link, *others = at_the_end_of(fake, prediction)["output"]["images"]
+    assert rest == others == ["https://a.test/b.png", None]
+    assert fake.output_files[link].content == PAINTED.content
+
+
+def test_a_model_may_make_its_tokens_of_its_input(fake):
+    fake.models["me/hears"] = make_model("me/hears", "audio* uri")
+    fake.makes["me/hears"] = lambda input: ["You ", "said ", input["audio"]]
+    prediction = create_at(fake, "me/hears", audio="data:,a")
+    assert prediction["output"] == ["You ", "said ", "data:,a"]
+    assert b"data: said \n" in look_at(fake, prediction["urls"]["stream"]).body
+
+
+def test_a_file_of_the_stand_in_needs_no_token_and_its_get_is_seen(fake):
+    url = fake.add_file(b"abc", "image/webp")
+    answer = fetch_from(fake, url)
+    assert (answer.status, answer.body) == (200, b"abc")
+    assert answer.headers["content-type"] == "image/webp"
+    [seen] = fake.seen
+    assert url.endswith(seen.path) and "authorization" not in seen.headers
+
+
+def test_a_file_may_be_held_in_the_middle(fake):
+    held = threading.Event()
+    url = fake.add_file(b"abcd", "image/png", held=held)
+    with urlopen(url, timeout=10) as response:
+        assert response.read(2) == b"ab"
+        held.set()
+        assert response.read() == b"cd"
+
+
+@table(
+    "faults, status",
+    [
+        ("gone", {"fault": Fault(fake_replicate.NOT_FOUND)}, 404),
+        (
+            "elsewhere",
+            {"fault": Fault(Reply(302, b"", headers={"Location": "/"}))},
+            302,
+        ),
+        ("cut off", {"length": 9}, "cut"),
+        ("reset", {"fault": Fault(fake_replicate.RESET)}, "reset"),
+    ],
+)
+def test_a_file_may_be_faulty(fake, faults, status):
+    url = fake.add_file(b"abc", "image/png", **faults)
+    try:
+        assert fetch_from(fake, url).status == status
+    except http.client.IncompleteRead as error:
+        assert (error.partial, status) == (b"abc", "cut")
+    except ConnectionError:
+        assert status == "reset"
 
 
 # ==== 8. THE FILE =============================================================
