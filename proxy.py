@@ -1255,8 +1255,8 @@ FILE_TYPE = "application/octet-stream"  # of any file
 # How files begin, by their media types. Of the first bits of a frame of MPEG audio, two
 # tell MP3 from AAC.
 SIGNATURES = {
-    type: re.compile(pattern, re.DOTALL)
-    for type, pattern in {
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
         "image/png": rb"\x89PNG\r\n\x1a\n",
         "image/jpeg": rb"\xff\xd8\xff",
         "image/gif": rb"GIF8[79]a",
@@ -2205,7 +2205,7 @@ IMAGE_VARIATION = {
         default=1,
         names="num_outputs number_of_images num_images num_images_per_prompt",
     ),
-    "size": Param(STRING, default="auto", pattern=r"auto|[1-9]\d{1,4}x[1-9]\d{1,4}"),
+    "size": Param(STRING, default="auto", pattern=r"(auto|[1-9]\d{1,4}x[1-9]\d{1,4})"),
     "response_format": Param(STRING, choices=("url", "b64_json")),
     "output_format": Param(
         STRING,
@@ -3083,7 +3083,7 @@ MADE = {
 
 
 def find_input(schema: ModelSchema, param: Param) -> str:
-    return schema.find(param.names, *ACCEPTED[param.kinds])
+    return schema.find(param.names, *ACCEPTED.get(param.kinds, ()))
 
 
 def makes(task: Task, schema: ModelSchema) -> bool:
@@ -5090,7 +5090,7 @@ class Prediction:
         """Its output, when it has succeeded. Raise APIError."""
         for _ in self.polls():
             pass
-        self.end()
+        self.request_log.usages.append(self.end().usage)
         return self.record.get("output")
 
     def polls(self) -> Iterator[None]:
@@ -8385,18 +8385,15 @@ def respond_with_images(
             urls = file_urls(prediction.record.get("output"))
         if not urls:
             raise no_output("an image", prediction)
-        for url in urls:
-            if wants_url:
-                api.check_file_host(url)
-                content = b""
-                with (
-                    suppress(APIError),
-                    api.open_file(url, cancellation) as (_, pieces),
-                ):
-                    content = next(pieces, b"")
-                cancellation.check()
-            else:
+        for index, url in enumerate(urls):
+            api.check_file_host(url)
+            content = b""
+            if not wants_url:
                 content = api.fetch_file(url, cancellation)
+            elif index == 0:  # a look at the first tells what the model makes
+                with suppress(APIError), api.open_file(url, cancellation) as (_, file):
+                    content = next(file, b"")
+                cancellation.check()
             type = media_type(content)
             if content and not type.startswith("image/"):
                 raise no_output("an image", prediction, type)

@@ -6245,22 +6245,25 @@ def test_a_prediction_can_be_waited_for_without_its_text(fake, api, name):
     fake.scenarios["waited"] = replace(SCENARIOS[name], hold=0.1)
     upstream, request_log = proxy.Upstream(api, TIMEOUTS), proxy.RequestLog()
     cancellation = proxy.Cancellation()
-    prediction = upstream.create(
-        asking("fake/waited"), cancellation, request_log, wait=True
-    )
-    assert request_log.predictions == [prediction.id]
+    waited = asking("fake/waited"), cancellation, request_log
+
+    def wait():
+        with upstream.start(*waited, wait=True) as prediction:
+            return prediction.wait_until_done()
+
     if name == "hello":
-        assert "".join(prediction.wait_until_done()) == HELLO
+        assert "".join(wait()) == HELLO
         assert request_log.usages == [Usage(1, 8)]
     elif name == "failed":
         with pytest.raises(APIError, match="list index out of range"):
-            prediction.wait_until_done()
+            wait()
     else:
         threading.Timer(0.1, cancellation.cancel, [proxy.ClientDisconnected()]).start()
         with pytest.raises(proxy.ClientDisconnected):
-            prediction.wait_until_done()
+            wait()
         upstream.await_runs(5)
-        assert fake.cancels == [prediction.id]
+        assert fake.cancels == request_log.predictions
+    assert len(request_log.predictions) == 1
 
 
 @both_ways
@@ -9778,7 +9781,7 @@ def test_a_lack_of_threads_is_told_as_overload(lasting, monkeypatch):
     start = threading.Thread.start
 
     def start_unless_in_a_pool(thread):
-        if thread.name == "choices":
+        if thread.name == "predictions":
             raise RuntimeError("can't start new thread")
         start(thread)
 
