@@ -22,6 +22,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -13752,7 +13753,7 @@ def test_a_field_has_its_enum_and_its_description():
     "scenario, told, at_the_end",
     [
         ("at once", "hello", "succeeded", "made"),
-        ("slowly", "story", "succeeded", "made"),
+        ("after 0.12 s", "no-done", "succeeded", "made"),
         ("after the wait", "wait-ran-out", "starting", "made"),
         ("told before the record is", "wait-processing", "processing", "made"),
         ("not at all", "failed", "failed", None),
@@ -13840,6 +13841,180 @@ def test_a_file_may_be_faulty(fake, faults, status):
         assert (error.partial, status) == (b"abc", "cut")
     except ConnectionError:
         assert status == "reset"
+
+
+SIGNATURES = {
+    "png": b"\x89PNG\r\n",
+    "webp": b"RIFF....WEBP",
+    "jpg": b"\xff\xd8\xff",
+    "wav": b"RIFF....WAVE",
+    "mp3": b"\xff[\xe2-\xff]",
+    "flac": b"fLaC",
+    "pcm": b"\0\0",
+}
+IMAGE = "data:image/png;base64,AAAA"
+
+
+@table(
+    "ref, input, formats",
+    [
+        ("one", "black-forest-labs/flux-1.1-pro", {"prompt": "a"}, "webp"),
+        (
+            "a format",
+            "black-forest-labs/flux-1.1-pro",
+            {"prompt": "a", "output_format": "png"},
+            "png",
+        ),
+        (
+            "jpeg is jpg",
+            "openai/gpt-image-1.5",
+            {"prompt": "a", "output_format": "jpeg", "number_of_images": 2},
+            ["jpg"] * 2,
+        ),
+        ("a list", "black-forest-labs/flux-schnell", {"prompt": "a"}, ["webp"]),
+        (
+            "four",
+            "black-forest-labs/flux-schnell",
+            {"prompt": "a", "num_outputs": 4},
+            ["webp"] * 4,
+        ),
+        ("no prompt", "stability-ai/sdxl", {"image": IMAGE, "mask": IMAGE}, ["png"]),
+        (
+            "a link",
+            "black-forest-labs/flux-redux-schnell",
+            {"redux_image": "https://a.test/b.png"},
+            ["webp"],
+        ),
+        ("speech", "jaaari/kokoro-82m", {"text": "a", "voice": "bf_emma"}, "wav"),
+        ("mp3", "elevenlabs/flash-v2.5", {"prompt": "a"}, "mp3"),
+        (
+            "flac",
+            "minimax/speech-02-turbo",
+            {"text": "a", "audio_format": "flac"},
+            "flac",
+        ),
+        (
+            "pcm",
+            "minimax/speech-02-turbo",
+            {"text": "a", "audio_format": "pcm", "sample_rate": 24000},
+            "pcm",
+        ),
+    ],
+)
+def test_a_model_of_the_stand_in_makes_files(fake, ref, input, formats):
+    output = create_at(fake, ref, **input)["output"]
+    assert isinstance(output, list) == isinstance(formats, list)
+    links, wanted = ([x] if isinstance(x, str) else x for x in (output, formats))
+    assert len(set(links)) == len(wanted)
+    for link, format in zip(links, wanted, strict=True):
+        assert link.endswith(f".{format}")
+        content = fetch_from(fake, link).body
+        assert re.match(SIGNATURES[format], content, re.DOTALL)
+        assert len(content) < 10_000
+
+
+def test_one_model_of_the_stand_in_makes_a_megabyte(fake):
+    file = fake.output_files[create_at(fake, "acme/poster", prompt="a")["output"]]
+    assert 1_000_000 < len(file.content) < 1_100_000
+
+
+A, B = (fake_replicate.vector(text) for text in "ab")
+
+
+@table(
+    "ref, input, output",
+    [
+        (
+            "a string",
+            "replicate/all-mpnet-base-v2",
+            {"text": "a"},
+            [{"embedding": A}],
+        ),
+        (
+            "a list in a string",
+            "replicate/all-mpnet-base-v2",
+            {"text_batch": '["b", "a"]'},
+            [{"embedding": B}, {"embedding": A}],
+        ),
+        (
+            "vectors",
+            "beautyyuyanli/multilingual-e5-large",
+            {"texts": '["a", "b"]'},
+            [A, B],
+        ),
+        (
+            "a list",
+            "ibm-granite/granite-embedding-278m-multilingual",
+            {"texts": ["a", "b"]},
+            [A, B],
+        ),
+        ("lines", "lucataco/nomic-embed-text-v1", {"sentences": "a\nb"}, [A, B]),
+        ("one vector", "lucataco/snowflake-arctic-embed-l", {"prompt": "a"}, A),
+        (
+            "an object",
+            "mark3labs/embeddings-gte-base",
+            {"text": "a"},
+            {"text": "a", "vectors": A},
+        ),
+        ("one of a list", "cuuupid/gte-qwen2-7b-instruct", {"text": ["a"]}, A),
+        ("a list", "cuuupid/gte-qwen2-7b-instruct", {"text": ["a", "b"]}, [A, B]),
+        ("text", "openai/clip", {"text": "a"}, {"embedding": A}),
+        (
+            "an array",
+            "zsxkib/jina-clip-v2",
+            {"text": "a", "embedding_dim": 64, "output_format": "array"},
+            [A + fake_replicate.vector("a", 64)[8:]],
+        ),
+        (
+            "base64",
+            "zsxkib/jina-clip-v2",
+            {"text": "a"},
+            [b64encode(struct.pack("<64f", *fake_replicate.vector("a", 64))).decode()],
+        ),
+        (
+            "text",
+            "nvidia/parakeet-rnnt-1.1b",
+            {"audio_file": "data:,"},
+            fake_replicate.TRANSCRIPT,
+        ),
+    ],
+)
+def test_a_model_of_the_stand_in_makes_json(fake, ref, input, output):
+    prediction = create_at(fake, ref, **input)
+    assert prediction["output"] == output
+    assert prediction["metrics"].keys() == {"predict_time"}
+
+
+def test_what_a_model_of_the_stand_in_can_not_read_makes_it_fail(fake):
+    prediction = create_at(fake, "nateraw/bge-large-en-v1.5", texts="a")
+    assert (prediction["status"], prediction["output"]) == ("failed", None)
+    assert "Expecting value" in prediction["error"]
+
+
+def test_a_transcript_of_the_stand_in_has_its_times(fake):
+    sound = "data:audio/wav;base64,AAAA"
+    made = create_at(fake, "openai/whisper", audio=sound, transcription="srt")["output"]
+    assert made["transcription"].startswith("1\n00:00:00,000 --> 00:00:01,500\nNo mo")
+    assert [len(segment) for segment in made["segments"]] == [10, 10]
+    ref = "vaibhavs10/incredibly-fast-whisper"
+    made = create_at(fake, ref, audio=sound, timestamp="word", language="german")
+    first, *_, last = made["output"]["chunks"]
+    assert first == {"timestamp": [0.0, 0.25], "text": " No"}
+    assert last == {"timestamp": [3.944, 4.25], "text": " sound."}
+    ref = "victor-upmeet/whisperx"
+    made = create_at(fake, ref, audio_file=sound, align_output=True)["output"]
+    assert [len(segment["words"]) for segment in made["segments"]] == [6, 9]
+
+
+@table(
+    "ref",
+    [("whole", "openai/gpt-4o-transcribe"), ("mini", "openai/gpt-4o-mini-transcribe")],
+)
+def test_a_transcript_of_the_stand_in_may_be_streamed(fake, ref):
+    prediction = create_at(fake, ref, audio_file="https://a.test/b.mp3")
+    assert "".join(prediction["output"]) == fake_replicate.TRANSCRIPT
+    stream = look_at(fake, prediction["urls"]["stream"]).body
+    assert stream.startswith(b"event: output\n") and b"data:  model\n" in stream
 
 
 # ==== 8. THE FILE =============================================================
