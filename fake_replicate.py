@@ -761,6 +761,13 @@ def vector(text: str, size: int = 8) -> list[float]:
     return [(byte - 128) / 128 for byte in islice(digest, size)]
 
 
+@functools.cache
+def long_vector(text: str) -> list[float]:
+    """As long as real ones, with as many digits."""
+    numbers = random.Random(text)
+    return [numbers.uniform(-1, 1) for _ in range(768)]
+
+
 def vectors(texts: Sequence[str]) -> list[list[float]]:
     return [vector(text) for text in texts]
 
@@ -1012,6 +1019,10 @@ def is_kind(value: Any, kind: str) -> bool:
     return isinstance(value, KINDS[kind])
 
 
+def is_format(value: Any, format: str) -> bool:
+    return bool(re.match(r"(?i)[a-z][a-z0-9+.-]*:", value))
+
+
 # Keywords of JSON Schema, and what is said of a value that breaks them. The one
 # recorded wording ("prompt is required", 3.1) is gojsonschema's, so the others are
 # taken from there too.
@@ -1020,6 +1031,7 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool], str]] = {
     "enum": ("enum", lambda value, e: value in e, "Must be one of the following: {}"),
     "minimum": ("number_gte", ge, "Must be greater than or equal to {}"),
     "maximum": ("number_lte", le, "Must be less than or equal to {}"),
+    "format": ("format", is_format, "Does not match format '{}'"),
 }
 
 
@@ -1447,6 +1459,11 @@ MAKERS = {
         output_format enum base64, array ="base64"
         """,
         official=False,
+    ),
+    "acme/embedder": Maker(
+        "[[float]]",
+        lambda input: [long_vector(text) for text in input["texts"]],
+        "texts* [str]",
     ),
     # speech
     "jaaari/kokoro-82m": Maker(

@@ -325,6 +325,7 @@ def fake(replicate):
     """The stand-in for Replicate, which has forgotten the tests before."""
     for seen in (replicate.seen, replicate.cancels, replicate.faults, replicate.plays):
         seen.clear()
+    replicate.makes |= {ref: row.make for ref, row in fake_replicate.MAKERS.items()}
     return replicate
 
 
@@ -3493,8 +3494,8 @@ def test_a_family_is_found_by_owner_and_name(inputs, monkeypatch, ref, expected)
 
 
 OTHERS_OF_THEIR_MAKERS = """
-    qwen/qwen-image qwen/qwen3-tts deepseek-ai/janus-pro-7b deepseek-ai/deepseek-vl2
-    openai/gpt-4o-transcribe openai/gpt-4o-mini-transcribe openai/gpt-image-1
+    qwen/qwen-image-2 qwen/qwen3-asr deepseek-ai/janus-pro-7b deepseek-ai/deepseek-vl2
+    openai/gpt-4o-transcribe-diarize openai/gpt-4o-mini-tts openai/gpt-image-1
     google/gemini-2.5-flash-image google/gemini-3-pro-image google/gemini-2.5-flash-tts
     xai/grok-2-image xai/grok-imagine-video moonshotai/kimi-k2.6 anthropic/other
     ibm-granite/granite-8b-code-instruct-128k ibm-granite/granite-embedding-278m
@@ -13852,7 +13853,7 @@ SIGNATURES = {
     "flac": b"fLaC",
     "pcm": b"\0\0",
 }
-IMAGE = "data:image/png;base64,AAAA"
+DRAWN = "data:image/png;base64,AAAA"
 
 
 @table(
@@ -13878,7 +13879,12 @@ IMAGE = "data:image/png;base64,AAAA"
             {"prompt": "a", "num_outputs": 4},
             ["webp"] * 4,
         ),
-        ("no prompt", "stability-ai/sdxl", {"image": IMAGE, "mask": IMAGE}, ["png"]),
+        (
+            "no prompt",
+            "stability-ai/sdxl",
+            {"image": DRAWN, "mask": DRAWN},
+            ["png"],
+        ),
         (
             "a link",
             "black-forest-labs/flux-redux-schnell",
@@ -13913,12 +13919,28 @@ def test_a_model_of_the_stand_in_makes_files(fake, ref, input, formats):
         assert len(content) < 10_000
 
 
+@table(
+    "url, taken",
+    [
+        ("a link", "https://a.test/b.png", True),
+        ("a data: URL", DRAWN, True),
+        ("a file of Replicate's", "{}/files/abc", True),
+        ("no URL", "AAAA", False),
+    ],
+)
+def test_an_input_that_is_a_file_has_a_url(fake, url, taken):
+    given = {"redux_image": url.format(fake.base_url)}
+    made = create_at(fake, "black-forest-labs/flux-redux-schnell", **given)
+    wrong = [row["description"] for row in made.get("invalid_fields", [])]
+    assert wrong == ([] if taken else ["Does not match format 'uri'"])
+
+
 def test_one_model_of_the_stand_in_makes_a_megabyte(fake):
     file = fake.output_files[create_at(fake, "acme/poster", prompt="a")["output"]]
     assert 1_000_000 < len(file.content) < 1_100_000
 
 
-A, B = (fake_replicate.vector(text) for text in "ab")
+OF_A, OF_B = (fake_replicate.vector(text) for text in "ab")
 
 
 @table(
@@ -13928,42 +13950,42 @@ A, B = (fake_replicate.vector(text) for text in "ab")
             "a string",
             "replicate/all-mpnet-base-v2",
             {"text": "a"},
-            [{"embedding": A}],
+            [{"embedding": OF_A}],
         ),
         (
             "a list in a string",
             "replicate/all-mpnet-base-v2",
             {"text_batch": '["b", "a"]'},
-            [{"embedding": B}, {"embedding": A}],
+            [{"embedding": OF_B}, {"embedding": OF_A}],
         ),
         (
             "vectors",
             "beautyyuyanli/multilingual-e5-large",
             {"texts": '["a", "b"]'},
-            [A, B],
+            [OF_A, OF_B],
         ),
         (
             "a list",
             "ibm-granite/granite-embedding-278m-multilingual",
             {"texts": ["a", "b"]},
-            [A, B],
+            [OF_A, OF_B],
         ),
-        ("lines", "lucataco/nomic-embed-text-v1", {"sentences": "a\nb"}, [A, B]),
-        ("one vector", "lucataco/snowflake-arctic-embed-l", {"prompt": "a"}, A),
+        ("lines", "lucataco/nomic-embed-text-v1", {"sentences": "a\nb"}, [OF_A, OF_B]),
+        ("one vector", "lucataco/snowflake-arctic-embed-l", {"prompt": "a"}, OF_A),
         (
             "an object",
             "mark3labs/embeddings-gte-base",
             {"text": "a"},
-            {"text": "a", "vectors": A},
+            {"text": "a", "vectors": OF_A},
         ),
-        ("one of a list", "cuuupid/gte-qwen2-7b-instruct", {"text": ["a"]}, A),
-        ("a list", "cuuupid/gte-qwen2-7b-instruct", {"text": ["a", "b"]}, [A, B]),
-        ("text", "openai/clip", {"text": "a"}, {"embedding": A}),
+        ("one of a list", "cuuupid/gte-qwen2-7b-instruct", {"text": ["a"]}, OF_A),
+        ("a list", "cuuupid/gte-qwen2-7b-instruct", {"text": ["a", "b"]}, [OF_A, OF_B]),
+        ("text", "openai/clip", {"text": "a"}, {"embedding": OF_A}),
         (
             "an array",
             "zsxkib/jina-clip-v2",
             {"text": "a", "embedding_dim": 64, "output_format": "array"},
-            [A + fake_replicate.vector("a", 64)[8:]],
+            [OF_A + fake_replicate.vector("a", 64)[8:]],
         ),
         (
             "base64",
