@@ -6,8 +6,8 @@
 Point any client of Replicate at `fake.base_url`. No model runs: what happens is
 a scenario, a row of SCENARIOS, and a model whose owner is `fake` chooses it by
 name. `version: "fake/out-of-credit"` is refused for want of credit; every
-other model plays `fake.default`, or what `fake.plays` says of it. A model whose
-output is no text of a scenario's makes it of its input, by `fake.makes`.
+other model plays `fake.default`, or what `fake.plays` says of it. Models of MAKERS
+make images, vectors, sounds and transcripts of their input, by `fake.makes`.
 
     client                                  a scenario, an input
       |           call                               |
@@ -29,7 +29,7 @@ look up is said to be a guess where it stands.
     Texts        what the models say
     Scenarios    what can happen: one row per case
     Files        what image and speech models give, and how it is served
-    Makers       what they, and those that embed and transcribe, make of an input
+    Makers       what such models, and others than language models, make of an input
     Models       what a model says of itself: one row per model
     Predictions  a scenario, an input and a moment of birth
     Server       sockets and HTTP
@@ -722,8 +722,8 @@ def replace_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 # == Makers ====================================================================
-# What models make that are no language models: functions of an input. One that
-# raises ValueError makes the prediction fail, in these words.
+# What models make that are no language models: functions of an input. KeyError and
+# ValueError make the prediction fail, in their words.
 
 Make = Callable[[Json], Any]
 
@@ -761,7 +761,7 @@ def vector(text: str, size: int = 8) -> list[float]:
     return [(byte - 128) / 128 for byte in islice(digest, size)]
 
 
-@functools.cache
+@functools.lru_cache(1000)
 def long_vector(text: str) -> list[float]:
     """As long as real ones, with as many digits."""
     numbers = random.Random(text)
@@ -1163,8 +1163,8 @@ NAMES = dict(row.split(maxsplit=1) for row in LANGUAGES.split(","))
 JSON_LIST = (
     'text to embed, formatted as JSON list of strings (e.g. ["a fish", "a book"])'
 )
-# Names, types, bounds and defaults are the real ones (5.3 to 5.5 and the other
-# endpoints' facts); of enums with more than thirty values, there are a few.
+# Names, order, types and defaults are the real ones, and so are bounds and enums
+# where they are known; of the longest enums there are some values.
 MAKERS = {
     # images
     "black-forest-labs/flux-schnell": Maker(
@@ -1340,8 +1340,14 @@ MAKERS = {
         1536x1024, 1024x1536, 1820x1024, 1024x1820, 1024x2048, 2048x1024, 1434x1024,
         1024x1434, 1024x1280, 1280x1024, 1024x1707, 1707x1024 ="1024x1024";
         style enum any, realistic_image, digital_illustration,
-        digital_illustration/pixel_art, realistic_image/b_and_w, realistic_image/hdr
-        ="any"; prompt* str
+        digital_illustration/pixel_art, digital_illustration/hand_drawn,
+        digital_illustration/grain, digital_illustration/infantile_sketch,
+        digital_illustration/2d_art_poster, digital_illustration/handmade_3d,
+        digital_illustration/hand_drawn_outline, digital_illustration/engraving_color,
+        digital_illustration/2d_art_poster_2, realistic_image/b_and_w,
+        realistic_image/hard_flash, realistic_image/hdr, realistic_image/natural_light,
+        realistic_image/studio_portrait, realistic_image/enterprise,
+        realistic_image/motion_blur ="any"; prompt* str
         """,
     ),
     "qwen/qwen-image": Maker(
@@ -2140,7 +2146,7 @@ class FakeReplicate:
             try:
                 if ref in self.makes:
                     made = replace_leaves(self.makes[ref](input), self.publish)
-            except ValueError as error:
+            except (KeyError, ValueError) as error:
                 played = dataclasses.replace(
                     scenario, end="failed", error=str(error), after=0
                 )

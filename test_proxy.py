@@ -13783,6 +13783,17 @@ def test_what_is_made_is_null_until_it_is_there(fake):
     assert at_the_end_of(fake, prediction)["status"] == "canceled"
 
 
+def test_a_model_that_makes_files_may_be_refused_and_cancelled(fake):
+    refused = create_at(fake, painting(fake, scenario="out-of-credit"), prompt="a")
+    assert refused["title"] == "Insufficient credit"
+    prediction = create_at(fake, painting(fake, scenario="stuck"), "", prompt="a")
+    token = {"authorization": f"Bearer {fake.token}"}
+    fetch_from(fake, prediction["urls"]["cancel"], b"{}", **token)
+    assert fake.cancels == [prediction["id"]]
+    record = at_the_end_of(fake, prediction)
+    assert (record["status"], record["output"]) == ("canceled", None)
+
+
 def test_files_within_what_is_made_become_links_or_data_urls(fake):
     ref = painting(
         fake, {"images": [PAINTED, "https://a.test/b.png", None]}, "data-urls"
