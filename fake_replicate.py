@@ -762,10 +762,10 @@ def vector(text: str, size: int = 8) -> list[float]:
 
 
 @functools.lru_cache(1000)
-def long_vector(text: str) -> list[float]:
+def long_vector(text: str) -> tuple[float, ...]:
     """As long as real ones, with as many digits."""
     numbers = random.Random(text)
-    return [numbers.uniform(-1, 1) for _ in range(768)]
+    return tuple(numbers.uniform(-1, 1) for _ in range(768))
 
 
 def vectors(texts: Sequence[str]) -> list[list[float]]:
