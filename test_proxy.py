@@ -4652,6 +4652,896 @@ def test_a_part_has_what_its_type_says(inputs, part, lacks):
     assert (error["param"], error["code"]) == (f"{IN_PARTS}[0].{lacks}", MISSING)
 
 
+# -- Task inputs ---------------------------------------------------------------
+
+
+FLUX, FLUX_PRO = "black-forest-labs/flux-schnell", "black-forest-labs/flux-1.1-pro"
+FLUX_2, KONTEXT = (
+    "black-forest-labs/flux-2-pro",
+    "black-forest-labs/flux-kontext-pro",
+)
+FILL, REDUX = "black-forest-labs/flux-fill-pro", "black-forest-labs/flux-redux-schnell"
+GPT_15, GPT_2 = "openai/gpt-image-1.5", "openai/gpt-image-2"
+IDEOGRAM, RECRAFT = "ideogram-ai/ideogram-v3-turbo", "recraft-ai/recraft-v3"
+SDXL, SEEDREAM = "stability-ai/sdxl", "bytedance/seedream-4"
+IMAGEN, BANANA = "google/imagen-4", "google/nano-banana"
+QWEN, QWEN_EDIT = "qwen/qwen-image", "qwen/qwen-image-edit-plus"
+Z_IMAGE, MINIMAX = "prunaai/z-image-turbo", "minimax/image-01"
+
+WORDY_RATIOS = "enum match_input_image, 1:1, 3:2, 2:3, 16:9, 9:16"
+FORMATS_OF_FLUX = 'output_format enum webp, jpg, png ="webp"'
+MORE_MODELS = {  # beside the stand-in's: what of their inputs matters here, the output
+    "black-forest-labs/flux-1.1-pro-ultra": (
+        'prompt* str; aspect_ratio enum 21:9, 16:9, 3:2, 4:3, 1:1 ="1:1"; image_prompt '
+        'uri; output_format enum jpg, png ="jpg"; raw bool =false',
+        "uri",
+    ),
+    "black-forest-labs/flux-kontext-dev": (
+        f'prompt* str; input_image* uri; aspect_ratio {WORDY_RATIOS} ="1:1"; '
+        f"num_inference_steps int =30; guidance float =2.5; {FORMATS_OF_FLUX}",
+        "uri",
+    ),
+    "black-forest-labs/flux-2-flex": (
+        "prompt* str; input_images [uri] =[]; steps int =30 [1..50]; "
+        "guidance float =4.5 [1.5..10]; aspect_ratio enum match_input_image, custom, "
+        '1:1 ="1:1"; width int [256..2048]; height int [256..2048]; '
+        'resolution enum match_input_image, 0.5 MP, 1 MP, 2 MP, 4 MP ="1 MP"',
+        "uri",
+    ),
+    "black-forest-labs/flux-2-klein-4b": (
+        'prompt* str; images [uri] =[]; aspect_ratio enum 1:1, 16:9, 3:2 ="1:1"; '
+        'output_megapixels enum 0.25, 0.5, 1, 2, 4 ="1"; '
+        'output_format enum webp, jpg, png ="jpg"; output_quality int =95 [0..100]',
+        "[uri]",
+    ),
+    "google/imagen-4-fast": (
+        'prompt* str; aspect_ratio enum 1:1, 9:16, 16:9, 3:4, 4:3 ="1:1"; '
+        'output_format enum jpg, png ="jpg"',
+        "uri",
+    ),
+    "google/nano-banana-pro": (
+        "prompt* str; image_input [uri] =[]; "
+        f'aspect_ratio {WORDY_RATIOS} ="match_input_image"; '
+        'resolution enum 1K, 2K, 4K ="2K"; output_format enum jpg, png ="jpg"',
+        "uri",
+    ),
+    "qwen/qwen-image-edit": ("prompt* str; image* uri; go_fast bool =true", "[uri]"),
+    "qwen/qwen-image-2": (
+        "prompt* str; image uri; match_input_image bool =true; negative_prompt str; "
+        'aspect_ratio enum 1:1, 16:9, 9:16, 4:3 ="1:1"; seed int',
+        "uri",
+    ),
+    "luma/photon": (
+        'prompt* str; aspect_ratio enum 1:1, 3:4, 4:3, 9:16, 16:9, 21:9 ="16:9"; '
+        "image_reference_url uri; style_reference_url uri; seed int",
+        "uri",
+    ),
+    "bytedance/seedream-3": (
+        'prompt* str; aspect_ratio enum 1:1, 16:9, custom ="16:9"; '
+        'size enum small, regular, big ="regular"; width int =2048 [512..2048]; '
+        "height int =2048 [512..2048]; guidance_scale float =2.5",
+        "uri",
+    ),
+    "bytedance/seedream-5-lite": (
+        'prompt* str; image_input [uri] =[]; size enum 2K, 3K ="2K"; '
+        f'aspect_ratio {WORDY_RATIOS} ="match_input_image"; '
+        'max_images int =1 [1..15]; output_format enum png, jpeg ="png"',
+        "[uri]",
+    ),
+    "stability-ai/stable-diffusion-3.5-large": (
+        'prompt* str; aspect_ratio enum 16:9, 1:1, 21:9, 3:2, 2:3 ="1:1"; '
+        "cfg float =5 [1..10]; negative_prompt str; seed int; image uri",
+        "uri",
+    ),
+    "recraft-ai/recraft-v4": (
+        "prompt* str; aspect_ratio enum Not set, 1:1, 14:10 ="
+        '"Not set"; size enum 1024x1024, 1536x768, 768x1536, 1344x768 ="1024x1024"',
+        "uri",
+    ),
+    "tencent/hunyuan-image-3": (
+        "prompt* str; aspect_ratio enum 1:1, 16:9; seed int",
+        "[uri]",
+    ),
+    "openai/gpt-image-1": (
+        "prompt* str; openai_api_key* str; number_of_images int =1",
+        "[uri]",
+    ),
+    "openai/dall-e-3": (
+        'prompt* str; aspect_ratio enum 1:1, 3:2, 2:3 ="1:1"; '
+        'style enum vivid, natural ="vivid"',
+        "[uri]",
+    ),
+    "openai/dall-e-2": ("prompt* str; number_of_images int =1", "[uri]"),
+    "acme/counts": ("prompt* str; num_images int 1, 4 =1; seed int", "[uri]"),
+    "acme/sides": (
+        "prompt* str; width int 512, 768, 1024 =512; height int 512 =512",
+        "uri",
+    ),
+    "acme/few": ("prompt* str; images [uri]", "uri"),
+    "acme/nameless": ("image* uri; strength float; fast bool; n_prompt str", "uri"),
+}
+
+
+@pytest.fixture(scope="module")
+def drawing(replicate):
+    """The stand-in with more image models, each of which makes one image."""
+    for ref, (inputs, output) in MORE_MODELS.items():
+        model = make_model(ref, inputs, output=output)
+        if ref == "acme/few":
+            inputs = fake_replicate.input_schemas(model)["Input"]["properties"]
+            inputs["images"]["maxItems"] = 2
+        image = fake_replicate.FORMATS["png"]
+        made = [image] if output == "[uri]" else image
+        replicate.models[ref] = model
+        replicate.makes[ref] = lambda input, made=made: made
+    return replicate
+
+
+def ask_image(server, model, path="generations", **body):
+    """Ask for images; a prompt goes with it, where there can be one."""
+    prompt = {} if path == "variations" else {"prompt": "A cat"}
+    asked = {"model": model, **prompt, **body}
+    return send(server, "POST", f"/v1/images/{path}", asked)
+
+
+def image_inputs(fake, server, model, path="generations", **body):
+    """What reaches Replicate, but for the prompt, in the order of its seeds."""
+    known = {*fake.predictions}
+    answer = ask_image(server, model, path, **body)
+    assert answer.status == 200, answer.body
+    inputs = [{**p.input} for id, p in fake.predictions.items() if id not in known]
+    if path != "variations":
+        assert {input.pop("prompt") for input in inputs} == {
+            body.get("prompt", "A cat")
+        }
+    return sorted(inputs, key=lambda input: json.dumps([input.get("seed"), input]))
+
+
+def without_counts(input):
+    counts = {"num_outputs": 1, "number_of_images": 1}.items()
+    return {name: value for name, value in input.items() if (name, value) not in counts}
+
+
+A, B, C = (f"https://example.com/{name}.png" for name in "abc")
+AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
+
+
+@table(
+    "model, body, expected",
+    [
+        # size: one of the model's own
+        ("its own size", RECRAFT, {"size": "1536x1024"}, {"size": "1536x1024"}),
+        ("the nearest one", RECRAFT, {"size": "1792x1024"}, {"size": "1820x1024"}),
+        (
+            "of two with its ratio the nearer",
+            IDEOGRAM,
+            {"size": "2048x2048"},
+            {"resolution": "1024x1024"},
+        ),
+        (
+            "its nearest ratio",
+            "recraft-ai/recraft-v4",
+            {"size": "1792x1024"},
+            {"size": "1344x768"},
+        ),
+        # … width and height, where another input has to say so
+        (
+            "custom, in steps of 32",
+            FLUX_PRO,
+            {"size": "1000x600"},
+            AS_PNG | {"aspect_ratio": "custom", "width": 992, "height": 608},
+        ),
+        (
+            "custom, within its bounds, of the same ratio",
+            FLUX_PRO,
+            {"size": "1792x1024"},
+            AS_PNG | {"aspect_ratio": "custom", "width": 1440, "height": 832},
+        ),
+        (
+            "custom, not below its bounds",
+            FLUX_2,
+            {"size": "64x64"},
+            AS_PNG | {"aspect_ratio": "custom", "width": 256, "height": 256},
+        ),
+        (
+            "custom of another model",
+            "black-forest-labs/flux-2-flex",
+            {"size": "1536x1024"},
+            {"aspect_ratio": "custom", "width": 1536, "height": 1024},
+        ),
+        (
+            "custom as a size",
+            SEEDREAM,
+            {"size": "1792x1024"},
+            {"size": "custom", "width": 1792, "height": 1024},
+        ),
+        (
+            "custom beside sizes that are words",
+            "bytedance/seedream-3",
+            {"size": "1024x1024"},
+            {"aspect_ratio": "custom", "width": 1024, "height": 1024},
+        ),
+        # … or where nothing else says it
+        (
+            "width and height in steps of 8",
+            Z_IMAGE,
+            {"size": "1030x513"},
+            AS_PNG | {"width": 1032, "height": 512},
+        ),
+        ("no bounds", SDXL, {"size": "512x768"}, {"width": 512, "height": 768}),
+        ("enums", "acme/sides", {"size": "700x700"}, {"width": 768, "height": 512}),
+        # … a ratio
+        (
+            "square",
+            MINIMAX,
+            {"size": "1024x1024"},
+            {"aspect_ratio": "1:1"},
+        ),
+        (
+            "7:4 is nearest to 16:9",
+            FLUX,
+            {"size": "1792x1024"},
+            AS_PNG | {"aspect_ratio": "16:9", "megapixels": "1"},
+        ),
+        (
+            "9:16",
+            QWEN,
+            {"size": "1024x1792"},
+            AS_PNG | {"aspect_ratio": "9:16"},
+        ),
+        (
+            "no 3:2, and 4:3 is nearer than 16:9",
+            "google/imagen-4-fast",
+            {"size": "1536x1024"},
+            AS_PNG | {"aspect_ratio": "4:3"},
+        ),
+        (
+            "no ratio but a word",
+            BANANA,
+            {"size": "1024x1536"},
+            AS_PNG | {"aspect_ratio": "2:3"},
+        ),
+        ("3:2", GPT_2, {"size": "1536x1024"}, AS_PNG | {"aspect_ratio": "3:2"}),
+        (
+            "4:3 where it is there",
+            "luma/photon",
+            {"size": "1024x768"},
+            {"aspect_ratio": "4:3"},
+        ),
+        (
+            "3:2 of another",
+            "stability-ai/stable-diffusion-3.5-large",
+            {"size": "1536x1024"},
+            {"aspect_ratio": "3:2"},
+        ),
+        (
+            "16:9 of a list of two",
+            "tencent/hunyuan-image-3",
+            {"size": "1920x1080"},
+            {"aspect_ratio": "16:9"},
+        ),
+        (
+            "beyond all ratios",
+            "black-forest-labs/flux-1.1-pro-ultra",
+            {"size": "4000x100"},
+            AS_PNG | {"aspect_ratio": "21:9"},
+        ),
+        # … with a grade of resolution
+        (
+            "a quarter of a megapixel",
+            FLUX,
+            {"size": "512x512"},
+            AS_PNG | {"aspect_ratio": "1:1", "megapixels": "0.25"},
+        ),
+        (
+            "1K",
+            IMAGEN,
+            {"size": "1024x1024"},
+            AS_PNG | {"aspect_ratio": "1:1", "image_size": "1K"},
+        ),
+        (
+            "2K",
+            IMAGEN,
+            {"size": "2048x2048"},
+            AS_PNG | {"aspect_ratio": "1:1", "image_size": "2K"},
+        ),
+        (
+            "by the longer side",
+            IMAGEN,
+            {"size": "1792x1024"},
+            AS_PNG | {"aspect_ratio": "16:9", "image_size": "2K"},
+        ),
+        (
+            "4K",
+            "google/nano-banana-pro",
+            {"size": "3840x2160"},
+            AS_PNG | {"aspect_ratio": "16:9", "resolution": "4K"},
+        ),
+        (
+            "a size that is a grade",
+            "bytedance/seedream-5-lite",
+            {"size": "3072x3072"},
+            AS_PNG | {"aspect_ratio": "1:1", "size": "3K"},
+        ),
+        (
+            "megapixels of another name",
+            "black-forest-labs/flux-2-klein-4b",
+            {"size": "1536x1024"},
+            AS_PNG | {"aspect_ratio": "3:2", "output_megapixels": "2"},
+        ),
+        # … or nothing
+        ("auto", FLUX_PRO, {"size": "auto"}, AS_PNG),
+        ("null", RECRAFT, {"size": None}, {}),
+        ("no size at all", "openai/dall-e-2", {"size": "256x256"}, {}),
+        # how the file is written
+        ("jpeg as jpg", FLUX, {"output_format": "jpeg"}, {"output_format": "jpg"}),
+        ("jpg as jpeg", GPT_2, {"output_format": "jpg"}, {"output_format": "jpeg"}),
+        ("webp", FLUX, {"output_format": "webp"}, {"output_format": "webp"}),
+        ("no choice of formats", SDXL, {"output_format": "webp"}, {}),
+        (
+            "how much it is compressed",
+            GPT_15,
+            {"output_compression": 50},
+            AS_PNG | {"output_compression": 50},
+        ),
+        (
+            "under its other name",
+            FLUX,
+            {"output_compression": 50},
+            AS_PNG | {"output_quality": 50},
+        ),
+        ("which it has not", KONTEXT, {"output_compression": 50}, AS_PNG),
+        # how good it is
+        ("high", GPT_15, {"quality": "high"}, AS_PNG | {"quality": "high"}),
+        ("hd is high", GPT_2, {"quality": "hd"}, AS_PNG | {"quality": "high"}),
+        (
+            "standard is medium",
+            GPT_2,
+            {"quality": "standard"},
+            AS_PNG | {"quality": "medium"},
+        ),
+        ("max", GPT_2, {"quality": "max"}, AS_PNG | {"quality": "high"}),
+        ("auto is its own", GPT_2, {"quality": "auto"}, AS_PNG),
+        ("none to choose", FLUX, {"quality": "hd"}, AS_PNG),
+        ("a style", "openai/dall-e-3", {"style": "natural"}, {"style": "natural"}),
+        ("a style of its own", RECRAFT, {"style": "any"}, {"style": "any"}),
+        ("OpenAI's, which it has not", RECRAFT, {"style": "vivid"}, {}),
+        ("no styles", FLUX, {"style": "vivid"}, AS_PNG),
+        # what is around it, and what may be in it
+        (
+            "transparent",
+            GPT_15,
+            {"background": "transparent"},
+            AS_PNG | {"background": "transparent"},
+        ),
+        ("opaque is what all are", FLUX, {"background": "opaque"}, AS_PNG),
+        ("auto is what all do", FLUX, {"background": "auto"}, AS_PNG),
+        ("moderation", GPT_2, {"moderation": "low"}, AS_PNG | {"moderation": "low"}),
+        ("no safety is taken off", FLUX, {"moderation": "low"}, AS_PNG),
+        # what clients of other servers send
+        ("a seed", FLUX, {"seed": 7}, AS_PNG | {"seed": 7}),
+        (
+            "a seed beyond its bounds",
+            IDEOGRAM,
+            {"seed": 2**31 + 4},
+            {"seed": 2**31 - 1},
+        ),
+        ("no seed", KONTEXT + "?", {"seed": 7}, {}),
+        ("steps", FLUX, {"steps": 2}, AS_PNG | {"num_inference_steps": 2}),
+        (
+            "steps up to its most",
+            FLUX,
+            {"steps": 50},
+            AS_PNG | {"num_inference_steps": 4},
+        ),
+        (
+            "steps and guidance under its names",
+            "black-forest-labs/flux-2-flex",
+            {"steps": 20, "guidance_scale": 3},
+            {"steps": 20, "guidance": 3},
+        ),
+        (
+            "cfg",
+            "stability-ai/stable-diffusion-3.5-large",
+            {"guidance_scale": 4.5, "negative_prompt": "dogs"},
+            {"cfg": 4.5, "negative_prompt": "dogs"},
+        ),
+        ("no negative prompt", FLUX, {"negative_prompt": "dogs"}, AS_PNG),
+        (
+            "its own ratio",
+            FLUX,
+            {"aspect_ratio": "21:9"},
+            AS_PNG | {"aspect_ratio": "21:9"},
+        ),
+        ("its own switch", FLUX, {"go_fast": False}, AS_PNG | {"go_fast": False}),
+        ("an image to begin with", QWEN, {"image": A}, AS_PNG | {"image": A}),
+        ("what nobody knows", FLUX, {"user": "me", "foo": 1}, AS_PNG),
+        (
+            "an input over all",
+            FLUX,
+            {"replicate": {"output_format": "webp", "go_fast": True, "num_outputs": 2}},
+            {"output_format": "webp", "go_fast": True, "num_outputs": 2},
+        ),
+        (
+            "a key of one's own",
+            "openai/gpt-image-1",
+            {"replicate": {"openai_api_key": "sk"}},
+            {"openai_api_key": "sk"},
+        ),
+        ("partial images, which may be none", FLUX, {"partial_images": 2}, AS_PNG),
+    ],
+)
+def test_a_request_for_an_image_is_said_in_the_models_words(
+    drawing, fake, server, model, body, expected
+):
+    model = model.replace(f"{KONTEXT}?", "openai/dall-e-3")
+    [input] = image_inputs(fake, server, model, **body)
+    assert without_counts(input) == expected
+
+
+@table(
+    "model, body, expected",
+    [
+        ("by the model", FLUX, {"n": 3}, [{"num_outputs": 3}]),
+        ("one is said too", FLUX, {"n": 1}, [{"num_outputs": 1}]),
+        (
+            "beyond its most",
+            FLUX,
+            {"n": 10},
+            [{"num_outputs": 2}, {"num_outputs": 4}, {"num_outputs": 4}],
+        ),
+        ("of which most is one", GPT_2, {"n": 2}, [{"number_of_images": 1}] * 2),
+        ("without a bound", "openai/dall-e-2", {"n": 10}, [{"number_of_images": 10}]),
+        (
+            "by a choice of numbers",
+            "acme/counts",
+            {"n": 6},
+            [{"num_images": 1}] * 2 + [{"num_images": 4}],
+        ),
+        ("side by side", KONTEXT, {"n": 2}, [{}, {}]),
+        ("a series is another thing", SEEDREAM, {"n": 2}, [{}, {}]),
+        (
+            "each with its own seed",
+            IDEOGRAM,
+            {"n": 2, "seed": 5},
+            [{"seed": 5}, {"seed": 6}],
+        ),
+        (
+            "which wraps",
+            IDEOGRAM,
+            {"n": 2, "seed": 2**31 - 1},
+            [{"seed": 0}, {"seed": 2**31 - 1}],
+        ),
+        (
+            "and by the model",
+            FLUX,
+            {"n": 5, "seed": 5},
+            [{"seed": 5, "num_outputs": 4}, {"seed": 6, "num_outputs": 1}],
+        ),
+        (
+            "by replicate",
+            FLUX,
+            {"n": 1, "replicate": {"num_outputs": 2}},
+            [{"num_outputs": 2}],
+        ),
+        ("null", KONTEXT, {"n": None}, [{}]),
+    ],
+)
+def test_several_images_are_made_by_one_prediction_or_side_by_side(
+    drawing, fake, server, model, body, expected
+):
+    inputs = image_inputs(fake, server, model, **body)
+    for input in inputs:
+        input.pop("output_format", None)
+    assert inputs == expected
+
+
+@table(
+    "model, body, expected",
+    [
+        ("one into a list", FLUX_2, {"image": A}, {"input_images": [A]}),
+        (
+            "several into a list",
+            BANANA,
+            {"image": [A, B, C]},
+            {"image_input": [A, B, C]},
+        ),
+        ("into a list it needs", QWEN_EDIT, {"image": A}, {"image": [A]}),
+        ("one alone", KONTEXT, {"image": [A]}, {"input_image": A}),
+        ("one it needs", "qwen/qwen-image-edit", {"image": A}, {"image": A}),
+        ("under another name", FLUX_PRO, {"image": A}, {"image_prompt": A}),
+        ("luma's", "luma/photon", {"image": A}, {"image_reference_url": A}),
+        ("minimax's", MINIMAX, {"image": A}, {"subject_reference": A}),
+        ("as many as it takes", "acme/few", {"image": [A, B]}, {"images": [A, B]}),
+        (
+            "with a mask",
+            SDXL,
+            {"image": A, "mask": B},
+            {"image": A, "mask": B},
+        ),
+        (
+            "OpenAI's JSON",
+            FLUX_2,
+            {"images": [{"image_url": A}, {"image_url": B}]},
+            {"input_images": [A, B]},
+        ),
+        (
+            "its mask",
+            FILL,
+            {"images": [{"image_url": A}], "mask": {"image_url": B}},
+            {"image": A, "mask": B},
+        ),
+        (
+            "as in chat",
+            KONTEXT,
+            {"images": [{"image_url": {"url": A}}]},
+            {"input_image": A},
+        ),
+        (
+            "a file in it",
+            KONTEXT,
+            {"image": f"data:;base64,{b64encode(PNG).decode()}"},
+            {"input_image": f"data:image/png;base64,{b64encode(PNG).decode()}"},
+        ),
+        (
+            "how close it stays",
+            GPT_15,
+            {"image": A, "input_fidelity": "high"},
+            {"input_images": [A], "input_fidelity": "high"},
+        ),
+        (
+            "which others can't choose",
+            KONTEXT,
+            {"image": A, "input_fidelity": "high"},
+            {"input_image": A},
+        ),
+        ("n", KONTEXT, {"image": A, "n": 1}, {"input_image": A}),
+    ],
+)
+def test_images_go_where_the_model_takes_them(
+    drawing, fake, server, model, body, expected
+):
+    [input] = image_inputs(fake, server, model, "edits", **body)
+    input.pop("output_format", None)
+    assert without_counts(input) == expected
+
+
+@table(
+    "model, body, expected",
+    [
+        (
+            "as many as are asked for",
+            REDUX,
+            {"image": A, "n": 2},
+            AS_PNG | {"redux_image": A, "num_outputs": 2},
+        ),
+        (
+            "its size",
+            REDUX,
+            {"image": A, "size": "1024x1536"},
+            AS_PNG
+            | {
+                "redux_image": A,
+                "num_outputs": 1,
+                "aspect_ratio": "2:3",
+                "megapixels": "1",
+            },
+        ),
+        (
+            "its own inputs",
+            "acme/nameless",
+            {"image": A, "strength": 0.5, "fast": True, "negative_prompt": "x"},
+            {"image": A, "strength": 0.5, "fast": True, "n_prompt": "x"},
+        ),
+    ],
+)
+def test_a_variation_needs_no_prompt(drawing, fake, server, model, body, expected):
+    assert image_inputs(fake, server, model, "variations", **body) == [expected]
+
+
+def test_what_the_operator_gives_a_model_counts_before_what_is_asked(
+    drawing, fake, tmp_path
+):
+    models = {"model_configs": {FLUX: {"input": {"output_format": "webp", "seed": 1}}}}
+    path = models_file(tmp_path, models)
+    with fronting(fake, models_path=path) as server:
+        asked = {"output_format": "png", "n": 5, "replicate": {"go_fast": True}}
+        first, second = image_inputs(fake, server, FLUX, **asked)
+    given = {"output_format": "webp", "go_fast": True}
+    assert first == {**given, "seed": 1, "num_outputs": 4}
+    assert second == {**given, "seed": 2, "num_outputs": 1}
+
+
+@table(
+    "path, model, body, param, words",
+    [
+        ("no prompt", "generations", FLUX, {"prompt": None}, "prompt", "Missing"),
+        ("an empty prompt", "generations", FLUX, {"prompt": ""}, "prompt", "empty"),
+        ("a list", "generations", FLUX, {"prompt": ["x"]}, "prompt", "string"),
+        ("too long", "generations", FLUX, {"prompt": "x" * 32001}, "prompt", "32000"),
+        ("n of 0", "generations", FLUX, {"n": 0}, "n", "below minimum"),
+        ("n of 11", "generations", FLUX, {"n": 11}, "n", "above maximum"),
+        ("n in words", "generations", FLUX, {"n": "2"}, "n", "integer"),
+        ("a size in words", "generations", FLUX, {"size": "big"}, "size", "pattern"),
+        ("no height", "generations", FLUX, {"size": "1024x0"}, "size", "pattern"),
+        ("no sides", "generations", FLUX, {"size": 1024}, "size", "string"),
+        (
+            "a format",
+            "generations",
+            FLUX,
+            {"output_format": "bmp"},
+            "output_format",
+            "webp",
+        ),
+        (
+            "not its format",
+            "generations",
+            FLUX,
+            {"output_format": "gif"},
+            "output_format",
+            "'jpg'",
+        ),
+        (
+            "a response format",
+            "generations",
+            FLUX,
+            {"response_format": "file"},
+            "response_format",
+            "b64_json",
+        ),
+        ("a quality", "generations", FLUX, {"quality": "best"}, "quality", "hd"),
+        (
+            "a background",
+            "generations",
+            FLUX,
+            {"background": "red"},
+            "background",
+            "opaque",
+        ),
+        (
+            "transparent",
+            "generations",
+            FLUX,
+            {"background": "transparent"},
+            "background",
+            "no input for",
+        ),
+        (
+            "not transparent",
+            "generations",
+            GPT_2,
+            {"background": "transparent"},
+            "background",
+            "'opaque'",
+        ),
+        ("not its style", "generations", RECRAFT, {"style": "odd"}, "style", "'any'"),
+        (
+            "partial images",
+            "generations",
+            FLUX,
+            {"partial_images": 4},
+            "partial_images",
+            "above",
+        ),
+        ("markup", "generations", FLUX, {"markup": "x"}, "markup", "no markup"),
+        (
+            "compression",
+            "generations",
+            FLUX,
+            {"output_compression": 101},
+            "output_compression",
+            "100",
+        ),
+        ("its own input", "generations", FLUX, {"go_fast": 3}, "go_fast", "boolean"),
+        (
+            "its own choice",
+            "generations",
+            FLUX,
+            {"aspect_ratio": "5:1"},
+            "aspect_ratio",
+            "'21:9'",
+        ),
+        ("no image", "edits", KONTEXT, {}, "image", "Missing"),
+        ("no images", "edits", KONTEXT, {"image": []}, "image", "empty"),
+        ("17 images", "edits", FLUX_2, {"image": [A] * 17}, "image", "16"),
+        (
+            "two for one",
+            "edits",
+            KONTEXT,
+            {"image": [A, B]},
+            "image",
+            "takes 1, but got 2",
+        ),
+        (
+            "three for two",
+            "edits",
+            "acme/few",
+            {"image": [A, B, C]},
+            "image",
+            "takes 2, but got 3",
+        ),
+        ("no image at all", "edits", KONTEXT, {"image": "x"}, "image[0]", "https://"),
+        ("a number", "edits", KONTEXT, {"image": 3}, "image[0]", "string"),
+        ("null in it", "edits", KONTEXT, {"image": [None]}, "image[0]", "string"),
+        (
+            "text as a file",
+            "edits",
+            KONTEXT,
+            {"image": "data:text/plain;base64,aGk="},
+            "image[0]",
+            "unsupported image",
+        ),
+        (
+            "a stored file",
+            "edits",
+            KONTEXT,
+            {"images": [{"file_id": "f"}]},
+            "image[0].image_url",
+            "Missing",
+        ),
+        (
+            "a stored file beside",
+            "edits",
+            KONTEXT,
+            {"images": [{"image_url": A, "file_id": "f"}]},
+            "image[0].file_id",
+            "file_id",
+        ),
+        (
+            "no URL in it",
+            "edits",
+            KONTEXT,
+            {"images": [{"image_url": {}}]},
+            "image[0]",
+            "string",
+        ),
+        (
+            "no mask input",
+            "edits",
+            KONTEXT,
+            {"image": A, "mask": B},
+            "mask",
+            "no input for 'mask'",
+        ),
+        ("two masks", "edits", FILL, {"image": A, "mask": [B, C]}, "mask", "too long"),
+        (
+            "fidelity",
+            "edits",
+            GPT_15,
+            {"image": A, "input_fidelity": "x"},
+            "input_fidelity",
+            "'high'",
+        ),
+        (
+            "a streamed variation",
+            "variations",
+            REDUX,
+            {"image": A, "stream": True},
+            "stream",
+            "whole",
+        ),
+        # what the model is not for
+        (
+            "no image to edit",
+            "edits",
+            FLUX,
+            {"image": A},
+            "model",
+            "has no input for 'image'. Use it by POST /v1/images/generations.",
+        ),
+        (
+            "no prompt to give",
+            "generations",
+            REDUX,
+            {},
+            "model",
+            "has no input for 'prompt'. Use it by POST /v1/images/variations.",
+        ),
+        (
+            "no prompt to edit by",
+            "edits",
+            REDUX,
+            {"image": A},
+            "model",
+            "Use it by POST /v1/images/variations.",
+        ),
+        (
+            "it needs an image",
+            "generations",
+            "qwen/qwen-image-edit",
+            {},
+            "image",
+            "Send 'image' by POST /v1/images/edits.",
+        ),
+        (
+            "it needs a prompt",
+            "variations",
+            "qwen/qwen-image-edit",
+            {"image": A},
+            "prompt",
+            "Send 'prompt' by POST /v1/images/edits.",
+        ),
+        (
+            "it needs a key",
+            "generations",
+            "openai/gpt-image-1",
+            {},
+            "openai_api_key",
+            '"replicate": {"openai_api_key": …}',
+        ),
+        (
+            "it talks",
+            "generations",
+            "acme/parrot",
+            {},
+            "model",
+            "makes text. Use it by POST /v1/chat/completions.",
+        ),
+        (
+            "it hears",
+            "variations",
+            "openai/whisper",
+            {"image": A},
+            "model",
+            "can't be used by POST /v1/images/variations",
+        ),
+        (
+            "it counts",
+            "generations",
+            "beautyyuyanli/multilingual-e5-large",
+            {},
+            "model",
+            "makes numbers",
+        ),
+    ],
+)
+def test_what_an_image_model_cant_do_is_refused_before_it_costs(
+    drawing, fake, server, path, model, body, param, words
+):
+    error = ask_image(server, model, path, **body)
+    assert error.status == 400, error.body
+    assert error.error["param"] == param
+    assert words in error.error["message"]
+    assert not fake.creates()
+
+
+def test_a_chat_with_an_image_model_says_what_it_is_for(drawing, fake, server):
+    for model, path in ((FLUX, "generations"), (REDUX, "variations")):
+        error = chat(server, model).error
+        assert "not a language model" in error["message"]
+        assert f"Use it by POST /v1/images/{path}." in error["message"]
+
+
+def test_the_default_model_never_draws(fake, server):
+    for path, example in (
+        ("generations", "flux-schnell"),
+        ("edits", "flux-kontext-pro"),
+        ("variations", "flux-redux-schnell"),
+    ):
+        answer = ask_image(server, "nobody", path, image=A)
+        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+        assert f"One that can do this is `{example}`." in answer.error["message"]
+    assert not fake.seen
+
+
+def test_a_model_that_tells_nothing_of_itself_gets_the_commonest_inputs(fake, server):
+    fake.makes["acme/secret"] = lambda input: fake_replicate.FORMATS["png"]
+    asked = {"n": 2, "size": "1024x1024", "quality": "hd"}
+    assert image_inputs(fake, server, "acme/secret", **asked) == [{}, {}]
+    fake.seen.clear()
+    assert image_inputs(fake, server, "acme/secret", "edits", image=A) == [{"image": A}]
+
+
+def test_a_deployment_is_asked_by_the_schema_of_what_it_runs(
+    drawing, fake, server, monkeypatch
+):
+    monkeypatch.setitem(fake_replicate.DEPLOYMENTS, "acme/draws", FLUX)
+    asked = {"n": 2, "output_format": "jpeg"}
+    [input] = image_inputs(fake, server, "deployments/acme/draws", **asked)
+    assert input == {"num_outputs": 2, "output_format": "jpg"}
+    assert fake.creates()[0].path == "/v1/deployments/acme/draws/predictions"
+
+
 # ==== 4. PREDICTIONS ==========================================================
 
 
