@@ -2296,8 +2296,8 @@ def parse_files(value: Any, name: str) -> list[str]:
 
 
 FILE_IN_JSON = {
+    "file_id": refuse("No files are kept here. Send it as image_url."),
     "image_url": Param((str, dict), required=True),
-    "file_id": NO_FILE_ID,
 }
 
 
@@ -8457,11 +8457,10 @@ def parse_task_request(
 ) -> tuple[Json, list[PredictionInput]]:
     """Return the body, checked, and what Replicate is to run for it."""
     body = read_body(request, model, task.params)
-    if "image" in task.params and body.get("images") is not None:  # OpenAI's, in JSON
-        body["image"] = body.pop("images")
-    for name in ("image", "mask"):
-        if name in task.params and body.get(name) is not None:
-            body[name] = parse_files(body[name], name)
+    for name in ("image", "images", "mask"):  # images: OpenAI's name, in JSON
+        parameter = name.removesuffix("s")
+        if parameter in task.params and body.get(name) is not None:
+            body[parameter] = parse_files(body.pop(name), name)
     body = check(body, task.params)
     models = replace(proxy.models.current(), default_model=None)
     try:
