@@ -13949,6 +13949,14 @@ def test_an_input_that_is_a_file_has_a_url(fake, url, taken):
     assert wrong == ([] if taken else ["Does not match format 'uri'"])
 
 
+def test_the_stand_in_has_the_models_of_models_json_that_make_no_text():
+    """Else --demo would answer for them with text."""
+    shipped = json.loads((HERE / "models.json").read_text(encoding="utf-8"))
+    refs = [ref for ref in shipped["mappings"].values() if not proxy.find_family(ref)]
+    assert len(refs) > 25
+    assert not {ref for ref in refs if ref not in fake_replicate.MODELS}
+
+
 def test_one_model_of_the_stand_in_makes_a_megabyte(fake):
     file = fake.output_files[create_at(fake, "acme/poster", prompt="a")["output"]]
     assert 1_000_000 < len(file.content) < 1_100_000
