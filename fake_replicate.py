@@ -6,8 +6,8 @@
 Point any client of Replicate at `fake.base_url`. No model runs: what happens is
 a scenario, a row of SCENARIOS, and a model whose owner is `fake` chooses it by
 name. `version: "fake/out-of-credit"` is refused for want of credit; every
-other model plays `fake.default`, or what `fake.plays` says of it. A model whose
-output is no text of a scenario's makes it of its input, by `fake.makes`.
+other model plays `fake.default`, or what `fake.plays` says of it. Models of MAKERS
+make images, vectors, sounds and transcripts of their input, by `fake.makes`.
 
     client                                  a scenario, an input
       |           call                               |
@@ -28,7 +28,8 @@ look up is said to be a guess where it stands.
     Wires        what may become of a stream between its events and its bytes
     Texts        what the models say
     Scenarios    what can happen: one row per case
-    Files        what image and speech models make, and how it is served
+    Files        what image and speech models give, and how it is served
+    Makers       what such models, and others than language models, make of an input
     Models       what a model says of itself: one row per model
     Predictions  a scenario, an input and a moment of birth
     Server       sockets and HTTP
@@ -43,11 +44,14 @@ import base64
 import codecs
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import heapq
+import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -57,6 +61,8 @@ import struct
 import sys
 import threading
 import time
+import wave
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -578,8 +584,8 @@ SCENARIOS = {
 }
 
 # == Files =====================================================================
-# What image and speech models make. A maker gives FakeFiles wherever its output
-# is to have links.
+# What image and speech models give: real ones, and tiny. A maker has them wherever
+# its output is to have links.
 
 
 @dataclass(frozen=True)
@@ -606,11 +612,103 @@ class FakeFile:
         return f"data:{self.content_type};base64,{encoded}"
 
 
-EXTENSIONS = {"image/jpeg": "jpg", "audio/mpeg": "mp3", "text/plain": "txt"}
+# What all images show, a letter for each pixel.
+WORDS = [
+    "............................................................",
+    "............................................................",
+    "..#..#..##.....#...#..##..###..####.#.......###...##..#..#..",
+    "..##.#.#..#....##.##.#..#.#..#.#....#.......#..#.#..#.##.#..",
+    "..#.##.#..#....#.#.#.#..#.#..#.###..#.......###..####.#.##..",
+    "..#..#.#..#....#...#.#..#.#..#.#....#.......#.#..#..#.#..#..",
+    "..#..#..##.....#...#..##..###..####.####....#..#.#..#.#..#..",
+    "............................................................",
+    "............................................................",
+]
+
+
+def make_png(rows: Sequence[bytes]) -> bytes:
+    """An image in shades of grey, a byte for each pixel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        end = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + end
+
+    head = struct.pack(">IIBBBBB", len(rows[0]), len(rows), 8, 0, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = chunk(b"IHDR", head), chunk(b"IDAT", data), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def make_wav(samples: bytes, rate: int) -> bytes:
+    file = io.BytesIO()
+    with wave.open(file, "wb") as written:
+        written.setnchannels(1)
+        written.setsampwidth(2)
+        written.setframerate(rate)
+        written.writeframes(samples)
+    return file.getvalue()
+
+
+SHADES = {".": b"\x3c" * 4, "#": b"\xfa" * 4}
+PNG = make_png(
+    [b"".join(SHADES[pixel] for pixel in row) for row in WORDS for _ in range(4)]
+)
+PCM = struct.pack(
+    "<4800h", *[int(9000 * math.sin(n / 24000 * 660 * math.tau)) for n in range(4800)]
+)
+WAV = make_wav(PCM, 24000)
+# What the standard library can't make: the same words, and the same tone.
+WEBP = base64.b64decode(
+    """
+    UklGRl4AAABXRUJQVlA4TFIAAAAv78AIAA9wIf0L6V9If/7jAW4aSZKkYpD8WSaDvGfO291zI/o/Af3f
+    0opoTabVbMm1DTIcKdSXkLs4d4DTDpPpLo5DPzooKVfX+mpN5lZyA383
+    """
+)
+JPEG = base64.b64decode(
+    """
+    /9j/4AAQSkZJRgABAQAAAQABAAD/2wBDAFA3PEY8MlBGQUZaVVBfeMiCeG5uePWvuZHI////////////
+    ////////////////////////////////////////wAALCAAkAPABAREA/8QAFgABAQEAAAAAAAAAAAAA
+    AAAAAAME/8QAIxAAAQIEBwEBAAAAAAAAAAAAAAMREhMiYQQUQmKBocHhNP/aAAgBAQAAPwCAAAAAAAAA
+    AAAAAABuWRmw1M1ieC18ekkUZsVTNYrm9nfwksjKhqd7EjVgtfHpJZGVDU72NKKMqKp3sZkUZsVTNYrm
+    9nfwksjKhqd7GlZaVDS73J/q2Q8u4wWvj0ZvZ38JLLTYaWa5XG6OfDKAbllpUNLvcn+rZDy7kkUZsVTN
+    Yrm9nfwksjKhqd7GlZGbDUzWJ4LXx6ZQasbo58KIrTYqWa5PBa+PTKasbo58MpqwWvj0kitKipd7lcFr
+    49GC18emU1Y3Rz4Mbo58GC18ejBa+PRm9nfwymrG6OfDKAbllpUNLvcnjdHPgwWvj0ZvZ38GN0c+DG6O
+    fCiK02KlmuYQVWWmw0s1witKipd7kjVm9nfwygqitKipd7kiqK0qKl3uSNWb2d/DKas3s7+EllpsNLNc
+    IrSoqXe5XN7O/hJZabDSzXK5vZ38Gb2d/DKCqy02GlmuEVpUVLvcIrSoqXe5IqstNhpZrhZabDSzXCK0
+    qKl3uSAAAAAAAAAAAAAAAP/Z
+    """
+)
+MP3 = base64.b64decode(
+    """
+    //MUxAACGEbAAUIAAf/IRpw4sMABCv0+//MUxAICyE7kAYoIAEIXhQL04Nzc1VUA//MUxAECsErRQdAA
+    Ad//dEho0A+xeBUA//MUxAECkEq94ALwRVg4mERSIGNtvFUA//MUxAECoEq54ABwQUYz1XgAZgszMMUA
+    //MUxAECoFbB4ABeQFo3qdYQQdm8yYUA//MUxAECUEbJ4ABeQGoyzCRIS88bFQDL//MUxAICIEq9QAJw
+    YVAXIGtvgjUADh9Q//MUxAQCYFLF4AMeYB+dI19eVQB8MNoK//MUxAUCSEbN4ABeQChIEFaqA8+YTFhD
+    //MUxAYCWEq5QALwRUdTNJUADhw/Cgtw//MUxAcCcFLF4AMeYNTfkQv/6Y7wKcKR//MUxAgCUErIoU0A
+    AQoVzx/uXDypMg8E//MUxAkEaGLEAZEwABhNuLzpKtukyoRw//MUxAICMAHsAcMAASkhgViKhCpMQU1F
+    """
+)
+FLAC = base64.b64decode(
+    """
+    ZkxhQ4AAACICQAJAAAB7AAB7AfQA8AAAAKBzTzzeDdWonA+ZvqGLta/i//hkCACfN04AAAYfC1AOxw//
+    DscLUAYf5jI3gTyd441oXW9LgVu+tQBc/1MgRhmiPRef6mQIwzRHovP9TIEYZoj0Xn+pkCMM0R6Lz/Uy
+    BGGaI9F5/qZAjDNEei8/1MgRhmiPRef6mQIwzRHovP9TIEYZoj0Xn+pkCLuY
+    """
+)
+# By extension, which is what models call a format too.
+FORMATS = {
+    "png": FakeFile(PNG, "image/png"),
+    "webp": FakeFile(WEBP, "image/webp"),
+    "jpg": FakeFile(JPEG, "image/jpeg"),
+    "wav": FakeFile(WAV, "audio/x-wav"),
+    "mp3": FakeFile(MP3, "audio/mpeg"),
+    "flac": FakeFile(FLAC, "audio/flac"),
+    "pcm": FakeFile(PCM, "application/octet-stream"),
+}
+EXTENSIONS = {file.content_type: name for name, file in FORMATS.items()}
 # The URL of an image, by which `metrics` count them.
 IMAGE_URL = re.compile(r"data:image/|https?:.*\.(png|webp|jpg|gif|svg\+xml)$")
 
-Make = Callable[[Json], Any]
 TOKENS: Any = object()  # stands for an output that is the tokens of a scenario
 
 
@@ -621,6 +719,174 @@ def replace_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: replace_leaves(item, change) for key, item in value.items()}
     return change(value)
+
+
+# == Makers ====================================================================
+# What models make that are no language models: functions of an input. KeyError and
+# ValueError make the prediction fail, in their words.
+
+Make = Callable[[Json], Any]
+
+
+def file_in(format: str, asked: str) -> Make:
+    """One file, of the format that an input of that name asks for."""
+
+    def make(input: Json) -> FakeFile:
+        chosen = input.get(asked, format)
+        return FORMATS["jpg" if chosen == "jpeg" else chosen]
+
+    return make
+
+
+def image(format: str) -> Make:
+    return file_in(format, "output_format")
+
+
+def images(format: str, count: str = "") -> Make:
+    """A list of as many as an input of that name asks for."""
+    one = image(format)
+    return lambda input: [one(input)] * input.get(count, 1)
+
+
+@functools.cache
+def megabyte() -> FakeFile:
+    noise = random.Random(0)
+    rows = [noise.randbytes(1000) for _ in range(1000)]
+    return FakeFile(make_png(rows), "image/png")
+
+
+def vector(text: str, size: int = 8) -> list[float]:
+    """The same for the same text; every number is a float of 32 bits too."""
+    digest = itertools.cycle(hashlib.sha256(text.encode()).digest())
+    return [(byte - 128) / 128 for byte in islice(digest, size)]
+
+
+@functools.lru_cache(1000)
+def long_vector(text: str) -> tuple[float, ...]:
+    """As long as real ones, with as many digits."""
+    numbers = random.Random(text)
+    return tuple(numbers.uniform(-1, 1) for _ in range(768))
+
+
+def vectors(texts: Sequence[str]) -> list[list[float]]:
+    return [vector(text) for text in texts]
+
+
+def mpnet(input: Json) -> Any:
+    texts = json.loads(input.get("text_batch", "[]")) or [input["text"]]
+    return [{"embedding": vector(text)} for text in texts]
+
+
+def bge(input: Json) -> Any:
+    made = vectors(json.loads(input["texts"]))
+    numpy = FakeFile(b"\x93NUMPY" + json.dumps(made).encode(), "application/x-npy")
+    return numpy if input.get("convert_to_numpy") else made
+
+
+def flat_if_one(input: Json) -> Any:
+    made = vectors(input["text"])
+    return made[0] if len(made) == 1 else made
+
+
+def clip(input: Json) -> Any:
+    return {"embedding": vector(input.get("text") or input["image"])}
+
+
+def jina(input: Json) -> Any:
+    given = [input[name] for name in ("text", "image") if name in input]
+    made = [vector(each, input.get("embedding_dim", 64)) for each in given]
+    if input.get("output_format") == "array":
+        return made
+    packed = [struct.pack(f"<{len(row)}f", *row) for row in made]
+    return [base64.b64encode(row).decode() for row in packed]
+
+
+class Segment(NamedTuple):
+    start: float
+    end: float
+    text: str
+
+    def words(self) -> list[Segment]:
+        """Each takes as long as the others."""
+        words = self.text.split()
+        step = (self.end - self.start) / len(words)
+        starts = [round(self.start + step * n, 3) for n in range(len(words) + 1)]
+        return [Segment(*row) for row in zip(starts, starts[1:], words, strict=False)]
+
+
+HEARD = [
+    Segment(0.0, 1.5, "No model ran to hear that."),
+    Segment(1.5, 4.25, "This is what the stand-in says of any sound."),
+]
+TRANSCRIPT = " ".join(segment.text for segment in HEARD)
+
+
+def clock_time(seconds: float, point: str) -> str:
+    return f"00:00:{int(seconds):02}{point}{int(seconds % 1 * 1000):03}"
+
+
+def cue(row: Segment, point: str) -> str:
+    times = clock_time(row.start, point), clock_time(row.end, point)
+    return f"{' --> '.join(times)}\n{row.text}\n"
+
+
+SUBTITLES = {
+    "srt": "\n".join(f"{n}\n{cue(row, ',')}" for n, row in enumerate(HEARD, 1)),
+    "vtt": "WEBVTT\n\n" + "\n".join(cue(row, ".") for row in HEARD),
+}
+
+
+def whisper(input: Json) -> Any:
+    form = input.get("transcription", "plain text")
+    segments = [
+        {
+            "id": id,
+            "seek": 0,
+            "start": row.start,
+            "end": row.end,
+            "text": f" {row.text}",
+            "tokens": [50364 + id],
+            "temperature": 0.0,
+            "avg_logprob": -0.25,
+            "compression_ratio": 1.1,
+            "no_speech_prob": 0.01,
+        }
+        for id, row in enumerate(HEARD)
+    ]
+    return {
+        "segments": segments,
+        "srt_file": None,
+        "txt_file": None,
+        "translation": TRANSCRIPT if input.get("translate") else None,
+        "transcription": SUBTITLES.get(form, f" {TRANSCRIPT}"),
+        "detected_language": "english",
+    }
+
+
+def fast_whisper(input: Json) -> Any:
+    by_word = input.get("timestamp") == "word"
+    rows = [word for row in HEARD for word in row.words()] if by_word else HEARD
+    chunks = [{"timestamp": list(row[:2]), "text": f" {row.text}"} for row in rows]
+    return {"text": f" {TRANSCRIPT}", "chunks": chunks}
+
+
+def whisperx(input: Json) -> Any:
+    segments: list[Json] = [row._asdict() for row in HEARD]
+    if input.get("align_output"):
+        for made, row in zip(segments, HEARD, strict=True):
+            made["words"] = [
+                {"word": word.text, "start": word.start, "end": word.end, "score": 0.9}
+                for word in row.words()
+            ]
+    return {"segments": segments, "detected_language": input.get("language", "en")}
+
+
+def transcript(input: Json) -> str:
+    return TRANSCRIPT
+
+
+def transcript_tokens(input: Json) -> Text:
+    return re.findall(r"\s*\S+", TRANSCRIPT)
 
 
 # == Models ====================================================================
@@ -654,6 +920,8 @@ OUTPUT = {
 
 
 def make_type(text: str) -> Json:
+    if "|" in text:
+        return {"anyOf": [make_type(each) for each in text.split("|")]}
     if text.startswith("["):
         return {"type": "array", "items": make_type(text[1:-1])}
     return dict(TYPES[text])
@@ -751,6 +1019,10 @@ def is_kind(value: Any, kind: str) -> bool:
     return isinstance(value, KINDS[kind])
 
 
+def is_format(value: Any, format: str) -> bool:
+    return bool(re.match(r"(?i)[a-z][a-z0-9+.-]*:", value))
+
+
 # Keywords of JSON Schema, and what is said of a value that breaks them. The one
 # recorded wording ("prompt is required", 3.1) is gojsonschema's, so the others are
 # taken from there too.
@@ -759,6 +1031,7 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool], str]] = {
     "enum": ("enum", lambda value, e: value in e, "Must be one of the following: {}"),
     "minimum": ("number_gte", ge, "Must be greater than or equal to {}"),
     "maximum": ("number_lte", le, "Must be less than or equal to {}"),
+    "format": ("format", is_format, "Does not match format '{}'"),
 }
 
 
@@ -855,11 +1128,523 @@ MODEL_FIELDS = {
         temperature float =0.8 [0.01..5]; stop_sequences str
     """,
 }
+
+
+class Maker(NamedTuple):
+    """A model that is no language model."""
+
+    output: str
+    make: Make
+    fields: str
+    official: bool = True
+
+
+RATIOS = "1:1, 16:9, 21:9, 3:2, 2:3, 4:5, 5:4, 3:4, 4:3, 9:16, 9:21"
+FORMAT = 'output_format enum webp, jpg, png ="webp"; output_quality int =80 [0..100]'
+LANGUAGES = """
+    en english, zh chinese, de german, es spanish, ru russian, ko korean, fr french,
+    ja japanese, pt portuguese, tr turkish, pl polish, ca catalan, nl dutch, ar arabic,
+    sv swedish, it italian, id indonesian, hi hindi, fi finnish, vi vietnamese,
+    he hebrew, uk ukrainian, el greek, ms malay, cs czech, ro romanian, da danish,
+    hu hungarian, ta tamil, no norwegian, th thai, ur urdu, hr croatian, bg bulgarian,
+    lt lithuanian, la latin, mi maori, ml malayalam, cy welsh, sk slovak, te telugu,
+    fa persian, lv latvian, bn bengali, sr serbian, az azerbaijani, sl slovenian,
+    kn kannada, et estonian, mk macedonian, br breton, eu basque, is icelandic,
+    hy armenian, ne nepali, mn mongolian, bs bosnian, kk kazakh, sq albanian,
+    sw swahili, gl galician, mr marathi, pa punjabi, si sinhala, km khmer, sn shona,
+    yo yoruba, so somali, af afrikaans, oc occitan, ka georgian, be belarusian,
+    tg tajik, sd sindhi, gu gujarati, am amharic, yi yiddish, lo lao, uz uzbek,
+    fo faroese, ht haitian creole, ps pashto, tk turkmen, nn nynorsk, mt maltese,
+    sa sanskrit, lb luxembourgish, my myanmar, bo tibetan, tl tagalog, mg malagasy,
+    as assamese, tt tatar, haw hawaiian, ln lingala, ha hausa, ba bashkir, jw javanese,
+    su sundanese, yue cantonese
+"""
+NAMES = dict(row.split(maxsplit=1) for row in LANGUAGES.split(","))
+JSON_LIST = (
+    'text to embed, formatted as JSON list of strings (e.g. ["a fish", "a book"])'
+)
+# Names, order, types and defaults are the real ones, and so are bounds and enums
+# where they are known; of the longest enums there are some values.
+MAKERS = {
+    # images
+    "black-forest-labs/flux-schnell": Maker(
+        "[uri]",
+        images("webp", "num_outputs"),
+        f"""
+        prompt* str; aspect_ratio enum {RATIOS} ="1:1"; num_outputs int =1 [1..4];
+        num_inference_steps int =4 [1..4]; seed int; {FORMAT};
+        disable_safety_checker bool =false; go_fast bool =true;
+        megapixels enum 1, 0.25 ="1"
+        """,
+    ),
+    "black-forest-labs/flux-dev": Maker(
+        "[uri]",
+        images("webp", "num_outputs"),
+        f"""
+        prompt* str; aspect_ratio enum {RATIOS} ="1:1"; image uri;
+        prompt_strength float =0.8 [0..1]; num_outputs int =1 [1..4];
+        num_inference_steps int =28 [1..50]; guidance float =3 [0..10]; seed int;
+        {FORMAT}; disable_safety_checker bool =false; go_fast bool =true;
+        megapixels enum 1, 0.25 ="1"
+        """,
+    ),
+    "black-forest-labs/flux-1.1-pro": Maker(
+        "uri",
+        image("webp"),
+        """
+        aspect_ratio enum custom, 1:1, 16:9, 3:2, 2:3, 4:5, 5:4, 9:16, 3:4, 4:3 ="1:1";
+        output_format enum webp, jpg, png ="webp"; seed int;
+        width int [256..1440] # Width of the generated image. Only used when
+        aspect_ratio=custom. Must be a multiple of 32;
+        height int [256..1440] # Height of the generated image. Only used when
+        aspect_ratio=custom. Must be a multiple of 32;
+        prompt* str; image_prompt uri; output_quality int =80 [0..100];
+        safety_tolerance int =2 [1..6]; prompt_upsampling bool =false
+        """,
+    ),
+    "black-forest-labs/flux-1.1-pro-ultra": Maker(
+        "uri",
+        image("jpg"),
+        f"""
+        aspect_ratio enum {RATIOS} ="1:1"; output_format enum jpg, png ="jpg";
+        raw bool =false; seed int; prompt* str; image_prompt uri;
+        safety_tolerance int =2 [1..6]; image_prompt_strength float =0.1 [0..1]
+        """,
+    ),
+    "black-forest-labs/flux-kontext-pro": Maker(
+        "uri",
+        image("png"),
+        f"""
+        aspect_ratio enum match_input_image, {RATIOS}, 2:1, 1:2 ="match_input_image";
+        output_format enum jpg, png ="png"; seed int; prompt* str; input_image uri;
+        safety_tolerance int =2 [0..6]; prompt_upsampling bool =false
+        """,
+    ),
+    "black-forest-labs/flux-fill-pro": Maker(
+        "uri",
+        image("jpg"),
+        """
+        outpaint enum None, Zoom out 1.5x, Zoom out 2x, Make square, Left outpaint,
+        Right outpaint, Top outpaint, Bottom outpaint ="None";
+        output_format enum jpg, png ="jpg"; mask uri # A black-and-white image that
+        describes the part of the image to inpaint. Black areas will be preserved while
+        white areas will be inpainted.; seed int; image* uri; steps int =50 [15..50];
+        prompt* str; guidance float =60 [2..100]; safety_tolerance int =2 [1..6];
+        prompt_upsampling bool =false
+        """,
+    ),
+    "black-forest-labs/flux-2-pro": Maker(
+        "uri",
+        image("webp"),
+        f"""
+        prompt* str; input_images [uri] =[]; aspect_ratio enum match_input_image,
+        custom, 1:1, 16:9, 3:2, 2:3, 4:5, 5:4, 9:16, 3:4, 4:3 ="1:1";
+        resolution enum match_input_image, 0.5 MP, 1 MP, 2 MP, 4 MP ="1 MP";
+        width int [256..2048]; height int [256..2048]; safety_tolerance int =2 [1..5];
+        seed int; {FORMAT}
+        """,
+    ),
+    "black-forest-labs/flux-2-klein-4b": Maker(
+        "[uri]",
+        images("jpg"),
+        f"""
+        prompt* str; images [uri] =[]; aspect_ratio enum match_input_image, {RATIOS}
+        ="1:1"; output_megapixels enum 0.25, 0.5, 1, 2, 4 ="1"; seed int;
+        go_fast bool =false; output_format enum webp, jpg, png ="jpg";
+        output_quality int =95 [0..100]; disable_safety_checker bool =false
+        """,
+    ),
+    "black-forest-labs/flux-redux-schnell": Maker(
+        "[uri]",
+        images("webp", "num_outputs"),
+        f"""
+        redux_image* uri; aspect_ratio enum {RATIOS} ="1:1"; num_outputs int =1 [1..4];
+        num_inference_steps int =4 [1..4]; seed int; {FORMAT};
+        disable_safety_checker bool =false; megapixels enum 1, 0.25 ="1"
+        """,
+    ),
+    "openai/gpt-image-1.5": Maker(
+        "[uri]",
+        images("webp", "number_of_images"),
+        """
+        prompt* str; openai_api_key str; aspect_ratio enum 1:1, 3:2, 2:3 ="1:1";
+        input_fidelity enum low, high ="low"; input_images [uri];
+        number_of_images int =1 [1..10]; quality enum low, medium, high, auto ="auto";
+        background enum auto, transparent, opaque ="auto";
+        output_compression int =90 [0..100];
+        output_format enum png, jpeg, webp ="webp"; moderation enum auto, low ="auto";
+        user_id str
+        """,
+    ),
+    "openai/gpt-image-2": Maker(
+        "[uri]",
+        images("webp", "number_of_images"),
+        """
+        prompt* str; openai_api_key str; aspect_ratio enum 1:1, 3:2, 2:3 ="1:1";
+        input_images [uri]; number_of_images int =1 [1..1];
+        quality enum low, medium, high, auto ="auto";
+        background enum auto, opaque ="auto"; output_compression int =90 [0..100];
+        output_format enum png, jpeg, webp ="webp"; moderation enum auto, low ="auto";
+        user_id str
+        """,
+    ),
+    "google/imagen-4": Maker(
+        "uri",
+        image("jpg"),
+        """
+        prompt* str; aspect_ratio enum 1:1, 9:16, 16:9, 3:4, 4:3 ="1:1";
+        image_size enum 1K, 2K ="1K"; safety_filter_level enum block_low_and_above,
+        block_medium_and_above, block_only_high ="block_only_high";
+        output_format enum jpg, png ="jpg"
+        """,
+    ),
+    "google/imagen-4-fast": Maker(
+        "uri",
+        image("jpg"),
+        """
+        prompt* str; aspect_ratio enum 1:1, 9:16, 16:9, 3:4, 4:3 ="1:1";
+        safety_filter_level enum block_low_and_above, block_medium_and_above,
+        block_only_high ="block_only_high"; output_format enum jpg, png ="jpg"
+        """,
+    ),
+    "google/nano-banana": Maker(
+        "uri",
+        image("jpg"),
+        """
+        prompt* str; image_input [uri] =[]; aspect_ratio enum match_input_image, 1:1,
+        2:3, 3:2, 3:4, 4:3, 4:5, 5:4, 9:16, 16:9, 21:9 ="match_input_image";
+        output_format enum jpg, png ="jpg"
+        """,
+    ),
+    "google/nano-banana-pro": Maker(
+        "uri",
+        image("jpg"),
+        """
+        prompt* str; image_input [uri] =[]; aspect_ratio enum match_input_image, 1:1,
+        2:3, 3:2, 3:4, 4:3, 4:5, 5:4, 9:16, 16:9, 21:9 ="match_input_image";
+        resolution enum 1K, 2K, 4K ="2K"; output_format enum jpg, png ="jpg";
+        safety_filter_level enum block_low_and_above, block_medium_and_above,
+        block_only_high ="block_only_high"; allow_fallback_model bool =false
+        """,
+    ),
+    "bytedance/seedream-4": Maker(
+        "[uri]",
+        images("jpg"),  # more than one only where the prompt asks for a series
+        """
+        prompt* str; image_input [uri] =[]; size enum 1K, 2K, 4K, custom ="2K";
+        aspect_ratio enum match_input_image, 1:1, 4:3, 3:4, 16:9, 9:16, 3:2, 2:3, 21:9
+        ="match_input_image"; width int =2048 [1024..4096];
+        height int =2048 [1024..4096]; sequential_image_generation enum disabled, auto
+        ="disabled"; max_images int =1 [1..15]; enhance_prompt bool =true
+        """,
+    ),
+    "bytedance/seedream-4.5": Maker(
+        "[uri]",
+        images("jpg"),
+        """
+        prompt* str; image_input [uri] =[]; size enum 2K, 4K, custom ="2K";
+        aspect_ratio enum match_input_image, 1:1, 4:3, 3:4, 16:9, 9:16, 3:2, 2:3, 21:9
+        ="match_input_image"; width int =2048 [1024..4096];
+        height int =2048 [1024..4096]; sequential_image_generation enum disabled, auto
+        ="disabled"; max_images int =1 [1..15]
+        """,
+    ),
+    "stability-ai/sdxl": Maker(
+        "[uri]",
+        images("png", "num_outputs"),
+        """
+        prompt str ="An astronaut riding a rainbow unicorn"; negative_prompt str ="";
+        image uri; mask uri # Input mask for inpaint mode. Black areas will be
+        preserved, white areas will be inpainted.; width int =1024; height int =1024;
+        num_outputs int =1 [1..4]; scheduler enum DDIM, DPMSolverMultistep,
+        HeunDiscrete, KarrasDPM, K_EULER_ANCESTRAL, K_EULER, PNDM ="K_EULER";
+        num_inference_steps int =50 [1..500]; guidance_scale float =7.5 [1..50];
+        prompt_strength float =0.8 [0..1]; seed int; refine enum no_refiner,
+        expert_ensemble_refiner, base_image_refiner ="no_refiner";
+        high_noise_frac float =0.8 [0..1]; refine_steps int; apply_watermark bool =true;
+        lora_scale float =0.6 [0..1]; disable_safety_checker bool =false
+        """,
+        official=False,
+    ),
+    "ideogram-ai/ideogram-v3-turbo": Maker(
+        "uri",
+        image("png"),
+        """
+        aspect_ratio enum 1:3, 3:1, 1:2, 2:1, 9:16, 16:9, 10:16, 16:10, 2:3, 3:2, 3:4,
+        4:3, 4:5, 5:4, 1:1 ="1:1"; resolution enum None, 512x1536, 576x1408, 640x1536,
+        704x1408, 768x1344, 832x1216, 896x1152, 960x1088, 1024x1024, 1088x960, 1152x896,
+        1216x832, 1344x768, 1408x704, 1536x512, 1536x640 ="None"; magic_prompt_option
+        enum Auto, On, Off ="Auto"; style_type enum None, Auto, General, Realistic,
+        Design ="None"; style_preset enum None, 80s Illustration, Watercolor ="None";
+        mask uri # A black and white image. Black pixels are inpainted, white pixels
+        are preserved. The mask will be resized to match the image size.;
+        seed int [..2147483647]; image uri; prompt* str; style_reference_images [uri]
+        """,
+    ),
+    "recraft-ai/recraft-v3": Maker(
+        "uri",
+        image("webp"),
+        """
+        aspect_ratio enum Not set, 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16, 1:2, 2:1, 7:5,
+        5:7, 4:5, 5:4, 3:5, 5:3 ="Not set"; size enum 1024x1024, 1365x1024, 1024x1365,
+        1536x1024, 1024x1536, 1820x1024, 1024x1820, 1024x2048, 2048x1024, 1434x1024,
+        1024x1434, 1024x1280, 1280x1024, 1024x1707, 1707x1024 ="1024x1024";
+        style enum any, realistic_image, digital_illustration,
+        digital_illustration/pixel_art, digital_illustration/hand_drawn,
+        digital_illustration/grain, digital_illustration/infantile_sketch,
+        digital_illustration/2d_art_poster, digital_illustration/handmade_3d,
+        digital_illustration/hand_drawn_outline, digital_illustration/engraving_color,
+        digital_illustration/2d_art_poster_2, realistic_image/b_and_w,
+        realistic_image/hard_flash, realistic_image/hdr, realistic_image/natural_light,
+        realistic_image/studio_portrait, realistic_image/enterprise,
+        realistic_image/motion_blur ="any"; prompt* str
+        """,
+    ),
+    "qwen/qwen-image": Maker(
+        "[uri]",
+        images("webp"),
+        f"""
+        prompt* str; enhance_prompt bool =false; lora_weights str; lora_scale float =1;
+        extra_lora_weights [str]; extra_lora_scale [float]; image uri;
+        strength float =0.9 [0..1]; negative_prompt str =" "; aspect_ratio enum 1:1,
+        16:9, 9:16, 4:3, 3:4, 3:2, 2:3 ="16:9"; image_size enum optimize_for_quality,
+        optimize_for_speed ="optimize_for_quality"; go_fast bool =true;
+        num_inference_steps int =30 [1..50]; guidance float =3 [0..10]; seed int;
+        {FORMAT}; disable_safety_checker bool =false
+        """,
+    ),
+    "qwen/qwen-image-edit-plus": Maker(
+        "[uri]",
+        images("webp"),
+        """
+        prompt* str; image* [uri]; aspect_ratio enum 1:1, 16:9, 9:16, 4:3, 3:4,
+        match_input_image ="match_input_image"; go_fast bool =true; seed int;
+        output_format enum webp, jpg, png ="webp"; output_quality int =95 [0..100];
+        disable_safety_checker bool =false
+        """,
+    ),
+    "prunaai/z-image-turbo": Maker(
+        "uri",
+        image("jpg"),
+        """
+        prompt* str; height int =1024 [64..2048]; width int =1024 [64..2048];
+        num_inference_steps int =8 [1..50]; guidance_scale float =0 [0..20]; seed int;
+        go_fast bool =false; output_format enum png, jpg, webp ="jpg";
+        output_quality int =80 [0..100]
+        """,
+    ),
+    "minimax/image-01": Maker(
+        "[uri]",
+        images("jpg", "number_of_images"),
+        """
+        aspect_ratio enum 1:1, 16:9, 4:3, 3:2, 2:3, 3:4, 9:16, 21:9 ="1:1"; prompt* str;
+        number_of_images int =1 [1..9]; prompt_optimizer bool =true;
+        subject_reference uri
+        """,
+    ),
+    "acme/poster": Maker("uri", lambda input: megabyte(), "prompt* str; seed int"),
+    # embeddings
+    "replicate/all-mpnet-base-v2": Maker(
+        "[obj]",
+        mpnet,
+        """
+        text str # A single string to encode.;
+        text_batch str # A JSON-formatted list of strings to encode.
+        """,
+        official=False,
+    ),
+    "nateraw/bge-large-en-v1.5": Maker(
+        "[any]|uri",
+        bge,
+        f"""
+        path uri # Path to file containing text as JSONL with 'text' field or valid
+        JSON string list.; texts str ="" # {JSON_LIST}; batch_size int =32;
+        normalize_embeddings bool =true; convert_to_numpy bool =false
+        """,
+        official=False,
+    ),
+    "beautyyuyanli/multilingual-e5-large": Maker(
+        "[[float]]",
+        bge,
+        rf"""
+        texts str ="[\"In the water, fish are swimming.\", \"A book lies open.\"]"
+        # {JSON_LIST}; batch_size int =32; normalize_embeddings bool =true
+        """,
+        official=False,
+    ),
+    "ibm-granite/granite-embedding-278m-multilingual": Maker(
+        "[[float]]",
+        lambda input: vectors(input.get("texts", [])),
+        "texts [str] =[]",
+        official=False,
+    ),
+    "lucataco/nomic-embed-text-v1": Maker(
+        "[[float]]",
+        lambda input: vectors(input["sentences"].strip().splitlines()),
+        """
+        sentences* str # Input Sentence list - Each sentence should be split by a
+        newline
+        """,
+        official=False,
+    ),
+    "lucataco/snowflake-arctic-embed-l": Maker(
+        "[float]",
+        lambda input: vector(input.get("prompt", "")),
+        'prompt str ="Snowflake is the Data Cloud!"',
+        official=False,
+    ),
+    "mark3labs/embeddings-gte-base": Maker(
+        "{text* str; vectors* [float]}",
+        lambda input: {"text": input["text"], "vectors": vector(input["text"])},
+        "text* str",
+        official=False,
+    ),
+    "cuuupid/gte-qwen2-7b-instruct": Maker(
+        "[float]", flat_if_one, "text* [str]", official=False
+    ),
+    "openai/clip": Maker(
+        "{embedding* [float]}", clip, "text str; image uri", official=False
+    ),
+    "zsxkib/jina-clip-v2": Maker(
+        "[str]|[[float]]",
+        jina,
+        """
+        text str # Text content to embed (up to 8192 tokens). If both text and image
+        provided, text embedding will be first in returned list.; image uri;
+        embedding_dim int =64 [64..1024] # Output dimension - Matryoshka dimension;
+        output_format enum base64, array ="base64"
+        """,
+        official=False,
+    ),
+    "acme/embedder": Maker(
+        "[[float]]",
+        lambda input: [long_vector(text) for text in input["texts"]],
+        "texts* [str]",
+    ),
+    # speech
+    "jaaari/kokoro-82m": Maker(
+        "uri",
+        file_in("wav", ""),
+        """
+        text* str; voice enum af_alloy, af_aoede, af_bella, af_jessica, af_kore,
+        af_nicole, af_nova, af_river, af_sarah, af_sky, am_adam, am_echo, am_eric,
+        am_fenrir, am_liam, am_michael, am_onyx, am_puck, bf_alice, bf_emma,
+        bf_isabella, bf_lily, bm_daniel, bm_fable, bm_george, bm_lewis, ff_siwis,
+        hf_alpha, hf_beta, hm_omega, hm_psi, if_sara, im_nicola, jf_alpha,
+        jf_gongitsune, jf_nezumi, jf_tebukuro, jm_kumo, zf_xiaobei, zf_xiaoni,
+        zf_xiaoxiao, zf_xiaoyi, zm_yunjian, zm_yunxi, zm_yunxia, zm_yunyang
+        ="af_bella"; speed float =1 [0.1..5]
+        """,
+        official=False,
+    ),
+    "minimax/speech-02-turbo": Maker(
+        "uri",
+        file_in("mp3", "audio_format"),
+        """
+        emotion enum auto, happy, sad, angry, fearful, disgusted, surprised, calm,
+        fluent, neutral ="auto"; sample_rate int 8000, 16000, 22050, 24000, 32000, 44100
+        =32000; bitrate int 32000, 64000, 128000, 256000 =128000;
+        audio_format enum mp3, wav, flac, pcm ="mp3"; channel enum mono, stereo ="mono";
+        language_boost enum None, Automatic, Chinese, English, German ="None";
+        text* str; pitch int =0 [-12..12]; speed float =1 [0.5..2];
+        volume float =1 [0..10]; voice_id str ="Wise_Woman";
+        subtitle_enable bool =false; english_normalization bool =false
+        """,
+    ),
+    "resemble-ai/chatterbox": Maker(
+        "uri",
+        file_in("wav", ""),
+        """
+        prompt* str; audio_prompt uri; exaggeration float =0.5; cfg_weight float =0.5;
+        temperature float =0.8; seed int =0
+        """,
+    ),
+    "elevenlabs/flash-v2.5": Maker(
+        "uri",
+        file_in("mp3", ""),
+        """
+        voice enum Rachel, Drew, Clyde, Paul, Aria, Domi, Dave, Roger, Fin, Sarah,
+        James, Jane, Juniper, Arabella, Hope, Bradford, Reginald, Gaming, Austin, Kuon,
+        Blondie, Priyanka, Alexandra, Monika, Mark, Grimblewood ="Rachel";
+        speed float =1 [0.7..1.2]; style float =0 [0..1]; prompt* str; next_text str
+        =""; stability float =0.5 [0..1]; language_code str ="en";
+        previous_text str =""; similarity_boost float =0.75 [0..1]
+        """,
+    ),
+    "qwen/qwen3-tts": Maker(
+        "uri",
+        file_in("wav", ""),
+        """
+        text* str; mode enum custom_voice, voice_clone, voice_design ="custom_voice";
+        language enum auto, Chinese, English, Japanese, Korean, French, German, Spanish,
+        Portuguese, Russian ="auto"; speaker enum Aiden, Dylan, Eric, Ono_anna, Ryan,
+        Serena, Sohee, Uncle_fu, Vivian ="Serena"; voice_description str;
+        reference_audio uri; reference_text str; style_instruction str
+        """,
+    ),
+    # transcription
+    "openai/whisper": Maker(
+        """{segments any; srt_file uri; txt_file uri; translation str;
+        transcription* str; detected_language* str}""",
+        whisper,
+        f"""
+        audio* uri; transcription enum plain text, srt, vtt ="plain text";
+        translate bool =false; language enum auto, {", ".join(NAMES)},
+        {", ".join(NAMES.values()).title()} ="auto"; temperature float =0;
+        patience float; suppress_tokens str ="-1"; initial_prompt str;
+        condition_on_previous_text bool =true;
+        temperature_increment_on_fallback float =0.2;
+        compression_ratio_threshold float =2.4; logprob_threshold float =-1;
+        no_speech_threshold float =0.6
+        """,
+        official=False,
+    ),
+    "vaibhavs10/incredibly-fast-whisper": Maker(
+        "any",
+        fast_whisper,
+        f"""
+        audio* uri; task enum transcribe, translate ="transcribe";
+        language enum None, {", ".join(NAMES.values())} ="None"; batch_size int =24;
+        timestamp enum chunk, word ="chunk"; diarise_audio bool =false; hf_token str
+        """,
+        official=False,
+    ),
+    "victor-upmeet/whisperx": Maker(
+        "{segments any; detected_language* str}",
+        whisperx,
+        """
+        audio_file* uri; language str # ISO code of the language spoken in the audio;
+        language_detection_min_prob float =0; language_detection_max_tries int =5;
+        initial_prompt str; batch_size int =64; temperature float =0;
+        vad_onset float =0.5; vad_offset float =0.363; align_output bool =false;
+        diarization bool =false; huggingface_access_token str; min_speakers int;
+        max_speakers int; debug bool =false
+        """,
+        official=False,
+    ),
+    "openai/gpt-4o-transcribe": Maker(
+        "",
+        transcript_tokens,
+        "prompt str; language str; audio_file* uri; temperature float =0 [0..1]",
+    ),
+    "nvidia/parakeet-rnnt-1.1b": Maker(
+        "str", transcript, "audio_file* uri", official=False
+    ),
+}
+# Models with all that another has.
+MAKERS |= {
+    "black-forest-labs/flux-kontext-max": MAKERS["black-forest-labs/flux-kontext-pro"],
+    "google/imagen-4-ultra": MAKERS["google/imagen-4"],
+    "openai/gpt-4o-mini-transcribe": MAKERS["openai/gpt-4o-transcribe"],
+}
 COMMUNITY = {"someone/llama-tuned"}
 DEPLOYMENTS = {"acme/mine": "acme/parrot", "acme/tuned": "someone/llama-tuned"}
 MODELS = {
     ref: make_model(ref, fields, official=ref not in COMMUNITY)
     for ref, fields in MODEL_FIELDS.items()
+} | {
+    ref: make_model(ref, row.fields, row.official, row.output)
+    for ref, row in MAKERS.items()
 }
 
 # == Predictions ===============================================================
@@ -1258,7 +2043,7 @@ class FakeReplicate:
         self.scenarios = dict(SCENARIOS)
         self.plays: dict[str, str] = {}  # by model, the scenario it plays
         self.models = dict(MODELS)
-        self.makes: dict[str, Make] = {}  # by model, what it makes of an input
+        self.makes = {ref: row.make for ref, row in MAKERS.items()}
         self.seen: list[Call] = []
         self.predictions: dict[str, Prediction] = {}
         self.streams: dict[str, Prediction] = {}
@@ -1408,9 +2193,15 @@ class FakeReplicate:
 
         def begin() -> Reply:
             """A prediction that is waited for has the record of that moment."""
-            made = self.makes[ref](input) if ref in self.makes else TOKENS
-            made = replace_leaves(made, self.publish)
-            prediction = self.add(Prediction(scenario, model, input, deadline, made))
+            played, made = scenario, TOKENS
+            try:
+                if ref in self.makes:
+                    made = replace_leaves(self.makes[ref](input), self.publish)
+            except (KeyError, ValueError) as error:
+                played = dataclasses.replace(
+                    scenario, end="failed", error=str(error), after=0
+                )
+            prediction = self.add(Prediction(played, model, input, deadline, made))
             preference = call.headers.get("prefer", "")
             if not (match := re.fullmatch(r"wait(?:=(\d+))?", preference)):
                 return Reply(201, prediction.record(0))

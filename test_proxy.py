@@ -22,6 +22,7 @@ import socket
 import socketserver
 import sqlite3
 import ssl
+import struct
 import subprocess
 import sys
 import threading
@@ -324,6 +325,7 @@ def fake(replicate):
     """The stand-in for Replicate, which has forgotten the tests before."""
     for seen in (replicate.seen, replicate.cancels, replicate.faults, replicate.plays):
         seen.clear()
+    replicate.makes |= {ref: row.make for ref, row in fake_replicate.MAKERS.items()}
     return replicate
 
 
@@ -3492,8 +3494,8 @@ def test_a_family_is_found_by_owner_and_name(inputs, monkeypatch, ref, expected)
 
 
 OTHERS_OF_THEIR_MAKERS = """
-    qwen/qwen-image qwen/qwen3-tts deepseek-ai/janus-pro-7b deepseek-ai/deepseek-vl2
-    openai/gpt-4o-transcribe openai/gpt-4o-mini-transcribe openai/gpt-image-1
+    qwen/qwen-image-2 qwen/qwen3-asr deepseek-ai/janus-pro-7b deepseek-ai/deepseek-vl2
+    openai/gpt-4o-transcribe-diarize openai/gpt-4o-mini-tts openai/gpt-image-1
     google/gemini-2.5-flash-image google/gemini-3-pro-image google/gemini-2.5-flash-tts
     xai/grok-2-image xai/grok-imagine-video moonshotai/kimi-k2.6 anthropic/other
     ibm-granite/granite-8b-code-instruct-128k ibm-granite/granite-embedding-278m
@@ -13752,7 +13754,7 @@ def test_a_field_has_its_enum_and_its_description():
     "scenario, told, at_the_end",
     [
         ("at once", "hello", "succeeded", "made"),
-        ("slowly", "story", "succeeded", "made"),
+        ("after 0.12 s", "no-done", "succeeded", "made"),
         ("after the wait", "wait-ran-out", "starting", "made"),
         ("told before the record is", "wait-processing", "processing", "made"),
         ("not at all", "failed", "failed", None),
@@ -13763,6 +13765,7 @@ def test_a_field_has_its_enum_and_its_description():
 def test_what_is_made_comes_when_the_scenario_says(fake, scenario, told, at_the_end):
     prediction = create_at(fake, painting(fake, scenario=scenario), prompt="a")
     assert prediction["status"] == told
+    assert told != "processing" or prediction["output"] in fake.output_files
     assert "stream" not in prediction["urls"]
     record = at_the_end_of(fake, prediction)
     made = record["output"] in fake.output_files
@@ -13779,6 +13782,17 @@ def test_what_is_made_is_null_until_it_is_there(fake):
     assert (looked["status"], looked["output"]) == ("processing", None)
     fake.predictions[prediction["id"]].cancel()
     assert at_the_end_of(fake, prediction)["status"] == "canceled"
+
+
+def test_a_model_that_makes_files_may_be_refused_and_cancelled(fake):
+    refused = create_at(fake, painting(fake, scenario="out-of-credit"), prompt="a")
+    assert refused["title"] == "Insufficient credit"
+    prediction = create_at(fake, painting(fake, scenario="stuck"), "", prompt="a")
+    token = {"authorization": f"Bearer {fake.token}"}
+    fetch_from(fake, prediction["urls"]["cancel"], b"{}", **token)
+    assert fake.cancels == [prediction["id"]]
+    record = at_the_end_of(fake, prediction)
+    assert (record["status"], record["output"]) == ("canceled", None)
 
 
 def test_files_within_what_is_made_become_links_or_data_urls(fake):
@@ -13813,10 +13827,12 @@ def test_a_file_of_the_stand_in_needs_no_token_and_its_get_is_seen(fake):
 def test_a_file_may_be_held_in_the_middle(fake):
     held = threading.Event()
     url = fake.add_file(b"abcd", "image/png", held=held)
-    with urlopen(url, timeout=10) as response:
+    with urlopen(url, timeout=0.05) as response:
         assert response.read(2) == b"ab"
-        held.set()
-        assert response.read() == b"cd"
+        with pytest.raises(TimeoutError):
+            response.read(1)
+    held.set()
+    assert fetch_from(fake, url).body == b"abcd"
 
 
 @table(
@@ -13840,6 +13856,209 @@ def test_a_file_may_be_faulty(fake, faults, status):
         assert (error.partial, status) == (b"abc", "cut")
     except ConnectionError:
         assert status == "reset"
+
+
+SIGNATURES = {
+    "png": b"\x89PNG\r\n",
+    "webp": b"RIFF....WEBP",
+    "jpg": b"\xff\xd8\xff",
+    "wav": b"RIFF....WAVE",
+    "mp3": b"\xff[\xe2-\xff]",
+    "flac": b"fLaC",
+    "pcm": b"\0\0",
+}
+DRAWN = "data:image/png;base64,AAAA"
+
+
+@table(
+    "ref, input, formats",
+    [
+        ("one", "black-forest-labs/flux-1.1-pro", {"prompt": "a"}, "webp"),
+        (
+            "a format",
+            "black-forest-labs/flux-1.1-pro",
+            {"prompt": "a", "output_format": "png"},
+            "png",
+        ),
+        (
+            "jpeg is jpg",
+            "openai/gpt-image-1.5",
+            {"prompt": "a", "output_format": "jpeg", "number_of_images": 2},
+            ["jpg"] * 2,
+        ),
+        ("a list", "black-forest-labs/flux-schnell", {"prompt": "a"}, ["webp"]),
+        (
+            "four",
+            "black-forest-labs/flux-schnell",
+            {"prompt": "a", "num_outputs": 4},
+            ["webp"] * 4,
+        ),
+        (
+            "no prompt",
+            "stability-ai/sdxl",
+            {"image": DRAWN, "mask": DRAWN},
+            ["png"],
+        ),
+        (
+            "a link",
+            "black-forest-labs/flux-redux-schnell",
+            {"redux_image": "https://a.test/b.png"},
+            ["webp"],
+        ),
+        ("speech", "jaaari/kokoro-82m", {"text": "a", "voice": "bf_emma"}, "wav"),
+        ("mp3", "elevenlabs/flash-v2.5", {"prompt": "a"}, "mp3"),
+        (
+            "flac",
+            "minimax/speech-02-turbo",
+            {"text": "a", "audio_format": "flac"},
+            "flac",
+        ),
+        (
+            "pcm",
+            "minimax/speech-02-turbo",
+            {"text": "a", "audio_format": "pcm", "sample_rate": 24000},
+            "pcm",
+        ),
+    ],
+)
+def test_a_model_of_the_stand_in_makes_files(fake, ref, input, formats):
+    output = create_at(fake, ref, **input)["output"]
+    assert isinstance(output, list) == isinstance(formats, list)
+    links, wanted = ([x] if isinstance(x, str) else x for x in (output, formats))
+    assert len(set(links)) == len(wanted)
+    for link, format in zip(links, wanted, strict=True):
+        assert link.endswith(f".{format}")
+        content = fetch_from(fake, link).body
+        assert re.match(SIGNATURES[format], content, re.DOTALL)
+        assert len(content) < 10_000
+
+
+@table(
+    "url, taken",
+    [
+        ("a link", "https://a.test/b.png", True),
+        ("a data: URL", DRAWN, True),
+        ("a file of Replicate's", "{}/files/abc", True),
+        ("no URL", "AAAA", False),
+    ],
+)
+def test_an_input_that_is_a_file_has_a_url(fake, url, taken):
+    given = {"redux_image": url.format(fake.base_url)}
+    made = create_at(fake, "black-forest-labs/flux-redux-schnell", **given)
+    wrong = [row["description"] for row in made.get("invalid_fields", [])]
+    assert wrong == ([] if taken else ["Does not match format 'uri'"])
+
+
+def test_the_stand_in_has_the_models_of_models_json_that_make_no_text():
+    """Else --demo would answer for them with text."""
+    shipped = json.loads((HERE / "models.json").read_text(encoding="utf-8"))
+    refs = [ref for ref in shipped["mappings"].values() if not proxy.find_family(ref)]
+    assert len(refs) > 25
+    assert not {ref for ref in refs if ref not in fake_replicate.MODELS}
+
+
+def test_one_model_of_the_stand_in_makes_a_megabyte(fake):
+    file = fake.output_files[create_at(fake, "acme/poster", prompt="a")["output"]]
+    assert 1_000_000 < len(file.content) < 1_100_000
+
+
+OF_A, OF_B = (fake_replicate.vector(text) for text in "ab")
+
+
+@table(
+    "ref, input, output",
+    [
+        (
+            "a string",
+            "replicate/all-mpnet-base-v2",
+            {"text": "a"},
+            [{"embedding": OF_A}],
+        ),
+        (
+            "a list in a string",
+            "replicate/all-mpnet-base-v2",
+            {"text_batch": '["b", "a"]'},
+            [{"embedding": OF_B}, {"embedding": OF_A}],
+        ),
+        (
+            "vectors",
+            "beautyyuyanli/multilingual-e5-large",
+            {"texts": '["a", "b"]'},
+            [OF_A, OF_B],
+        ),
+        (
+            "a list",
+            "ibm-granite/granite-embedding-278m-multilingual",
+            {"texts": ["a", "b"]},
+            [OF_A, OF_B],
+        ),
+        ("lines", "lucataco/nomic-embed-text-v1", {"sentences": "a\nb"}, [OF_A, OF_B]),
+        ("one vector", "lucataco/snowflake-arctic-embed-l", {"prompt": "a"}, OF_A),
+        (
+            "an object",
+            "mark3labs/embeddings-gte-base",
+            {"text": "a"},
+            {"text": "a", "vectors": OF_A},
+        ),
+        ("one of a list", "cuuupid/gte-qwen2-7b-instruct", {"text": ["a"]}, OF_A),
+        ("a list", "cuuupid/gte-qwen2-7b-instruct", {"text": ["a", "b"]}, [OF_A, OF_B]),
+        ("text", "openai/clip", {"text": "a"}, {"embedding": OF_A}),
+        (
+            "an array",
+            "zsxkib/jina-clip-v2",
+            {"text": "a", "embedding_dim": 64, "output_format": "array"},
+            [OF_A + fake_replicate.vector("a", 64)[8:]],
+        ),
+        (
+            "base64",
+            "zsxkib/jina-clip-v2",
+            {"text": "a"},
+            [b64encode(struct.pack("<64f", *fake_replicate.vector("a", 64))).decode()],
+        ),
+        (
+            "text",
+            "nvidia/parakeet-rnnt-1.1b",
+            {"audio_file": "data:,"},
+            fake_replicate.TRANSCRIPT,
+        ),
+    ],
+)
+def test_a_model_of_the_stand_in_makes_json(fake, ref, input, output):
+    prediction = create_at(fake, ref, **input)
+    assert prediction["output"] == output
+    assert prediction["metrics"].keys() == {"predict_time"}
+
+
+def test_what_a_model_of_the_stand_in_can_not_read_makes_it_fail(fake):
+    prediction = create_at(fake, "nateraw/bge-large-en-v1.5", texts="a")
+    assert (prediction["status"], prediction["output"]) == ("failed", None)
+    assert "Expecting value" in prediction["error"]
+
+
+def test_a_transcript_of_the_stand_in_has_its_times(fake):
+    sound = "data:audio/wav;base64,AAAA"
+    made = create_at(fake, "openai/whisper", audio=sound, transcription="srt")["output"]
+    assert made["transcription"].startswith("1\n00:00:00,000 --> 00:00:01,500\nNo mo")
+    assert [len(segment) for segment in made["segments"]] == [10, 10]
+    ref = "vaibhavs10/incredibly-fast-whisper"
+    made = create_at(fake, ref, audio=sound, timestamp="word", language="german")
+    first, *_, last = made["output"]["chunks"]
+    assert first == {"timestamp": [0.0, 0.25], "text": " No"}
+    assert last == {"timestamp": [3.944, 4.25], "text": " sound."}
+    ref = "victor-upmeet/whisperx"
+    made = create_at(fake, ref, audio_file=sound, align_output=True)["output"]
+    assert [len(segment["words"]) for segment in made["segments"]] == [6, 9]
+
+
+@table(
+    "ref",
+    [("whole", "openai/gpt-4o-transcribe"), ("mini", "openai/gpt-4o-mini-transcribe")],
+)
+def test_a_transcript_of_the_stand_in_may_be_streamed(fake, ref):
+    prediction = create_at(fake, ref, audio_file="https://a.test/b.mp3")
+    assert "".join(prediction["output"]) == fake_replicate.TRANSCRIPT
+    stream = look_at(fake, prediction["urls"]["stream"]).body
+    assert stream.startswith(b"event: output\n") and b"data:  model\n" in stream
 
 
 # ==== 8. THE FILE =============================================================

@@ -183,7 +183,7 @@ class Load(NamedTuple):
     stream: bool = False
     paced: bool = False  # Replicate sends a token every 20 ms
     interval: float = 0  # seconds between calls, of all connections; 0: no pause
-    responses: bool = False  # by the Responses API, not by chat
+    path: str = "chat/completions"
 
     def scaled(self, by: float) -> Load:
         """With fewer calls; where there is one only, with fewer tokens."""
@@ -194,6 +194,23 @@ class Load(NamedTuple):
     @property
     def model(self) -> str:
         return "fake/stamped" if self.paced else "fake/stamped-at-once"
+
+    @property
+    def body(self) -> Mapping[str, Any]:
+        asked = {"model": self.model, "stream": self.stream}
+        match self.path:
+            case "responses":
+                limit = {"max_output_tokens": self.tokens}
+                return {**asked, "input": "Say when.", **limit}
+            case "images/generations":
+                form = {"response_format": "b64_json"}
+                return {"model": "acme/poster", "prompt": "A poster.", **form}
+            case "embeddings":
+                texts = [f"The text of number {n}." for n in range(100)]
+                form = {"encoding_format": "base64"}
+                return {"model": "acme/embedder", "input": texts, **form}
+        messages = [{"role": "user", "content": "Say when."}]
+        return {**asked, "messages": messages, "max_tokens": self.tokens}
 
 
 @dataclass
@@ -369,17 +386,9 @@ class Turn(NamedTuple):
     failures: list[str]
 
     def run(self, load: Load) -> list[Sample]:
-        body: dict[str, Any] = {"model": load.model, "stream": load.stream}
-        if load.responses:
-            path = "responses"
-            body |= {"input": "Say when.", "max_output_tokens": load.tokens}
-        else:
-            path = "chat/completions"
-            body["messages"] = [{"role": "user", "content": "Say when."}]
-            body["max_tokens"] = load.tokens
-        url = f"{self.url}/{path}"
+        url = f"{self.url}/{load.path}"
         key = urlsplit(url).username or KEY
-        return run_load(load, host_of(url), build_request(url, body, key))
+        return run_load(load, host_of(url), build_request(url, load.body, key))
 
     def run_directly(self, load: Load) -> list[Sample]:
         """The one request that a whole call makes of Replicate, from here."""
@@ -436,21 +445,22 @@ def summarize(samples: Sequence[Sample], seconds: float, cpu_ns: int) -> Values:
     tokens = sum(len(sample.stamps) for sample in samples)
     values: Values = {"complete": len(ended)}
     if ended:
+        values["latency"] = median((each.ended - each.began) / 1e6 for each in ended)
+        values["calls/s"] = len(ended) / seconds
+    if ended and tokens:
         first = [(each.arrivals[0] - each.began) / 1e6 for each in ended]
         pairs = [zip(each.arrivals, each.stamps, strict=True) for each in ended]
         late = [(arrival - stamp) / 1e6 for pair in pairs for arrival, stamp in pair]
         values |= {
-            "latency": median((each.ended - each.began) / 1e6 for each in ended),
             "first p50": median(first),
             "first p95": percentile(first, 95),
             "late p50": median(late),
             "late p99": percentile(late, 99),
-            "calls/s": len(ended) / seconds,
             "tokens/s": tokens / seconds,
         }
     if ended and cpu_ns:
         values["CPU call"] = cpu_ns / 1e6 / len(ended)
-        values["CPU token"] = cpu_ns / 1e3 / tokens
+        values["CPU token"] = cpu_ns / 1e3 / tokens if tokens else 0
     return values
 
 
@@ -500,13 +510,25 @@ def measure_responses(turn: Turn) -> Values:
     chats = Load(20, tokens=200, stream=True, paced=True).scaled(turn.scale)
     cpu = {False: 0, True: 0}
     for responses in (False, True) * 2:
-        load = chats._replace(responses=responses)
+        load = chats._replace(path="responses") if responses else chats
         samples, _, cpu_ns = run_measured(turn, load)
         if not all(sample.ended for sample in samples):
             return {}
         cpu[responses] += cpu_ns
     tokens = 2 * chats.connections * chats.tokens
     return {"CPU token": cpu[True] / 1e3 / tokens, "x chat": cpu[True] / cpu[False]}
+
+
+def measure_made(path: str, calls: int) -> Measure:
+    """Whole calls, one after another, of an endpoint that the controls have not."""
+
+    def measure(turn: Turn) -> Values:
+        if not turn.side.proxy:
+            return {}
+        load = Load(calls=calls, tokens=0, path=path)
+        return summarize(*run_measured(turn, load.scaled(turn.scale)))
+
+    return measure
 
 
 def measure_counts(turn: Turn) -> Values:
@@ -563,6 +585,14 @@ WORKLOADS = {
     "responses": Workload(
         "20 streams of responses, 200 tokens 20 ms apart", measure_responses
     ),
+    "image": Workload(
+        "one image after another, of 1 MB and in base64",
+        measure_made("images/generations", 20),
+    ),
+    "embeddings": Workload(
+        "100 texts after another, 768 numbers each, in one prediction",
+        measure_made("embeddings", 20),
+    ),
     "counts": Workload("calls into functions of proxy.py", measure_counts),
 }
 
@@ -603,6 +633,10 @@ FIGURES = [
     Figure("tokens", "CPU per token, us", "CPU token"),
     Figure("responses", "CPU per token, us", "CPU token"),
     Figure("responses", "x a stream of a chat", "x chat", "<= 1.3", False),
+    Figure("image", "latency, p50, ms", "latency"),
+    Figure("image", "CPU per call, ms", "CPU call"),
+    Figure("embeddings", "latency, p50, ms", "latency"),
+    Figure("embeddings", "CPU per call, ms", "CPU call"),
     Figure("counts", "a whole call", "whole"),
     Figure("counts", "a streamed call of 8 texts", "stream", "<= 250"),
     Figure("counts", "a token more", "token", "<= 10"),
