@@ -1635,6 +1635,7 @@ MAKERS = {
 MAKERS |= {
     "black-forest-labs/flux-kontext-max": MAKERS["black-forest-labs/flux-kontext-pro"],
     "google/imagen-4-ultra": MAKERS["google/imagen-4"],
+    "minimax/speech-02-hd": MAKERS["minimax/speech-02-turbo"],
     "openai/gpt-4o-mini-transcribe": MAKERS["openai/gpt-4o-transcribe"],
 }
 COMMUNITY = {"someone/llama-tuned"}

@@ -2370,13 +2370,16 @@ def prepare_speech(body: Json) -> Json:
     return {**body, "voice": voice.get("id") if isinstance(voice, dict) else voice}
 
 
+PCM_RATE = 24000  # samples a second of OpenAI's pcm, of 16 bits, in one channel
+
+
 def prepare_sound(body: Json) -> Json:
     words = "word" in as_list(body.get("timestamp_granularities")) or None
     return {**prepare_files(body), "words": words}
 
 
 FILE_OUTPUTS = ("file", "files", "object", "objects", "array")
-VECTOR_OUTPUTS = ("numbers", "arrays", "object", "objects", "array", "strings")
+VECTOR_OUTPUTS = ("numbers", "arrays", "object", "objects", "array")
 TEXT_OUTPUTS = ("string", "strings", "object", "objects", "array")
 
 TASKS = {
@@ -3243,8 +3246,9 @@ def what_it_makes(schema: ModelSchema) -> str:
 def uses(schema: ModelSchema) -> str:
     """A sentence on the endpoints that a model can be used by; "" if none is known."""
     paths = [f"/v1{task.path}" for task in TASKS.values() if fits(task, schema)]
-    if schema.is_language and schema.family:
-        paths = ["/v1/chat/completions"]
+    family = schema.family if schema.is_language else None
+    if family and {*schema.required} <= {family.prompt, "messages"}:
+        paths.append("/v1/chat/completions")
     return f" Use it by POST {' or '.join(paths)}." if paths else ""
 
 
@@ -3642,11 +3646,13 @@ class Quirk(NamedTuple):
 
     mask_is_black: bool = False  # where it edits; others edit what is white
     takes_lines: bool = False  # its texts are lines of one string
+    outputs: tuple[str, ...] = ()  # instead of those that its schema names
     input: Json = {}  # what always goes with the rest
 
 
 QUIRKS = {
     r"ideogram-ai/.*": Quirk(mask_is_black=True),
+    r"nateraw/bge-.*": Quirk(outputs=("arrays",)),
     r"lucataco/nomic-embed-text-.*": Quirk(takes_lines=True),
     r"zsxkib/jina-clip-.*": Quirk(input={"output_format": "array"}),
 }
@@ -3702,10 +3708,13 @@ LANGUAGES = parse_pairs(
 )
 
 
-def guess_schema(task: Task) -> ModelSchema:
-    """The commonest inputs, for a model whose schema can't be had."""
-    names = [task.params[name].names.split()[0] for name in task.needs]
-    return ModelSchema({name: Input("", Field(name)) for name in names})
+def task_schema(task: Task, model: Model, schema: ModelSchema | None) -> ModelSchema:
+    """What is known of a model; the commonest inputs if its schema can't be had."""
+    if schema is None or not schema.inputs:
+        names = [task.params[name].names.split()[0] for name in task.needs]
+        return ModelSchema({name: Input("", Field(name)) for name in names})
+    outputs = quirk_of(model).outputs
+    return schema._replace(outputs=outputs) if outputs else schema
 
 
 def check_task(task: Task, model: Model, schema: ModelSchema) -> None:
@@ -3760,6 +3769,9 @@ def build_task_inputs(
     for name, row in schema.inputs.items():  # the model's own, by their own names
         if name in body and name not in {*task.params, *inputs}:
             inputs[name] = fit(name, body[name], name, row.field)
+    rate = schema.find("sample_rate", "integer", "enum")
+    if rate and "pcm" in inputs.values():
+        inputs.setdefault(rate, task_value(rate, PCM_RATE, schema.inputs[rate]))
     inputs |= {**quirk_of(model).input, **model.config.input, **body["replicate"]}
     seed = schema.find("seed random_seed", "integer", "number")
     prompt = body.get("prompt") or body.get("input")
@@ -3820,7 +3832,7 @@ def task_value(parameter: str, value: Any, input: Input) -> Any:
         if found is not None or not OPTIONAL.isdisjoint((parameter, value)):
             return found
         if parameter == "response_format" and value in ("mp3", "pcm"):
-            return choices.get("wav")  # …
+            return choices.get("wav")  # which pcm can be taken from
     value = fit(parameter, value, parameter, field)
     bring = wrap if parameter == "seed" else clamp
     return bring(value, field.low, field.high) if is_number(value) else value
@@ -8248,11 +8260,8 @@ def subtitle_time(seconds: float, mark: str) -> str:
 
 
 def pcm_of(wav: bytes) -> bytes:
-    """What follows the head of a WAV file if it is as OpenAI's pcm; else all of it.
-
-    That is 24,000 samples a second, one channel, 16 bits.
-    """
-    if wav[20:36] == struct.pack("<HHIIHH", 1, 1, 24000, 48000, 2, 16):
+    """What follows the head of a WAV file if that is OpenAI's pcm; else all of it."""
+    if wav[20:36] == struct.pack("<HHIIHH", 1, 1, PCM_RATE, 2 * PCM_RATE, 2, 16):
         at = wav.find(b"data", 36)
         return wav[at + 8 :] if at >= 0 else wav
     return wav
@@ -9020,7 +9029,7 @@ def parse_task_request(
     except APIError as error:
         message = f"{error} One that can do this is `{task.example}`."
         raise APIError(404, message, code=error.code, param="model") from None
-    schema = proxy.upstream.schemas.find(chosen.ref) or guess_schema(task)
+    schema = task_schema(task, chosen, proxy.upstream.schemas.find(chosen.ref))
     request.log.ref = chosen.ref
     texts = body.get("input") or body.get("prompt") or ""
     request.log.prompts = texts if isinstance(texts, list) else [texts]
