@@ -1202,6 +1202,15 @@ MAKERS = {
         safety_tolerance int =2 [1..6]; prompt_upsampling bool =false
         """,
     ),
+    "black-forest-labs/flux-1.1-pro-ultra": Maker(
+        "uri",
+        image("jpg"),
+        f"""
+        aspect_ratio enum {RATIOS} ="1:1"; output_format enum jpg, png ="jpg";
+        raw bool =false; seed int; prompt* str; image_prompt uri;
+        safety_tolerance int =2 [1..6]; image_prompt_strength float =0.1 [0..1]
+        """,
+    ),
     "black-forest-labs/flux-kontext-pro": Maker(
         "uri",
         image("png"),
@@ -1233,6 +1242,16 @@ MAKERS = {
         resolution enum match_input_image, 0.5 MP, 1 MP, 2 MP, 4 MP ="1 MP";
         width int [256..2048]; height int [256..2048]; safety_tolerance int =2 [1..5];
         seed int; {FORMAT}
+        """,
+    ),
+    "black-forest-labs/flux-2-klein-4b": Maker(
+        "[uri]",
+        images("jpg"),
+        f"""
+        prompt* str; images [uri] =[]; aspect_ratio enum match_input_image, {RATIOS}
+        ="1:1"; output_megapixels enum 0.25, 0.5, 1, 2, 4 ="1"; seed int;
+        go_fast bool =false; output_format enum webp, jpg, png ="jpg";
+        output_quality int =95 [0..100]; disable_safety_checker bool =false
         """,
     ),
     "black-forest-labs/flux-redux-schnell": Maker(
@@ -1279,6 +1298,15 @@ MAKERS = {
         output_format enum jpg, png ="jpg"
         """,
     ),
+    "google/imagen-4-fast": Maker(
+        "uri",
+        image("jpg"),
+        """
+        prompt* str; aspect_ratio enum 1:1, 9:16, 16:9, 3:4, 4:3 ="1:1";
+        safety_filter_level enum block_low_and_above, block_medium_and_above,
+        block_only_high ="block_only_high"; output_format enum jpg, png ="jpg"
+        """,
+    ),
     "google/nano-banana": Maker(
         "uri",
         image("jpg"),
@@ -1286,6 +1314,17 @@ MAKERS = {
         prompt* str; image_input [uri] =[]; aspect_ratio enum match_input_image, 1:1,
         2:3, 3:2, 3:4, 4:3, 4:5, 5:4, 9:16, 16:9, 21:9 ="match_input_image";
         output_format enum jpg, png ="jpg"
+        """,
+    ),
+    "google/nano-banana-pro": Maker(
+        "uri",
+        image("jpg"),
+        """
+        prompt* str; image_input [uri] =[]; aspect_ratio enum match_input_image, 1:1,
+        2:3, 3:2, 3:4, 4:3, 4:5, 5:4, 9:16, 16:9, 21:9 ="match_input_image";
+        resolution enum 1K, 2K, 4K ="2K"; output_format enum jpg, png ="jpg";
+        safety_filter_level enum block_low_and_above, block_medium_and_above,
+        block_only_high ="block_only_high"; allow_fallback_model bool =false
         """,
     ),
     "bytedance/seedream-4": Maker(
@@ -1297,6 +1336,17 @@ MAKERS = {
         ="match_input_image"; width int =2048 [1024..4096];
         height int =2048 [1024..4096]; sequential_image_generation enum disabled, auto
         ="disabled"; max_images int =1 [1..15]; enhance_prompt bool =true
+        """,
+    ),
+    "bytedance/seedream-4.5": Maker(
+        "[uri]",
+        images("jpg"),
+        """
+        prompt* str; image_input [uri] =[]; size enum 2K, 4K, custom ="2K";
+        aspect_ratio enum match_input_image, 1:1, 4:3, 3:4, 16:9, 9:16, 3:2, 2:3, 21:9
+        ="match_input_image"; width int =2048 [1024..4096];
+        height int =2048 [1024..4096]; sequential_image_generation enum disabled, auto
+        ="disabled"; max_images int =1 [1..15]
         """,
     ),
     "stability-ai/sdxl": Maker(
@@ -1577,14 +1627,16 @@ MAKERS = {
         transcript_tokens,
         "prompt str; language str; audio_file* uri; temperature float =0 [0..1]",
     ),
-    "openai/gpt-4o-mini-transcribe": Maker(
-        "",
-        transcript_tokens,
-        "prompt str; language str; audio_file* uri; temperature float =0 [0..1]",
-    ),
     "nvidia/parakeet-rnnt-1.1b": Maker(
         "str", transcript, "audio_file* uri", official=False
     ),
+}
+# Models with all that another has.
+MAKERS |= {
+    "black-forest-labs/flux-kontext-max": MAKERS["black-forest-labs/flux-kontext-pro"],
+    "google/imagen-4-ultra": MAKERS["google/imagen-4"],
+    "minimax/speech-02-hd": MAKERS["minimax/speech-02-turbo"],
+    "openai/gpt-4o-mini-transcribe": MAKERS["openai/gpt-4o-transcribe"],
 }
 COMMUNITY = {"someone/llama-tuned"}
 DEPLOYMENTS = {"acme/mine": "acme/parrot", "acme/tuned": "someone/llama-tuned"}

@@ -60,6 +60,8 @@ Each section uses only names from those above it.
         Responses           events as a response, whole or as its own events
         Response store      responses that were stored, found by their key and id
         Images              files that models made as OpenAI's images
+        Embeddings          vectors
+        Audio               what models heard: as JSON, as text, as subtitles
         Model objects       rows of models.json as OpenAI's models
     7. Serving
         Generation          n choices, retries, and the response made of them
@@ -2185,6 +2187,7 @@ class Task(NamedTuple):
     params: Mapping[str, Param]
     needs: tuple[str, ...]  # the parameters that a model must have inputs for
     outputs: tuple[str, ...]  # as `input_type` names the types of outputs
+    prepare: Callable[[Json], Json]  # a body as the table takes it
 
 
 PROMPT_NAMES = (
@@ -2254,30 +2257,75 @@ IMAGE_EDIT = {
     "input_fidelity": Param(STRING, choices=("low", "high"), names="input_fidelity"),
 }
 
-FILE_OUTPUTS = ("file", "files", "object", "objects", "array")
+EMBEDDING = {
+    "model": SHARED["model"],
+    "input": Param(
+        (str, list),
+        1,
+        2048,
+        required=True,
+        items=STRING,
+        names="texts text_batch sentences prompts query_texts documents text prompt "
+        "input query document",
+    ),
+    "encoding_format": Param(STRING, choices=("float", "base64"), default="float"),
+    "dimensions": Param(
+        INTEGER, 1, names="dimensions embedding_dim output_dim output_dimension"
+    ),
+    "normalize": Param(
+        BOOLEAN, default=True, names="normalize_embeddings normalize"
+    ),  # OpenAI's vectors have the length 1
+    "replicate": SHARED["replicate"],
+}
 
-TASKS = {
-    "generation": Task(
-        "/images/generations",
-        "flux-schnell",
-        IMAGE_GENERATION,
-        ("prompt",),
-        FILE_OUTPUTS,
+SPEECH = {
+    "model": SHARED["model"],
+    "input": Param(
+        STRING, 1, required=True, names="text prompt input gen_text input_text"
     ),
-    "edit": Task(
-        "/images/edits",
-        "flux-kontext-pro",
-        IMAGE_EDIT,
-        ("prompt", "image"),
-        FILE_OUTPUTS,
+    "voice": Param(STRING, 1, names="voice voice_id speaker speaker_id"),
+    "instructions": Param(
+        STRING, names="instructions style_instruction style_prompt style_instructions"
     ),
-    "variation": Task(
-        "/images/variations",
-        "flux-redux-schnell",
-        IMAGE_VARIATION,
-        ("image",),
-        FILE_OUTPUTS,
+    "response_format": Param(
+        STRING,
+        choices=("mp3", "opus", "aac", "flac", "wav", "pcm"),
+        names="audio_format output_format format",
     ),
+    "speed": Param(NUMBER, 0.25, 4, names="speed speed_factor speaking_rate"),
+    "stream_format": Param(STRING, choices=("audio", "sse"), default="audio"),
+    "replicate": SHARED["replicate"],
+}
+
+TRANSCRIPTION = {
+    "model": SHARED["model"],
+    "file": FILES._replace(
+        high=1,
+        names="audio audio_file file input_audio audio_input audio_path file_path "
+        "audio_url file_url",
+    ),
+    "language": Param(STRING, names="language language_code"),
+    "prompt": Param(STRING, names="initial_prompt prompt"),
+    "temperature": Param(NUMBER, 0, 1, names="temperature"),
+    "response_format": Param(
+        STRING,
+        choices=("json", "text", "srt", "verbose_json", "vtt"),
+        default="json",
+    ),
+    "timestamp_granularities": Param(ARRAY, items=STRING, default=[]),
+    "words": Param(BOOLEAN, names="word_timestamps align_output timestamp timestamps"),
+    "stream": Param(BOOLEAN, default=False),
+    "replicate": SHARED["replicate"],
+}
+
+TRANSLATION = {
+    **without(TRANSCRIPTION, ["language", "timestamp_granularities", "words"]),
+    "translate": Param(BOOLEAN, default=True, names="translate task"),
+}
+
+FILE_IN_JSON = {
+    "file_id": refuse("No files are kept here. Send it as image_url."),
+    "image_url": Param((str, dict), required=True),
 }
 
 
@@ -2291,13 +2339,108 @@ def parse_files(value: Any, name: str) -> list[str]:
             file = inside if isinstance(inside, str) else inside.get("url")
         check_kind(path, file, STRING)
         expected = "a file, https://… or data:image/png;base64,…"
-        urls.append(parse_url(file.strip(), path, expected, is_image=True))
+        is_image = name != "file"
+        urls.append(parse_url(file.strip(), path, expected, is_image=is_image))
     return urls
 
 
-FILE_IN_JSON = {
-    "file_id": refuse("No files are kept here. Send it as image_url."),
-    "image_url": Param((str, dict), required=True),
+def prepare_files(body: Json) -> Json:
+    files = {
+        name.removesuffix("s"): parse_files(body[name], name)
+        for name in ("image", "images", "mask", "file")  # images: as JSON has them
+        if body.get(name) is not None
+    }
+    return {**without(body, ["images"]), **files}
+
+
+def prepare_texts(body: Json) -> Json:
+    for index, text in enumerate(as_list(body.get("input"))):
+        is_token = isinstance(text, (int, list)) and not isinstance(text, bool)
+        require(
+            not is_token,
+            "Invalid 'input': token ids can't be turned back into text here. Send "
+            "strings (in LangChain: check_embedding_ctx_length=False).",
+            code="invalid_value",
+            param="input",
+        )
+        require(
+            text != "",
+            f"Invalid 'input[{index}]': input cannot be an empty string.",
+            code="invalid_value",
+            param="input",
+        )
+    return body
+
+
+def prepare_speech(body: Json) -> Json:
+    voice = body.get("voice")
+    return {**body, "voice": voice.get("id") if isinstance(voice, dict) else voice}
+
+
+PCM_RATE = 24000  # samples a second of OpenAI's pcm, of 16 bits, in one channel
+
+
+def prepare_sound(body: Json) -> Json:
+    words = "word" in as_list(body.get("timestamp_granularities")) or None
+    return {**prepare_files(body), "words": words}
+
+
+FILE_OUTPUTS = ("file", "files", "object", "objects", "array")
+VECTOR_OUTPUTS = ("numbers", "arrays", "object", "objects", "array")
+TEXT_OUTPUTS = ("string", "strings", "object", "objects", "array")
+
+TASKS = {
+    "generation": Task(
+        "/images/generations",
+        "flux-schnell",
+        IMAGE_GENERATION,
+        ("prompt",),
+        FILE_OUTPUTS,
+        lambda body: body,
+    ),
+    "edit": Task(
+        "/images/edits",
+        "flux-kontext-pro",
+        IMAGE_EDIT,
+        ("prompt", "image"),
+        FILE_OUTPUTS,
+        prepare_files,
+    ),
+    "variation": Task(
+        "/images/variations",
+        "flux-redux-schnell",
+        IMAGE_VARIATION,
+        ("image",),
+        FILE_OUTPUTS,
+        prepare_files,
+    ),
+    "embedding": Task(
+        "/embeddings",
+        "text-embedding-3-small",
+        EMBEDDING,
+        ("input",),
+        VECTOR_OUTPUTS,
+        prepare_texts,
+    ),
+    "speech": Task(
+        "/audio/speech", "tts-1", SPEECH, ("input",), FILE_OUTPUTS, prepare_speech
+    ),
+    "transcription": Task(
+        "/audio/transcriptions",
+        "whisper-1",
+        TRANSCRIPTION,
+        ("file",),
+        TEXT_OUTPUTS,
+        prepare_sound,
+    ),
+    "translation": Task(
+        "/audio/translations",
+        "whisper-1",
+        TRANSLATION,
+        ("file", "translate"),
+        TEXT_OUTPUTS,
+        prepare_sound,
+    ),
 }
 
 
@@ -2805,7 +2948,7 @@ ACCEPTED: dict[tuple[type, ...], tuple[str, ...]] = {
     INTEGER: ("integer", "number"),
     NUMBER: ("number",),
     STRING: ("string", "enum"),
-    BOOLEAN: ("boolean",),
+    BOOLEAN: ("boolean", "enum"),
     ARRAY: FILE_TYPES,
     (str, list): ("string", "strings", "array"),
 }
@@ -3110,8 +3253,9 @@ def what_it_makes(schema: ModelSchema) -> str:
 def uses(schema: ModelSchema) -> str:
     """A sentence on the endpoints that a model can be used by; "" if none is known."""
     paths = [f"/v1{task.path}" for task in TASKS.values() if fits(task, schema)]
-    if schema.is_language and schema.family:
-        paths = ["/v1/chat/completions"]
+    family = schema.family if schema.is_language else None
+    if family and {*schema.required} <= {family.prompt, "messages"}:
+        paths.append("/v1/chat/completions")
     return f" Use it by POST {' or '.join(paths)}." if paths else ""
 
 
@@ -3517,9 +3661,17 @@ class Quirk(NamedTuple):
     """What no schema tells of a model."""
 
     mask_is_black: bool = False  # where it edits; others edit what is white
+    takes_lines: bool = False  # its texts are lines of one string
+    outputs: tuple[str, ...] = ()  # instead of those that its schema names
+    input: Json = {}  # what always goes with the rest
 
 
-QUIRKS = {r"ideogram-ai/.*": Quirk(mask_is_black=True)}
+QUIRKS = {
+    r"ideogram-ai/.*": Quirk(mask_is_black=True),
+    r"nateraw/bge-.*": Quirk(outputs=("arrays",)),
+    r"lucataco/nomic-embed-text-.*": Quirk(takes_lines=True),
+    r"zsxkib/jina-clip-.*": Quirk(input={"output_format": "array"}),
+}
 
 # What a model may call a choice for which OpenAI has another word.
 SPELLINGS = {
@@ -3531,20 +3683,67 @@ SPELLINGS = {
     "max": "high",
 }
 
+# Parameters that may not be left out for want of an input.
+NEVER_DROPPED = ("mask", "dimensions")
+
 # Choices that a model may lack, as they only say how well something is done.
 OPTIONAL = {"quality", "moderation", "input_fidelity", "opaque", "vivid", "natural"}
+
+# What a client that names none expects, and what stands for true among choices.
+DEFAULT_CHOICES = {"output_format": "png", "response_format": "mp3"}
+TRUE_CHOICES = {"translate": "translate", "words": "word"}
+
+
+def parse_pairs(text: str) -> dict[str, str]:
+    return dict(pair.split(":") for pair in text.split())
+
+
+# OpenAI's voices, and which of Kokoro's are like them; other models have their own.
+VOICES = parse_pairs(
+    "alloy:alloy ash:michael ballad:george cedar:adam coral:sarah echo:echo "
+    "fable:fable marin:bella nova:nova onyx:onyx sage:kore shimmer:sky verse:puck"
+)
+
+# By ISO 639-1, those of Whisper, as it and OpenAI's verbose_json name them.
+LANGUAGES = parse_pairs(
+    "af:afrikaans am:amharic ar:arabic as:assamese az:azerbaijani ba:bashkir "
+    "be:belarusian bg:bulgarian bn:bengali bo:tibetan br:breton bs:bosnian ca:catalan "
+    "cs:czech cy:welsh da:danish de:german el:greek en:english es:spanish et:estonian "
+    "eu:basque fa:persian fi:finnish fo:faroese fr:french gl:galician gu:gujarati "
+    "ha:hausa haw:hawaiian he:hebrew hi:hindi hr:croatian ht:haitian "
+    "hu:hungarian hy:armenian id:indonesian is:icelandic it:italian ja:japanese "
+    "jw:javanese ka:georgian kk:kazakh km:khmer kn:kannada ko:korean la:latin "
+    "lb:luxembourgish ln:lingala lo:lao lt:lithuanian lv:latvian mg:malagasy mi:maori "
+    "mk:macedonian ml:malayalam mn:mongolian mr:marathi ms:malay mt:maltese my:myanmar "
+    "ne:nepali nl:dutch nn:nynorsk no:norwegian oc:occitan pa:punjabi pl:polish "
+    "ps:pashto pt:portuguese ro:romanian ru:russian sa:sanskrit sd:sindhi si:sinhala "
+    "sk:slovak sl:slovenian sn:shona so:somali sq:albanian sr:serbian su:sundanese "
+    "sv:swedish sw:swahili ta:tamil te:telugu tg:tajik th:thai tk:turkmen tl:tagalog "
+    "tr:turkish tt:tatar uk:ukrainian ur:urdu uz:uzbek vi:vietnamese yi:yiddish "
+    "yo:yoruba yue:cantonese zh:chinese"
+)
+
+
+def task_schema(task: Task, model: Model, schema: ModelSchema | None) -> ModelSchema:
+    """What is known of a model; the commonest inputs if its schema can't be had."""
+    if schema is None or not schema.inputs:
+        names = [task.params[name].names.split()[0] for name in task.needs]
+        return ModelSchema({name: Input("", Field(name)) for name in names})
+    outputs = quirk_of(model).outputs
+    return schema._replace(outputs=outputs) if outputs else schema
 
 
 def check_task(task: Task, model: Model, schema: ModelSchema) -> None:
     """Raise 400 for a model that can't do it, and say what it is for."""
-    lacking = [n for n in task.needs if not find_input(schema, task.params[n])]
     if not makes(task, schema):
-        why = f"makes {what_it_makes(schema)}"
-    elif lacking:
-        why = f"has no input for '{lacking[0]}'"
-    else:
-        return
-    raise APIError(
+        raise unfit(task, model, schema, f"makes {what_it_makes(schema)}")
+    for name in task.needs:
+        if not find_input(schema, task.params[name]):
+            raise unfit(task, model, schema, f"has no input for '{name}'")
+
+
+def unfit(task: Task, model: Model, schema: ModelSchema, why: str) -> APIError:
+    return APIError(
         400,
         f"The model `{model.id}` ({model.ref}) can't be used by POST /v1{task.path}: "
         f"it {why}.{uses(schema)}",
@@ -3554,22 +3753,22 @@ def check_task(task: Task, model: Model, schema: ModelSchema) -> None:
 
 
 def build_task_inputs(
-    task: Task, body: Json, model: Model, schema: ModelSchema | None
+    task: Task, body: Json, model: Model, schema: ModelSchema
 ) -> list[PredictionInput]:
     """What Replicate is to run: one prediction, or several for `n`. Raise 400."""
-    if schema is None or not schema.inputs:  # it tells nothing: the commonest names
-        names = [task.params[name].names.split()[0] for name in task.needs]
-        schema = ModelSchema({name: Input("", Field(name)) for name in names})
     check_task(task, model, schema)
+    shares = share_inputs(task, body, model, schema)
+    shared = {name for share in shares for name in share}
     inputs = size_inputs(body.get("size") or "auto", schema)
     parameters = dict.fromkeys(inputs, "size")  # Replicate's name -> OpenAI's
     for parameter, param in task.params.items():
         name, value = find_input(schema, param), body.get(parameter)
-        if parameter == "n" or not param.names:
+        if not param.names or name in shared:
             continue
         if not name:
             require(
-                value is None or (parameter != "mask" and value != "transparent"),
+                value is None
+                or (parameter not in NEVER_DROPPED and value != "transparent"),
                 f"The model `{model.id}` ({model.ref}) has no input for '{parameter}'.",
                 code="unsupported_parameter",
                 param=parameter,
@@ -3581,31 +3780,35 @@ def build_task_inputs(
         value = task_value(parameter, value, schema.inputs[name])
         if value is not None:
             inputs[name], parameters[name] = value, parameter
+        elif parameter in task.needs:  # it has an input of this name for another use
+            raise unfit(task, model, schema, f"has no input for '{parameter}'")
     for name, row in schema.inputs.items():  # the model's own, by their own names
         if name in body and name not in {*task.params, *inputs}:
             value = body[name]
             if isinstance(value, str):  # as all values of a form are
                 value = form_value(name, [value], {name: Param(row.field.kinds)})
             inputs[name] = fit(name, value, name, row.field)
-    inputs = {**inputs, **model.config.input, **body["replicate"]}
+    rate = schema.find("sample_rate", "integer", "enum")
+    if rate and "pcm" in inputs.values():
+        inputs.setdefault(rate, task_value(rate, PCM_RATE, schema.inputs[rate]))
+    inputs |= {**quirk_of(model).input, **model.config.input, **body["replicate"]}
     seed = schema.find("seed random_seed", "integer", "number")
-    count = find_input(schema, task.params["n"]) if "n" in task.params else ""
-    shares = split_count(body.get("n", 1), schema.inputs.get(count))
+    prompt = body.get("prompt") or body.get("input")
     built = PredictionInput(
         model,
         inputs,
         parameters,
-        prompt=body.get("prompt", ""),
+        prompt=prompt if isinstance(prompt, str) else "",
         limit=None,
         cut=None,
         seed=schema.inputs[seed].field if type(inputs.get(seed)) is int else None,
     )
-    all_inputs = [with_seed(built, offset) for offset in range(len(shares))]
-    if count and count not in inputs:
-        all_inputs = [
-            each._replace(input={**each.input, count: share})
-            for each, share in zip(all_inputs, shares, strict=True)
-        ]
+    all_inputs = [
+        each._replace(input={**share, **each.input})
+        for share, each in (
+            (share, with_seed(built, offset)) for offset, share in enumerate(shares)
+        )
+    ]
     remedies = {
         find_input(schema, other.params[need]): f"'{need}' by POST /v1{other.path}"
         for other in TASKS.values()
@@ -3626,8 +3829,9 @@ def task_value(parameter: str, value: Any, input: Input) -> Any:
     field = input.field
     choices = {str(choice).casefold(): choice for choice in field.choices}
     if value is None:
-        # OpenAI's own default, as programs put it into files with names in .png
-        return choices.get("png") if parameter == "output_format" else None
+        return choices.get(DEFAULT_CHOICES.get(parameter, ""))
+    if isinstance(value, bool) and choices:
+        return choices.get(TRUE_CHOICES.get(parameter, "")) if value else None
     if isinstance(value, list):
         is_one = input.type in ("file", "string") or (not input.type and len(value) < 2)
         most = 1 if is_one else field.high
@@ -3638,25 +3842,91 @@ def task_value(parameter: str, value: Any, input: Input) -> Any:
             param=parameter,
         )
         return value[0] if is_one else value
+    if parameter == "voice":
+        return find_voice(value, choices)
+    if parameter == "language":
+        value = find_language(value, choices)
     if isinstance(value, str) and choices:
         found = choices.get(value.casefold(), choices.get(SPELLINGS.get(value, "")))
         if found is not None or not OPTIONAL.isdisjoint((parameter, value)):
             return found
+        if parameter == "response_format" and value in ("mp3", "pcm"):
+            return choices.get("wav")  # which pcm can be taken from
     value = fit(parameter, value, parameter, field)
     bring = wrap if parameter == "seed" else clamp
     return bring(value, field.low, field.high) if is_number(value) else value
 
 
-def split_count(count: int, input: Input | None) -> list[Any]:
+def find_voice(voice: str, choices: Mapping[str, Any]) -> Any:
+    """A voice by its name, or one like OpenAI's; None for the model's own default."""
+    name = voice.casefold()
+    if not choices:
+        return None if name in VOICES else voice
+    for wanted in (name, VOICES.get(name, name)):
+        for choice in choices:
+            if choice == wanted or choice.endswith(f"_{wanted}"):  # Kokoro's: af_nova
+                return choices[choice]
+    known = ", ".join(map(str, choices.values()))
+    require(
+        name in VOICES,
+        f"Invalid 'voice': the model has no '{voice}'. It has: {known}.",
+        code="invalid_value",
+        param="voice",
+    )
+    return None
+
+
+def find_language(language: str, choices: Mapping[str, Any]) -> str:
+    """A language as a model writes it: its code, or its English name."""
+    name = language.strip().casefold()
+    code = re.split("[-_]", name)[0]
+    code = next((code for code, known in LANGUAGES.items() if known == name), code)
+    named = LANGUAGES.get(code, name)
+    return named if named in choices and code not in choices else code
+
+
+def share_inputs(
+    task: Task, body: Json, model: Model, schema: ModelSchema
+) -> list[Json]:
+    """What differs between the predictions of a request: images, or texts."""
+    if "n" in task.params:
+        name = find_input(schema, task.params["n"])
+        if not name:
+            return [{}] * int(body["n"])
+        return [{name: count} for count in split_count(body["n"], schema.inputs[name])]
+    if not isinstance(texts := body.get("input"), list):
+        return [{}]
+    name = find_input(schema, task.params["input"])
+    row = schema.inputs[name]
+    if row.type in ("strings", "array"):
+        size = int(row.field.high or len(texts))
+        batches = [texts[at : at + size] for at in range(0, len(texts), size)]
+        return [{name: batch} for batch in batches]
+    if quirk_of(model).takes_lines:
+        return [{name: "\n".join(" ".join(text.split("\n")) for text in texts)}]
+    if name in JSON_LISTS or str(row.default or "").startswith("["):
+        return [{name: json.dumps(texts, ensure_ascii=False)}]
+    require(
+        len(texts) <= MAX_PREDICTIONS,
+        f"Invalid 'input': the model takes one text at a time, so {len(texts)} texts "
+        f"make as many predictions, and a call may make {MAX_PREDICTIONS}.",
+        code="array_above_max_length",
+        param="input",
+    )
+    return [{name: text} for text in texts]
+
+
+JSON_LISTS = ("texts", "text_batch", "prompts", "query_texts")  # if they are strings
+
+
+def split_count(count: int, input: Input) -> list[Any]:
     """How many each prediction has to make: as many as its input takes."""
     shares: list[Any] = []
     while count > 0:
-        share: Any = 1
-        if input and input.field.choices:
-            fitting = [c for c in input.field.choices if int(c) <= count]
-            share = max(fitting, key=int, default=min(input.field.choices, key=int))
-        elif input:
-            share = int(clamp(count, 1, input.field.high))
+        share: Any = int(clamp(count, 1, input.field.high))
+        if choices := input.field.choices:
+            fitting = [choice for choice in choices if int(choice) <= count]
+            share = max(fitting, key=int, default=min(choices, key=int))
         shares.append(share)
         count -= int(share)
     return shares
@@ -5124,7 +5394,8 @@ class Prediction:
         """Its output, when it has succeeded. Raise APIError."""
         for _ in self.polls():
             pass
-        self.request_log.usages.append(self.end().usage)
+        if (usage := self.end().usage) != Usage():
+            self.request_log.usages.append(usage)
         return self.record.get("output")
 
     def polls(self) -> Iterator[None]:
@@ -7875,6 +8146,162 @@ def image_event(kind: str, image: Image, body: Json, created: int) -> bytes:
     return f"event: {type}\n".encode() + sse_frame(data)
 
 
+# -- Embeddings ----------------------------------------------------------------
+
+
+Vector = list[float]
+
+
+def read_vectors(output: Any) -> list[Vector]:
+    """The vectors in an output: a list of numbers is one. Raise ValueError."""
+    if isinstance(output, dict):
+        named = [output[n] for n in VECTOR_NAMES if isinstance(output.get(n), list)]
+        return read_vectors(named[0] if named else None)
+    if not isinstance(output, list) or not output:
+        raise ValueError("no list")
+    if all(map(is_number, output)):
+        return [output]
+    return [vector for each in output for vector in read_vectors(each)]
+
+
+VECTOR_NAMES = ("embedding", "embeddings", "vector", "vectors", "output")
+
+
+def embedding_list(
+    vectors: Sequence[Vector], encoding: str, model: str, usage: Usage
+) -> Json:
+    """Base64 is that of 32-bit floats, the least byte first."""
+
+    def encode(vector: Vector) -> Vector | str:
+        if encoding == "float":
+            return vector
+        return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+    rows = [
+        {"object": "embedding", "index": index, "embedding": encode(vector)}
+        for index, vector in enumerate(vectors)
+    ]
+    tokens = usage.prompt_tokens
+    counts = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": rows, "model": model, "usage": counts}
+
+
+# -- Audio ---------------------------------------------------------------------
+
+
+class Transcript(NamedTuple):
+    text: str
+    segments: list[Json] = []  # with start, end and text at least
+    words: list[Json] = []
+    language: str = ""  # its English name
+    duration: float = 0  # in seconds, up to the last word
+
+
+TEXT_NAMES = ("translation", "transcription", "text")  # in outputs that are objects
+
+
+def read_transcript(output: Any, is_translation: bool, by_word: bool) -> Transcript:
+    """What a model heard, in any of the forms that models give it."""
+    found = as_object(output)
+    rows = as_list(found.get("segments")) or as_list(found.get("chunks"))
+    if not rows and isinstance(output, list):
+        rows = [row for row in output if isinstance(row, dict)]
+    segments = [segment for row in rows if (segment := read_segment(as_object(row)))]
+    names = TEXT_NAMES if is_translation else TEXT_NAMES[1:]
+    texts = [found[name] for name in names if isinstance(found.get(name), str)]
+    if not found and not segments:
+        texts = [output_text(output)]
+    parts = [
+        row["text"] if row["text"][:1] == " " else f" {row['text']}" for row in segments
+    ]
+    text = (texts[0] if texts else "".join(parts)).strip()
+    words = [
+        {"word": str(word["word"]).strip(), "start": word["start"], "end": word["end"]}
+        for row in rows
+        for word in as_list(as_object(row).get("words"))
+        if is_number(as_object(word).get("start")) and is_number(word.get("end"))
+    ]
+    end = max((segment["end"] for segment in segments), default=0)
+    if by_word and "chunks" in found:  # each of them is one word
+        words = [
+            {"word": row["text"].strip(), "start": row["start"], "end": row["end"]}
+            for row in segments
+        ]
+        first = segments[0]["start"] if segments else 0
+        segments = [{"start": first, "end": end, "text": text}] if segments else []
+    named = str(found.get("detected_language") or found.get("language") or "")
+    language = LANGUAGES.get(named.lower(), named.lower())
+    return Transcript(text, segments, words, language, end)
+
+
+def read_segment(row: Json) -> Json | None:
+    """A segment with its times as numbers; None for what is none."""
+    times = as_list(row.get("timestamp")) or [row.get("start"), row.get("end")]
+    start, end = [*times, None, None][:2]
+    text = row.get("text")
+    if not is_number(start) or not isinstance(text, str):
+        return None
+    return {
+        **row,
+        "start": start,
+        "end": end if is_number(end) else start,
+        "text": text,
+    }
+
+
+def segment_object(index: int, segment: Json) -> Json:
+    """With all keys, as the AI SDK demands them (openai-transcription-api.ts)."""
+    zeros = dict.fromkeys(
+        ("temperature", "avg_logprob", "compression_ratio", "no_speech_prob"), 0.0
+    )
+    known = {"id": index, "seek": 0, "start": 0.0, "end": 0.0, "text": "", "tokens": []}
+    known |= zeros
+    return {name: segment.get(name, value) for name, value in known.items()}
+
+
+def verbose_transcription(
+    transcript: Transcript, task: str, language: str, by_word: bool
+) -> Json:
+    rows = [segment_object(*pair) for pair in enumerate(transcript.segments)]
+    words = {"words": transcript.words} if by_word else {}
+    return {
+        "task": task,
+        "language": transcript.language or language,
+        "duration": transcript.duration,
+        "text": transcript.text,
+        "segments": rows,
+        **words,
+        "usage": {"type": "duration", "seconds": ceil(transcript.duration)},
+    }
+
+
+def subtitles(transcript: Transcript, format: str) -> str:
+    """The text of an SRT or WebVTT file."""
+    mark = "," if format == "srt" else "."
+    cues = []
+    for number, segment in enumerate(transcript.segments, 1):
+        first = f"{number}\n" if format == "srt" else ""
+        start, end = (subtitle_time(segment[name], mark) for name in ("start", "end"))
+        text = segment["text"].strip().replace("-->", "->")
+        cues.append(f"{first}{start} --> {end}\n{text}\n\n")
+    return ("" if format == "srt" else "WEBVTT\n\n") + "".join(cues)
+
+
+def subtitle_time(seconds: float, mark: str) -> str:
+    milliseconds = max(0, round(seconds * 1000))
+    minutes, rest = divmod(milliseconds, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:02}:{minutes:02}:{rest // 1000:02}{mark}{rest % 1000:03}"
+
+
+def pcm_of(wav: bytes) -> bytes:
+    """What follows the head of a WAV file if that is OpenAI's pcm; else all of it."""
+    if wav[20:36] == struct.pack("<HHIIHH", 1, 1, PCM_RATE, 2 * PCM_RATE, 2, 16):
+        at = wav.find(b"data", 36)
+        return wav[at + 8 :] if at >= 0 else wav
+    return wav
+
+
 # -- Model objects -------------------------------------------------------------
 
 
@@ -7921,12 +8348,20 @@ class Request:
     log: RequestLog = field(default_factory=RequestLog)
 
 
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # or nginx would hold the tokens back
+}
+
+
 class EventStream(NamedTuple):
     """A body that is written while it comes into being: nothing is, before `run`."""
 
     run: Callable[[Callable[[bytes], None]], None]  # with the writer's `write`
-    error: Callable[[APIError], bytes]  # the last frames of one that fails
+    error: Callable[[APIError], bytes]  # the last frames of one that fails; b"": none
     keep_alive: Callable[[], bytes] = lambda: KEEP_ALIVE  # what is sent in silence
+    headers: Mapping[str, str] = STREAM_HEADERS  # as they are when the first is written
 
 
 class Response(NamedTuple):
@@ -8000,7 +8435,9 @@ def start_predictions(
     proxy: Proxy,
     request: Request,
     inputs: Sequence[PredictionInput],
-    read: Callable[[Prediction, Cancellation], Iterator[Item]],
+    read: Callable[[Prediction, Cancellation], Generator[Item, None, None]],
+    *,
+    wait: bool = True,
 ) -> Iterator[Iterable[tuple[int, Item]]]:
     """Create predictions; inside, what is read of each; after, none runs on."""
     upstream, cancellation = proxy.upstream, request.cancellation
@@ -8009,10 +8446,13 @@ def start_predictions(
     def start(
         prediction_input: PredictionInput, cancellation: Cancellation
     ) -> Iterator[Iterator[Item]]:
-        with upstream.start(
-            prediction_input, cancellation, request.log, wait=True
-        ) as prediction:
-            yield read(prediction, cancellation)
+        with (
+            upstream.start(
+                prediction_input, cancellation, request.log, wait=wait
+            ) as prediction,
+            closing(read(prediction, cancellation)) as items,
+        ):
+            yield items
 
     uploaded = [
         upload_large_files(each, upstream.upload_cache, cancellation) for each in inputs
@@ -8406,13 +8846,15 @@ BASE64_MODELS = re.compile("(openai/)?(chat)?gpt-image", re.IGNORECASE)
 def respond_with_images(
     proxy: Proxy, request: Request, task: Task, model: str
 ) -> Response:
-    body, inputs = parse_task_request(proxy, request, task, model)
+    body, inputs, _ = parse_task_request(proxy, request, task, model)
     is_streamed, created = body["stream"], int(time.time())
     default = "b64_json" if BASE64_MODELS.match(body["model"]) else "url"
     wants_url = not is_streamed and (body["response_format"] or default) == "url"
     api = proxy.upstream.api
 
-    def read(prediction: Prediction, cancellation: Cancellation) -> Iterator[Image]:
+    def read(
+        prediction: Prediction, cancellation: Cancellation
+    ) -> Generator[Image, None, None]:
         urls = file_urls(prediction.wait_until_done())
         if wants_url and not all(map(LINK.fullmatch, urls)):
             prediction.refresh()  # only the response to a create has data: URLs
@@ -8441,8 +8883,166 @@ def respond_with_images(
     if is_streamed:
         return Response(EventStream(run, lambda error: sse_frame(error.body)))
     with start_predictions(proxy, request, inputs, read) as images:
-        in_order = sorted(images, key=itemgetter(0))
-    return Response(image_list([image for _, image in in_order], created))
+        return Response(image_list(in_order(images), created))
+
+
+def in_order(items: Iterable[tuple[int, Item]]) -> list[Item]:
+    return [item for _, item in sorted(items, key=itemgetter(0))]
+
+
+def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Response:
+    task = TASKS["embedding"]
+    body, inputs, _ = parse_task_request(proxy, request, task, model)
+
+    def read(
+        prediction: Prediction, cancellation: Cancellation
+    ) -> Generator[Vector, None, None]:
+        output = prediction.wait_until_done()
+        try:
+            yield from read_vectors(output)
+        except ValueError:
+            raise no_output("vectors", prediction) from None
+
+    with start_predictions(proxy, request, inputs, read) as found:
+        vectors = in_order(found)
+    count, sizes = len(body["input"]), {*map(len, vectors)}
+    if len(vectors) != count or len(sizes) != 1:
+        why = f"{len(vectors)} vectors of {len(sizes)} sizes for {count} texts"
+        raise APIError(
+            502,
+            f"The model `{body['model']}` made {why}.",
+            code="prediction_failed",
+            headers=NO_RETRY,
+        )
+    tokens = sum(estimate_tokens(len(text)) for text in body["input"])
+    usage = Usage(tokens, 0, is_estimate=True)
+    request.log.usages = [usage]
+    encoding, name = body["encoding_format"], body["model"]
+    return Response(embedding_list(vectors, encoding, name, usage))
+
+
+def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
+    body, inputs, _ = parse_task_request(proxy, request, TASKS["speech"], model)
+    api, wants_pcm = proxy.upstream.api, body["response_format"] == "pcm"
+    headers: dict[str, str] = {}
+
+    def read(
+        prediction: Prediction, cancellation: Cancellation
+    ) -> Generator[bytes, None, None]:
+        """Yield a file as it is fetched, its type in the headers by then."""
+        urls = file_urls(prediction.wait_until_done())
+        if not urls:
+            raise no_output("a sound", prediction)
+        with api.open_file(urls[0], cancellation) as (_, pieces):
+            start = b""
+            while len(start) < 256 and (piece := next(pieces, b"")):
+                start += piece
+            type = media_type(start)
+            if wants_pcm and type == "audio/wav":
+                start = pcm_of(start)
+                type = media_type(start) or "audio/pcm"
+            if not type.startswith("audio/") and not (wants_pcm and not type):
+                raise no_output("a sound", prediction, type)
+            headers["content-type"] = type or "audio/pcm"
+            yield start
+            yield from pieces
+
+    def run(write: Callable[[bytes], None]) -> None:
+        with start_predictions(proxy, request, inputs, read) as pieces:
+            for _, piece in pieces:
+                write(piece)
+
+    def run_events(write: Callable[[bytes], None]) -> None:
+        with start_predictions(proxy, request, inputs, read) as pieces:
+            for _, piece in pieces:
+                audio = b64encode(piece).decode()
+                write(sse_frame({"type": "speech.audio.delta", "audio": audio}))
+        usage = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
+        write(sse_frame({"type": "speech.audio.done", "usage": usage}))
+
+    if body["stream_format"] == "sse":
+        return Response(EventStream(run_events, lambda error: sse_frame(error.body)))
+    return Response(EventStream(run, lambda error: b"", lambda: b"", headers))
+
+
+def create_transcription(proxy: Proxy, request: Request, model: str = "") -> Response:
+    return respond_with_transcript(proxy, request, TASKS["transcription"], model)
+
+
+def create_translation(proxy: Proxy, request: Request, model: str = "") -> Response:
+    return respond_with_transcript(proxy, request, TASKS["translation"], model)
+
+
+def respond_with_transcript(
+    proxy: Proxy, request: Request, task: Task, model: str
+) -> Response:
+    body, inputs, schema = parse_task_request(proxy, request, task, model)
+    format, by_word = body["response_format"], bool(body.get("words"))
+    is_plain = {*schema.outputs} <= {"string", "strings"} and bool(schema.outputs)
+    require(
+        not is_plain or format in ("json", "text"),
+        f"The model `{body['model']}` tells no times, so it can't be used with "
+        f"response_format '{format}'. Use 'json' or 'text'.",
+        code="unsupported_value",
+        param="response_format",
+    )
+    is_translation = task is TASKS["translation"]
+
+    def read(
+        prediction: Prediction, cancellation: Cancellation
+    ) -> Generator[Transcript, None, None]:
+        output = prediction.wait_until_done()
+        yield read_transcript(output, is_translation, by_word)
+
+    def read_texts(
+        prediction: Prediction, cancellation: Cancellation
+    ) -> Generator[str, None, None]:
+        if not is_plain:
+            yield from (found.text for found in read(prediction, cancellation))
+            return
+        with closing(prediction.events()) as events:
+            for event in events:
+                if isinstance(event, Text):
+                    yield event.text
+                elif isinstance(event, Done):
+                    request.log.usages.append(event.usage)
+
+    def run(write: Callable[[bytes], None]) -> None:
+        texts = []
+        with start_predictions(proxy, request, inputs, read_texts, wait=False) as found:
+            for _, text in found:
+                texts.append(text)
+                write(sse_frame({"type": "transcript.text.delta", "delta": text}))
+        done = {"type": "transcript.text.done", "text": "".join(texts)}
+        write(sse_frame({**done, **transcript_usage(request.log)}))
+
+    if body["stream"]:
+        return Response(EventStream(run, lambda error: sse_frame(error.body)))
+    with start_predictions(proxy, request, inputs, read) as found:
+        [transcript] = in_order(found)
+    if format == "json":
+        return Response({"text": transcript.text, **transcript_usage(request.log)})
+    if format == "verbose_json":
+        language = LANGUAGES.get(
+            body.get("language") or "", "english" if is_translation else ""
+        )
+        kind = "translate" if is_translation else "transcribe"
+        return Response(verbose_transcription(transcript, kind, language, by_word))
+    text = f"{transcript.text}\n"
+    if format != "text":
+        text = subtitles(transcript, format)
+    return Response(
+        text.encode(), headers={"content-type": "text/plain; charset=utf-8"}
+    )
+
+
+def transcript_usage(log: RequestLog) -> Json:
+    """The tokens of a transcription where Replicate counted them."""
+    asked, answered, *_ = log.usages[-1] if log.usages else Usage()
+    if asked is None or answered is None:
+        return {}
+    counts = {"input_tokens": asked, "output_tokens": answered}
+    return {"usage": {"type": "tokens", **counts, "total_tokens": asked + answered}}
 
 
 def no_output(wanted: str, prediction: Prediction, type: str = "") -> APIError:
@@ -8454,23 +9054,20 @@ def no_output(wanted: str, prediction: Prediction, type: str = "") -> APIError:
 
 def parse_task_request(
     proxy: Proxy, request: Request, task: Task, model: str
-) -> tuple[Json, list[PredictionInput]]:
-    """Return the body, checked, and what Replicate is to run for it."""
-    body = read_body(request, model, task.params)
-    for name in ("image", "images", "mask"):  # images: OpenAI's name, in JSON
-        parameter = name.removesuffix("s")
-        if parameter in task.params and body.get(name) is not None:
-            body[parameter] = parse_files(body.pop(name), name)
-    body = check(body, task.params)
+) -> tuple[Json, list[PredictionInput], ModelSchema]:
+    """Return the body, checked, what Replicate is to run for it, and its schema."""
+    body = check(task.prepare(read_body(request, model, task.params)), task.params)
     models = replace(proxy.models.current(), default_model=None)
     try:
         chosen = find_model(models, body["model"])
     except APIError as error:
         message = f"{error} One that can do this is `{task.example}`."
         raise APIError(404, message, code=error.code, param="model") from None
-    schema = proxy.upstream.schemas.find(chosen.ref)
-    request.log.ref, request.log.prompts = chosen.ref, [body.get("prompt") or ""]
-    return body, build_task_inputs(task, body, chosen, schema)
+    schema = task_schema(task, chosen, proxy.upstream.schemas.find(chosen.ref))
+    request.log.ref = chosen.ref
+    texts = body.get("input") or body.get("prompt") or ""
+    request.log.prompts = texts if isinstance(texts, list) else [texts]
+    return body, build_task_inputs(task, body, chosen, schema), schema
 
 
 def read_body(
@@ -8583,6 +9180,10 @@ ENDPOINTS = [
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
     Endpoint("POST", "/completions", create_completion),
+    Endpoint("POST", "/embeddings", create_embedding),
+    Endpoint("POST", "/audio/speech", create_speech),
+    Endpoint("POST", "/audio/transcriptions", create_transcription),
+    Endpoint("POST", "/audio/translations", create_translation),
     Endpoint("POST", "/images/generations", create_image),
     Endpoint("POST", "/images/edits", create_image_edit),
     Endpoint("POST", "/images/variations", create_image_variation),
@@ -8774,13 +9375,6 @@ def encode_readable_json(body: Json) -> bytes:
             text = spaced_json(value)
         lines.append(f'  "{name}": {text}')
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode("utf-8", "replace")
-
-
-STREAM_HEADERS = {
-    "content-type": "text/event-stream; charset=utf-8",
-    "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # or nginx would hold the tokens back
-}
 
 
 class EventStreamWriter:
@@ -9092,7 +9686,10 @@ class Handler(BaseHTTPRequestHandler):
         """Send frames as they come; a failure after the first is the last of them."""
         is_chunked = self.request_version == "HTTP/1.1"
         coding = {"transfer-encoding": "chunked"} if is_chunked else {}
-        head = partial(self.head, 200, {**STREAM_HEADERS, **coding, **headers})
+
+        def head() -> bytes:
+            return self.head(200, {**stream.headers, **coding, **headers})
+
         writer = EventStreamWriter(self.connection, head, is_chunked, stream.keep_alive)
         try:
             with self.server.watcher.keeping_alive(writer):
@@ -9100,7 +9697,11 @@ class Handler(BaseHTTPRequestHandler):
         except Exception as error:
             if isinstance(error, ClientDisconnected) or not writer.is_open:
                 raise
-            writer.write(stream.error(self.failure(error)))
+            last = stream.error(self.failure(error))
+            if not last:  # only a connection that breaks tells that a file is not whole
+                self.close_connection = True
+                return
+            writer.write(last)
         writer.end()
 
     def failure(self, error: Exception) -> APIError:
