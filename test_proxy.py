@@ -6427,7 +6427,7 @@ def test_a_request_that_nobody_reads_ends_in_time(settings):
         there = replace(settings, replicate_base_url=url)
         timeouts = proxy.Timeouts(create=0.2)
         with closing(proxy.ReplicateAPI(there, timeouts)) as api:
-            attached = proxy.Attachment("image/png", b"x" * 30_000_000)
+            attached = proxy.File("image/png", b"x" * 30_000_000)
             with pytest.raises(APIError, match="could not be handed to Replicate"):
                 api.upload(attached, proxy.Cancellation())
 
