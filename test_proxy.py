@@ -10855,7 +10855,7 @@ def fetches(fake):
     return Counter(call.path for call in fake.seen if "/delivery/" in call.path)
 
 
-INLINE = data_url()
+AS_DATA_URL = data_url()
 
 
 @table(
@@ -10963,7 +10963,7 @@ def image_events(answer):
         ),
         (
             "one good, one elsewhere",
-            lambda input: [INLINE, "https://evil.example"],
+            lambda input: [AS_DATA_URL, "https://evil.example"],
             "[uri]",
             "evil.example",
         ),
@@ -11026,8 +11026,8 @@ def test_a_data_url_is_looked_for_as_a_link_once_more(fake, server):
 
 
 def test_a_data_url_is_a_link_where_there_is_no_other(fake, server):
-    model = painter(fake, INLINE, "uri")
-    assert ask_image(server, model).json["data"] == [{"url": INLINE}]
+    model = painter(fake, AS_DATA_URL, "uri")
+    assert ask_image(server, model).json["data"] == [{"url": AS_DATA_URL}]
     answer = ask_image(server, model, response_format="b64_json")
     assert answer.json["data"] == as_base64(PNG)
 
