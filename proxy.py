@@ -8117,7 +8117,7 @@ def with_id(item: Json) -> Json:
 
 class Image(NamedTuple):
     url: str  # at Replicate, or a data: URL
-    content: bytes  # b"" if the client fetches it
+    base64: str  # "" if the client fetches it
     type: str  # its media type
 
 
@@ -8131,12 +8131,10 @@ def file_urls(output: Any) -> list[str]:
 
 def image_list(images: Sequence[Image], created: int) -> Json:
     rows = [
-        {"b64_json": b64encode(image.content).decode()}
-        if image.content
-        else {"url": image.url}
+        {"b64_json": image.base64} if image.base64 else {"url": image.url}
         for image in images
     ]
-    formats = {image.type.removeprefix("image/") for image in images if image.content}
+    formats = {image.type.removeprefix("image/") for image in images if image.base64}
     known = {"output_format": formats.pop()} if len(formats) == 1 else {}
     return {"created": created, "data": rows, **known}
 
@@ -8155,7 +8153,7 @@ def image_event(kind: str, image: Image, body: Json, created: int) -> bytes:
     type = f"{kind}.completed"
     data = {
         "type": type,
-        "b64_json": b64encode(image.content).decode(),
+        "b64_json": image.base64,
         "created_at": created,
         "size": body["size"],
         "quality": body["quality"] or "auto",
@@ -8892,7 +8890,8 @@ def respond_with_images(
             type = media_type(content)
             if (content or not wants_url) and not type.startswith("image/"):
                 raise no_output("an image", prediction, type)
-            yield Image(url, b"" if wants_url else content, type)
+            base64 = "" if wants_url else b64encode(content).decode()
+            yield Image(url, base64, type)
 
     def run(write: Callable[[bytes], None]) -> None:
         kind = "image_edit" if "image" in task.params else "image_generation"
