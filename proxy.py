@@ -8694,6 +8694,49 @@ class Generation(NamedTuple):
 # method and path. To add one: a row in ENDPOINTS, and its function. No socket is in it.
 
 
+DEMO_TOKEN, DEMO_KEY = "r8_demo", "demo"  # with --demo; nobody's at Replicate
+
+PAGE_FILE = HERE / "playground.html"
+
+# The page runs its own script and no other, talks to this server alone, and shows
+# Replicate's files. Its script can make no HTML of a text, whatever a model says.
+PAGE_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
+    "img-src data: blob: https://replicate.delivery https://*.replicate.delivery; "
+    "media-src data: blob: https://replicate.delivery https://*.replicate.delivery; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+
+
+def show_page(proxy: Proxy, request: Request) -> Response:
+    if not PAGE_FILE.exists():  # whoever embeds the proxy need not have copied it
+        raise unknown_url(request.method, request.path)
+    return read_page(proxy.settings.replicate_api_token == DEMO_TOKEN)
+
+
+@lru_cache(2)
+def read_page(is_demo: bool) -> Response:
+    """The page and its headers; the demo's key stands in it, and never another."""
+    html = PAGE_FILE.read_text(encoding="utf-8")
+    inline = {}
+    for tag in ("script", "style"):
+        [text] = re.findall(f"<{tag}>(.*)</{tag}>", html, re.DOTALL)
+        inline[tag] = f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+    if is_demo:
+        html = html.replace('id="key"', f'id="key" value="{DEMO_KEY}"')
+    headers = {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": PAGE_POLICY.format(**inline),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-opener-policy": "same-origin",
+        "cache-control": "no-store",
+        **dict.fromkeys(CORS, ""),
+    }
+    return Response(html.encode(), headers=headers)
+
+
 def check_health(proxy: Proxy, request: Request) -> Response:
     return Response({"status": "ok", "version": __version__})
 
@@ -9194,6 +9237,7 @@ class Endpoint(NamedTuple):
 
 
 ENDPOINTS = [
+    Endpoint("GET", "/", show_page, key="none"),
     Endpoint("GET", "/health", check_health, key="none"),
     Endpoint("GET", "/models", list_models, key="optional"),
     Endpoint("GET", "/models/*", retrieve_model),
@@ -9235,7 +9279,7 @@ def find_operation(
 @lru_cache(16)  # programs use few, and anyone may send long ones
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
-    wanted = re.sub("/+", "/", unquote(path)).rstrip("/")
+    wanted = re.sub("/+", "/", unquote(path)).rstrip("/") or "/"
     allowed = set()
     for endpoint in ENDPOINTS:
         pattern = BASE_PATH + endpoint.path.replace("*", "(.+)")
@@ -9246,13 +9290,7 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
             return endpoint, tuple(filter(None, match.groups()))
         allowed.add(endpoint.method)
     if not allowed:
-        message = (
-            f"Unknown request URL: {method} {path}. Please check the URL for typos."
-        )
-        if wanted in ("", "/v1"):
-            message = "The proxy is running. The API is under /v1: try "
-            message += "GET /v1/models or POST /v1/chat/completions."
-        raise APIError(404, message, code="unknown_url")
+        raise unknown_url(method, path)
     methods = ", ".join(sorted(allowed))
     raise APIError(
         405,
@@ -9260,6 +9298,14 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
         code="method_not_supported",
         headers={"allow": methods},
     )
+
+
+def unknown_url(method: str, path: str) -> APIError:
+    message = f"Unknown request URL: {method} {path}. Please check the URL for typos."
+    if path.strip("/") in ("", "v1"):
+        message = "The proxy is running. The API is under /v1: try "
+        message += "GET /v1/models or POST /v1/chat/completions."
+    return APIError(404, message, code="unknown_url")
 
 
 def given_key(headers: Mapping[str, str]) -> str | None:
@@ -9737,13 +9783,13 @@ class Handler(BaseHTTPRequestHandler):
         request_log = self.api_request.log
         all_headers = {
             "date": self.date_time_string(),
+            **CORS,
             **headers,
             "x-request-id": self.id,
             "openai-version": "2020-10-01",
             "openai-processing-ms": str(self.elapsed_ms()),
             "x-replicate-model": request_log.ref,
             "x-replicate-prediction-id": ", ".join(request_log.predictions),
-            **CORS,
             "connection": "close" if self.close_connection else "",
         }
         lines = [f"{name}: {value}" for name, value in all_headers.items() if value]
@@ -10133,9 +10179,9 @@ def read_settings(options: argparse.Namespace) -> Settings:
         if not (HERE / "fake_replicate.py").exists():
             raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
         values |= {
-            "REPLICATE_API_TOKEN": "r8_demo",
+            "REPLICATE_API_TOKEN": DEMO_TOKEN,
             "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
-            "PROXY_API_KEY": "demo",
+            "PROXY_API_KEY": DEMO_KEY,
             "WORKERS": "1",
         }
     return Settings.from_environ(values)
@@ -10199,7 +10245,10 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
     else:
         run = partial(work, *stop_on_signals())
     url = base_url(listener, settings)
-    print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
+    page = (
+        f"Open {url}/ in a browser, or try this" if PAGE_FILE.exists() else "Try this"
+    )
+    print(f"Serving {len(models.mappings)} models on {url}/v1. {page}:\n")
     print(f"  {curl_line(url, options, models)}\n", flush=True)
     return run()
 
@@ -10250,7 +10299,7 @@ def serve_until(
 def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     """It finds the key by a shell's own means, and does not hold it."""
     if options.demo:
-        key = "demo"
+        key = DEMO_KEY
     elif os.environ.get("PROXY_API_KEY"):
         key = "${PROXY_API_KEY%%,*}"
     else:
@@ -10311,7 +10360,7 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
 
 def modification_times(options: argparse.Namespace) -> list[float]:
     """Those of the program, its settings and its models."""
-    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
+    files = [HERE / "proxy.py", PAGE_FILE, Path(options.env_file or HERE / ".env")]
     with suppress(ConfigError):  # the child reports it
         files.append(Path(read_settings(options).models_path))
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
