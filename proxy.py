@@ -26,6 +26,7 @@ Each section uses only names from those above it.
         Values              JSON values of any shape, and numbers
         Settings            what the operator chooses, read once from the environment
         Models              which models there are, read from models.json
+        Metrics             what is counted for Prometheus: one row per family
     2. Requests
         Validation          what a client may send: one row per parameter
         Messages            the parts of a message, and what is attached to it
@@ -80,6 +81,7 @@ import gc
 import http.client
 import json
 import logging
+import mmap
 import os
 import re
 import secrets
@@ -100,6 +102,7 @@ import time
 import urllib.request
 import zlib
 from base64 import b64decode, b64encode
+from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     Callable,
@@ -364,6 +367,8 @@ def parsed(text: str) -> Any:
 # field here, with its range if it is a number, and a line in .env.example.
 
 
+BOOLEANS = {"true": True, "false": False}
+
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 TOKENS_URL = "https://replicate.com/account/api-tokens"
@@ -412,15 +417,18 @@ class Settings:
     responses_db_bytes: int = field(default=64 * 2**20, metadata={"range": (0, 2**36)})
     responses_db_days: int = field(default=30, metadata={"range": (1, 3650)})
     log_level: str = "INFO"
+    metrics_open: bool = False  # to anyone, without a key
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """Read what is set; what should be a number and is not, stays for `check`."""
+        """Read what is set; what is not of its type, stays as it is for `check`."""
         given: Json = {}
         for row in fields(cls):
             if text := environ.get(row.name.upper(), "").strip():
                 is_number = row.metadata and re.fullmatch(r"\d{1,12}", text)
                 given[row.name] = int(text) if is_number else text
+                if isinstance(row.default, bool):
+                    given[row.name] = BOOLEANS.get(text.lower(), text)
         return cls(**given)
 
     @property
@@ -444,6 +452,9 @@ class Settings:
                 problems.append(f"{name} must be a number, not {value!r}.")
             elif not low <= value <= high:
                 problems.append(f"{name} must be a number from {low} to {high}.")
+        for row in (row for row in fields(self) if isinstance(row.default, bool)):
+            if not isinstance(getattr(self, row.name), bool):
+                problems.append(f"{row.name.upper()} must be true or false.")
         if self.log_level.upper() not in LOG_LEVELS:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
@@ -699,6 +710,222 @@ def find_model(models: Models, id: str) -> Model:
 @lru_cache(1000)  # once for each name
 def warn_of_default(id: str, ref: str) -> None:
     log.warning("event=default_model model=%s ref=%s", quoted(id), quoted(ref))
+
+
+# -- Metrics -------------------------------------------------------------------
+#
+# What is counted for Prometheus. Each process counts in a part of memory that all
+# workers share: whichever of them is scraped adds the parts up, what a worker has
+# counted outlives it, and the one that takes its place counts on from there. To add a
+# family: a row in METRICS, and a call of `add` or `observe`.
+
+
+class Metric(NamedTuple):
+    kind: str  # counter, gauge or histogram
+    help: str
+    labels: str = ""  # their names
+    buckets: tuple[float, ...] = ()  # of a histogram: their upper bounds
+    known: tuple[
+        tuple[str, ...], ...
+    ] = ()  # labels that are there, at 0, from the start
+
+    @property
+    def width(self) -> int:
+        """How many numbers it has: of a histogram, one bucket more, and the sum."""
+        return len(self.buckets) + 2 if self.buckets else 1
+
+
+# The longest are those of models that have to be started, which takes minutes.
+DURATIONS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200)
+FIRST_TOKENS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+TOKEN_PACES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+
+METRICS = {
+    "requests_total": Metric(
+        "counter",
+        "Requests, by what became of them: 499 if the client left before a status.",
+        "endpoint model status code",
+    ),
+    "request_duration_seconds": Metric(
+        "histogram",
+        "From the first byte of a request to the last of its response.",
+        "endpoint model stream",
+        DURATIONS,
+    ),
+    "time_to_first_token_seconds": Metric(
+        "histogram",
+        "From the first byte of a request to the first text of its stream.",
+        "model",
+        FIRST_TOKENS,
+    ),
+    "time_per_output_token_seconds": Metric(
+        "histogram",
+        "Between two tokens of a stream, as the mean of all of them.",
+        "model",
+        TOKEN_PACES,
+    ),
+    "tokens_total": Metric(
+        "counter",
+        "Tokens, by Replicate's count or an estimate.",
+        "model type estimated",
+    ),
+    "in_flight": Metric("gauge", "Requests that are being worked on.", known=((),)),
+    "predictions_total": Metric(
+        "counter", "Predictions, by how they ended.", "model status"
+    ),
+    "predict_seconds_total": Metric(
+        "counter", "How long models ran, as Replicate tells it.", "model"
+    ),
+    "upstream_requests_total": Metric(
+        "counter",
+        "Requests to Replicate, by its status: none if it did not answer.",
+        "kind status",
+        known=tuple(("create", status) for status in ("201", "402", "429", "none")),
+    ),
+    "retries_total": Metric(
+        "counter",
+        "Second predictions, for answers without the JSON or tool call asked for.",
+        known=((),),
+    ),
+    "client_disconnects_total": Metric(
+        "counter", "Requests whose clients left before their end.", known=((),)
+    ),
+}
+
+METRICS_PREFIX = "replicate_proxy_"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_MODEL_LABELS = 200  # models that have numbers of their own in a process
+SPARE = 1  # where numbers begin that nobody reads: there is no room for better ones …
+FIRST_SLOT = SPARE + max(metric.width for metric in METRICS.values())  # … and others
+MAX_METRICS_BYTES = 2**22  # of a process's numbers, and of what they count
+
+MetricKey = tuple[str, ...]  # the family, and the values of its labels
+
+
+class MetricsPart:
+    """The memory in which one process counts, and all may read."""
+
+    def __init__(self, memory: memoryview) -> None:
+        # The first says how many bytes of `lines` there are.
+        self.numbers = memory[:MAX_METRICS_BYTES].cast("d")
+        self.lines = memory[MAX_METRICS_BYTES:]  # a key each, in the order of slots
+
+    def slots(self) -> Iterator[tuple[MetricKey, int]]:
+        """What is counted, and where its numbers begin."""
+        slot = FIRST_SLOT
+        for line in bytes(self.lines[: int(self.numbers[0])]).splitlines():
+            key = tuple(json.loads(line))
+            yield key, slot
+            slot += METRICS[key[0]].width
+
+
+class Metrics:
+    def __init__(self, processes: int = 1) -> None:
+        self.started = time.time()
+        size = 2 * MAX_METRICS_BYTES  # which takes no memory before it is used
+        memory = memoryview(mmap.mmap(-1, processes * size))
+        starts = range(0, processes * size, size)
+        self.parts = [MetricsPart(memory[at : at + size]) for at in starts]
+        self.lock = threading.Lock()
+        self.models: set[str] = set()  # that have numbers of their own
+        self.use_part(0)
+
+    def use_part(self, number: int) -> None:
+        """Count on in a part where a process before this one may have stopped."""
+        self.part = self.parts[number]
+        self.numbers = self.part.numbers
+        self.slots = dict(self.part.slots())
+        self.free = FIRST_SLOT + sum(METRICS[name].width for name, *_ in self.slots)
+        for name, metric in METRICS.items():
+            for labels in metric.known:
+                slot = self.find_slot((name, *labels))
+                if metric.kind == "gauge":
+                    self.numbers[slot] = 0
+
+    def find_slot(self, key: MetricKey) -> int:
+        """Where numbers are, or from now on will be; the lock is held."""
+        if slot := self.slots.get(key):
+            return slot
+        line, begin = json.dumps(key).encode() + b"\n", int(self.numbers[0])
+        end, slot = begin + len(line), self.free
+        free = slot + METRICS[key[0]].width
+        if end > len(self.part.lines) or free > len(self.numbers):
+            return SPARE
+        self.part.lines[begin:end] = line
+        self.numbers[0] = end
+        self.slots[key], self.free = slot, free
+        return slot
+
+    def add(self, amount: float, *key: str) -> None:
+        with self.lock:
+            self.numbers[self.find_slot(key)] += amount
+
+    def set(self, value: float, *key: str) -> None:
+        with self.lock:
+            self.numbers[self.find_slot(key)] = value
+
+    def observe(self, value: float, *key: str) -> None:
+        buckets = METRICS[key[0]].buckets
+        with self.lock:
+            slot = self.find_slot(key)
+            self.numbers[slot + bisect_left(buckets, value)] += 1
+            self.numbers[slot + len(buckets) + 1] += value
+
+    def model_label(self, ref: str, is_known: bool) -> str:
+        """A model's name if Replicate or models.json knows it, and there is room."""
+        name = without_version(ref)
+        if is_known and len(self.models) < MAX_MODEL_LABELS:
+            self.models.add(name)
+        return name if name in self.models else "other"
+
+    def render(self) -> bytes:
+        """The sum of all processes, in Prometheus' text format."""
+        totals: dict[MetricKey, list[float]] = {}
+        for part in self.parts:
+            for key, slot in part.slots():
+                end = slot + METRICS[key[0]].width
+                numbers: list[float] = [*part.numbers[slot:end]]
+                before = totals.get(key, [0.0] * len(numbers))
+                pairs = zip(before, numbers, strict=True)
+                totals[key] = [one + other for one, other in pairs]
+        build = f"{METRICS_PREFIX}build_info"
+        lines = [
+            *head_lines(build, "gauge", "The proxy's version."),
+            sample(build, [("version", __version__)], 1),
+            *head_lines("process_start_time_seconds", "gauge", "In Unix seconds."),
+            f"process_start_time_seconds {self.started!r}",
+        ]
+        for name, metric in METRICS.items():
+            full = METRICS_PREFIX + name
+            lines += head_lines(full, metric.kind, metric.help)
+            rows = sorted(row for row in totals.items() if row[0][0] == name)
+            for (_, *values), numbers in rows:
+                labels = [*zip(metric.labels.split(), values, strict=True)]
+                lines += samples(full, metric, labels, numbers)
+        return "\n".join([*lines, ""]).encode()
+
+
+def head_lines(name: str, kind: str, help: str) -> list[str]:
+    return [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+
+
+def samples(
+    name: str, metric: Metric, labels: list[tuple[str, str]], numbers: list[float]
+) -> Iterator[str]:
+    if not metric.buckets:
+        yield sample(name, labels, numbers[0])
+        return
+    *counts, total = numbers
+    bounds, cumulative = (*metric.buckets, "+Inf"), [*accumulate(counts)]
+    for bound, count in zip(bounds, cumulative, strict=True):
+        yield sample(f"{name}_bucket", [*labels, ("le", str(bound))], count)
+    yield sample(f"{name}_sum", labels, total)
+    yield sample(f"{name}_count", labels, cumulative[-1])
+
+
+def sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
+    pairs = ",".join(f"{label}={json.dumps(text)}" for label, text in labels)
+    return f"{name}{{{pairs}}} {value!r}" if pairs else f"{name} {value!r}"
 
 
 # ==== 2. REQUESTS =============================================================
@@ -4081,6 +4308,7 @@ Waiting = Generator[Event, None, bool]
 class RequestLog:
     """What the log line tells of a request; each step fills in what it knows."""
 
+    endpoint: str = "other"  # the path of its row
     model: str = ""  # as the client names it
     ref: str = ""  # what Replicate ran
     stream: bool = False
@@ -4715,7 +4943,10 @@ class BadResponse(ValueError):
 class ReplicateAPI:
     """The calls of Replicate's API that are made here. They raise APIError."""
 
-    def __init__(self, settings: Settings, timeouts: Timeouts) -> None:
+    def __init__(
+        self, settings: Settings, timeouts: Timeouts, metrics: Metrics | None = None
+    ) -> None:
+        self.metrics = metrics or Metrics()
         self.token = settings.replicate_api_token.strip()
         self.base = urlsplit(settings.replicate_base_url.rstrip("/"))
         self.time_limit = settings.prediction_timeout
@@ -4771,10 +5002,12 @@ class ReplicateAPI:
         else:
             send = self.client.predictions.with_raw_response.create
             given["version"] = ref
-        return parse_prediction(self.send(send, "id", prediction_input, **given))
+        record = self.send("create", send, "id", prediction_input, **given)
+        return parse_prediction(record)
 
     def send(
         self,
+        kind: str,  # for the log and metrics
         method: Callable[..., Any],
         needs: str = "",
         prediction_input: PredictionInput | None = None,
@@ -4786,9 +5019,13 @@ class ReplicateAPI:
         Raise APIError, in the client's terms, for all that Replicate may do.
         """
         REQUEST_CANCELLATION.set(cancellation)
+        status = "none"
         try:
-            return parse_object(method(**given, extra_headers=NO_TELEMETRY), needs)
+            response = method(**given, extra_headers=NO_TELEMETRY)
+            status = str(response.status_code)
+            return parse_object(response, needs)
         except APIStatusError as error:
+            status = str(error.status_code)
             raise refusal(error, prediction_input, self.token) from None
         except (ReplicateError, BadResponse) as error:
             cause = error.__cause__
@@ -4800,10 +5037,14 @@ class ReplicateAPI:
                     raise overloaded(NO_DESCRIPTORS) from None
                 raise UNREACHABLE.error(detail=str(cause)) from None
             raise NO_ANSWER.error(detail=repr(cause or error)) from error
+        finally:
+            self.metrics.add(1, "upstream_requests_total", kind, status)
 
     def latest_version(self, owner: str, name: str) -> Json:
         get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
-        model = self.send(get, model_owner=owner, model_name=name, timeout=timeout)
+        model = self.send(
+            "model", get, model_owner=owner, model_name=name, timeout=timeout
+        )
         return as_object(model.get("latest_version"))
 
     def find_schema(self, owner: str, name: str, version: str) -> Json:
@@ -4811,6 +5052,7 @@ class ReplicateAPI:
         if version:
             with suppress(APIError):  # official models list none
                 found = self.send(
+                    "version",
                     self.client.models.versions.with_raw_response.get,
                     model_owner=owner,
                     model_name=name,
@@ -4823,6 +5065,7 @@ class ReplicateAPI:
     def find_release(self, owner: str, name: str) -> str:
         """The ref of what a deployment runs."""
         found = self.send(
+            "deployment",
             self.client.deployments.with_raw_response.get,
             deployment_owner=owner,
             deployment_name=name,
@@ -4836,6 +5079,7 @@ class ReplicateAPI:
 
     def fetch_prediction(self, id: str, cancellation: Cancellation) -> Json:
         record = self.send(
+            "get",
             self.client.predictions.with_raw_response.get,
             "id",
             cancellation=cancellation,
@@ -4847,7 +5091,7 @@ class ReplicateAPI:
     def cancel(self, id: str) -> None:
         cancel = self.client.predictions.with_raw_response.cancel
         name = quote(id, safe="")
-        self.send(cancel, prediction_id=name, timeout=self.timeouts.get)
+        self.send("cancel", cancel, prediction_id=name, timeout=self.timeouts.get)
 
     def upload(self, file: File, cancellation: Cancellation) -> str:
         """Put a file into Replicate's files; return its link."""
@@ -4855,7 +5099,9 @@ class ReplicateAPI:
         create = self.client.files.with_raw_response.create
         why: object = "no link to a file"
         try:
-            made = self.send(create, cancellation=cancellation, content=content)
+            made = self.send(
+                "upload", create, cancellation=cancellation, content=content
+            )
             link = as_object(made.get("urls")).get("get")
             if isinstance(link, str) and LINK.fullmatch(link):
                 return link
@@ -4867,7 +5113,7 @@ class ReplicateAPI:
         raise NOT_UPLOADED.error()
 
     def account(self) -> Json:
-        return self.send(self.client.account.with_raw_response.get)
+        return self.send("account", self.client.account.with_raw_response.get)
 
     @contextmanager
     def open_stream(
@@ -4884,13 +5130,16 @@ class ReplicateAPI:
         )
         head = render_head("GET", target.encode(), headers)
         origin, timeout = parts[:2], self.timeouts.stream
-        with self.pool.request(origin, "GET", head, timeout, cancellation) as response:
-            kind = response.headers.get("content-type", "").lower()
-            if response.status != 200 or not kind.startswith("text/event-stream"):
-                raise http.client.HTTPException(
-                    f"status {response.status}, type {kind!r}"
-                )
-            yield response.body
+        send, status = self.pool.request, "none"
+        try:
+            with send(origin, "GET", head, timeout, cancellation) as response:
+                status = str(response.status)
+                kind = response.headers.get("content-type", "").lower()
+                if response.status != 200 or not kind.startswith("text/event-stream"):
+                    raise http.client.HTTPException(f"status {status}, type {kind!r}")
+                yield response.body
+        finally:
+            self.metrics.add(1, "upstream_requests_total", "stream", status)
 
     @contextmanager
     def open_file(
@@ -5069,6 +5318,12 @@ def read_usage(record: Json) -> Usage:
             counts[name] = int(logged[-1])
     prompt, completion, reasoning = map(counts.get, COUNTS)
     return Usage(prompt, completion, reasoning or 0)
+
+
+def predict_seconds(record: Json) -> float:
+    """How long the model ran, 0 if Replicate does not tell."""
+    seconds = record["metrics"].get("predict_time")
+    return seconds if is_number(seconds) and 0 <= seconds < 1e9 else 0
 
 
 def finish_reason(usage: Usage, limit: int | None) -> str:
@@ -5365,7 +5620,7 @@ class Prediction:
     delivered: list[str] = field(default_factory=list)
     unseen_since: float | None = None  # since when its record can't be fetched
     stream_done: bool = False
-    is_cancelled: bool = False
+    is_ended: bool = False  # nobody follows it any more
 
     def __post_init__(self) -> None:
         self.api, self.timeouts = self.upstream.api, self.upstream.timeouts
@@ -5545,9 +5800,18 @@ class Prediction:
 
     def cancel(self) -> None:
         """Stop the bill unless it is over, in a thread of its own: nobody waits."""
-        if not (self.is_over or self.stream_done or self.is_cancelled):
-            self.is_cancelled = True
+        if self.is_ended:
+            return
+        self.is_ended = True
+        status = "succeeded" if self.stream_done else "canceled"
+        if self.is_over:
+            status = self.record["status"]
+        elif not self.stream_done:
             self.upstream.in_background(self.send_cancel)
+        metrics = self.api.metrics
+        model = metrics.model_label(self.prediction_input.model.ref, True)
+        metrics.add(1, "predictions_total", model, status)
+        metrics.add(predict_seconds(self.record), "predict_seconds_total", model)
 
     def send_cancel(self) -> None:
         """A cancel that fails is tried once more."""
@@ -8349,6 +8613,7 @@ class Proxy(NamedTuple):
     models: ModelsFile
     upstream: Upstream
     response_store: ResponseStore
+    metrics: Metrics
 
 
 @dataclass(eq=False)
@@ -8639,6 +8904,7 @@ class Generation(NamedTuple):
         if why and not sent and self.build_retry and answer.finish_reason != "length":
             cancel()  # it may go on behind what was wanted of it
             log.warning("event=retry why=%s", quoted(loggable(why)))
+            self.proxy.metrics.add(1, "retries_total")
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
                 again = self.upload(with_seed(again, offset), cancellation)
@@ -9228,16 +9494,22 @@ def response_not_found(id: str) -> APIError:
     return APIError(404, f"Response with id '{id}' not found.", param="id")
 
 
+def tell_metrics(proxy: Proxy, request: Request) -> Response:
+    return Response(proxy.metrics.render(), headers={"content-type": METRICS_TYPE})
+
+
 class Endpoint(NamedTuple):
     method: str
     path: str  # without the /v1 that all of them may have; * is an id
     operation: Callable[..., Response]
-    key: str = "required"  # or "optional", though a wrong one is refused, or "none"
+    # "optional": though a wrong one is refused; "metrics": METRICS_OPEN; or "none"
+    key: str = "required"
 
 
 ENDPOINTS = [
     Endpoint("GET", "/", show_page, key="none"),
     Endpoint("GET", "/health", check_health, key="none"),
+    Endpoint("GET", "/metrics", tell_metrics, key="metrics"),
     Endpoint("GET", "/models", list_models, key="optional"),
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
@@ -9263,15 +9535,22 @@ BASE_PATH = r"(?:/openai|/v1)*(?:/(?:engines|deployments)/(?P<model>.{1,256}))?"
 
 
 def find_operation(
-    proxy: Proxy, method: str, path: str, headers: Mapping[str, str]
+    proxy: Proxy, request: Request
 ) -> Callable[[Proxy, Request], Response]:
     """Find who answers a request. Raise APIError: 404, 405, or 401 for its key."""
-    if method == "OPTIONS":
+    if request.method == "OPTIONS":
         return answer_preflight
-    endpoint, ids = find_endpoint(method, path)
-    key = given_key(headers)
-    if endpoint.key == "required" or (endpoint.key == "optional" and key is not None):
-        authorize(key, proxy.settings.api_keys)
+    endpoint, ids = find_endpoint(request.method, request.path)
+    request.log.endpoint = endpoint.path
+    key, settings = given_key(request.headers), proxy.settings
+    needs_key = {
+        "required": True,
+        "optional": key is not None,
+        "metrics": not settings.metrics_open,
+        "none": False,
+    }
+    if needs_key[endpoint.key]:
+        authorize(key, settings.api_keys)
     return lambda proxy, request: endpoint.operation(proxy, request, *ids)
 
 
@@ -9647,6 +9926,7 @@ class Handler(BaseHTTPRequestHandler):
             self.api_request.log.error = "client_gone"
         finally:
             self.server.release(self.api_request)
+            self.count()
             self.log_line()
             self.api_request = Request("-", "-", {})  # this one may be large
         if self.close_connection and not self.reader.is_done:
@@ -9698,7 +9978,7 @@ class Handler(BaseHTTPRequestHandler):
         awaits_continue = headers.get("expect", "").lower() == "100-continue"
         is_small = 0 <= (length or 0) <= SMALL_BODY and not awaits_continue
         self.close_connection = is_last or not is_small  # if nobody reads its body
-        operation = find_operation(server.proxy, method, path, headers)
+        operation = find_operation(server.proxy, request)
         if method == "POST":
             if length is None:
                 raise BadMessage("a body needs a Content-Length", 411)
@@ -9801,11 +10081,42 @@ class Handler(BaseHTTPRequestHandler):
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)
 
+    def count(self) -> None:
+        """Count a request in the metrics, but for those that only watch the proxy."""
+        request_log, metrics = self.api_request.log, self.server.proxy.metrics
+        endpoint, model, pieces = request_log.endpoint, "", 0
+        if endpoint in ("/health", "/metrics"):
+            return
+        seconds, add = time.monotonic() - self.began, metrics.add
+        if ref := request_log.ref.partition(";")[0]:
+            listed = self.server.proxy.models.models.spellings
+            is_known = bool(request_log.predictions) or ref.casefold() in listed
+            model = metrics.model_label(ref, is_known)
+        status, code = str(self.status or 499), str(request_log.error)
+        add(1, "requests_total", endpoint, model, status, code)
+        stream = "true" if request_log.stream else "false"
+        key = "request_duration_seconds", endpoint, model, stream
+        metrics.observe(seconds, *key)
+        for usage in request_log.usages:
+            estimated = "true" if usage.is_estimate else "false"
+            tokens = {"input": usage.prompt_tokens, "output": usage.completion_tokens}
+            for type, count in tokens.items():
+                add(count or 0, "tokens_total", model, type, estimated)
+            pieces += usage.completion_tokens or 0
+        if request_log.stream and request_log.first_text_at:
+            first = request_log.first_text_at - self.began
+            metrics.observe(first, "time_to_first_token_seconds", model)
+            if pieces > 1 and len(request_log.usages) == 1:
+                pace = (seconds - first) / (pieces - 1)
+                metrics.observe(pace, "time_per_output_token_seconds", model)
+        if code == "client_gone":
+            add(1, "client_disconnects_total")
+
     def log_line(self) -> None:
         """One line per request: nothing of a key, a token or what was said."""
         request, request_log = self.api_request, self.api_request.log
         failure, level = request_log.failure, logging.INFO
-        if request.path.endswith("/health") and self.status == 200:
+        if request_log.endpoint in ("/health", "/metrics") and self.status == 200:
             level = logging.DEBUG
         elif failure and (
             failure.status >= 500
@@ -9850,6 +10161,7 @@ class Server(ThreadingHTTPServer):
         settings: Settings,
         timeouts: Timeouts,
         listener: socket.socket | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         settings.check()
         models = ModelsFile(settings.models_path, FAMILIES)
@@ -9861,9 +10173,13 @@ class Server(ThreadingHTTPServer):
         self.server_name, self.server_port = settings.host, self.server_address[1]
         self.url = base_url(self.socket, settings)
         self.timeouts = timeouts
-        self.api = ReplicateAPI(settings, timeouts)
-        store = ResponseStore(settings, timeouts)
-        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts), store)
+        metrics = metrics or Metrics()
+        self.api = ReplicateAPI(settings, timeouts, metrics)
+        upstream, store = (
+            Upstream(self.api, timeouts),
+            ResponseStore(settings, timeouts),
+        )
+        self.proxy = Proxy(settings, models, upstream, store, metrics)
         # From when they are accepted; since when they wait for a request, or 0.
         self.connections: dict[socket.socket, float] = {}
         self.disconnected = threading.Condition()
@@ -9919,6 +10235,7 @@ class Server(ThreadingHTTPServer):
     def refuse(self, connection: socket.socket, failure: APIError) -> None:
         """Send an error, with no thread and no time for it, and close."""
         log.warning("event=connection_refused why=%s", quoted(failure))
+        self.proxy.metrics.add(1, "requests_total", "other", "", "503", "overloaded")
         body = encode_readable_json(failure.body)
         headers = {
             "content-type": "application/json",
@@ -9965,6 +10282,7 @@ class Server(ThreadingHTTPServer):
                 )
             self.hold(request, size)
             self.requests.add(request)
+            self.proxy.metrics.set(len(self.requests), "in_flight")
 
     def hold(self, request: Request, size: int) -> None:
         """Count bytes of its body; raise 503 if there are too many beside others'."""
@@ -9980,6 +10298,7 @@ class Server(ThreadingHTTPServer):
         with self.admission:
             self.requests.discard(request)
             self.held -= request.held
+            self.proxy.metrics.set(len(self.requests), "in_flight")
 
     def await_disconnects(self, seconds: float) -> None:
         with self.disconnected:
@@ -10073,52 +10392,56 @@ def handle_signals(handler: Callable[[int, Any], object]) -> None:
 
 def run_workers(
     count: int,
-    work: Callable[[int, int], int],
+    work: Callable[[int, int, int], int],
     listener: socket.socket,
     signals: Sequence[int],
 ) -> int:
     """Keep processes at work until a signal, and wait for their end until another.
 
     Each gives its exit code, and is given the ends of the pipes that tell it to stop
-    and to hurry.
+    and to hurry, and the number of its place, which the one after it takes.
     """
     stop, hurry = os.pipe(), os.pipe()
 
-    def run() -> None:
+    def run(place: int) -> None:
         os.close(stop[1])
         os.close(hurry[1])
-        os._exit(work(stop[0], hurry[0]))
+        os._exit(work(stop[0], hurry[0], place))
 
     import multiprocessing  # 5 ms, for those alone who have workers
 
-    workers: set[multiprocessing.process.BaseProcess] = set()
+    workers: dict[int, multiprocessing.process.BaseProcess] = {}
     due = 0.0
     while not signals:
         try:
             while time.monotonic() >= due and len(workers) < count:
                 # The parent has no threads, which a fork would break.
-                process = multiprocessing.get_context("fork").Process(target=run)
+                place = min(set(range(count)) - workers.keys())
+                context = multiprocessing.get_context("fork")
+                process = context.Process(target=run, args=[place])
                 process.start()
-                workers.add(process)
+                workers[place] = process
         except OSError as error:  # no memory, or too many processes
             log.error("event=worker_not_started error=%s", quoted(error))
             due = time.monotonic() + PAUSE
         time.sleep(0.1)
-        for worker in [worker for worker in workers if not worker.is_alive()]:
+        for place, worker in [*workers.items()]:
+            if worker.is_alive():
+                continue
             log.error("event=worker_died pid=%d code=%d", worker.pid, worker.exitcode)
-            workers.remove(worker)
+            del workers[place]
             due = time.monotonic() + PAUSE
     listener.close()
     os.close(stop[1])
-    while any([worker.is_alive() for worker in workers]):
+    while any([worker.is_alive() for worker in workers.values()]):
         if len(signals) > 1:
             os.write(hurry[1], bytes([signals[1]]) * len(workers))
-            for worker in workers:
+            for worker in workers.values():
                 worker.join(2 * HURRY)
                 worker.kill()
             return 128 + signals[1]
         time.sleep(0.1)
-    return int(any(worker.exitcode for worker in workers))
+    return int(any(worker.exitcode for worker in workers.values()))
 
 
 # -- Command line --------------------------------------------------------------
@@ -10236,7 +10559,8 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    work = partial(serve_until, settings, listener, options.demo)
+    metrics = Metrics(settings.workers)
+    work = partial(serve_until, settings, listener, metrics, options.demo)
     if settings.workers > 1:
         signals: list[int] = []
         handle_signals(lambda number, _: signals.append(number))
@@ -10265,13 +10589,20 @@ def stop_on_signals() -> tuple[int, int]:
 
 
 def serve_until(
-    settings: Settings, listener: socket.socket, is_demo: bool, stop: int, hurry: int
+    settings: Settings,
+    listener: socket.socket,
+    metrics: Metrics,
+    is_demo: bool,
+    stop: int,
+    hurry: int,
+    place: int = 0,  # of a worker
 ) -> int:
     """Serve until `stop` ends, then until all requests are answered; return a code.
 
     A byte in `hurry`, the number of a signal, ends that within `HURRY`.
     """
-    server = Server(settings, Timeouts(), listener)
+    metrics.use_part(place)
+    server = Server(settings, Timeouts(), listener, metrics)
     codes = [0]
 
     def await_stop() -> None:

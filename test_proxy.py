@@ -70,6 +70,7 @@ from openai.types.responses import (
 )
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, expect, sync_playwright
+from prometheus_client.parser import text_string_to_metric_families
 
 import fake_replicate
 import proxy
@@ -934,6 +935,262 @@ def test_the_models_that_are_shipped_can_be_asked():
         version = fake_replicate.MODELS[ref]["latest_version"]
         schema = proxy.read_schema(version["openapi_schema"])
         assert any(proxy.fits(task, schema) for task in proxy.TASKS.values()), ref
+
+
+# -- Metrics -------------------------------------------------------------------
+
+METRICS_PATH = "/metrics"
+
+
+def scrape(server, headers=AUTHORIZATION):
+    """Each sample by its name and labels, as prometheus_client reads it."""
+    answer = send(server, "GET", METRICS_PATH, headers=headers)
+    assert answer.status == 200
+    return read_samples(answer.body.decode())
+
+
+def read_samples(text):
+    families = text_string_to_metric_families(text)
+    samples = [sample for family in families for sample in family.samples]
+    found = {(s.name, *sorted(s.labels.items())): s.value for s in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+def numbers(server, name, **labels):
+    """The sum of a family's samples that have these labels."""
+    full = f"replicate_proxy_{name}"
+    return sum(
+        value
+        for (each, *pairs), value in scrape(server).items()
+        if each == full and labels.items() <= dict(pairs).items()
+    )
+
+
+def test_metrics_are_what_prometheus_reads(lasting):
+    fake, server = lasting
+    chat(server, "hello")
+    chat(server, "hello", stream=True)
+    wait_until(lambda: numbers(server, "in_flight") == 0)
+    answer = send(server, "GET", METRICS_PATH)
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    text = answer.body.decode()
+    assert text.endswith("\n") and "\r" not in text
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        for name, labels, value, *_ in family.samples:
+            assert re.fullmatch(r"(replicate_proxy_\w+|process_start_\w+)", name)
+            if name.endswith("_count"):
+                bucket = (
+                    f"{name[:-6]}_bucket",
+                    *sorted({**labels, "le": "+Inf"}.items()),
+                )
+                assert read_samples(text)[bucket] == value
+            if family.type == "histogram" and name.endswith("_sum"):
+                counts = [s for s in family.samples if "le" in s.labels]
+                assert counts
+    assert text.count("# TYPE ") == len(proxy.METRICS) + 2
+    head = send(server, "HEAD", METRICS_PATH)
+    assert (head.status, head.body) == (200, b"")
+
+
+def test_the_numbers_of_a_histogram_rise_to_their_count():
+    metrics, name = proxy.Metrics(), "time_to_first_token_seconds"
+    for seconds in (0.1, 0.11, 0.25, 300, 301):
+        metrics.observe(seconds, name, "a/b")
+    found = read_samples(metrics.render().decode())
+    full = f"replicate_proxy_{name}"
+    rows = {
+        key[1][1]: value for key, value in found.items() if key[0] == f"{full}_bucket"
+    }
+    assert rows["0.1"] == 1 and rows["0.25"] == 3 and rows["0.5"] == 3
+    assert rows["300"] == 4 and rows["+Inf"] == 5
+    assert found[f"{full}_count", ("model", "a/b")] == 5
+    assert found[f"{full}_sum", ("model", "a/b")] == pytest.approx(601.46)
+
+
+COUNTED = [
+    (
+        "a whole chat",
+        "hello",
+        {},
+        [
+            ("requests_total", {"status": "200", "code": "", "model": "fake/hello"}, 1),
+            ("request_duration_seconds_count", {"stream": "false"}, 1),
+            ("time_to_first_token_seconds_count", {}, 0),
+            ("tokens_total", {"type": "output", "estimated": "false"}, 8),
+            ("predictions_total", {"model": "fake/hello", "status": "succeeded"}, 1),
+            ("upstream_requests_total", {"kind": "create", "status": "201"}, 1),
+        ],
+    ),
+    (
+        "a stream",
+        "hello",
+        {"stream": True},
+        [
+            ("requests_total", {"endpoint": "/chat/completions", "status": "200"}, 1),
+            ("request_duration_seconds_count", {"stream": "true"}, 1),
+            ("time_to_first_token_seconds_count", {"model": "fake/hello"}, 1),
+            ("time_per_output_token_seconds_count", {"model": "fake/hello"}, 1),
+            ("upstream_requests_total", {"kind": "stream", "status": "200"}, 1),
+        ],
+    ),
+    (
+        "tokens that are not counted",
+        "no-counts",
+        {},
+        [("tokens_total", {"type": "output", "estimated": "true"}, 7)],
+    ),
+    (
+        "two choices",
+        "hello",
+        {"n": 2},
+        [
+            ("requests_total", {}, 1),
+            ("predictions_total", {"status": "succeeded"}, 2),
+            ("tokens_total", {"type": "output"}, 16),
+        ],
+    ),
+    (
+        "one that fails",
+        "failed",
+        {},
+        [
+            ("requests_total", {"status": "502", "code": "prediction_failed"}, 1),
+            ("predictions_total", {"model": "fake/failed", "status": "failed"}, 1),
+        ],
+    ),
+    (
+        "a stream that fails midway",
+        "failed-late",
+        {"stream": True},
+        [("requests_total", {"status": "200", "code": "prediction_failed"}, 1)],
+    ),
+    (
+        "no credit",
+        "out-of-credit",
+        {},
+        [
+            ("requests_total", {"code": "insufficient_quota", "model": "other"}, 1),
+            ("upstream_requests_total", {"kind": "create", "status": "402"}, 1),
+            ("predictions_total", {}, 0),
+        ],
+    ),
+    (
+        "text that is cut at a stop string",
+        "story",
+        {"stop": ["5"], "stream": True},
+        [("predictions_total", {"status": "canceled"}, 1)],
+    ),
+    (
+        "another try",
+        "hello",
+        {"response_format": {"type": "json_object"}},
+        [("retries_total", {}, 1), ("predictions_total", {"status": "succeeded"}, 2)],
+    ),
+    (
+        "a wrong parameter",
+        "hello",
+        {"temperature": 5},
+        [("requests_total", {"status": "400", "model": ""}, 1)],
+    ),
+    (
+        "a name that nobody knows",
+        "missing/model",
+        {},
+        [("requests_total", {"status": "404", "model": "other"}, 1)],
+    ),
+]
+
+
+@table("model, body, expected", COUNTED)
+def test_what_is_counted(watched, model, body, expected):
+    _, server = watched
+    chat(server, model, **body)
+    wait_until(lambda: numbers(server, "request_duration_seconds_count") == 1)
+    for name, labels, number in expected:
+        assert (name, labels, numbers(server, name, **labels)) == (name, labels, number)
+
+
+def test_who_leaves_is_counted(watched):
+    fake, server = watched
+    with start_call(server, "fake/endless", stream=True) as sock:
+        read_until(sock, b"data")
+        assert numbers(server, "in_flight") == 1
+    wait_until(lambda: numbers(server, "client_disconnects_total") == 1)
+    gone = {"status": "200", "code": "client_gone"}
+    assert numbers(server, "requests_total", **gone) == 1
+    assert numbers(server, "predictions_total", status="canceled") == 1
+    assert numbers(server, "in_flight") == 0
+
+
+def test_scrapes_and_health_checks_are_not_counted(watched):
+    _, server = watched
+    for path in (METRICS_PATH, "/health", METRICS_PATH):
+        send(server, "GET", path, headers={})
+        send(server, "GET", path)
+    assert numbers(server, "requests_total") == 0
+    send(server, "GET", "/v1/models")
+    send(server, "GET", "/nothing")
+    wait_until(lambda: numbers(server, "requests_total", endpoint="other") == 1)
+    assert numbers(server, "requests_total", endpoint="/models", status="200") == 1
+
+
+def test_metrics_need_a_key_unless_they_are_open(watched):
+    fake, server = watched
+    for headers in ({}, {"authorization": "Bearer wrong"}):
+        assert send(server, "GET", METRICS_PATH, headers=headers).status == 401
+    with fronting(fake, metrics_open=True) as server:
+        assert send(server, "GET", METRICS_PATH, headers={}).status == 200
+        assert send(server, "GET", "/v1/responses/x", headers={}).status == 401
+
+
+def test_models_beyond_a_number_are_counted_together(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_MODEL_LABELS", 2)
+    metrics = proxy.Metrics()
+    asked = [
+        ("a/b", False),
+        ("a/b", True),
+        ("c/d:5", True),
+        ("e/f", True),
+        ("a/b", False),
+    ]
+    labels = [metrics.model_label(*each) for each in asked]
+    assert labels == ["other", "a/b", "c/d", "other", "a/b"]
+
+
+def test_what_there_is_no_room_for_is_not_counted(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_METRICS_BYTES", 4096)
+    metrics, name = proxy.Metrics(), "request_duration_seconds"
+    for number in range(1000):
+        metrics.observe(1, name, "/x", f"a/{number}", "true")
+    metrics.add(1, "retries_total")
+    found = read_samples(metrics.render().decode())
+    counts = [value for key, value in found.items() if key[0].endswith("_count")]
+    assert 10 < len(counts) < 50 and {*counts} == {1}
+    assert found["replicate_proxy_retries_total",] == 1
+
+
+def test_a_process_counts_on_from_where_one_before_it_stopped():
+    """As workers do, each in memory that it shares with the others."""
+    metrics = proxy.Metrics(2)
+    metrics.use_part(1)
+    metrics.add(5, "retries_total")
+    metrics.add(2, "predictions_total", "a/b", "failed")
+    metrics.set(7, "in_flight")
+    metrics.use_part(0)
+    metrics.add(1, "retries_total")
+    metrics.set(1, "in_flight")
+    metrics.use_part(1)  # by another process: nothing is in flight there
+    metrics.add(1, "predictions_total", "c/d", "failed")
+    metrics.add(1, "predictions_total", "a/b", "failed")
+    found = read_samples(metrics.render().decode())
+    full = "replicate_proxy_"
+    assert found[f"{full}retries_total",] == 6
+    assert found[f"{full}in_flight",] == 1
+    failed = ("status", "failed")
+    assert found[f"{full}predictions_total", ("model", "a/b"), failed] == 3
+    assert found[f"{full}predictions_total", ("model", "c/d"), failed] == 1
 
 
 # ==== 2. REQUESTS =============================================================
@@ -14620,6 +14877,45 @@ def test_a_worker_that_dies_is_replaced(folder, fake):
     assert sorted(map(int, deaths)) == sorted(before)
 
 
+def test_metrics_are_those_of_all_workers_and_never_fall(folder, fake):
+    """Scraped under load, at whichever worker; each of them is killed once."""
+    done, seen, stop = [], [], threading.Event()
+
+    def again_and_again(work):
+        while not stop.is_set():
+            with suppress(OSError, http.client.HTTPException):  # its worker was killed
+                work()
+
+    with (
+        started_workers(folder, fake, PROXY_API_KEY=KEY) as (parent, port),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        server = SimpleNamespace(server_name="127.0.0.1", server_port=port)
+
+        def ask():
+            done.append(chat(server, "hello", stream=len(done) % 2 == 0).status)
+
+        works = [ask] * 3 + [lambda: seen.append(scrape(server))]
+        running = [pool.submit(again_and_again, work) for work in works]
+        try:
+            for pid in worker_ids(parent):
+                count = len(done)
+                wait_until(lambda count=count: len(done) > count + 30, 20)
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: pid not in worker_ids(parent), 10)
+        finally:
+            stop.set()
+        for future in running:
+            future.result()
+        wait_until(lambda: numbers(server, "in_flight") == 0)
+        total = numbers(server, "requests_total")
+    assert abs(total - len(done)) <= 3 * 2  # that were at a worker when it was killed
+    assert {*done} == {200} and len(seen) > 20
+    for before, after in pairwise(seen):
+        fell = [key for key in before if after[key] < before[key]]
+        assert {*fell} <= {("replicate_proxy_in_flight",)}
+
+
 def test_workers_end_when_their_parent_is_killed(folder, fake, gate):
     with started_workers(folder, fake) as (parent, port):
         workers = worker_ids(parent)
@@ -15184,6 +15480,34 @@ def is_refused(port):
 
 DEPLOY = HERE / "deploy"
 SHIPPED = "server proxy:3000 resolve max_fails=1 fail_timeout=2s;"
+
+
+def test_alerts_and_dashboards_ask_for_metrics_that_there_are():
+    """By their names and labels."""
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text(encoding="utf-8"))
+    alerts = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    board = json.loads((DEPLOY / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    targets = [target for panel in board["panels"] for target in panel["targets"]]
+    found = re.findall(
+        r"replicate_proxy_(\w+?)(?:_bucket)?(?:\{([^}]*)\})?(?=[\[)])",
+        " ".join([*alerts, *(target["expr"] for target in targets)]),
+    )
+    assert len(found) > 15
+    for name, labels in found:
+        asked = {*re.findall(r"(\w+)(?==|!=)", labels)}
+        assert asked <= {*proxy.METRICS[name].labels.split()}
+    legends = {*re.findall(r"\{\{(\w+)\}\}", json.dumps(targets))}
+    assert legends <= {
+        word for m in proxy.METRICS.values() for word in m.labels.split()
+    }
+
+
+def test_prometheus_finds_the_metrics():
+    given = yaml.safe_load((DEPLOY / "prometheus.yml").read_text(encoding="utf-8"))
+    [job] = given["scrape_configs"]
+    assert job.get("metrics_path", METRICS_PATH) == METRICS_PATH
+    assert job["static_configs"] == [{"targets": ["127.0.0.1:3000"]}]
+    assert given["rule_files"] == ["alerts.yml"]
 
 
 def nginx_program():
@@ -16774,8 +17098,14 @@ def test_env_example_has_to_be_filled_in():
 def test_env_example_gives_the_defaults():
     text = (HERE / ".env.example").read_text(encoding="utf-8")
     given = proxy.parse_env_file(re.sub(r"^# ?(?=[A-Z_]+=)", "", text, flags=re.M))
-    wanted = {row.name.upper(): str(row.default) for row in fields(proxy.Settings)}
-    differing = {name for name in given if given[name] not in ("", wanted[name])}
+    wanted = proxy.Settings.from_environ(given)
+    default = proxy.Settings()
+    names = [name for name in given if given[name]]
+    differing = {
+        name
+        for name in names
+        if getattr(wanted, name.lower()) != getattr(default, name.lower())
+    }
     assert differing <= {"REPLICATE_API_TOKEN", "PROXY_API_KEY", "MODELS_PATH"}
 
 
@@ -16810,6 +17140,11 @@ def test_the_readme_names_every_endpoint(endpoint):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     path = re.escape(endpoint.path.partition("*")[0])
     assert re.search(rf"[`\s](/v1)?{path}", readme)
+
+
+@pytest.mark.parametrize("metric", proxy.METRICS)
+def test_the_readme_names_every_metric(metric):
+    assert f"`{metric}`" in (HERE / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", proxy.FAMILIES)
