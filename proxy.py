@@ -286,6 +286,14 @@ def quoted(value: Any) -> str:
     return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
+def log_row(level: int, row: Mapping[str, Any]) -> None:
+    """Log the fields that have a value, as key=value or, with LOG_FORMAT, as JSON."""
+    kept = {k: v[:200] if isinstance(v, str) else v for k, v in row.items()}
+    kept = {k: v for k, v in kept.items() if v not in (None, "")}
+    pairs = " ".join([f"{name}={quoted(value)}" for name, value in kept.items()])
+    log.log(level, "%s", pairs, extra={"row": kept})
+
+
 # -- Values --------------------------------------------------------------------
 #
 # JSON values of any shape, and numbers.
@@ -369,6 +377,7 @@ def parsed(text: str) -> Any:
 
 BOOLEANS = {"true": True, "false": False}
 
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 TOKENS_URL = "https://replicate.com/account/api-tokens"
@@ -417,6 +426,7 @@ class Settings:
     responses_db_bytes: int = field(default=64 * 2**20, metadata={"range": (0, 2**36)})
     responses_db_days: int = field(default=30, metadata={"range": (1, 3650)})
     log_level: str = "INFO"
+    log_format: str = "text"
     metrics_open: bool = False  # to anyone, without a key
 
     @classmethod
@@ -457,6 +467,8 @@ class Settings:
                 problems.append(f"{row.name.upper()} must be true or false.")
         if self.log_level.upper() not in LOG_LEVELS:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
+        if self.log_format not in LOG_FORMATS:
+            problems.append(f"LOG_FORMAT must be one of {', '.join(LOG_FORMATS)}.")
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
             problems.append("REPLICATE_BASE_URL must be of the form https://host/v1.")
         if problems:
@@ -5019,11 +5031,12 @@ class ReplicateAPI:
         Raise APIError, in the client's terms, for all that Replicate may do.
         """
         REQUEST_CANCELLATION.set(cancellation)
-        status = "none"
+        status, began, found = "none", time.monotonic(), {}
         try:
             response = method(**given, extra_headers=NO_TELEMETRY)
             status = str(response.status_code)
-            return parse_object(response, needs)
+            found = parse_object(response, needs)
+            return found
         except APIStatusError as error:
             status = str(error.status_code)
             raise refusal(error, prediction_input, self.token) from None
@@ -5038,7 +5051,37 @@ class ReplicateAPI:
                 raise UNREACHABLE.error(detail=str(cause)) from None
             raise NO_ANSWER.error(detail=repr(cause or error)) from error
         finally:
-            self.metrics.add(1, "upstream_requests_total", kind, status)
+            self.tell(kind, status, began, prediction_input, {**given, **found})
+
+    def tell(
+        self,
+        kind: str,
+        status: str,
+        began: float,
+        prediction_input: PredictionInput | None = None,
+        known: Json | None = None,  # what was sent and what came
+    ) -> None:
+        """Count a request to Replicate. At DEBUG, log it without what anybody said."""
+        self.metrics.add(1, "upstream_requests_total", kind, status)
+        if not log.isEnabledFor(logging.DEBUG):
+            return
+        sent, record = prediction_input, known or {}
+        id = record.get("id") if "status" in record else record.get("prediction_id")
+        metrics = as_object(record.get("metrics"))
+        log_row(
+            logging.DEBUG,
+            {
+                "upstream": kind,
+                "status": int(status) if status.isdigit() else status,
+                "ms": round((time.monotonic() - began) * 1000),
+                "prediction": id,
+                "ref": sent and sent.model.ref,
+                "inputs": sent and sizes(sent.input),
+                "state": record.get("status"),
+                "came": sizes({n: record.get(n) for n in ("output", "logs", "error")}),
+                "predict_time": metrics.get("predict_time"),
+            },
+        )
 
     def latest_version(self, owner: str, name: str) -> Json:
         get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
@@ -5130,7 +5173,7 @@ class ReplicateAPI:
         )
         head = render_head("GET", target.encode(), headers)
         origin, timeout = parts[:2], self.timeouts.stream
-        send, status = self.pool.request, "none"
+        send, status, began = self.pool.request, "none", time.monotonic()
         try:
             with send(origin, "GET", head, timeout, cancellation) as response:
                 status = str(response.status)
@@ -5139,7 +5182,7 @@ class ReplicateAPI:
                     raise http.client.HTTPException(f"status {status}, type {kind!r}")
                 yield response.body
         finally:
-            self.metrics.add(1, "upstream_requests_total", "stream", status)
+            self.tell("stream", status, began)
 
     @contextmanager
     def open_file(
@@ -5167,10 +5210,12 @@ class ReplicateAPI:
                     raise http.client.HTTPException("it is too large, or too slow")
                 yield piece
 
+        status, began = "none", time.monotonic()
         try:
             with self.pool.request(
                 parts[:2], "GET", head, timeout, cancellation
             ) as response:
+                status = str(response.status)
                 if response.status != 200:
                     raise http.client.HTTPException(f"status {response.status}")
                 size = parse_body_length(response.headers)
@@ -5178,6 +5223,8 @@ class ReplicateAPI:
         except CONNECTION_ERRORS as error:
             where = f"Replicate keeps it for an hour, at '{url}'."
             raise LOST.error(where, detail=repr(error)) from error
+        finally:
+            self.tell("file", status, began)
 
     def fetch_file(self, url: str, cancellation: Cancellation) -> bytes:
         """Fetch a file that a model made, twice if need be. Raise APIError."""
@@ -5221,6 +5268,13 @@ class ReplicateAPI:
 def origin_of(url: SplitResult) -> tuple[str, str, int | None]:
     """Scheme, host and port. Raise ValueError for a port that is none."""
     return url.scheme, url.hostname or "", url.port or PORTS.get(url.scheme)
+
+
+def sizes(values: Json) -> str:
+    """The names of values, each with the length of its JSON, for the log."""
+    rows = (row for row in values.items() if row[1] not in (None, ""))
+    pairs = ((re.sub(r"\W", "?", name)[:40], compact(each)) for name, each in rows)
+    return ",".join(f"{name}:{len(text)}" for name, text in pairs)
 
 
 def parse_object(response: Any, needs: str = "") -> Json:
@@ -5812,6 +5866,9 @@ class Prediction:
         model = metrics.model_label(self.prediction_input.model.ref, True)
         metrics.add(1, "predictions_total", model, status)
         metrics.add(predict_seconds(self.record), "predict_seconds_total", model)
+        characters = sum(map(len, self.delivered))
+        ended = f"{status} texts={len(self.delivered)} characters={characters}"
+        log.debug("prediction=%s event=ended state=%s", quoted(self.id), ended)
 
     def send_cancel(self) -> None:
         """A cancel that fails is tried once more."""
@@ -10149,8 +10206,7 @@ class Handler(BaseHTTPRequestHandler):
             "why": failure and f"{why} {failure.detail}".strip(),
             "request_id": self.id,
         }
-        pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
-        log.log(level, "%s", " ".join(pairs))
+        log_row(level, row)
 
 
 class Server(ThreadingHTTPServer):
@@ -10696,12 +10752,39 @@ def modification_times(options: argparse.Namespace) -> list[float]:
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 
-def log_to_stderr(level: str) -> None:
+# A pair of a line that has the form key=value.
+PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"{[]\S*)(?:\s+|\Z)')
+
+
+class JSONFormatter(logging.Formatter):
+    """Writes a line as an object: its pairs, and what follows them as `message`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = self.formatTime(record, self.datefmt)
+        row: Json = {"time": moment, "level": record.levelname}
+        message = record.getMessage()
+        if hasattr(record, "row"):
+            row |= record.row
+            message = ""
+        while pair := PAIR.match(message):
+            value = pair[2]
+            row[pair[1]] = json.loads(value) if value.startswith('"') else value
+            message = message[pair.end() :]
+        if message:
+            row["message"] = message
+        if record.exc_info:
+            row["exception"] = self.formatException(record.exc_info)
+        return json.dumps(row)
+
+
+def log_to_stderr(settings: Settings) -> None:
     handler = logging.StreamHandler()
     line = "time=%(asctime)s level=%(levelname)s %(message)s"
-    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S%z"))
+    formatters = {"text": logging.Formatter, "json": JSONFormatter}
+    make = formatters[settings.log_format]
+    handler.setFormatter(make(line, "%Y-%m-%dT%H:%M:%S%z"))
     log.addHandler(handler)
-    log.setLevel(level.upper())
+    log.setLevel(settings.log_level.upper())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -10719,7 +10802,7 @@ def main(arguments: Sequence[str]) -> int:
         with play(settings) as settings:
             if options.check:
                 return check_token(settings, models)
-            log_to_stderr(settings.log_level)
+            log_to_stderr(settings)
             with with_shared_store(settings) as settings:
                 return serve(settings, models, options)
     except ConfigError as error:

@@ -12,6 +12,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import operator
 import os
 import re
@@ -626,6 +627,8 @@ NO_KEY_YET = "your_secure_proxy_api_key_here"
         ("days", "responses_db_days", 0, "must be a number from 1 to 3650."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
+        ("a format", "log_format", "xml", "must be one of text, json."),
+        ("yes or no", "metrics_open", "yes", "must be true or false."),
         ("an address", "replicate_base_url", "api.x/v1", "must be of the form https:"),
     ],
 )
@@ -15474,6 +15477,95 @@ def is_refused(port):
         socket.create_connection(("127.0.0.1", port)).close()
         return False
     return True
+
+
+def as_json(records):
+    formatter = proxy.JSONFormatter(None, "%Y")
+    return [json.loads(formatter.format(record)) for record in records]
+
+
+@table(
+    "line, expected",
+    [
+        ("pairs", "event=x a=b", {"event": "x", "a": "b"}),
+        ("a quotation", 'why="a \\"b\\" = c" n=5', {"why": 'a "b" = c', "n": "5"}),
+        ("words", "the watcher failed", {"message": "the watcher failed"}),
+        ("words after", "event=x: a b=c", {"event": "x:", "message": "a b=c"}),
+        ("a quotation, and words", 'e="a b": c', {"message": 'e="a b": c'}),
+        ("an object", 'e=x i={"a": 1}', {"e": "x", "message": 'i={"a": 1}'}),
+        ("two lines", "a=b\nc d", {"a": "b", "message": "c d"}),
+    ],
+)
+def test_a_line_becomes_an_object(line, expected):
+    record = logging.makeLogRecord({"msg": line, "levelname": "INFO"})
+    [row] = as_json([record])
+    assert re.fullmatch(r"\d{4}", row.pop("time")) and row.pop("level") == "INFO"
+    assert row == expected
+
+
+def test_a_failure_is_in_one_line():
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        info = sys.exc_info()
+    record = logging.makeLogRecord({"msg": "failed", "exc_info": info})
+    assert "\n" not in proxy.JSONFormatter().format(record)
+    [row] = as_json([record])
+    assert row["message"] == "failed" and "ValueError: a\nb" in row["exception"]
+
+
+def test_a_request_has_the_same_fields_in_json(lasting, caplog):
+    _, server = lasting
+    caplog.set_level("INFO", "proxy")
+    chat(server, "failed")
+    chat(server, "hello", stream=True)
+    wait_until(lambda: len(log_lines(caplog)) == 2)
+    failed, streamed = as_json(caplog.records)
+    for row, line in zip((failed, streamed), caplog.messages, strict=True):
+        assert re.findall(r"(\w+)=", line)[: len(row) - 2] == [*row][2:]
+        assert isinstance(row["status"], int) and isinstance(row["ms"], int)
+    assert (failed["level"], failed["error"]) == ("WARNING", "prediction_failed")
+    assert failed["why"].endswith("The model says: list index out of range")
+    assert (streamed["tokens_out"], streamed["stream"]) == (8, "yes")
+
+
+def test_the_program_logs_objects(folder, fake):
+    given = {**settings_for(fake), "LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG"}
+    with started(folder, environ=given) as (program, (url, _)):
+        server = SimpleNamespace(
+            server_name="127.0.0.1", server_port=int(url.rpartition(":")[2])
+        )
+        chat(server, "hello")
+        program.terminate()
+        assert program.wait(10) == 0
+        rows = [json.loads(line) for line in program.stderr]
+    assert {"DEBUG", "INFO"} == {row["level"] for row in rows}
+    assert [row["status"] for row in rows if "request_id" in row] == [200]
+    assert rows[-1]["event"] == "stopping"
+
+
+def test_debug_tells_what_went_to_replicate_but_not_what_was_said(fake, caplog):
+    caplog.set_level("DEBUG", "proxy")
+    messages = [says("system", "Zebras only."), says("user", f"Quagga? {data_url()}")]
+    with fronting(fake) as server:
+        for ref in ("fake/echo", "openai/gpt-4o", "fake/failed", "fake/out-of-credit"):
+            chat(server, ref, messages=messages, max_tokens=7, stream=True)
+        wait_until(lambda: len(log_lines(caplog)) == 4)
+    said = ("Zebra", "Quagga", "base64", KEY, TOKEN, "r8_")
+    assert not [word for word in said if word in caplog.text]
+    rows = [row for row in as_json(caplog.records) if "upstream" in row]
+    sent = [row for row in rows if row["upstream"] == "create"]
+    assert [row["status"] for row in sent] == [201, 201, 201, 402]
+    assert sent[1]["ref"] == "openai/gpt-4o"
+    assert re.fullmatch(r"max_completion_tokens:1,messages:\d+", sent[1]["inputs"])
+    [looked] = [row for row in rows if row.get("prediction") == sent[1]["prediction"]][
+        1:
+    ]
+    assert (looked["upstream"], looked["state"]) == ("get", "succeeded")
+    assert re.match(r"output:\d+", looked["came"]) and looked["ms"] >= 0
+    assert [row["status"] for row in rows if row["upstream"] == "stream"] == [200, 200]
+    [ended] = [line for line in caplog.messages if "event=ended state=failed" in line]
+    assert sent[2]["prediction"] in ended
 
 
 # -- Deploy --------------------------------------------------------------------
