@@ -550,6 +550,7 @@ class ModelConfig(NamedTuple):
     supports_streaming: bool = True
     family: str | None = None
     input: Json = {}
+    price: Mapping[str, float] = {}  # in USD, by the keys of PRICES
 
 
 @dataclass(frozen=True)
@@ -606,6 +607,15 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, what is ex
 
 A_REF: Rule = (is_ref, "owner/name")
 AN_OBJECT: Rule = (lambda v: isinstance(v, dict), "an object")
+DOLLARS: Rule = (lambda v: is_number(v) and 0 <= v < 1e6, "US dollars, from 0")
+
+PRICES: Mapping[str, Rule] = {
+    "input": DOLLARS,  # for a million tokens …
+    "output": DOLLARS,  # … and for a million of these
+    "image": DOLLARS,
+    "second": DOLLARS,  # for which the model ran
+    "character": DOLLARS,  # of what is to be spoken
+}
 
 
 def check_object(value: Any, rules: Mapping[str, Rule], path: str) -> Json:
@@ -628,6 +638,7 @@ def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models
         "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
         "family": (lambda v: v in families, f"one of {', '.join(families)}"),
         "input": AN_OBJECT,
+        "price": AN_OBJECT,
     }
     try:
         value = json.loads(text.removeprefix("\ufeff"))
@@ -637,10 +648,13 @@ def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models
     mappings = root.get("mappings", {})
     for name, ref in mappings.items():
         expect(is_ref(ref), f'$.mappings["{name}"]', "owner/name")
-    configs = {
-        ref: ModelConfig(**check_object(row, config_keys, f'$.model_configs["{ref}"]'))
-        for ref, row in root.get("model_configs", {}).items()
-    }
+    configs = {}
+    for ref, given in root.get("model_configs", {}).items():
+        path = f'$.model_configs["{ref}"]'
+        row = check_object(given, config_keys, path)
+        if "price" in row:
+            row["price"] = check_object(row["price"], PRICES, f"{path}.price")
+        configs[ref] = ModelConfig(**row)
     return Models(mappings, root.get("default_model"), configs, created)
 
 
@@ -780,6 +794,9 @@ METRICS = {
         "counter",
         "Tokens, by Replicate's count or an estimate.",
         "model type estimated",
+    ),
+    "cost_usd_total": Metric(
+        "counter", "What predictions cost, of models with a price.", "model"
     ),
     "in_flight": Metric("gauge", "Requests that are being worked on.", known=((),)),
     "predictions_total": Metric(
@@ -4277,6 +4294,14 @@ class Usage(NamedTuple):
     completion_tokens: int | None = None
     reasoning_tokens: int = 0
     is_estimate: bool = False
+    cost: float | None = None  # in USD, if the model has a price
+
+
+CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
+
+
+def estimate_tokens(characters: int) -> int:
+    return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -4328,6 +4353,7 @@ class RequestLog:
     prompts: list[str] = field(default_factory=list)  # which the log never shows
     predictions: list[str] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)  # of predictions, in USD
     first_text_at: float | None = None  # time.monotonic()
     error: str | int = ""
     failure: APIError | None = None
@@ -5380,6 +5406,13 @@ def predict_seconds(record: Json) -> float:
     return seconds if is_number(seconds) and 0 <= seconds < 1e9 else 0
 
 
+def image_count(record: Json) -> float:
+    count, output = record["metrics"].get("image_count"), record.get("output")
+    if is_number(count) and 0 <= count < 1e6:
+        return float(count)
+    return len(output) if isinstance(output, list) else bool(output)
+
+
 def finish_reason(usage: Usage, limit: int | None) -> str:
     """By a true count: nothing else tells whether a limit was reached."""
     count = usage.completion_tokens
@@ -5675,6 +5708,7 @@ class Prediction:
     unseen_since: float | None = None  # since when its record can't be fetched
     stream_done: bool = False
     is_ended: bool = False  # nobody follows it any more
+    is_charged: bool = False  # its cost is known
 
     def __post_init__(self) -> None:
         self.api, self.timeouts = self.upstream.api, self.upstream.timeouts
@@ -5722,8 +5756,10 @@ class Prediction:
         """Its output, when it has succeeded. Raise APIError."""
         for _ in self.polls():
             pass
-        if (usage := self.end().usage) != Usage():
-            self.request_log.usages.append(usage)
+        usage = self.end().usage
+        cost = self.charge(usage)
+        if usage != Usage():
+            self.request_log.usages.append(usage._replace(cost=cost))
         return self.record.get("output")
 
     def polls(self) -> Iterator[None]:
@@ -5852,11 +5888,45 @@ class Prediction:
         usage = read_usage(self.record)
         return Done(finish_reason(usage, self.prediction_input.limit), usage)
 
+    def charge(self, usage: Usage) -> float | None:
+        """Add its cost in USD, if its model has a price, to that of the request.
+
+        What Replicate did not count is estimated. One that failed costs its time alone.
+        """
+        self.is_charged = True
+        price = self.prediction_input.model.config.price
+        if not price:
+            return None
+        log, status, record = self.request_log, self.record["status"], self.record
+        seconds = predict_seconds(record)
+        if not self.is_over and log.first_text_at:  # it was cut short
+            seconds = time.monotonic() - log.first_text_at
+        characters = len(self.prediction_input.prompt)
+        asked, answered = usage.prompt_tokens, usage.completion_tokens
+        if asked is None:
+            asked = estimate_tokens(characters)
+        if answered is None:
+            answered = estimate_tokens(sum(map(len, self.delivered)))
+        amounts = {
+            "input": asked / 1e6,
+            "output": answered / 1e6,
+            "image": image_count(record),
+            "character": characters,
+        }
+        if status in ("failed", "aborted"):
+            amounts = dict.fromkeys(amounts, 0)
+        amounts["second"] = seconds
+        cost = sum(price[unit] * amounts[unit] for unit in price)
+        log.costs.append(cost)
+        return round(cost, 9)
+
     def cancel(self) -> None:
         """Stop the bill unless it is over, in a thread of its own: nobody waits."""
         if self.is_ended:
             return
         self.is_ended = True
+        if not self.is_charged:
+            self.charge(read_usage(self.record))
         status = "succeeded" if self.stream_done else "canceled"
         if self.is_over:
             status = self.record["status"]
@@ -5899,11 +5969,6 @@ class Prediction:
 
 
 LONGEST_SPACE = 200  # characters that wait for what may follow them
-CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
-
-
-def estimate_tokens(characters: int) -> int:
-    return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
@@ -5996,7 +6061,10 @@ def echo(events: Events, prompt: str) -> Events:
 
 
 def with_usage(
-    events: Events, prompt: str, usages: list[Usage] | None = None
+    events: Events,
+    prompt: str,
+    usages: list[Usage],
+    charge: Callable[[Usage], float | None] = lambda usage: None,
 ) -> Events:
     """Estimate the tokens that Replicate did not count, and add all to `usages`."""
     length = reasoning = 0
@@ -6006,7 +6074,7 @@ def with_usage(
         elif isinstance(event, Reasoning):
             reasoning += len(event.text)
         elif isinstance(event, Done):
-            asked, answered, reasoned, _ = event.usage
+            asked, answered, reasoned, *_ = event.usage
             is_estimate = asked is None or answered is None
             if asked is None:
                 asked = estimate_tokens(len(prompt))
@@ -6014,9 +6082,9 @@ def with_usage(
                 answered = estimate_tokens(length + reasoning)
             reasoned = reasoned or min(estimate_tokens(reasoning), answered)
             usage = Usage(asked, answered, reasoned, is_estimate)
+            usage = usage._replace(cost=charge(usage))
             event = Done(event.finish_reason, usage)
-            if usages is not None:
-                usages.append(usage)
+            usages.append(usage)
         yield event
 
 
@@ -7505,9 +7573,20 @@ def fold_choices(events: IndexedEvents) -> tuple[list[Choice], Usage]:
 
 
 def sum_usage(usages: Iterable[Usage]) -> Usage:
-    counts = [[count or 0 for count in usage] for usage in usages]
-    prompt, completion, reasoning, estimates = map(sum, zip(*counts, strict=True))
-    return Usage(prompt, completion, reasoning, is_estimate=bool(estimates))
+    rows = [*usages]
+    costs = [usage.cost for usage in rows if usage.cost is not None]
+    return Usage(
+        sum(usage.prompt_tokens or 0 for usage in rows),
+        sum(usage.completion_tokens or 0 for usage in rows),
+        sum(usage.reasoning_tokens for usage in rows),
+        any(usage.is_estimate for usage in rows),
+        round(sum(costs), 9) if costs else None,
+    )
+
+
+def cost_field(usage: Usage) -> Json:
+    """As OpenRouter tells it."""
+    return {} if usage.cost is None else {"cost": usage.cost}
 
 
 def usage_object(usage: Usage) -> Json:
@@ -7523,6 +7602,7 @@ def usage_object(usage: Usage) -> Json:
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
         },
+        **cost_field(usage),
     }
 
 
@@ -7821,6 +7901,7 @@ def response_usage(usage: Usage) -> Json:
         "output_tokens": answered,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": asked + answered,
+        **cost_field(usage),
     }
 
 
@@ -8908,15 +8989,16 @@ class Generation(NamedTuple):
             ) as prediction,
             closing(prediction.events()) as events,
         ):
-            yield self.shape(events, prediction_input), prediction.cancel
+            yield self.shape(events, prediction), prediction.cancel
 
-    def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
+    def shape(self, events: Events, prediction: Prediction) -> Events:
         """What the client asked for and the model can't do, step by step.
 
         Reasoning comes before all else, and the token that ends a turn is no text; a
         model's own limit is a length of its text; stop strings are looked for in what
         the client reads, not in tags, fences or calls; and what was sent in the end is
         counted."""
+        prediction_input, log = prediction.prediction_input, self.request.log
         if "messages" in self.body:
             omits, stream = prediction_input.omits_think, self.body["stream"]
             holds, may_call = omits and not stream, bool(self.toolbox)
@@ -8931,7 +9013,8 @@ class Generation(NamedTuple):
         if stops := list(filter(None, self.body["stop"])):
             called = self.toolbox.called if self.toolbox else "stop"
             events = stop_at(events, stops, called)
-        return with_usage(events, prediction_input.prompt, self.request.log.usages)
+        prompt, charge = prediction_input.prompt, prediction.charge
+        return with_usage(events, prompt, log.usages, charge)
 
     def with_retry(
         self,
@@ -10160,6 +10243,8 @@ class Handler(BaseHTTPRequestHandler):
             for type, count in tokens.items():
                 add(count or 0, "tokens_total", model, type, estimated)
             pieces += usage.completion_tokens or 0
+        if request_log.costs:
+            add(sum(request_log.costs), "cost_usd_total", model)
         if request_log.stream and request_log.first_text_at:
             first = request_log.first_text_at - self.began
             metrics.observe(first, "time_to_first_token_seconds", model)
@@ -10199,6 +10284,7 @@ class Handler(BaseHTTPRequestHandler):
             "tokens_in": usage and usage.prompt_tokens,
             "tokens_out": usage and usage.completion_tokens,
             "estimated": "yes" if usage and usage.is_estimate else None,
+            "cost": round(sum(request_log.costs), 9) if request_log.costs else None,
             "first_token_ms": first and round((first - self.began) * 1000),
             "ms": self.elapsed_ms(),
             "error": request_log.error,

@@ -839,7 +839,8 @@ def models_problem(directory, models):
 
 
 ROOT_KEYS = "default_model, mappings, model_configs"
-CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
+CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input, price"
+PRICE_KEYS = "input, output, image, second, character"
 TWO_NUMBERS = "two numbers, the lower one first"
 ONE_FAMILY = f"one of {', '.join(proxy.FAMILIES)}"
 
@@ -874,11 +875,28 @@ def test_a_wrong_file_is_refused_by_its_json_path(tmp_path, models, path, expect
         ("an unknown family", "family", "bert", ONE_FAMILY),
         ("several families", "family", ["gpt-4"], ONE_FAMILY),
         ("a list", "input", [50], "an object"),
+        ("a number for all", "price", 5, "an object"),
     ],
 )
 def test_a_wrong_config_is_refused_by_its_json_path(tmp_path, key, value, expected):
     problem = models_problem(tmp_path, {"model_configs": {"a/b": {key: value}}})
     assert problem == f'$.model_configs["a/b"].{key}: expected {expected}.'
+
+
+@table(
+    "key, value, expected",
+    [
+        ("an unknown unit", "token", 5, f"one of {PRICE_KEYS}"),
+        ("a negative one", "input", -1, "US dollars, from 0"),
+        ("a text", "output", "$5", "US dollars, from 0"),
+        ("a boolean", "image", True, "US dollars, from 0"),
+        ("no number", "second", float("nan"), "US dollars, from 0"),
+    ],
+)
+def test_a_wrong_price_is_refused_by_its_json_path(tmp_path, key, value, expected):
+    configs = {"a/b": {"price": {key: value}}}
+    problem = models_problem(tmp_path, {"model_configs": configs})
+    assert problem == f'$.model_configs["a/b"].price.{key}: expected {expected}.'
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1,}', "[" * 200_000])
@@ -11831,6 +11849,124 @@ def test_an_answer_is_cut(fake, server, body, texts, content, finish_reason, str
     fake.models[model] = make_model(model, "prompt* str; max_tokens int [1024..64000]")
     message = chat(server, model, **body, stream=stream).message
     assert message == Message(content, finish_reason)
+
+
+# -- Costs ---------------------------------------------------------------------
+
+TOKENS_PRICED = {"price": {"input": 2, "output": 10}}
+PRICED = {
+    "fake/hello": TOKENS_PRICED,
+    "fake/no-counts": TOKENS_PRICED,
+    "fake/cut-3": TOKENS_PRICED,
+    "fake/story": {"price": {"output": 1e5, "second": 1000}},
+    "fake/failed": TOKENS_PRICED,
+    "fake/failed-late": {"price": {"second": 0.001, "output": 1}},
+    "fake/slow": {"price": {"second": 0.001}},
+    "fake/echo": {"price": {"character": 0.5}},
+    "fake/endless": {"price": {"second": 100}},
+    "fake/free": {"price": {}},
+}
+
+
+@pytest.fixture(scope="module")
+def priced(tmp_path_factory):
+    models = {"model_configs": PRICED}
+    with FakeReplicate() as fake:
+        fake.scenarios["free"] = SCENARIOS["hello"]
+        path = tmp_path_factory.mktemp("priced")
+        with fronting(fake, models_path=models_file(path, models)) as server:
+            yield server
+
+
+HELLO_COST = (1 * 2 + 8 * 10) / 1e6
+
+COSTS = [
+    ("tokens", "hello", {}, HELLO_COST),
+    ("choices", "hello", {"n": 2}, 2 * HELLO_COST),
+    ("an estimate", "no-counts", {}, (1 * 2 + 7 * 10) / 1e6),
+    ("seconds", "slow", {}, 0.001),
+    ("characters", "echo", {}, 1.0),
+    ("no price", "free", {}, None),
+    ("another model", "counts-in-logs", {}, None),
+]
+
+
+@both_ways
+@table("model, body, cost", COSTS)
+def test_a_cost_is_told(priced, caplog, stream, model, body, cost):
+    caplog.set_level("INFO", "proxy")
+    before = numbers(priced, "cost_usd_total", model=f"fake/{model}")
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    answer = chat(priced, model, **body, **(options if stream else {}))
+    usage = (answer.chunks[-1] if stream else answer.json)["usage"]
+    wait_until(lambda: log_lines(caplog))
+    [line] = log_lines(caplog)
+    logged = re.search(r" cost=(\S+)", line)
+    if cost is None:
+        assert "cost" not in usage and not logged
+        return
+    close = pytest.approx(cost, rel=0.2 if model == "slow" else 1e-6)
+    assert usage["cost"] == close and float(logged[1]) == close
+    wait_until(lambda: numbers(priced, "cost_usd_total") != before)
+    after = numbers(priced, "cost_usd_total", model=f"fake/{model}")
+    assert after - before == pytest.approx(usage["cost"])
+
+
+@both_ways
+def test_a_cost_is_told_in_all_kinds_of_usage(priced, stream):
+    answer = respond(priced, "fake/hello", stream=stream)
+    text = answer.body.decode()
+    assert text.count('"cost":') == 1
+    assert float(re.search(r'"cost": ?([\d.e-]+)', text)[1]) == pytest.approx(
+        HELLO_COST
+    )
+    asked = {"stream": stream}
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+    answer = complete(priced, model="fake/hello", **asked)
+    usage = (answer.chunks[-1] if stream else answer.json)["usage"]
+    assert usage["cost"] == pytest.approx(HELLO_COST)
+
+
+def cost_logged(priced, caplog, model, **body):
+    caplog.set_level("INFO", "proxy")
+    chat(priced, model, **body)
+    wait_until(lambda: log_lines(caplog))
+    found = re.search(r" cost=(\S+)", log_lines(caplog)[0])
+    return found and float(found[1])
+
+
+def test_of_one_that_failed_time_is_paid_for_alone(priced, caplog):
+    assert cost_logged(priced, caplog, "failed") == 0
+    caplog.clear()
+    late = cost_logged(priced, caplog, "failed-late", stream=True)
+    assert 0 < late < 0.001
+
+
+def test_what_was_cut_costs_what_was_seen_of_it(priced, caplog):
+    stop = {"stream": True, "stop": ["20 "]}
+    cost = cost_logged(priced, caplog, "story", **stop)
+    assert 1 < cost - 0.1 * 13 < 1000  # about 0.4 s, and 48 characters
+    caplog.clear()
+    with start_call(priced, "fake/endless", stream=True) as sock:
+        read_until(sock, b'"on ')
+    wait_until(lambda: log_lines(caplog, "client_gone"))
+    assert re.search(r" cost=\d", log_lines(caplog, "client_gone")[0])
+
+
+def test_a_second_try_costs_too(priced, caplog):
+    """And the answer that is returned tells of both."""
+    format = {"type": "json_object"}
+    answer = chat(priced, "hello", response_format=format)
+    assert answer.json["usage"]["cost"] > 1.9 * HELLO_COST
+
+
+def test_a_picture_costs_what_it_costs(priced):
+    cost = proxy.image_count
+    record = {"metrics": {}, "output": ["https://a", "https://b"]}
+    assert cost(record) == 2 and cost({**record, "output": "https://a"}) == 1
+    assert cost({**record, "output": None}) == 0
+    assert cost({"metrics": {"image_count": 3}, "output": "x"}) == 3
 
 
 # -- Endpoints -----------------------------------------------------------------
