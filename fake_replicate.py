@@ -1662,6 +1662,8 @@ MODELS = {
     for ref, row in MAKERS.items()
 }
 
+LANGUAGE_MODELS = ["openai/gpt-4o", "meta/llama-2-7b-chat", "google/gemini-2.5-flash"]
+
 # == Predictions ===============================================================
 # Nothing happens in a prediction: what is seen of it follows from its age.
 # Only a cancel changes it, by saying when it stopped.
@@ -2066,6 +2068,8 @@ class FakeReplicate:
         self.files: dict[str, FakeFile] = {}  # by id: those of the Files API
         self.output_files: dict[str, FakeFile] = {}  # by URL: what models made
         self.on_upload = NO_FAULT
+        self.collections = {"language-models": LANGUAGE_MODELS}
+        self.on_collection = NO_FAULT
         self.faults: Counter[str] = Counter()
 
     def __enter__(self) -> FakeReplicate:
@@ -2147,6 +2151,10 @@ class FakeReplicate:
                 version = version_id(self.find_model(ref))
                 release = {"number": 1, "model": ref, "version": version}
                 return Reply(200, {"name": name, "current_release": release})
+            case ["GET", "collections", slug]:
+                return self.play_fault(
+                    self.on_collection, "collection", call, lambda: self.collect(slug)
+                )
             case ["GET", "account"]:
                 return Reply(200, {"type": "user", "username": "fake"})
             case ["POST", "files"]:
@@ -2297,6 +2305,10 @@ class FakeReplicate:
 
         fault = scenario.on_stream
         return self.play_fault(fault, f"stream {prediction.id}", call, read)
+
+    def collect(self, slug: str) -> Reply:
+        models = [self.find_model(ref) for ref in find(self.collections, slug)]
+        return Reply(200, {"name": slug, "slug": slug, "models": models})
 
     def create_file(self, call: Call) -> Reply:
         file = read_upload(call.headers.get("content-type", ""), call.body)

@@ -134,7 +134,7 @@ from mimetypes import guess_type
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
+from typing import Any, Generic, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 if __name__ == "__main__":  # so that Ctrl-C is quiet while it starts
@@ -427,6 +427,7 @@ class Settings:
     responses_db_days: int = field(default=30, metadata={"range": (1, 3650)})
     log_level: str = "INFO"
     log_format: str = "text"
+    list_replicate_models: str = ""  # collections, with commas
     metrics_open: bool = False  # to anyone, without a key
 
     @classmethod
@@ -444,6 +445,10 @@ class Settings:
     @property
     def api_keys(self) -> list[str]:
         return [key.strip() for key in self.proxy_api_key.split(",") if key.strip()]
+
+    @property
+    def collections(self) -> list[str]:
+        return list(filter(None, map(str.strip, self.list_replicate_models.split(","))))
 
     def check(self) -> None:
         """Raise ConfigError, with all problems at once, if there are any."""
@@ -469,6 +474,11 @@ class Settings:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
         if self.log_format not in LOG_FORMATS:
             problems.append(f"LOG_FORMAT must be one of {', '.join(LOG_FORMATS)}.")
+        if not all(re.fullmatch(r"[\w-]{1,100}", slug) for slug in self.collections):
+            problems.append(
+                "LIST_REPLICATE_MODELS must be names of Replicate's collections, as in "
+                "https://replicate.com/collections/language-models, with commas."
+            )
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
             problems.append("REPLICATE_BASE_URL must be of the form https://host/v1.")
         if problems:
@@ -479,7 +489,8 @@ class Timeouts(NamedTuple):
     """Limits in seconds, for programs that embed or test a server."""
 
     connect: float = 5
-    schema: float = 5  # for Replicate to tell what inputs a model has
+    schema: float = 5  # for Replicate to tell what inputs a model has …
+    menu: float = 2  # … and, of a client, which models a collection has
     create: float = 30  # for Replicate to answer a create …
     get: float = 5  # … and a GET or a cancel, which can be repeated
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
@@ -3412,44 +3423,46 @@ def merge(row: Family, read: Family | None) -> Family:
     )
 
 
-SCHEMA_LASTS = 3600  # seconds, for one that was read …
-RETRY_AFTER = 60  # … and for one that could not be
-MAX_SCHEMAS = 1000
+LASTS = 3600  # seconds, for what was read …
+RETRY_AFTER = 60  # … and for what could not be
+MAX_ENTRIES = 1000
+
+Value = TypeVar("Value")
 
 
 @dataclass
-class SchemaEntry:
-    """A schema as it was last read, if it ever was."""
+class CacheEntry(Generic[Value]):
+    """A value as it was last read, if it ever was."""
 
-    schema: ModelSchema | None = None
+    value: Value | None = None
     expires: float = 0
     is_read: threading.Event = field(default_factory=threading.Event)
 
 
-class SchemaCache:
-    """Schemas by ref, each read once an hour; an old one serves until then."""
+class BackgroundCache(Generic[Value]):
+    """What Replicate tells, each read once an hour; an old value serves until then."""
+
+    kind = ""  # of what is read, for the log
 
     def __init__(
         self,
-        look_up: Callable[[str, str, str], Json],  # owner, name, version or ""
-        release_of: Callable[[str, str], str],  # a deployment's owner, name -> ref
         clock: Callable[[], float] = time.monotonic,
         limit: float = 5,  # seconds that a request waits for one
     ) -> None:
-        self.look_up = look_up
-        self.release_of = release_of
         self.clock = clock
         self.limit = limit
         self.lock = threading.Lock()
-        self.entries: dict[str, SchemaEntry] = {}  # the last used one is the last
+        # The last used one is the last.
+        self.entries: dict[str, CacheEntry[Value]] = {}
 
-    def find(self, ref: str) -> ModelSchema | None:
-        """The schema as last read, or None: there is none, or not in time."""
-        if "/" not in ref:
-            return None  # Replicate tells nothing of a version without its model
+    def read(self, ref: str) -> Value | None:
+        raise NotImplementedError
+
+    def find(self, ref: str) -> Value | None:
+        """The value as last read, or None: there is none, or not in time."""
         with self.lock:
-            self.entries[ref] = entry = self.entries.pop(ref, None) or SchemaEntry()
-            if len(self.entries) > MAX_SCHEMAS:
+            self.entries[ref] = entry = self.entries.pop(ref, None) or CacheEntry()
+            if len(self.entries) > MAX_ENTRIES:
                 del self.entries[next(iter(self.entries))]
             if self.clock() >= entry.expires:
                 entry.expires = self.clock() + RETRY_AFTER
@@ -3459,20 +3472,43 @@ class SchemaCache:
                     threading.Thread(target=fill, daemon=True).start()
                 except RuntimeError:  # none to be had: the next request tries again
                     entry.expires = 0
-                    return entry.schema
-        if entry.schema is None:
+                    return entry.value
+        if entry.value is None:
             entry.is_read.wait(self.limit)
-        return entry.schema
+        return entry.value
 
-    def fill(self, ref: str, entry: SchemaEntry) -> None:
+    def fill(self, ref: str, entry: CacheEntry[Value]) -> None:
         try:
-            entry.schema = self.read(ref)
-            entry.expires = self.clock() + SCHEMA_LASTS
+            entry.value = self.read(ref)
+            entry.expires = self.clock() + LASTS
         except Exception as error:
             why = quoted(as_api_error(error))
-            log.warning("event=schema_unreadable ref=%s why=%s", quoted(ref), why)
+            ref = quoted(ref)
+            log.warning("event=%s_unreadable ref=%s why=%s", self.kind, ref, why)
         finally:
             entry.is_read.set()
+
+
+class SchemaCache(BackgroundCache[ModelSchema]):
+    """Schemas by ref."""
+
+    kind = "schema"
+
+    def __init__(
+        self,
+        look_up: Callable[[str, str, str], Json],  # owner, name, version or ""
+        release_of: Callable[[str, str], str],  # a deployment's owner, name -> ref
+        clock: Callable[[], float] = time.monotonic,
+        limit: float = 5,
+    ) -> None:
+        super().__init__(clock, limit)
+        self.look_up = look_up
+        self.release_of = release_of
+
+    def find(self, ref: str) -> ModelSchema | None:
+        if "/" not in ref:
+            return None  # Replicate tells nothing of a version without its model
+        return super().find(ref)
 
     def read(self, ref: str) -> ModelSchema | None:
         """Of a deployment: that of the model it runs, whose row counts first."""
@@ -5181,6 +5217,18 @@ class ReplicateAPI:
         log.warning("event=upload-failed why=%s", quoted(why))
         raise NOT_UPLOADED.error()
 
+    def find_collection(self, slug: str) -> list[str]:
+        """The refs of the models in one of Replicate's collections."""
+        found = self.send(
+            "collection",
+            self.client.collections.with_raw_response.get,
+            collection_slug=slug,
+            timeout=self.timeouts.schema,
+        )
+        rows = map(as_object, as_list(found.get("models")))
+        refs = (f"{m.get('owner') or ''}/{m.get('name') or ''}" for m in rows)
+        return [*filter(is_ref, refs)]
+
     def account(self) -> Json:
         return self.send("account", self.client.account.with_raw_response.get)
 
@@ -5604,6 +5652,19 @@ def check_size(input: Json) -> None:
 TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
 
 
+class CollectionCache(BackgroundCache[list[str]]):
+    """The refs of models by the name of Replicate's collection."""
+
+    kind = "collection"
+
+    def __init__(self, api: ReplicateAPI) -> None:
+        super().__init__(limit=api.timeouts.menu)
+        self.api = api
+
+    def read(self, ref: str) -> list[str]:
+        return self.api.find_collection(ref)
+
+
 class Upstream:
     """Replicate as a source of predictions."""
 
@@ -5614,6 +5675,7 @@ class Upstream:
         self.schemas = SchemaCache(
             api.find_schema, api.find_release, limit=timeouts.schema
         )
+        self.collections = CollectionCache(api)
         self.changed = threading.Condition()
         self.running = 0  # requests with a prediction to create, follow or cancel
 
@@ -9148,8 +9210,12 @@ def check_health(proxy: Proxy, request: Request) -> Response:
 
 def list_models(proxy: Proxy, request: Request) -> Response:
     models = proxy.models.current()
-    rows = [model_object(*row, models.created) for row in models.mappings.items()]
-    return Response({"object": "list", "data": rows})
+    rows = dict(models.mappings)
+    for slug in proxy.settings.collections if proxy.upstream.api.token else []:
+        for ref in proxy.upstream.collections.find(slug) or []:
+            rows.setdefault(ref, ref)
+    data = [model_object(*row, models.created) for row in rows.items()]
+    return Response({"object": "list", "data": data})
 
 
 def retrieve_model(proxy: Proxy, request: Request, id: str) -> Response:

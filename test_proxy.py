@@ -627,6 +627,7 @@ NO_KEY_YET = "your_secure_proxy_api_key_here"
         ("days", "responses_db_days", 0, "must be a number from 1 to 3650."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
+        ("a shelf", "list_replicate_models", "a/b", "must be names of Replicate's"),
         ("a format", "log_format", "xml", "must be one of text, json."),
         ("yes or no", "metrics_open", "yes", "must be true or false."),
         ("an address", "replicate_base_url", "api.x/v1", "must be of the form https:"),
@@ -11849,6 +11850,95 @@ def test_an_answer_is_cut(fake, server, body, texts, content, finish_reason, str
     fake.models[model] = make_model(model, "prompt* str; max_tokens int [1024..64000]")
     message = chat(server, model, **body, stream=stream).message
     assert message == Message(content, finish_reason)
+
+
+# -- Lists of models -----------------------------------------------------------
+
+
+@pytest.fixture
+def shelves():
+    """A stand-in whose collections count; a quick server that lists two of them."""
+    collections = {"chat": ["openai/gpt-4o", "a/b"], "draw": ["c/d", "a/b"]}
+    models = json.dumps({"mappings": {"gpt-4o": "openai/gpt-4o", "c/d": "x/y"}})
+    with FakeReplicate() as fake:
+        fake.collections = collections
+        yield fake, models
+
+
+@contextmanager
+def listing(shelves, tmp_path, slugs="chat, draw", **changes):
+    fake, models = shelves
+    path = models_file(tmp_path, models)
+    quick = QUICK._replace(menu=0.2, schema=0.5)
+    given = {"list_replicate_models": slugs, "models_path": path, **changes}
+    with fronting(fake, quick, **given) as server:
+        yield server
+
+
+def listed_ids(server, headers=AUTHORIZATION):
+    answer = send(server, "GET", "/v1/models", headers=headers)
+    assert answer.status == 200
+    rows = [Model.model_validate(row) for row in answer.json["data"]]
+    return {row.id: row.owned_by for row in rows}
+
+
+OWN = {"gpt-4o": "openai", "c/d": "x"}
+
+
+def test_models_of_collections_are_listed_after_our_own(shelves, tmp_path):
+    """Once each, asked for once an hour; a name in models.json stays what it is."""
+    fake, _ = shelves
+    with listing(shelves, tmp_path) as server:
+        for _ in range(3):
+            ids = listed_ids(server, {})
+            assert ids == {**OWN, "openai/gpt-4o": "openai", "a/b": "a"}
+            assert [*ids][:2] == [*OWN]
+        asked = [seen.path for seen in fake.seen]
+        assert sorted(asked) == ["/v1/collections/chat", "/v1/collections/draw"]
+        assert {seen.headers["authorization"] for seen in fake.seen} == {
+            f"Bearer {fake.token}"
+        }
+
+
+@table(
+    "fault, slugs",
+    [
+        ("away", Fault(reply=RESET), "chat"),
+        ("broken", Fault(reply=page(500, "no")), "chat"),
+        ("no object", Fault(reply=Reply(200, [])), "chat"),
+        ("no list", Fault(reply=Reply(200, {"models": 5})), "draw"),
+        (
+            "odd rows",
+            Fault(reply=Reply(200, {"models": [5, {"owner": "a b"}]})),
+            "chat",
+        ),
+        ("slow", Fault(wait=5), "chat"),
+        ("unknown", NO_FAULT, "nothing"),
+    ],
+)
+def test_where_a_collection_can_not_be_had_our_own_are_listed(
+    shelves, tmp_path, caplog, fault, slugs
+):
+    fake, _ = shelves
+    fake.on_collection = fault
+    with listing(shelves, tmp_path, slugs) as server:
+        begun = time.monotonic()
+        assert listed_ids(server) == OWN
+        assert listed_ids(server) == OWN
+        assert time.monotonic() - begun < 1.5
+        if slugs == "draw" or "a b" in str(fault):  # which can be read, at least
+            return
+        wait_until(lambda: "event=collection_unreadable" in caplog.text)
+        assert f"ref={slugs} why=" in caplog.text
+    assert len(fake.seen) == 1
+
+
+def test_what_was_slow_is_listed_later(shelves, tmp_path):
+    fake, _ = shelves
+    fake.on_collection = Fault(wait=0.4, times=1)
+    with listing(shelves, tmp_path, "chat") as server:
+        assert listed_ids(server) == OWN
+        wait_until(lambda: "a/b" in listed_ids(server))
 
 
 # -- Costs ---------------------------------------------------------------------
