@@ -2054,6 +2054,7 @@ class FakeReplicate:
     ) -> None:
         self.address = (host, port)
         self.token = token
+        self.other_tokens: set[str] = set()  # which are as good
         self.default = default  # what models play whose owner is not `fake`
         self.record = record
         self.servers: list[Server] = []
@@ -2113,7 +2114,7 @@ class FakeReplicate:
             if file := self.output_files.get(f"{self.origin}{call.path}"):
                 return self.deliver(call, file)
             given = call.headers.get("authorization")
-            if given != f"Bearer {self.token}":
+            if given not in [f"Bearer {t}" for t in (self.token, *self.other_tokens)]:
                 raise Refusal(BAD_TOKEN if given else NO_TOKEN)
             return self.dispatch(call)
         except Refusal as refusal:

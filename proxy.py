@@ -122,6 +122,7 @@ from contextlib import (
     suppress,
 )
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
@@ -428,6 +429,7 @@ class Settings:
     log_level: str = "INFO"
     log_format: str = "text"
     list_replicate_models: str = ""  # collections, with commas
+    client_tokens: bool = False  # a client's key may be its own Replicate token
     metrics_open: bool = False  # to anyone, without a key
 
     @classmethod
@@ -458,7 +460,8 @@ class Settings:
             ("REPLICATE_API_TOKEN", [token], f"Get one at {TOKENS_URL}"),
             ("PROXY_API_KEY", keys, "Make one with: openssl rand -hex 32"),
         ):
-            if fault := next(filter(None, map(secret_fault, values)), ""):
+            fault = next(filter(None, map(secret_fault, values)), "")
+            if fault and not (self.client_tokens and values == [""]):
                 problems.append(f"{name} {fault}. {remedy} and put it into .env.")
         for row in (row for row in fields(self) if row.metadata):
             name, value = row.name.upper(), getattr(self, row.name)
@@ -3425,7 +3428,6 @@ def merge(row: Family, read: Family | None) -> Family:
 
 LASTS = 3600  # seconds, for what was read …
 RETRY_AFTER = 60  # … and for what could not be
-MAX_ENTRIES = 1000
 
 Value = TypeVar("Value")
 
@@ -3443,6 +3445,7 @@ class BackgroundCache(Generic[Value]):
     """What Replicate tells, each read once an hour; an old value serves until then."""
 
     kind = ""  # of what is read, for the log
+    max_entries = 1000
 
     def __init__(
         self,
@@ -3462,7 +3465,7 @@ class BackgroundCache(Generic[Value]):
         """The value as last read, or None: there is none, or not in time."""
         with self.lock:
             self.entries[ref] = entry = self.entries.pop(ref, None) or CacheEntry()
-            if len(self.entries) > MAX_ENTRIES:
+            if len(self.entries) > self.max_entries:
                 del self.entries[next(iter(self.entries))]
             if self.clock() >= entry.expires:
                 entry.expires = self.clock() + RETRY_AFTER
@@ -4999,6 +5002,28 @@ REFUSALS = {
     429: Refusal(429, "rate_limit_exceeded", "Replicate's rate limit is reached."),
 }
 
+# Of a token that is the client's own.
+CLIENT_REFUSALS = {
+    **REFUSALS,
+    **dict.fromkeys(
+        (401, 403),
+        Refusal(
+            401,
+            "invalid_api_key",
+            "Replicate did not accept the token that was sent as the key. Get one at "
+            "https://replicate.com/account/api-tokens.",
+            NO_RETRY,
+        ),
+    ),
+    402: Refusal(
+        429,
+        "insufficient_quota",
+        "Your Replicate account is out of credit. You can add some at "
+        "https://replicate.com/account/billing.",
+        NO_RETRY,
+    ),
+}
+
 RETRY_DELAYS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 
 # Exceptions that say something of the connection, and are no fault of ours.
@@ -5022,6 +5047,7 @@ class ReplicateAPI:
     ) -> None:
         self.metrics = metrics or Metrics()
         self.token = settings.replicate_api_token.strip()
+        self.refusals = REFUSALS
         self.base = urlsplit(settings.replicate_base_url.rstrip("/"))
         self.time_limit = settings.prediction_timeout
         self.timeouts = timeouts
@@ -5037,6 +5063,13 @@ class ReplicateAPI:
             http_client=http_client,
         )
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
+
+    def with_token(self, token: str) -> ReplicateAPI:
+        """The same API as a client sees it with its own token."""
+        other = copy(self)
+        other.token, other.refusals, other.versions = token, CLIENT_REFUSALS, {}
+        other.client = self.client.with_options(bearer_token=token)
+        return other
 
     def close(self) -> None:
         """Keep no connection; what is created late can be cancelled all the same."""
@@ -5101,7 +5134,8 @@ class ReplicateAPI:
             return found
         except APIStatusError as error:
             status = str(error.status_code)
-            raise refusal(error, prediction_input, self.token) from None
+            row = self.refusals.get(error.status_code, UNAVAILABLE)
+            raise refusal(error, row, prediction_input, self.token) from None
         except (ReplicateError, BadResponse) as error:
             cause = error.__cause__
             failed = isinstance(error, APIConnectionError)
@@ -5211,7 +5245,7 @@ class ReplicateAPI:
             if isinstance(link, str) and LINK.fullmatch(link):
                 return link
         except APIError as error:
-            if error.status in (413, 429) or error.code == OUR_TOKEN.code:
+            if error.status in (401, 413, 429) or error.code == OUR_TOKEN.code:
                 raise  # means the same as for a prediction
             why = error
         log.warning("event=upload-failed why=%s", quoted(why))
@@ -5370,14 +5404,16 @@ def parse_prediction(record: Json) -> Json:
 
 
 def refusal(
-    error: APIStatusError, prediction_input: PredictionInput | None, secret: str
+    error: APIStatusError,
+    row: Refusal,
+    prediction_input: PredictionInput | None,
+    secret: str,
 ) -> APIError:
     status, body = error.status_code, as_object(error.body)
     detail = str(body.get("detail") or body.get("title") or "").strip()
     invalid = body.get("invalid_fields")
     if status == 422 and not invalid and "version" in f"{body.get('title')} {detail}":
-        status = 404
-    row = REFUSALS.get(status, UNAVAILABLE)
+        status, row = 404, REFUSALS[404]
     if status == 429 and (seconds := retry_after(error, body, detail)):
         row = row._replace(headers={"retry-after": seconds})
     why = f"Replicate says: {detail}" if detail else f"Replicate's status was {status}."
@@ -5665,19 +5701,41 @@ class CollectionCache(BackgroundCache[list[str]]):
         return self.api.find_collection(ref)
 
 
+MAX_TOKENS = 500  # of clients, for which something is kept …
+MAX_TOKEN_ENTRIES = 20  # … and how many schemas for each
+
+
 class Upstream:
     """Replicate as a source of predictions."""
 
-    def __init__(self, api: ReplicateAPI, timeouts: Timeouts) -> None:
+    def __init__(
+        self, api: ReplicateAPI, timeouts: Timeouts, parent: Upstream | None = None
+    ) -> None:
         self.api = api
         self.timeouts = timeouts
+        self.parent = parent  # of one for a client's own token
+        self.by_token: dict[str, Upstream] = {}  # the last used one is the last
+        self.lock = threading.Lock()
         self.upload_cache = UploadCache(api.upload)
         self.schemas = SchemaCache(
             api.find_schema, api.find_release, limit=timeouts.schema
         )
         self.collections = CollectionCache(api)
+        if parent:
+            self.schemas.max_entries = MAX_TOKEN_ENTRIES
         self.changed = threading.Condition()
         self.running = 0  # requests with a prediction to create, follow or cancel
+
+    def for_token(self, token: str) -> Upstream:
+        """The same for a client's own token: they share connections, and no cache."""
+        with self.lock:
+            found = self.by_token.pop(token, None)
+            if not found:
+                found = Upstream(self.api.with_token(token), self.timeouts, self)
+            self.by_token[token] = found
+            if len(self.by_token) > MAX_TOKENS:
+                del self.by_token[next(iter(self.by_token))]
+        return found
 
     def create(
         self,
@@ -5723,6 +5781,9 @@ class Upstream:
                 prediction.cancel()
 
     def count(self, more: int) -> None:
+        if self.parent:
+            self.parent.count(more)
+            return
         with self.changed:
             self.running += more
             self.changed.notify_all()
@@ -9740,9 +9801,7 @@ ENDPOINTS = [
 BASE_PATH = r"(?:/openai|/v1)*(?:/(?:engines|deployments)/(?P<model>.{1,256}))?"
 
 
-def find_operation(
-    proxy: Proxy, request: Request
-) -> Callable[[Proxy, Request], Response]:
+def find_operation(proxy: Proxy, request: Request) -> Callable[[Request], Response]:
     """Find who answers a request. Raise APIError: 404, 405, or 401 for its key."""
     if request.method == "OPTIONS":
         return answer_preflight
@@ -9755,9 +9814,15 @@ def find_operation(
         "metrics": not settings.metrics_open,
         "none": False,
     }
-    if needs_key[endpoint.key]:
-        authorize(key, settings.api_keys)
-    return lambda proxy, request: endpoint.operation(proxy, request, *ids)
+    token = own_token(key, settings)
+    if token and endpoint.key != "metrics":
+        proxy = proxy._replace(upstream=proxy.upstream.for_token(token))
+    elif needs_key[endpoint.key]:
+        authorize(key, settings)
+        message = f"This key has no Replicate token behind it. Send {OWN_TOKEN}."
+        if endpoint.key == "required" and not proxy.upstream.api.token:
+            raise APIError(401, message, code="invalid_api_key")
+    return lambda request: endpoint.operation(proxy, request, *ids)
 
 
 @lru_cache(16)  # programs use few, and anyone may send long ones
@@ -9803,20 +9868,35 @@ def given_key(headers: Mapping[str, str]) -> str | None:
 WHOSE_KEY = (
     "those in PROXY_API_KEY where the proxy was started: not OpenAI's, nor Replicate's."
 )
+OWN_TOKEN = f"your own Replicate token (r8_…), from {TOKENS_URL}"
 
 
-def authorize(given: str | None, keys: Iterable[str]) -> None:
+def is_key(given: str, settings: Settings) -> bool:
+    keys = settings.api_keys
+    return any([compare_digest(given.encode(), key.encode()) for key in keys])
+
+
+def own_token(given: str | None, settings: Settings) -> str:
+    """The client's own Replicate token, "" if its key is none, or is one of ours."""
+    is_taken = settings.client_tokens and re.fullmatch(r"r8_[!-~]{1,200}", given or "")
+    return given if given and is_taken and not is_key(given, settings) else ""
+
+
+def authorize(given: str | None, settings: Settings) -> None:
+    whose = WHOSE_KEY
+    if settings.client_tokens:
+        whose = f"{WHOSE_KEY} Or send {OWN_TOKEN}."
     if given is None:
         raise APIError(
             401,
             "You didn't provide an API key. You need to provide it in an Authorization "
             "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
-            f"{WHOSE_KEY}",
+            f"{whose}",
         )
-    if not any([compare_digest(given.encode(), key.encode()) for key in keys]):
+    if not is_key(given, settings):
         message = (
             "Incorrect API key provided. It has to be one of the proxy's own keys, "
-            f"{WHOSE_KEY}"
+            f"{whose}"
         )
         raise APIError(401, message, code="invalid_api_key")
 
@@ -9833,7 +9913,7 @@ CORS = {
 }
 
 
-def answer_preflight(proxy: Proxy, request: Request) -> Response:
+def answer_preflight(request: Request) -> Response:
     """Let pages of any origin in: a key is needed all the same."""
     asked = request.headers.get("access-control-request-headers", "")
     allow = {
@@ -10163,9 +10243,9 @@ class Handler(BaseHTTPRequestHandler):
             raise APIError(error.status, message) from None
         server, request = self.server, self.api_request
         with server.watcher.watching(self.connection, request.cancellation):
-            self.send(operation(server.proxy, request))
+            self.send(operation(request))
 
-    def read_request(self) -> Callable[[Proxy, Request], Response]:
+    def read_request(self) -> Callable[[Request], Response]:
         """Read the head, and the body of one who may ask, if there is room for it."""
         server, limit = self.server, self.server.proxy.settings.max_body_bytes
         first, headers = self.reader.read_head()
@@ -10471,6 +10551,8 @@ class Server(ThreadingHTTPServer):
 
     def check_token(self) -> None:
         """Log a warning if Replicate does not accept the token."""
+        if not self.api.token:
+            return
         try:
             self.api.account()
         except Exception as error:
@@ -10780,7 +10862,10 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
         f"Open {url}/ in a browser, or try this" if PAGE_FILE.exists() else "Try this"
     )
     print(f"Serving {len(models.mappings)} models on {url}/v1. {page}:\n")
-    print(f"  {curl_line(url, options, models)}\n", flush=True)
+    line = curl_line(url, options, models, bool(settings.api_keys))
+    print(f"  {line}\n", flush=True)
+    if settings.client_tokens:
+        print(f"{describe_keys(settings)}.\n", flush=True)
     return run()
 
 
@@ -10834,10 +10919,14 @@ def serve_until(
     return codes[0]
 
 
-def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
+def curl_line(
+    url: str, options: argparse.Namespace, models: Models, has_key: bool
+) -> str:
     """It finds the key by a shell's own means, and does not hold it."""
     if options.demo:
         key = DEMO_KEY
+    elif not has_key:
+        key = "$REPLICATE_API_TOKEN"  # the client's own
     elif os.environ.get("PROXY_API_KEY"):
         key = "${PROXY_API_KEY%%,*}"
     else:
@@ -10857,6 +10946,16 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     )
 
 
+def describe_keys(settings: Settings) -> str:
+    """Whose keys open what."""
+    count, token = len(settings.api_keys), settings.replicate_api_token.strip()
+    ours = f"{count} in PROXY_API_KEY" if count else "none of PROXY_API_KEY"
+    if count and not token:
+        ours += ", for /metrics alone as there is no REPLICATE_API_TOKEN"
+    own = ", and any Replicate token for its owner" if settings.client_tokens else ""
+    return f"Keys of clients: {ours}{own}"
+
+
 def check_token(settings: Settings, models: Models) -> int:
     """Say what was read, and whether Replicate knows the token."""
     names = [row.name for row in fields(settings) if row.repr]
@@ -10865,6 +10964,10 @@ def check_token(settings: Settings, models: Models) -> int:
     print(f"settings  OK; changed:{''.join(lines) or ' none'}")
     print(f"models    {len(models.mappings)} in {settings.models_path},")
     print(f"          and {models.default_model or 'none'} for any other name")
+    print(f"keys      {describe_keys(settings)}")
+    if not settings.replicate_api_token.strip():
+        print("token     none: clients send their own (CLIENT_TOKENS)")
+        return 0
     with closing(ReplicateAPI(settings, Timeouts())) as api:
         try:
             account = api.account()
@@ -10947,6 +11050,8 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings(options)
         settings.check()
         if options.key:
+            if not settings.api_keys:
+                raise ConfigError("PROXY_API_KEY has no key: clients send their own.")
             print(settings.api_keys[0])
             return 0
         models = ModelsFile(settings.models_path, FAMILIES).current()

@@ -11852,6 +11852,261 @@ def test_an_answer_is_cut(fake, server, body, texts, content, finish_reason, str
     assert message == Message(content, finish_reason)
 
 
+# -- Tokens of clients ---------------------------------------------------------
+
+ANNE, BERT = "r8_anne" + "A" * 33, "r8_bert" + "B" * 33
+OPENED = {"client_tokens": True}
+
+
+def ask_as(token, server, model, **body):
+    body = {"model": model, "messages": HI, **body}
+    return send(server, "POST", CHAT_PATH, body, bearer(token))
+
+
+def shown(fake):
+    """The tokens that reached Replicate, by the kind of request."""
+    found = {}
+    for seen in fake.seen:
+        path = re.sub("(predictions|streams)/[^/]+", r"\1/*", seen.path)
+        kind = f"{seen.method} {path}"
+        token = seen.headers["authorization"].removeprefix("Bearer ")
+        found.setdefault(kind, []).append(token)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    with FakeReplicate() as fake:
+        fake.other_tokens = {ANNE, BERT}
+        with fronting(fake, **OPENED) as server:
+            yield fake, server
+
+
+@pytest.fixture
+def everybody(tokens):
+    fake, server = tokens
+    for seen in (fake.seen, fake.cancels, fake.faults):
+        seen.clear()
+    return fake, server
+
+
+@both_ways
+def test_a_clients_token_is_used_for_all_that_it_asks_for(everybody, stream):
+    fake, server = everybody
+    image = f"data:image/png;base64,{'A' * 300_000}"
+    answer = ask_as(
+        ANNE,
+        server,
+        "acme/parrot",
+        stream=stream,
+        replicate={"images": [image + fresh()]},
+    )
+    assert answer.status == 200
+    assert ask_as(ANNE, server, "deployments/acme/tuned", stream=stream).status == 200
+    assert ask_as(ANNE, server, "someone/llama-tuned", stream=stream).status == 200
+    assert {token for tokens in shown(fake).values() for token in tokens} == {ANNE}
+    kinds = {"POST /v1/predictions", "POST /v1/files", *SAID_KINDS[stream]}
+    assert kinds <= shown(fake).keys()
+
+
+SAID_KINDS = {
+    True: {"GET /v1/predictions/*", "GET /v1/streams/*"},
+    False: {"POST /v1/deployments/acme/tuned/predictions"},
+}
+
+
+def test_who_hangs_up_has_it_cancelled_with_the_same_token(everybody):
+    fake, server = everybody
+    data = chat_bytes("fake/endless", stream=True).replace(
+        b"Bearer key", b"Bearer " + BERT.encode()
+    )
+    with dial(server) as sock:
+        sock.sendall(data)
+        read_until(sock, b'"on ')
+    fake.wait_for(lambda: fake.cancels)
+    assert {*shown(fake)["POST /v1/predictions/*/cancel"]} == {BERT}
+
+
+def test_a_key_of_ours_counts_before_the_form_of_a_token(fake):
+    with fronting(fake, **OPENED, proxy_api_key=f"{KEY},{ANNE}") as server:
+        for key in (ANNE, KEY):
+            assert ask_as(key, server, "fake/hello").status == 200
+    assert {token for row in shown(fake).values() for token in row} == {fake.token}
+
+
+def test_no_cache_is_shared_between_tokens(fake):
+    fake.other_tokens = {ANNE, BERT}
+    ref, content = model_saying(fake, "Hi"), f"{'A' * 300_000}{fresh()}"
+    given = {"replicate": {"image": f"data:image/png;base64,{content}"}}
+    tuned = "someone/llama-tuned"  # runs by the id of its version
+    with fronting(fake, **OPENED) as server:
+        for token in (ANNE, BERT, "key", ANNE, BERT, "key"):
+            assert ask_as(token, server, ref, **given).status == 200
+            assert ask_as(token, server, tuned).status == 200
+    expected = [ANNE, BERT, fake.token]
+    assert shown(fake)["POST /v1/files"] == expected
+    assert shown(fake)[f"GET /v1/models/{ref}"] == expected
+    twice = [token for token in expected for _ in range(2)]  # its schema, its version
+    assert shown(fake)[f"GET /v1/models/{tuned}"] == twice
+
+
+def test_stored_responses_are_for_the_token_that_made_them(everybody):
+    _, server = everybody
+    path, asked = RESPONSES_PATH, {"model": NATIVE, "input": "Hi"}
+    id = send(server, "POST", path, asked, bearer(ANNE)).json["id"]
+    for key, status in ((ANNE, 200), (BERT, 404), ("key", 404)):
+        assert send(server, "GET", f"{path}/{id}", headers=bearer(key)).status == status
+    next_one = {**asked, "previous_response_id": id}
+    assert send(server, "POST", path, next_one, bearer(BERT)).status == 400
+    assert send(server, "POST", path, next_one, bearer(ANNE)).status == 200
+
+
+@table(
+    "path, body",
+    [
+        ("chat", CHAT_PATH, {"messages": HI}),
+        ("a stream", CHAT_PATH, {"messages": HI, "stream": True}),
+        ("a response", RESPONSES_PATH, {"input": "Hi"}),
+        ("an upload", CHAT_PATH, {"messages": HI, "replicate": {"a": "LARGE"}}),
+    ],
+)
+@pytest.mark.parametrize("stranger", ["r8_x", "r8_" + "x" * 37])
+def test_a_token_that_replicate_refuses_is_a_wrong_key(
+    everybody, caplog, path, body, stranger
+):
+    """Not a fault of the proxy's, as if it were the operator's token."""
+    caplog.set_level("DEBUG", "proxy")
+    _, server = everybody
+    text = json.dumps({"model": "fake/hello", **body})
+    large = f"data:image/png;base64,{'A' * 300_000}"
+    answer = send(server, "POST", path, text.replace("LARGE", large), bearer(stranger))
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    assert answer.advice == {"x-should-retry": "false"}
+    assert "sent as the key" in answer.error["message"]
+    assert "REPLICATE_API_TOKEN" not in answer.error["message"]
+    assert not [line for line in caplog.messages if stranger in line]
+
+
+def test_an_account_without_credit_is_the_clients(everybody):
+    _, server = everybody
+    answer = ask_as(ANNE, server, "fake/out-of-credit")
+    assert (answer.status, answer.error["code"]) == (429, "insufficient_quota")
+    assert answer.error["message"].startswith("Your Replicate account")
+
+
+def test_what_replicate_says_of_a_token_is_not_repeated(everybody):
+    fake, server = everybody
+    words = {"detail": f"{ANNE} is not for this", "status": 422}
+    fake.scenarios["telling"] = fake_replicate.refused(Reply(422, words))
+    fake.scenarios["failing"] = fake_replicate.failed("tells", f"{ANNE} is no good")
+    for name in ("telling", "failing"):
+        answer = ask_as(ANNE, server, f"fake/{name}")
+        assert answer.status >= 400 and "… is no" in answer.error["message"]
+        assert ANNE not in f"{answer}"
+
+
+OWNED_KEYS = [  # settings, a key, the status of a chat, the status of /metrics
+    ("ours", {}, "key", 200, 200),
+    ("a client's", {}, ANNE, 200, 401),
+    ("none", {}, None, 401, 401),
+    ("another", {}, "sk-x", 401, 401),
+    ("no form of a token", {}, "r8", 401, 401),
+    ("with a space in it", {}, "r8_a b", 401, 401),
+    ("too long a token", {}, "r8_" + "x" * 300, 401, 401),
+    ("not allowed", {"client_tokens": False}, ANNE, 401, 401),
+    ("ours, no token", {"replicate_api_token": ""}, "key", 401, 200),
+    ("no token of ours", {"replicate_api_token": ""}, ANNE, 200, 401),
+    ("no key of ours", {"proxy_api_key": ""}, ANNE, 200, 401),
+    (
+        "nothing of ours",
+        {"replicate_api_token": "", "proxy_api_key": ""},
+        ANNE,
+        200,
+        401,
+    ),
+    ("an empty key", {"replicate_api_token": "", "proxy_api_key": ""}, "", 401, 401),
+    ("open metrics", {"metrics_open": True}, None, 401, 200),
+]
+
+
+@table("changes, key, chats, scrapes", OWNED_KEYS)
+def test_whose_key_opens_what(fake, changes, key, chats, scrapes):
+    fake.other_tokens = {ANNE}
+    headers = {} if key is None else bearer(key)
+    given = {"proxy_api_key": "key", **OPENED, **changes}
+    with fronting(fake, **given) as server:
+        body = {"model": "fake/hello", "messages": HI}
+        answer = send(server, "POST", CHAT_PATH, body, headers)
+        assert answer.status == chats
+        if chats == 401:
+            words = "own Replicate token (r8_…)"
+            is_told = (
+                words.encode() in answer.body
+                or words in answer.json["error"]["message"]
+            )
+            assert is_told == given["client_tokens"]
+        assert send(server, "GET", METRICS_PATH, headers=headers).status == scrapes
+        assert send(server, "GET", "/v1/models", headers={}).status == 200
+
+
+def test_many_tokens_take_no_room(fake, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_TOKENS", 5)
+    fake.other_tokens = {f"r8_{number}" for number in range(20)}
+    with fronting(fake, **OPENED) as server:
+        upstream = server.proxy.upstream
+        for token in sorted(fake.other_tokens):
+            assert ask_as(token, server, "fake/hello").status == 200
+        assert len(upstream.by_token) == 5
+        last = upstream.for_token(max(fake.other_tokens))
+        assert last.schemas.max_entries == proxy.MAX_TOKEN_ENTRIES
+        assert last.api.pool is upstream.api.pool
+        assert sum(map(len, upstream.api.pool.idle.values())) <= 3
+
+
+def test_a_stop_waits_for_cancels_with_any_token():
+    slow = replace(SCENARIOS["endless"], on_cancel=Fault(wait=0.3))
+    with FakeReplicate() as fake:
+        fake.other_tokens = {ANNE}
+        fake.scenarios["slow-cancel"] = slow
+        data = chat_bytes("fake/slow-cancel", stream=True)
+        with fronting(fake, **OPENED) as server, dial(server) as sock:
+            sock.sendall(data.replace(b"Bearer key", b"Bearer " + ANNE.encode()))
+            read_until(sock, b'"on ')
+        [prediction] = fake.predictions.values()
+        assert prediction.status == "canceled"
+
+
+def test_the_menu_is_asked_for_with_the_clients_token(shelves, tmp_path):
+    fake, _ = shelves
+    fake.other_tokens = {ANNE}
+    with listing(shelves, tmp_path, "chat", **OPENED, replicate_api_token="") as server:
+        assert listed_ids(server, {}) == OWN
+        assert "a/b" in listed_ids(server, bearer(ANNE))
+        assert listed_ids(server, {}) == OWN
+    assert shown(fake) == {"GET /v1/collections/chat": [ANNE]}
+
+
+def test_the_start_says_whose_keys_are_taken(folder, fake):
+    fake.other_tokens = {ANNE}
+    given = {**settings_for(fake), "CLIENT_TOKENS": "true"}
+    given |= {"PROXY_API_KEY": "", "REPLICATE_API_TOKEN": ""}
+    with started(folder, environ=given) as (program, (url, line)):
+        assert "any Replicate token for its owner" in program.stdout.readline()
+        assert '"Authorization: Bearer $REPLICATE_API_TOKEN"' in line
+        environ = {**os.environ, "REPLICATE_API_TOKEN": ANNE}
+        told = subprocess.run(
+            line, shell=True, env=environ, capture_output=True, text=True, timeout=20
+        )
+        assert "[DONE]" in told.stdout
+        program.terminate()
+        assert "event=token" not in program.communicate(timeout=10)[1]
+    [(code, _, err)] = run_each(folder, [(["--key"], given)])
+    assert (code, err) == (
+        2,
+        "proxy.py: PROXY_API_KEY has no key: clients send their own.\n",
+    )
+
+
 # -- Lists of models -----------------------------------------------------------
 
 
@@ -14041,8 +14296,19 @@ SLOW_ROWS = re.compile(
 )
 
 
-def test_no_secret_is_told_on_any_path(caplog):
-    token, key = "r8_s3cr3tT0ken", "s3cr3tKey"
+@table(
+    "key, changes",
+    [
+        ("a key of ours", "s3cr3tKey", {}),
+        (
+            "a client's token",
+            "r8_s3cr3tT0ken",
+            {"client_tokens": True, "replicate_api_token": "", "proxy_api_key": ""},
+        ),
+    ],
+)
+def test_no_secret_is_told_on_any_path(caplog, key, changes):
+    token = "r8_s3cr3tT0ken"
     caplog.set_level("DEBUG")
     paths = [("/v1/models", key + "x"), ("/x", key), ("/v1/models/%00", key)]
     with FakeReplicate(token=token) as fake:
@@ -14050,7 +14316,7 @@ def test_no_secret_is_told_on_any_path(caplog):
         fake.scenarios["tells"] = row
         names = [n for n, row in fake.scenarios.items() if not SLOW_ROWS.match(n)]
         with (
-            fronting(fake, proxy_api_key=key) as server,
+            fronting(fake, **{"proxy_api_key": key, **changes}) as server,
             ThreadPoolExecutor(16) as pool,
         ):
             heard = [
@@ -15505,6 +15771,31 @@ CHECKS = [
     ("all is well", {}, 0, "token     OK: user fake of Replicate"),
     ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
     ("a wrong token", {"REPLICATE_API_TOKEN": "r8_x"}, 1, "did not accept the proxy's"),
+    ("keys", {}, 0, "keys      Keys of clients: 1 in PROXY_API_KEY\n"),
+    (
+        "tokens of clients",
+        {"CLIENT_TOKENS": "true"},
+        0,
+        "1 in PROXY_API_KEY, and any Replicate token for its owner\ntoken     OK: user",
+    ),
+    (
+        "nothing but those",
+        {"CLIENT_TOKENS": "true", "PROXY_API_KEY": "", "REPLICATE_API_TOKEN": ""},
+        0,
+        "none of PROXY_API_KEY, and any Replicate token for its owner\ntoken     none",
+    ),
+    (
+        "those, and a key for metrics",
+        {"CLIENT_TOKENS": "true", "REPLICATE_API_TOKEN": ""},
+        0,
+        "1 in PROXY_API_KEY, for /metrics alone as there is no REPLICATE_API_TOKEN, ",
+    ),
+    (
+        "a placeholder all the same",
+        {"CLIENT_TOKENS": "true", "PROXY_API_KEY": "your_key"},
+        1,
+        "PROXY_API_KEY is still the placeholder",
+    ),
     (
         "nobody there",
         {"REPLICATE_BASE_URL": "http://127.0.0.1:9/v1"},
@@ -15582,7 +15873,8 @@ def test_settings_come_from(ended, why, _, __, told):
 )
 def test_a_wrong_token_is_noticed_at_the_start(folder, fake, changes, log):
     with started(folder, environ={**settings_for(fake), **changes}) as (program, _):
-        line = program.stderr.readline()
+        lines = (line for line in program.stderr if "level=DEBUG upstream=" not in line)
+        line = next(lines)
     assert f"level={log} why=" in line
     assert ("REPLICATE_API_TOKEN" in line) == ("WARNING" in log)
 
@@ -15789,7 +16081,7 @@ def test_debug_tells_what_went_to_replicate_but_not_what_was_said(fake, caplog):
     ]
     assert (looked["upstream"], looked["state"]) == ("get", "succeeded")
     assert re.match(r"output:\d+", looked["came"]) and looked["ms"] >= 0
-    assert [row["status"] for row in rows if row["upstream"] == "stream"] == [200, 200]
+    assert {row["status"] for row in rows if row["upstream"] == "stream"} == {200}
     [ended] = [line for line in caplog.messages if "event=ended state=failed" in line]
     assert sent[2]["prediction"] in ended
 
