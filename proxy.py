@@ -765,9 +765,8 @@ class Metric(NamedTuple):
     help: str
     labels: str = ""  # their names
     buckets: tuple[float, ...] = ()  # of a histogram: their upper bounds
-    known: tuple[
-        tuple[str, ...], ...
-    ] = ()  # labels that are there, at 0, from the start
+    # Values of its labels that are there, at 0, from the start.
+    known: tuple[tuple[str, ...], ...] = ()
 
     @property
     def width(self) -> int:
@@ -840,7 +839,7 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_MODEL_LABELS = 200  # models that have numbers of their own in a process
 SPARE = 1  # where numbers begin that nobody reads: there is no room for better ones …
 FIRST_SLOT = SPARE + max(metric.width for metric in METRICS.values())  # … and others
-MAX_METRICS_BYTES = 2**22  # of a process's numbers, and of what they count
+MAX_METRICS_BYTES = 2**21  # of a process's numbers, and of what they count
 
 MetricKey = tuple[str, ...]  # the family, and the values of its labels
 
@@ -881,14 +880,13 @@ class Metrics:
         self.free = FIRST_SLOT + sum(METRICS[name].width for name, *_ in self.slots)
         for name, metric in METRICS.items():
             for labels in metric.known:
-                slot = self.find_slot((name, *labels))
+                key = name, *labels
+                slot = self.slots.get(key) or self.make_slot(key)
                 if metric.kind == "gauge":
                     self.numbers[slot] = 0
 
-    def find_slot(self, key: MetricKey) -> int:
-        """Where numbers are, or from now on will be; the lock is held."""
-        if slot := self.slots.get(key):
-            return slot
+    def make_slot(self, key: MetricKey) -> int:
+        """Where numbers will be that are the first of their kind; the lock is held."""
         line, begin = json.dumps(key).encode() + b"\n", int(self.numbers[0])
         end, slot = begin + len(line), self.free
         free = slot + METRICS[key[0]].width
@@ -901,21 +899,23 @@ class Metrics:
 
     def add(self, amount: float, *key: str) -> None:
         with self.lock:
-            self.numbers[self.find_slot(key)] += amount
+            self.numbers[self.slots.get(key) or self.make_slot(key)] += amount
 
     def set(self, value: float, *key: str) -> None:
         with self.lock:
-            self.numbers[self.find_slot(key)] = value
+            self.numbers[self.slots.get(key) or self.make_slot(key)] = value
 
     def observe(self, value: float, *key: str) -> None:
         buckets = METRICS[key[0]].buckets
         with self.lock:
-            slot = self.find_slot(key)
+            slot = self.slots.get(key) or self.make_slot(key)
             self.numbers[slot + bisect_left(buckets, value)] += 1
             self.numbers[slot + len(buckets) + 1] += value
 
     def model_label(self, ref: str, is_known: bool) -> str:
         """A model's name if Replicate or models.json knows it, and there is room."""
+        if ref in self.models:
+            return ref
         name = without_version(ref)
         if is_known and len(self.models) < MAX_MODEL_LABELS:
             self.models.add(name)
@@ -6024,7 +6024,10 @@ class Prediction:
         seconds = predict_seconds(record)
         if not self.is_over and log.first_text_at:  # it was cut short
             seconds = time.monotonic() - log.first_text_at
-        characters = len(self.prediction_input.prompt)
+        values = self.prediction_input.input.values()
+        texts = chain(values, *map(as_list, values))  # alone, or in lists
+        strings = (text for text in texts if isinstance(text, str))
+        characters = len(self.prediction_input.prompt) or sum(map(len, strings))
         asked, answered = usage.prompt_tokens, usage.completion_tokens
         if asked is None:
             asked = estimate_tokens(characters)
@@ -10865,7 +10868,7 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
     line = curl_line(url, options, models, bool(settings.api_keys))
     print(f"  {line}\n", flush=True)
     if settings.client_tokens:
-        print(f"{describe_keys(settings)}.\n", flush=True)
+        print(f"Keys of clients: {describe_keys(settings)}.\n", flush=True)
     return run()
 
 
@@ -10953,7 +10956,7 @@ def describe_keys(settings: Settings) -> str:
     if count and not token:
         ours += ", for /metrics alone as there is no REPLICATE_API_TOKEN"
     own = ", and any Replicate token for its owner" if settings.client_tokens else ""
-    return f"Keys of clients: {ours}{own}"
+    return f"{ours}{own}"
 
 
 def check_token(settings: Settings, models: Models) -> int:

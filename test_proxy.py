@@ -12210,6 +12210,14 @@ PRICED = {
     "fake/echo": {"price": {"character": 0.5}},
     "fake/endless": {"price": {"second": 100}},
     "fake/free": {"price": {}},
+    "black-forest-labs/flux-schnell": {"price": {"image": 0.003}},
+    "minimax/speech-02-turbo": {"price": {"character": 1}},
+    "replicate/all-mpnet-base-v2": {"price": {"input": 999_999}},
+}
+NO_TEXT = {
+    "images/generations": "black-forest-labs/flux-schnell",
+    "audio/speech": "minimax/speech-02-turbo",
+    "embeddings": "replicate/all-mpnet-base-v2",
 }
 
 
@@ -12244,8 +12252,9 @@ def test_a_cost_is_told(priced, caplog, stream, model, body, cost):
     options = {"stream": True, "stream_options": {"include_usage": True}}
     answer = chat(priced, model, **body, **(options if stream else {}))
     usage = (answer.chunks[-1] if stream else answer.json)["usage"]
-    wait_until(lambda: log_lines(caplog))
-    [line] = log_lines(caplog)
+    mine = f"model=fake/{model} "
+    wait_until(lambda: log_lines(caplog, mine))
+    [line] = log_lines(caplog, mine)
     logged = re.search(r" cost=(\S+)", line)
     if cost is None:
         assert "cost" not in usage and not logged
@@ -12258,7 +12267,8 @@ def test_a_cost_is_told(priced, caplog, stream, model, body, cost):
 
 
 @both_ways
-def test_a_cost_is_told_in_all_kinds_of_usage(priced, stream):
+def test_a_cost_is_told_in_all_kinds_of_usage(priced, caplog, stream):
+    caplog.set_level("INFO", "proxy")
     answer = respond(priced, "fake/hello", stream=stream)
     text = answer.body.decode()
     assert text.count('"cost":') == 1
@@ -12271,13 +12281,15 @@ def test_a_cost_is_told_in_all_kinds_of_usage(priced, stream):
     answer = complete(priced, model="fake/hello", **asked)
     usage = (answer.chunks[-1] if stream else answer.json)["usage"]
     assert usage["cost"] == pytest.approx(HELLO_COST)
+    wait_until(lambda: len(log_lines(caplog)) == 2)
 
 
 def cost_logged(priced, caplog, model, **body):
     caplog.set_level("INFO", "proxy")
     chat(priced, model, **body)
-    wait_until(lambda: log_lines(caplog))
-    found = re.search(r" cost=(\S+)", log_lines(caplog)[0])
+    mine = f"model=fake/{model} "
+    wait_until(lambda: log_lines(caplog, mine))
+    found = re.search(r" cost=(\S+)", log_lines(caplog, mine)[0])
     return found and float(found[1])
 
 
@@ -12301,12 +12313,34 @@ def test_what_was_cut_costs_what_was_seen_of_it(priced, caplog):
 
 def test_a_second_try_costs_too(priced, caplog):
     """And the answer that is returned tells of both."""
+    caplog.set_level("INFO", "proxy")
     format = {"type": "json_object"}
     answer = chat(priced, "hello", response_format=format)
+    wait_until(lambda: log_lines(caplog))
     assert answer.json["usage"]["cost"] > 1.9 * HELLO_COST
 
 
-def test_a_picture_costs_what_it_costs(priced):
+@table(
+    "path, body, low, high",
+    [
+        ("images", "images/generations", {"prompt": "a cat", "n": 3}, 0.009, 0.009),
+        ("speech", "audio/speech", {"input": "Hello there", "voice": "a"}, 11, 11),
+        ("vectors", "embeddings", {"input": ["Hello there", "you"]}, 4, 7),
+    ],
+)
+def test_what_is_no_text_has_its_price(priced, caplog, path, body, low, high):
+    caplog.set_level("INFO", "proxy")
+    answer = send(priced, "POST", f"/v1/{path}", {"model": NO_TEXT[path], **body})
+    assert answer.status == 200
+    mine = f"path=/v1/{path} "
+    wait_until(lambda: log_lines(caplog, mine))
+    cost = float(re.search(r" cost=(\S+)", log_lines(caplog, mine)[0])[1])
+    assert low <= cost <= high
+    counted = numbers(priced, "cost_usd_total", model=NO_TEXT[path])
+    assert counted == pytest.approx(cost)
+
+
+def test_pictures_are_counted():
     cost = proxy.image_count
     record = {"metrics": {}, "output": ["https://a", "https://b"]}
     assert cost(record) == 2 and cost({**record, "output": "https://a"}) == 1
@@ -15771,7 +15805,7 @@ CHECKS = [
     ("all is well", {}, 0, "token     OK: user fake of Replicate"),
     ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
     ("a wrong token", {"REPLICATE_API_TOKEN": "r8_x"}, 1, "did not accept the proxy's"),
-    ("keys", {}, 0, "keys      Keys of clients: 1 in PROXY_API_KEY\n"),
+    ("keys", {}, 0, "keys      1 in PROXY_API_KEY\n"),
     (
         "tokens of clients",
         {"CLIENT_TOKENS": "true"},
