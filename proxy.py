@@ -1254,6 +1254,8 @@ LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNOREC
 MEDIA_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+")
 FILE_TYPE = "application/octet-stream"  # of any file
 
+SIGNATURE_SIZE = 256  # bytes of a file that tell its type
+
 # How files begin, by their media types. Of the first bits of a frame of MPEG audio, two
 # tell MP3 from AAC.
 SIGNATURES = {
@@ -1264,6 +1266,9 @@ SIGNATURES = {
         "image/gif": rb"GIF8[79]a",
         "image/webp": rb"RIFF....WEBP",
         "image/avif": rb"....ftypavi[fs]",
+        "image/bmp": rb"BM....\0\0\0\0",
+        "image/tiff": rb"II\*\0|MM\0\*",
+        "image/x-icon": rb"\0\0\x01\0",
         "image/svg+xml": rb"\s*(<[?!][^>]*>\s*)*<svg\b",
         "audio/wav": rb"RIFF....WAVE",
         "audio/mpeg": rb"ID3|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]",
@@ -1279,7 +1284,7 @@ SIGNATURES = {
 
 def media_type(content: bytes) -> str:
     """Tell a file by its first bytes, as many programs name a fixed type; or ""."""
-    start = content[:256]
+    start = content[:SIGNATURE_SIZE]
     return next((type for type, row in SIGNATURES.items() if row.match(start)), "")
 
 
@@ -2195,11 +2200,11 @@ FILES = Param(ARRAY, 1, 16, required=True, items=STRING)  # links or data: URLs
 IMAGE_VARIATION = {
     "model": SHARED["model"],
     "image": FILES._replace(
-        names="images image_input input_images image_urls reference_images init_images "
-        "image input_image image_url init_image image_path img source_image "
+        names="image images image_input input_images image_urls reference_images "
+        "init_images input_image image_url init_image image_path img source_image "
         "image_prompt image_reference_url redux_image subject_reference control_image "
-        "face_image main_face_image character_reference_image first_frame_image "
-        "start_image img_cond_path input_file input media"
+        "face_image main_face_image reference_face_1 character_reference_image "
+        "first_frame_image start_image img_cond_path in_path input_file input media"
     ),
     "n": Param(
         INTEGER,
@@ -2218,6 +2223,7 @@ IMAGE_VARIATION = {
     "output_compression": Param(
         INTEGER, 0, 100, names="output_compression output_quality quality"
     ),
+    "stream": refuse("Variations are sent whole.", False),
     "seed": SAMPLING["seed"],
     "steps": Param(INTEGER, 1, names="num_inference_steps steps num_steps"),
     "guidance_scale": Param(NUMBER, names="guidance_scale guidance cfg_scale cfg"),
@@ -2320,8 +2326,8 @@ TRANSLATION = {
 }
 
 FILE_IN_JSON = {
+    "file_id": refuse("No files are kept here. Send it as image_url."),
     "image_url": Param((str, dict), required=True),
-    "file_id": NO_FILE_ID,
 }
 
 
@@ -2342,11 +2348,12 @@ def parse_files(value: Any, name: str) -> list[str]:
 
 
 def prepare_files(body: Json) -> Json:
-    if "images" in body and body.get("image") is None:  # as JSON has them
-        body = {**without(body, ["images"]), "image": body["images"]}
-    given = {name: body.get(name) for name in ("image", "mask", "file")}
-    files = {n: parse_files(v, n) for n, v in given.items() if v is not None}
-    return {**body, **files}
+    files = {
+        name.removesuffix("s"): parse_files(body[name], name)
+        for name in ("image", "images", "mask", "file")  # images: as JSON has them
+        if body.get(name) is not None
+    }
+    return {**without(body, ["images"]), **files}
 
 
 def prepare_texts(body: Json) -> Json:
@@ -3365,8 +3372,9 @@ def with_seed(built: PredictionInput, offset: int) -> PredictionInput:
     if not (built.seed and offset):
         return built
     name, low, high, *_ = built.seed
-    low, high = INT64[0] if low is None else low, INT64[1] if high is None else high
-    seed = wrap(built.input[name] + offset, low, high)
+    if low is None:
+        low = INT64[0] if high is None else 0
+    seed = wrap(built.input[name] + offset, low, INT64[1] if high is None else high)
     return built._replace(input={**built.input, name: seed})
 
 
@@ -3558,21 +3566,27 @@ def bad_mask(why: str) -> APIError:
     return APIError(400, message, code="invalid_value", param="mask")
 
 
+# The byte of a WebP image that tells whether it has transparency, by its first chunk.
+WEBP_FLAGS = {b"VP8L": 24, b"VP8X": 20}
+
+
 def convert_mask(url: str, *, is_black: bool) -> str:
     """Make a mask of the transparency of a PNG; without any, it is one already."""
     attached = read_data_url(url)
     if attached is None:  # a link
         return url
-    data = attached.content
-    if attached.kind == "image/jpeg" or data[12:16] == b"VP8 ":  # WebP without alpha
-        return url
-    if attached.kind != "image/png":
-        raise bad_mask("it is no PNG")
+    data, kind = attached.content, attached.kind
     try:
+        at = WEBP_FLAGS.get(data[12:16])
+        is_opaque_webp = kind == "image/webp" and not (at and data[at] & 16)
+        if kind == "image/jpeg" or is_opaque_webp:
+            return url
+        if kind != "image/png":
+            raise bad_mask("it is no PNG")
         alpha = read_alpha(data)
     except (struct.error, zlib.error, IndexError):
         raise bad_mask("it can't be read") from None
-    if not alpha:
+    if all(row.count(255) == len(row) for row in alpha):
         return url
     opposite = bytes(range(255, -1, -1))
     rows = alpha if is_black else [row.translate(opposite) for row in alpha]
@@ -3581,7 +3595,7 @@ def convert_mask(url: str, *, is_black: bool) -> str:
 
 def read_alpha(png: bytes) -> list[bytes]:
     """The rows of the alpha channel (PNG specification, 9), [] if there is none."""
-    chunks: dict[bytes, bytes] = defaultdict(bytes)
+    chunks: dict[bytes, bytearray] = defaultdict(bytearray)
     at = 8
     while at < len(png) and b"IEND" not in chunks:
         (size,) = struct.unpack_from(">I", png, at)
@@ -3609,6 +3623,8 @@ def read_alpha(png: bytes) -> list[bytes]:
 
 def unfilter(kind: int, row: bytes, above: bytes) -> bytes:
     """Undo a filter, of one channel."""
+    if kind > 4:
+        raise IndexError
     if kind == 0:
         return row
     if kind == 1:
@@ -3775,7 +3791,10 @@ def build_task_inputs(
             raise unfit(task, model, schema, f"has no input for '{parameter}'")
     for name, row in schema.inputs.items():  # the model's own, by their own names
         if name in body and name not in {*task.params, *inputs}:
-            inputs[name] = fit(name, body[name], name, row.field)
+            value = body[name]
+            if isinstance(value, str):  # as all values of a form are
+                value = form_value(name, [value], {name: Param(row.field.kinds)})
+            inputs[name] = fit(name, value, name, row.field)
     rate = schema.find("sample_rate", "integer", "enum")
     if rate and "pcm" in inputs.values():
         inputs.setdefault(rate, task_value(rate, PCM_RATE, schema.inputs[rate]))
@@ -3798,10 +3817,10 @@ def build_task_inputs(
         )
     ]
     remedies = {
-        name: f"'{parameter}' by POST /v1{other.path}"
+        find_input(schema, other.params[need]): f"'{need}' by POST /v1{other.path}"
         for other in TASKS.values()
-        for parameter in other.needs
-        for name in other.params[parameter].names.split()
+        if fits(other, schema)
+        for need in other.needs
     }
     require_inputs(model, schema.required, all_inputs[0].input, remedies)
     return all_inputs
@@ -3932,13 +3951,20 @@ def parse_size(text: str, name: str) -> Size | None:
     return (float(match[1]), float(match[2])) if match else None
 
 
-def parse_grade(text: str, name: str) -> Size | None:
-    """The square of a grade: 2K, 0.5 MP, or 0.25 of an input that is in megapixels."""
+def parse_grade(text: str, name: str, wanted: Size) -> Size | None:
+    """The size, of the shape that is wanted, which a grade stands for.
+
+    2K tells the longer side, 0.5 MP (or 0.5, of an input in megapixels) the area.
+    """
     if not (match := GRADE.fullmatch(text)):
         return None
+    width, height = wanted
     unit = match[2].upper() or ("MP" if "megapixels" in name else "")
-    side = {"K": 1024 * float(match[1]), "MP": sqrt(1e6 * float(match[1]))}.get(unit)
-    return (side, side) if side else None
+    scale = {
+        "K": 1024 * float(match[1]) / max(wanted),
+        "MP": sqrt(1e6 * float(match[1]) / (width * height)),
+    }.get(unit)
+    return (width * scale, height * scale) if scale else None
 
 
 def size_inputs(size: str, schema: ModelSchema) -> Json:
@@ -3981,7 +4007,7 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
         sides = side_input(width * scale, across), side_input(height * scale, down)
         return {**custom, "width": sides[0], "height": sides[1]}
     grades = "megapixels output_megapixels resolution image_size size"
-    return {**ratio, **nearest(grades, parse_grade)}
+    return {**ratio, **nearest(grades, partial(parse_grade, wanted=(width, height)))}
 
 
 def side_input(wanted: float, input: Input) -> Any:
@@ -4915,6 +4941,15 @@ class ReplicateAPI:
                 if is_last:
                     raise
         raise AssertionError
+
+    def fetch_start(self, url: str, cancellation: Cancellation) -> bytes:
+        """Fetch what tells the type of a file; b"" if it can't be had."""
+        start = b""
+        with suppress(APIError), self.open_file(url, cancellation) as (_, pieces):
+            while len(start) < SIGNATURE_SIZE and (piece := next(pieces, b"")):
+                start += piece
+        cancellation.check()
+        return start
 
     def check_file_host(self, url: str) -> None:
         """Raise 502 for a link to anywhere but Replicate's files."""
@@ -8832,7 +8867,7 @@ def respond_with_images(
     proxy: Proxy, request: Request, task: Task, model: str
 ) -> Response:
     body, inputs, _ = parse_task_request(proxy, request, task, model)
-    is_streamed, created = body.get("stream"), int(time.time())
+    is_streamed, created = body["stream"], int(time.time())
     default = "b64_json" if BASE64_MODELS.match(body["model"]) else "url"
     wants_url = not is_streamed and (body["response_format"] or default) == "url"
     api = proxy.upstream.api
@@ -8848,20 +8883,19 @@ def respond_with_images(
             raise no_output("an image", prediction)
         for index, url in enumerate(urls):
             api.check_file_host(url)
-            content = b""
             if not wants_url:
                 content = api.fetch_file(url, cancellation)
             elif index == 0:  # a look at the first tells what the model makes
-                with suppress(APIError), api.open_file(url, cancellation) as (_, file):
-                    content = next(file, b"")
-                cancellation.check()
+                content = api.fetch_start(url, cancellation)
+            else:
+                content = b""
             type = media_type(content)
-            if content and not type.startswith("image/"):
+            if (content or not wants_url) and not type.startswith("image/"):
                 raise no_output("an image", prediction, type)
             yield Image(url, b"" if wants_url else content, type)
 
     def run(write: Callable[[bytes], None]) -> None:
-        kind = "image_edit" if "image" in body else "image_generation"
+        kind = "image_edit" if "image" in task.params else "image_generation"
         with start_predictions(proxy, request, inputs, read) as images:
             for _, image in images:
                 write(image_event(kind, image, body, created))

@@ -9,6 +9,7 @@ import gc
 import gzip
 import http.client
 import inspect
+import io
 import itertools
 import json
 import operator
@@ -28,7 +29,7 @@ import sys
 import threading
 import time
 import zlib
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -50,7 +51,13 @@ import yaml
 from hypothesis import HealthCheck, given
 from hypothesis import settings as trying
 from hypothesis import strategies as st
-from openai.types import Completion, Model
+from openai.types import (
+    Completion,
+    ImageEditCompletedEvent,
+    ImageGenCompletedEvent,
+    ImagesResponse,
+    Model,
+)
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from openai.types.responses import (
@@ -468,6 +475,29 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+
+
+FLUX, FLUX_PRO = "black-forest-labs/flux-schnell", "black-forest-labs/flux-1.1-pro"
+FLUX_2, KONTEXT = (
+    "black-forest-labs/flux-2-pro",
+    "black-forest-labs/flux-kontext-pro",
+)
+FILL, REDUX = "black-forest-labs/flux-fill-pro", "black-forest-labs/flux-redux-schnell"
+GPT_15, GPT_2 = "openai/gpt-image-1.5", "openai/gpt-image-2"
+IDEOGRAM, RECRAFT = "ideogram-ai/ideogram-v3-turbo", "recraft-ai/recraft-v3"
+SDXL, SEEDREAM = "stability-ai/sdxl", "bytedance/seedream-4"
+IMAGEN, BANANA = "google/imagen-4", "google/nano-banana"
+QWEN, QWEN_EDIT = "qwen/qwen-image", "qwen/qwen-image-edit-plus"
+Z_IMAGE, MINIMAX = "prunaai/z-image-turbo", "minimax/image-01"
+
+CAT, DOG, FOX = (f"https://example.com/{n}.png" for n in ("cat", "dog", "fox"))
+
+
+def ask_image(server, model, path="generations", **body):
+    """Ask for images; a prompt goes with it, where there can be one."""
+    prompt = {} if path == "variations" else {"prompt": "A cat"}
+    asked = {"model": model, **prompt, **body}
+    return send(server, "POST", f"/v1/images/{path}", asked)
 
 
 # ==== 1. GROUND ===============================================================
@@ -2860,6 +2890,285 @@ def test_a_request_for_a_response_is_refused(lasting, body, param, code, words):
     assert not fake.creates()
 
 
+# -- Forms ---------------------------------------------------------------------
+
+
+FORM_FIELDS = (
+    "prompt* str; image* [uri]; num_outputs int =1 [1..4]; seed int; negative_prompt "
+    "str; go_fast bool =true; strength float =0.8 [0..1]; size enum 512x512, 1024x1024"
+)
+
+
+def form_part(name, content, *more, filename=None):
+    """A part of a form, with more lines in its head."""
+    head = f'Content-Disposition: form-data; name="{name}"'
+    if filename is not None:
+        head += f'; filename="{filename}"'
+    text = "\r\n".join([head, *more, "", ""]).encode()
+    return text + (content if isinstance(content, bytes) else content.encode())
+
+
+def form_of(*parts, boundary=b"B"):
+    return b"".join(b"--" + boundary + b"\r\n" + each + b"\r\n" for each in parts) + (
+        b"--" + boundary + b"--\r\n"
+    )
+
+
+def send_form(fake, server, data, type="multipart/form-data; boundary=B", **headers):
+    """An edit by a model that takes many images: its answer."""
+    fake.models["acme/form"] = make_model("acme/form", FORM_FIELDS, output="uri")
+    fake.makes["acme/form"] = lambda input: fake_replicate.FORMATS["png"]
+    headers = {**AUTHORIZATION, "content-type": type, **headers}
+    return send(server, "POST", "/v1/images/edits", data, headers)
+
+
+def form_input(fake, server, *parts, **given):
+    """What a form says to the model, but for the model, the prompt and one image."""
+    data = form_of(form_part("model", "acme/form"), *parts)
+    answer = send_form(fake, server, data, **given)
+    assert answer.status == 200, answer.body
+    [created] = fake.creates()
+    return created.body["input"]
+
+
+def data_urls(*contents, kind="image/png"):
+    return [data_url(content, kind) for content in contents]
+
+
+PNG_2, PNG_3 = PNG + b"2", PNG + b"3"
+PROMPT_PART, IMAGE_PART = (
+    form_part("prompt", "Hi"),
+    form_part("image", PNG, filename="a.png"),
+)
+
+
+@table(
+    "parts, expected",
+    [
+        ("one file", [IMAGE_PART], {}),
+        (
+            "an array of files",
+            [form_part("image[]", each, filename="a.png") for each in (PNG, PNG_2)],
+            {"image": data_urls(PNG, PNG_2)},
+        ),
+        (
+            "an array with its indices",
+            [form_part(f"image[{n}]", PNG, filename="a.png") for n in (0, 1)],
+            {"image": data_urls(PNG, PNG)},
+        ),
+        (
+            "the same name again",
+            [
+                form_part("image", each, filename="a.png")
+                for each in (PNG, PNG_2, PNG_3)
+            ],
+            {"image": data_urls(PNG, PNG_2, PNG_3)},
+        ),
+        ("a link", [form_part("image", CAT)], {"image": [CAT]}),
+        (
+            "numbers as text",
+            [IMAGE_PART, form_part("n", "2"), form_part("seed", "7")],
+            {"num_outputs": 2, "seed": 7},
+        ),
+        (
+            "a number that is text",
+            [IMAGE_PART, form_part("negative_prompt", "7")],
+            {"negative_prompt": "7"},
+        ),
+        (
+            "the model's own inputs",
+            [IMAGE_PART, form_part("go_fast", "False"), form_part("strength", "0.5")],
+            {"go_fast": False, "strength": 0.5},
+        ),
+        (
+            "an object",
+            [IMAGE_PART, form_part("replicate", '{"seed": 3}')],
+            {"seed": 3},
+        ),
+        (
+            "fields that nobody has filled in",
+            [
+                IMAGE_PART,
+                form_part("size", ""),
+                form_part("n", ""),
+                form_part("user", ""),
+            ],
+            {},
+        ),
+        (
+            "a field of text",
+            [IMAGE_PART, form_part("size", "512x512")],
+            {"size": "512x512"},
+        ),
+        (
+            "its type is that of its bytes",
+            [form_part("image", JPEG, "Content-Type: image/png", filename="a.png")],
+            {"image": data_urls(JPEG, kind="image/jpeg")},
+        ),
+        (
+            "a coding that is none any more (RFC 7578, 4.7)",
+            [
+                form_part(
+                    "image", PNG, "Content-Transfer-Encoding: base64", filename="a"
+                )
+            ],
+            {},
+        ),
+        (
+            "a head in other words",
+            [
+                b"content-type: image/png\r\n"
+                b"CONTENT-DISPOSITION:form-data;filename*=UTF-8''a.png;NAME=image"
+                b"\r\n\r\n" + PNG
+            ],
+            {},
+        ),
+        (
+            "an empty file name",
+            [form_part("image", PNG, filename="")],
+            {},
+        ),
+        (
+            "a name in quotes",
+            [form_part("image", PNG, filename='\\"a\\"; name=\\"b\\"')],
+            {},
+        ),
+    ],
+)
+def test_a_form_says_the_same_as_json(fake, server, parts, expected):
+    input = form_input(fake, server, PROMPT_PART, *parts)
+    ours = {"prompt": "Hi", "image": data_urls(PNG), "num_outputs": 1}
+    assert input == ours | expected
+
+
+HOSTILE_FILE = PNG + (
+    b"\r\n\n\r--B\r\n\n--B--\r\n--\r\n--b\r\n\r\n--\xff\xfe\0"
+    + bytes(range(256))
+    + b"\r"
+)
+
+
+def test_a_file_is_read_byte_for_byte(fake, server):
+    file = form_part("image", HOSTILE_FILE, filename="a.png")
+    assert form_input(fake, server, PROMPT_PART, file)["image"] == data_urls(
+        HOSTILE_FILE
+    )
+
+
+def test_what_is_around_the_parts_of_a_form_is_no_part(fake, server):
+    for boundary, given in (
+        (b"----WebKit'()+_,-./:=?", '"----WebKit\'()+_,-./:=?"'),
+        (b"a b", '"a b"; charset=utf-8'),
+        (b"x" * 70, "x" * 70),
+    ):
+        fake.seen.clear()
+        model = form_part("model", "acme/form")
+        data = form_of(model, PROMPT_PART, IMAGE_PART, boundary=boundary)
+        data = data.replace(b"--" + boundary + b"\r\n", b"--" + boundary + b" \t\r\n")
+        data = b"a preamble\r\n" + data + b"an epilogue\r\n--" + boundary[:1]
+        type = f"Multipart/Form-Data; BOUNDARY={given}"
+        answer = send_form(fake, server, data, type)
+        assert answer.status == 200, answer.body
+        assert fake.creates()[0].body["input"]["image"] == data_urls(PNG)
+
+
+def test_a_form_may_come_in_chunks(fake, server):
+    data = form_of(form_part("model", "acme/form"), PROMPT_PART, IMAGE_PART)
+    chunks = iter([data[:100], data[100:101], data[101:]])
+    answer = send_form(fake, server, chunks)
+    assert answer.status == 200, answer.body
+
+
+MODEL_PART = form_part("model", "acme/form")
+WHOLE_FORM = form_of(MODEL_PART, PROMPT_PART, IMAGE_PART)
+A_FORM = "multipart/form-data; boundary=B"
+
+
+@table(
+    "data, type, why",
+    [
+        ("nothing", b"", A_FORM, "it has no end"),
+        ("no boundary", WHOLE_FORM, "multipart/form-data", "no boundary"),
+        ("an empty one", WHOLE_FORM, 'multipart/form-data; boundary=""', "no boundary"),
+        ("too long", WHOLE_FORM, f"{A_FORM}{'x' * 70}", "no boundary"),
+        ("another", WHOLE_FORM, A_FORM.lower().replace("=b", "=C"), "no end"),
+        ("no end", WHOLE_FORM[:-6], A_FORM, "no end"),
+        ("half an end", WHOLE_FORM[:-3], A_FORM, "no end"),
+        ("cut in a file", WHOLE_FORM[:-20], A_FORM, "no end"),
+        ("JSON", b'{"model": "acme/form"}', A_FORM, "no end"),
+        ("no parts", b"--B--\r\n", A_FORM, "model"),
+        ("no head", form_of(b"Hi"), A_FORM, "head of a part"),
+        ("no name", form_of(b"Content-Type: text/plain\r\n\r\nHi"), A_FORM, "no name"),
+        ("an empty name", form_of(form_part("", "Hi")), A_FORM, "no name"),
+        ("an array of no name", form_of(form_part("[]", "Hi")), A_FORM, "no name"),
+        ("no space at all", b"--B" + WHOLE_FORM, A_FORM, "head of a part"),
+        (
+            "a head too long",
+            form_of(form_part("model", "x", f"X: {'x' * 20000}")),
+            A_FORM,
+            "head of a part",
+        ),
+        (
+            "too many parts",
+            form_of(*[form_part("a", "")] * 1001),
+            A_FORM,
+            "more than 1000 parts",
+        ),
+        (
+            "a field that is no text",
+            form_of(form_part("prompt", b"\xff")),
+            A_FORM,
+            "'prompt' is not UTF-8",
+        ),
+        (
+            "two prompts",
+            form_of(PROMPT_PART, PROMPT_PART),
+            A_FORM,
+            "'prompt' is there more than once",
+        ),
+        ("no model", form_of(PROMPT_PART), A_FORM, "model"),
+        (
+            "no number",
+            form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("n", "two")),
+            A_FORM,
+            "Invalid type for 'n'",
+        ),
+        (
+            "a file that is no image",
+            form_of(
+                MODEL_PART, PROMPT_PART, form_part("image", "Hi", filename="a.png")
+            ),
+            A_FORM,
+            "unsupported image",
+        ),
+        ("another kind of form", b"a=b", "application/x-www-form-urlencoded", "only"),
+    ],
+)
+def test_what_is_no_form_is_refused(fake, server, data, type, why):
+    answer = send_form(fake, server, data, type)
+    assert answer.status == 400, answer.body
+    assert why in answer.error["message"]
+    assert not fake.creates()
+
+
+def test_a_form_is_as_large_as_a_body_may_be(fake):
+    with fronting(fake, max_body_bytes=2000) as server:
+        large = form_part("image", PNG + bytes(2000), filename="a.png")
+        data = form_of(MODEL_PART, PROMPT_PART, large)
+        for body in (data, iter([data[:1000], data[1000:]])):
+            assert send_form(fake, server, body).status == 413
+
+
+def test_only_images_and_sounds_come_as_forms(server):
+    headers = {**AUTHORIZATION, "content-type": A_FORM}
+    for path in (CHAT_PATH, "/v1/completions", "/v1/responses"):
+        answer = send(server, "POST", path, WHOLE_FORM, headers)
+        assert (answer.status, answer.error["code"]) == (
+            400,
+            "unsupported_content_type",
+        )
+
+
 # ==== 3. INPUTS ===============================================================
 
 
@@ -4654,6 +4963,1078 @@ def test_more_images_than_a_model_takes_are_refused_with_what_would_work(
 def test_a_part_has_what_its_type_says(inputs, part, lacks):
     error = inputs.refused("openai/gpt-4o", {"messages": [says("user", [part])]})
     assert (error["param"], error["code"]) == (f"{IN_PARTS}[0].{lacks}", MISSING)
+
+
+# -- Masks ---------------------------------------------------------------------
+
+
+def png_chunk(kind, content):
+    data = kind + content
+    return struct.pack(">I", len(content)) + data + struct.pack(">I", zlib.crc32(data))
+
+
+def filtered(kind, row, above, size):
+    """A row of a PNG, of pixels of so many bytes, by its specification (9.2)."""
+
+    def near(n):
+        left = row[n - size] if n >= size else 0
+        corner = above[n - size] if n >= size else 0
+        guess = left + above[n] - corner
+        paeth = min((left, above[n], corner), key=lambda value: abs(guess - value))
+        return (0, left, above[n], (left + above[n]) // 2, paeth)[kind]
+
+    if kind == 0:
+        return b"\0" + row
+    return bytes([kind, *((byte - near(n)) % 256 for n, byte in enumerate(row))])
+
+
+def png_of(rows, kinds=(0,), color=6, depth=8, interlace=0, pieces=1, extra=b""):
+    """An image of rows of bytes, with filters of these kinds in turn."""
+    size = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color] * depth // 8
+    data, above = b"", bytes(len(rows[0]))
+    for index, row in enumerate(rows):
+        data += filtered(kinds[index % len(kinds)], row, above, size)
+        above = row
+    head = len(rows[0]) // size, len(rows), depth, color, 0, 0, interlace
+    packed = zlib.compress(data)
+    step = -(-len(packed) // pieces)
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            png_chunk(b"IHDR", struct.pack(">IIBBBBB", *head)),
+            extra,
+            *(
+                png_chunk(b"IDAT", packed[n : n + step])
+                for n in range(0, len(packed), step)
+            ),
+            png_chunk(b"IEND", b""),
+        ]
+    )
+
+
+def gray_rows(png):
+    """The pixels of an image in shades of gray, without filters."""
+    width, height, depth, color, *_ = struct.unpack(">IIBBBBB", png[16:29])
+    assert (depth, color) == (8, 0)
+    at = png.index(b"IDAT")
+    data = zlib.decompress(png[at + 4 :])
+    rows = [data[n : n + width + 1] for n in range(0, len(data), width + 1)]
+    assert len(rows) == height
+    assert all(row[0] == 0 for row in rows)
+    return [row[1:] for row in rows]
+
+
+NOISE = [
+    bytes((n * n * 37 + m * m * 11 + n * m) % 256 for n in range(28)) for m in range(15)
+]
+ALPHA = [row[3::4] for row in NOISE]
+
+
+def mask_sent(fake, server, mask, model=FILL):
+    """The mask that reaches a model, for one that a client sends."""
+    url = mask if isinstance(mask, str) else data_url(mask)
+    answer = ask_image(server, model, "edits", image=CAT, mask=url)
+    assert answer.status == 200, answer.body
+    return fake.creates()[-1].body["input"]["mask"]
+
+
+@table(
+    "kinds",
+    [
+        (name, (kind,))
+        for kind, name in enumerate(["none", "sub", "up", "average", "paeth"])
+    ]
+    + [("all of them", (4, 3, 2, 1, 0))],
+)
+@table("model, is_black", [("white", FILL, False), ("black", IDEOGRAM, True)])
+def test_a_model_edits_where_a_mask_is_transparent(
+    fake, server, kinds, model, is_black
+):
+    sent = mask_sent(fake, server, png_of(NOISE, kinds, pieces=3), model)
+    prefix = "data:image/png;base64,"
+    assert sent.startswith(prefix)
+    rows = gray_rows(b64decode(sent.removeprefix(prefix)))
+    if not is_black:  # white where nothing is seen
+        rows = [bytes(255 - pixel for pixel in row) for row in rows]
+    assert rows == ALPHA
+
+
+RGB = [bytes(range(9))] * 2
+LOSSY = b"RIFF\0\0\0\0WEBPVP8 \0\0\0\0" + bytes(10)
+LOSSLESS = b"RIFF\0\0\0\0WEBPVP8L\0\0\0\0\x2f\0\0\0%c" + bytes(10)
+EXTENDED = b"RIFF\0\0\0\0WEBPVP8X\0\0\0\0%c" + bytes(10)
+
+
+@table(
+    "mask",
+    [
+        ("gray", png_of([bytes(8)] * 8, color=0)),
+        ("colours", png_of(RGB, color=2)),
+        ("a palette", png_of([bytes(8)] * 8, color=3)),
+        ("16 bits", png_of([bytes(12)] * 2, color=2, depth=16)),
+        ("wholly opaque", png_of([b"\0\0\0\xff" * 4, b"\xff" * 16])),
+        ("JPEG", JPEG + bytes(20)),
+        ("WebP", LOSSY),
+        ("lossless WebP", LOSSLESS % 0),
+        ("extended WebP", EXTENDED % 0),
+    ],
+)
+def test_a_mask_without_transparency_is_passed_on(fake, server, mask):
+    sent = mask_sent(fake, server, mask)
+    assert b64decode(sent.partition(",")[2]) == mask
+
+
+def test_a_mask_that_is_a_link_is_passed_on(fake, server):
+    assert mask_sent(fake, server, DOG) == DOG
+
+
+WHOLE_MASK = png_of(NOISE)
+
+
+def with_head(*head):
+    """A mask that says other things of itself."""
+    return WHOLE_MASK[:16] + struct.pack(">IIBBBBB", *head) + WHOLE_MASK[29:]
+
+
+@table(
+    "mask, why",
+    [
+        ("GIF", GIF + bytes(20), "no PNG"),
+        ("lossless WebP", LOSSLESS % 16, "no PNG"),
+        ("extended WebP", EXTENDED % 16, "no PNG"),
+        ("a WebP that is cut off", b"RIFF\0\0\0\0WEBPVP8L", "can't be read"),
+        ("16 bits", png_of([bytes(16)] * 2, depth=16), "8-bit RGBA"),
+        ("gray with alpha", png_of([bytes(8)] * 2, color=4), "8-bit RGBA"),
+        (
+            "a palette with transparency",
+            png_of([bytes(8)], color=3, extra=png_chunk(b"tRNS", b"\0")),
+            "8-bit RGBA",
+        ),
+        ("interlaced", png_of(NOISE, interlace=1), "8-bit RGBA"),
+        ("too large", with_head(2049, 2048, 8, 6, 0, 0, 0), "4 megapixels"),
+        ("far too large", with_head(2**32 - 1, 2**32 - 1, 8, 6, 0, 0, 0), "4 mega"),
+        ("no width", with_head(0, 5, 8, 6, 0, 0, 0), "4 megapixels"),
+        ("higher than its data", with_head(7, 16, 8, 6, 0, 0, 0), "cut off"),
+        ("no such filter", b"", None),
+        ("cut in its data", WHOLE_MASK[:60], "cut off"),
+        ("cut in its head", WHOLE_MASK[:20], "can't be read"),
+        ("nothing in it", WHOLE_MASK[:8], "can't be read"),
+        (
+            "data of another kind",
+            WHOLE_MASK.replace(b"IDATx", b"IDAT!"),
+            "can't be read",
+        ),
+    ],
+)
+def test_a_mask_that_cant_be_turned_is_refused(fake, server, mask, why):
+    if why is None:  # of which no encoder makes one
+        data = zlib.compress(b"\5" + NOISE[0])
+        at = WHOLE_MASK.index(b"IDAT") - 4
+        mask = with_head(7, 1, 8, 6, 0, 0, 0)[:at] + png_chunk(b"IDAT", data)
+        why = "can't be read"
+    answer = ask_image(server, FILL, "edits", image=CAT, mask=data_url(mask))
+    assert (answer.status, answer.error["param"]) == (400, "mask"), answer.body
+    assert why in answer.error["message"]
+    assert not fake.creates()
+
+
+def test_a_mask_in_many_pieces_is_read_in_time(fake, server):
+    """Each of them copied with those before it, it would take minutes."""
+    mask = png_of([os.urandom(4000) for _ in range(250)], pieces=100_000)
+    began = time.monotonic()
+    mask_sent(fake, server, mask)
+    assert time.monotonic() - began < 5
+
+
+# -- Task inputs ---------------------------------------------------------------
+
+
+WORDY_RATIOS = "enum match_input_image, 1:1, 3:2, 2:3, 16:9, 9:16"
+FORMATS_OF_FLUX = 'output_format enum webp, jpg, png ="webp"'
+MORE_MODELS = {  # beside the stand-in's: what of their inputs matters here, the output
+    "black-forest-labs/flux-1.1-pro-ultra": (
+        'prompt* str; aspect_ratio enum 21:9, 16:9, 3:2, 4:3, 1:1 ="1:1"; image_prompt '
+        'uri; output_format enum jpg, png ="jpg"; raw bool =false',
+        "uri",
+    ),
+    "black-forest-labs/flux-kontext-dev": (
+        f'prompt* str; input_image* uri; aspect_ratio {WORDY_RATIOS} ="1:1"; '
+        f"num_inference_steps int =30; guidance float =2.5; {FORMATS_OF_FLUX}",
+        "uri",
+    ),
+    "black-forest-labs/flux-2-flex": (
+        "prompt* str; input_images [uri] =[]; steps int =30 [1..50]; "
+        "guidance float =4.5 [1.5..10]; aspect_ratio enum match_input_image, custom, "
+        '1:1 ="1:1"; width int [256..2048]; height int [256..2048]; '
+        'resolution enum match_input_image, 0.5 MP, 1 MP, 2 MP, 4 MP ="1 MP"',
+        "uri",
+    ),
+    "black-forest-labs/flux-2-klein-4b": (
+        'prompt* str; images [uri] =[]; aspect_ratio enum 1:1, 16:9, 3:2 ="1:1"; '
+        'output_megapixels enum 0.25, 0.5, 1, 2, 4 ="1"; '
+        'output_format enum webp, jpg, png ="jpg"; output_quality int =95 [0..100]',
+        "[uri]",
+    ),
+    "google/imagen-4-fast": (
+        'prompt* str; aspect_ratio enum 1:1, 9:16, 16:9, 3:4, 4:3 ="1:1"; '
+        'output_format enum jpg, png ="jpg"',
+        "uri",
+    ),
+    "google/nano-banana-pro": (
+        "prompt* str; image_input [uri] =[]; "
+        f'aspect_ratio {WORDY_RATIOS} ="match_input_image"; '
+        'resolution enum 1K, 2K, 4K ="2K"; output_format enum jpg, png ="jpg"',
+        "uri",
+    ),
+    "qwen/qwen-image-edit": ("prompt* str; image* uri; go_fast bool =true", "[uri]"),
+    "qwen/qwen-image-2": (
+        "prompt* str; image uri; match_input_image bool =true; negative_prompt str; "
+        'aspect_ratio enum 1:1, 16:9, 9:16, 4:3 ="1:1"; seed int',
+        "uri",
+    ),
+    "luma/photon": (
+        'prompt* str; aspect_ratio enum 1:1, 3:4, 4:3, 9:16, 16:9, 21:9 ="16:9"; '
+        "image_reference_url uri; style_reference_url uri; seed int",
+        "uri",
+    ),
+    "bytedance/seedream-3": (
+        'prompt* str; aspect_ratio enum 1:1, 16:9, custom ="16:9"; '
+        'size enum small, regular, big ="regular"; width int =2048 [512..2048]; '
+        "height int =2048 [512..2048]; guidance_scale float =2.5",
+        "uri",
+    ),
+    "bytedance/seedream-5-lite": (
+        'prompt* str; image_input [uri] =[]; size enum 2K, 3K ="2K"; '
+        f'aspect_ratio {WORDY_RATIOS} ="match_input_image"; '
+        'max_images int =1 [1..15]; output_format enum png, jpeg ="png"',
+        "[uri]",
+    ),
+    "stability-ai/stable-diffusion-3.5-large": (
+        'prompt* str; aspect_ratio enum 16:9, 1:1, 21:9, 3:2, 2:3 ="1:1"; '
+        "cfg float =5 [1..10]; negative_prompt str; seed int; image uri",
+        "uri",
+    ),
+    "recraft-ai/recraft-v4": (
+        "prompt* str; aspect_ratio enum Not set, 1:1, 14:10 ="
+        '"Not set"; size enum 1024x1024, 1536x768, 768x1536, 1344x768 ="1024x1024"',
+        "uri",
+    ),
+    "tencent/hunyuan-image-3": (
+        "prompt* str; aspect_ratio enum 1:1, 16:9; seed int",
+        "[uri]",
+    ),
+    "openai/gpt-image-1": (
+        "prompt* str; openai_api_key* str; number_of_images int =1",
+        "[uri]",
+    ),
+    "openai/dall-e-3": (
+        'prompt* str; aspect_ratio enum 1:1, 3:2, 2:3 ="1:1"; '
+        'style enum vivid, natural ="vivid"',
+        "[uri]",
+    ),
+    "openai/dall-e-2": ("prompt* str; number_of_images int =1", "[uri]"),
+    "acme/counts": ("prompt* str; num_images int 1, 4 =1; seed int", "[uri]"),
+    "acme/sides": (
+        "prompt* str; width int 512, 768, 1024 =512; height int 512 =512",
+        "uri",
+    ),
+    "acme/few": ("prompt* str; images [uri]", "uri"),
+    "acme/nameless": ("image* uri; strength float; fast bool; n_prompt str", "uri"),
+}
+
+
+@pytest.fixture(scope="module")
+def drawing(replicate):
+    """The stand-in with more image models, each of which makes one image."""
+    for ref, (inputs, output) in MORE_MODELS.items():
+        model = make_model(ref, inputs, output=output)
+        if ref == "acme/few":
+            inputs = fake_replicate.input_schemas(model)["Input"]["properties"]
+            inputs["images"]["maxItems"] = 2
+        image = fake_replicate.FORMATS["png"]
+        made = [image] if output == "[uri]" else image
+        replicate.models[ref] = model
+        replicate.makes[ref] = lambda input, made=made: made
+    return replicate
+
+
+def image_inputs(fake, server, model, path="generations", **body):
+    """What reaches Replicate, but for the prompt, in the order of its seeds."""
+    known = {*fake.predictions}
+    answer = ask_image(server, model, path, **body)
+    assert answer.status == 200, answer.body
+    inputs = [{**p.input} for id, p in fake.predictions.items() if id not in known]
+    if path != "variations":
+        assert {input.pop("prompt") for input in inputs} == {
+            body.get("prompt", "A cat")
+        }
+    return sorted(inputs, key=lambda input: json.dumps([input.get("seed"), input]))
+
+
+def without_counts(input):
+    counts = {"num_outputs": 1, "number_of_images": 1}.items()
+    return {name: value for name, value in input.items() if (name, value) not in counts}
+
+
+AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
+
+
+@table(
+    "model, body, expected",
+    [
+        # size: one of the model's own
+        ("its own size", RECRAFT, {"size": "1536x1024"}, {"size": "1536x1024"}),
+        ("the nearest one", RECRAFT, {"size": "1792x1024"}, {"size": "1820x1024"}),
+        (
+            "of two with its ratio the nearer",
+            IDEOGRAM,
+            {"size": "2048x2048"},
+            {"resolution": "1024x1024"},
+        ),
+        (
+            "its nearest ratio",
+            "recraft-ai/recraft-v4",
+            {"size": "1792x1024"},
+            {"size": "1344x768"},
+        ),
+        # … width and height, where another input has to say so
+        (
+            "custom, in steps of 32",
+            FLUX_PRO,
+            {"size": "1000x600"},
+            AS_PNG | {"aspect_ratio": "custom", "width": 992, "height": 608},
+        ),
+        (
+            "custom, within its bounds, of the same ratio",
+            FLUX_PRO,
+            {"size": "1792x1024"},
+            AS_PNG | {"aspect_ratio": "custom", "width": 1440, "height": 832},
+        ),
+        (
+            "custom, not below its bounds",
+            FLUX_2,
+            {"size": "64x64"},
+            AS_PNG | {"aspect_ratio": "custom", "width": 256, "height": 256},
+        ),
+        (
+            "custom of another model",
+            "black-forest-labs/flux-2-flex",
+            {"size": "1536x1024"},
+            {"aspect_ratio": "custom", "width": 1536, "height": 1024},
+        ),
+        (
+            "custom as a size",
+            SEEDREAM,
+            {"size": "1792x1024"},
+            {"size": "custom", "width": 1792, "height": 1024},
+        ),
+        (
+            "custom beside sizes that are words",
+            "bytedance/seedream-3",
+            {"size": "1024x1024"},
+            {"aspect_ratio": "custom", "width": 1024, "height": 1024},
+        ),
+        # … or where nothing else says it
+        (
+            "width and height in steps of 8",
+            Z_IMAGE,
+            {"size": "1030x513"},
+            AS_PNG | {"width": 1032, "height": 512},
+        ),
+        ("no bounds", SDXL, {"size": "512x768"}, {"width": 512, "height": 768}),
+        ("enums", "acme/sides", {"size": "700x700"}, {"width": 768, "height": 512}),
+        # … a ratio
+        (
+            "square",
+            MINIMAX,
+            {"size": "1024x1024"},
+            {"aspect_ratio": "1:1"},
+        ),
+        (
+            "7:4 is nearest to 16:9",
+            FLUX,
+            {"size": "1792x1024"},
+            AS_PNG | {"aspect_ratio": "16:9", "megapixels": "1"},
+        ),
+        (
+            "9:16",
+            QWEN,
+            {"size": "1024x1792"},
+            AS_PNG | {"aspect_ratio": "9:16"},
+        ),
+        (
+            "no 3:2, and 4:3 is nearer than 16:9",
+            "google/imagen-4-fast",
+            {"size": "1536x1024"},
+            AS_PNG | {"aspect_ratio": "4:3"},
+        ),
+        (
+            "no ratio but a word",
+            BANANA,
+            {"size": "1024x1536"},
+            AS_PNG | {"aspect_ratio": "2:3"},
+        ),
+        ("3:2", GPT_2, {"size": "1536x1024"}, AS_PNG | {"aspect_ratio": "3:2"}),
+        (
+            "4:3 where it is there",
+            "luma/photon",
+            {"size": "1024x768"},
+            {"aspect_ratio": "4:3"},
+        ),
+        (
+            "3:2 of another",
+            "stability-ai/stable-diffusion-3.5-large",
+            {"size": "1536x1024"},
+            {"aspect_ratio": "3:2"},
+        ),
+        (
+            "16:9 of a list of two",
+            "tencent/hunyuan-image-3",
+            {"size": "1920x1080"},
+            {"aspect_ratio": "16:9"},
+        ),
+        (
+            "beyond all ratios",
+            "black-forest-labs/flux-1.1-pro-ultra",
+            {"size": "4000x100"},
+            AS_PNG | {"aspect_ratio": "21:9"},
+        ),
+        # … with a grade of resolution
+        (
+            "a quarter of a megapixel",
+            FLUX,
+            {"size": "512x512"},
+            AS_PNG | {"aspect_ratio": "1:1", "megapixels": "0.25"},
+        ),
+        (
+            "1K",
+            IMAGEN,
+            {"size": "1024x1024"},
+            AS_PNG | {"aspect_ratio": "1:1", "image_size": "1K"},
+        ),
+        (
+            "2K",
+            IMAGEN,
+            {"size": "2048x2048"},
+            AS_PNG | {"aspect_ratio": "1:1", "image_size": "2K"},
+        ),
+        (
+            "by the longer side",
+            IMAGEN,
+            {"size": "1792x1024"},
+            AS_PNG | {"aspect_ratio": "16:9", "image_size": "2K"},
+        ),
+        (
+            "4K",
+            "google/nano-banana-pro",
+            {"size": "3840x2160"},
+            AS_PNG | {"aspect_ratio": "16:9", "resolution": "4K"},
+        ),
+        (
+            "a size that is a grade",
+            "bytedance/seedream-5-lite",
+            {"size": "3072x3072"},
+            AS_PNG | {"aspect_ratio": "1:1", "size": "3K"},
+        ),
+        (
+            "megapixels of another name",
+            "black-forest-labs/flux-2-klein-4b",
+            {"size": "1536x1024"},
+            AS_PNG | {"aspect_ratio": "3:2", "output_megapixels": "2"},
+        ),
+        # … or nothing
+        ("auto", FLUX_PRO, {"size": "auto"}, AS_PNG),
+        ("null", RECRAFT, {"size": None}, {}),
+        ("no size at all", "openai/dall-e-2", {"size": "256x256"}, {}),
+        # how the file is written
+        ("jpeg as jpg", FLUX, {"output_format": "jpeg"}, {"output_format": "jpg"}),
+        ("jpg as jpeg", GPT_2, {"output_format": "jpg"}, {"output_format": "jpeg"}),
+        ("webp", FLUX, {"output_format": "webp"}, {"output_format": "webp"}),
+        ("no choice of formats", SDXL, {"output_format": "webp"}, {}),
+        (
+            "how much it is compressed",
+            GPT_15,
+            {"output_compression": 50},
+            AS_PNG | {"output_compression": 50},
+        ),
+        (
+            "under its other name",
+            FLUX,
+            {"output_compression": 50},
+            AS_PNG | {"output_quality": 50},
+        ),
+        ("which it has not", KONTEXT, {"output_compression": 50}, AS_PNG),
+        # how good it is
+        ("high", GPT_15, {"quality": "high"}, AS_PNG | {"quality": "high"}),
+        ("hd is high", GPT_2, {"quality": "hd"}, AS_PNG | {"quality": "high"}),
+        (
+            "standard is medium",
+            GPT_2,
+            {"quality": "standard"},
+            AS_PNG | {"quality": "medium"},
+        ),
+        ("max", GPT_2, {"quality": "max"}, AS_PNG | {"quality": "high"}),
+        ("auto is its own", GPT_2, {"quality": "auto"}, AS_PNG),
+        ("none to choose", FLUX, {"quality": "hd"}, AS_PNG),
+        ("a style", "openai/dall-e-3", {"style": "natural"}, {"style": "natural"}),
+        ("a style of its own", RECRAFT, {"style": "any"}, {"style": "any"}),
+        ("OpenAI's, which it has not", RECRAFT, {"style": "vivid"}, {}),
+        ("no styles", FLUX, {"style": "vivid"}, AS_PNG),
+        # what is around it, and what may be in it
+        (
+            "transparent",
+            GPT_15,
+            {"background": "transparent"},
+            AS_PNG | {"background": "transparent"},
+        ),
+        ("opaque is what all are", FLUX, {"background": "opaque"}, AS_PNG),
+        ("auto is what all do", FLUX, {"background": "auto"}, AS_PNG),
+        ("moderation", GPT_2, {"moderation": "low"}, AS_PNG | {"moderation": "low"}),
+        ("no safety is taken off", FLUX, {"moderation": "low"}, AS_PNG),
+        # what clients of other servers send
+        ("a seed", FLUX, {"seed": 7}, AS_PNG | {"seed": 7}),
+        (
+            "a seed beyond its bounds",
+            IDEOGRAM,
+            {"seed": 2**31 + 4},
+            {"seed": 2**31 - 1},
+        ),
+        ("no seed", KONTEXT + "?", {"seed": 7}, {}),
+        ("steps", FLUX, {"steps": 2}, AS_PNG | {"num_inference_steps": 2}),
+        (
+            "steps up to its most",
+            FLUX,
+            {"steps": 50},
+            AS_PNG | {"num_inference_steps": 4},
+        ),
+        (
+            "steps and guidance under its names",
+            "black-forest-labs/flux-2-flex",
+            {"steps": 20, "guidance_scale": 3},
+            {"steps": 20, "guidance": 3},
+        ),
+        (
+            "cfg",
+            "stability-ai/stable-diffusion-3.5-large",
+            {"guidance_scale": 4.5, "negative_prompt": "dogs"},
+            {"cfg": 4.5, "negative_prompt": "dogs"},
+        ),
+        ("no negative prompt", FLUX, {"negative_prompt": "dogs"}, AS_PNG),
+        (
+            "its own ratio",
+            FLUX,
+            {"aspect_ratio": "21:9"},
+            AS_PNG | {"aspect_ratio": "21:9"},
+        ),
+        ("its own switch", FLUX, {"go_fast": False}, AS_PNG | {"go_fast": False}),
+        ("an image to begin with", QWEN, {"image": CAT}, AS_PNG | {"image": CAT}),
+        ("what nobody knows", FLUX, {"user": "me", "foo": 1}, AS_PNG),
+        (
+            "an input over all",
+            FLUX,
+            {"replicate": {"output_format": "webp", "go_fast": True, "num_outputs": 2}},
+            {"output_format": "webp", "go_fast": True, "num_outputs": 2},
+        ),
+        (
+            "a key of one's own",
+            "openai/gpt-image-1",
+            {"replicate": {"openai_api_key": "sk"}},
+            {"openai_api_key": "sk"},
+        ),
+        ("partial images, which may be none", FLUX, {"partial_images": 2}, AS_PNG),
+    ],
+)
+def test_a_request_for_an_image_is_said_in_the_models_words(
+    drawing, fake, server, model, body, expected
+):
+    model = model.replace(f"{KONTEXT}?", "openai/dall-e-3")
+    [input] = image_inputs(fake, server, model, **body)
+    assert without_counts(input) == expected
+
+
+@table(
+    "model, body, expected",
+    [
+        ("by the model", FLUX, {"n": 3}, [{"num_outputs": 3}]),
+        ("one is said too", FLUX, {"n": 1}, [{"num_outputs": 1}]),
+        (
+            "beyond its most",
+            FLUX,
+            {"n": 10},
+            [{"num_outputs": 2}, {"num_outputs": 4}, {"num_outputs": 4}],
+        ),
+        ("of which most is one", GPT_2, {"n": 2}, [{"number_of_images": 1}] * 2),
+        ("without a bound", "openai/dall-e-2", {"n": 10}, [{"number_of_images": 10}]),
+        (
+            "by a choice of numbers",
+            "acme/counts",
+            {"n": 6},
+            [{"num_images": 1}] * 2 + [{"num_images": 4}],
+        ),
+        ("side by side", KONTEXT, {"n": 2}, [{}, {}]),
+        ("a series is another thing", SEEDREAM, {"n": 2}, [{}, {}]),
+        (
+            "each with its own seed",
+            IDEOGRAM,
+            {"n": 2, "seed": 5},
+            [{"seed": 5}, {"seed": 6}],
+        ),
+        (
+            "which wraps",
+            IDEOGRAM,
+            {"n": 2, "seed": 2**31 - 1},
+            [{"seed": 0}, {"seed": 2**31 - 1}],
+        ),
+        (
+            "and by the model",
+            FLUX,
+            {"n": 5, "seed": 5},
+            [{"seed": 5, "num_outputs": 4}, {"seed": 6, "num_outputs": 1}],
+        ),
+        (
+            "by replicate",
+            FLUX,
+            {"n": 1, "replicate": {"num_outputs": 2}},
+            [{"num_outputs": 2}],
+        ),
+        ("null", KONTEXT, {"n": None}, [{}]),
+    ],
+)
+def test_several_images_are_made_by_one_prediction_or_side_by_side(
+    drawing, fake, server, model, body, expected
+):
+    inputs = image_inputs(fake, server, model, **body)
+    for input in inputs:
+        input.pop("output_format", None)
+    assert inputs == expected
+
+
+@table(
+    "model, body, expected",
+    [
+        ("one into a list", FLUX_2, {"image": CAT}, {"input_images": [CAT]}),
+        (
+            "several into a list",
+            BANANA,
+            {"image": [CAT, DOG, FOX]},
+            {"image_input": [CAT, DOG, FOX]},
+        ),
+        ("into a list it needs", QWEN_EDIT, {"image": CAT}, {"image": [CAT]}),
+        ("one alone", KONTEXT, {"image": [CAT]}, {"input_image": CAT}),
+        ("one it needs", "qwen/qwen-image-edit", {"image": CAT}, {"image": CAT}),
+        ("under another name", FLUX_PRO, {"image": CAT}, {"image_prompt": CAT}),
+        ("luma's", "luma/photon", {"image": CAT}, {"image_reference_url": CAT}),
+        ("minimax's", MINIMAX, {"image": CAT}, {"subject_reference": CAT}),
+        (
+            "as many as it takes",
+            "acme/few",
+            {"image": [CAT, DOG]},
+            {"images": [CAT, DOG]},
+        ),
+        (
+            "with a mask",
+            SDXL,
+            {"image": CAT, "mask": DOG},
+            {"image": CAT, "mask": DOG},
+        ),
+        (
+            "OpenAI's JSON",
+            FLUX_2,
+            {"images": [{"image_url": CAT}, {"image_url": DOG}]},
+            {"input_images": [CAT, DOG]},
+        ),
+        (
+            "its mask",
+            FILL,
+            {"images": [{"image_url": CAT}], "mask": {"image_url": DOG}},
+            {"image": CAT, "mask": DOG},
+        ),
+        (
+            "as in chat",
+            KONTEXT,
+            {"images": [{"image_url": {"url": CAT}}]},
+            {"input_image": CAT},
+        ),
+        (
+            "a file in it",
+            KONTEXT,
+            {"image": f"data:;base64,{b64encode(PNG).decode()}"},
+            {"input_image": f"data:image/png;base64,{b64encode(PNG).decode()}"},
+        ),
+        (
+            "how close it stays",
+            GPT_15,
+            {"image": CAT, "input_fidelity": "high"},
+            {"input_images": [CAT], "input_fidelity": "high"},
+        ),
+        (
+            "which others can't choose",
+            KONTEXT,
+            {"image": CAT, "input_fidelity": "high"},
+            {"input_image": CAT},
+        ),
+        ("n", KONTEXT, {"image": CAT, "n": 1}, {"input_image": CAT}),
+    ],
+)
+def test_images_go_where_the_model_takes_them(
+    drawing, fake, server, model, body, expected
+):
+    [input] = image_inputs(fake, server, model, "edits", **body)
+    input.pop("output_format", None)
+    assert without_counts(input) == expected
+
+
+@table(
+    "model, body, expected",
+    [
+        (
+            "as many as are asked for",
+            REDUX,
+            {"image": CAT, "n": 2},
+            AS_PNG | {"redux_image": CAT, "num_outputs": 2},
+        ),
+        (
+            "its size",
+            REDUX,
+            {"image": CAT, "size": "1024x1536"},
+            AS_PNG
+            | {
+                "redux_image": CAT,
+                "num_outputs": 1,
+                "aspect_ratio": "2:3",
+                "megapixels": "1",
+            },
+        ),
+        (
+            "its own inputs",
+            "acme/nameless",
+            {"image": CAT, "strength": 0.5, "fast": True, "negative_prompt": "x"},
+            {"image": CAT, "strength": 0.5, "fast": True, "n_prompt": "x"},
+        ),
+    ],
+)
+def test_a_variation_needs_no_prompt(drawing, fake, server, model, body, expected):
+    assert image_inputs(fake, server, model, "variations", **body) == [expected]
+
+
+def test_what_the_operator_gives_a_model_counts_before_what_is_asked(
+    drawing, fake, tmp_path
+):
+    models = {"model_configs": {FLUX: {"input": {"output_format": "webp", "seed": 1}}}}
+    path = models_file(tmp_path, models)
+    with fronting(fake, models_path=path) as server:
+        asked = {"output_format": "png", "n": 5, "replicate": {"go_fast": True}}
+        first, second = image_inputs(fake, server, FLUX, **asked)
+    given = {"output_format": "webp", "go_fast": True}
+    assert first == {**given, "seed": 1, "num_outputs": 4}
+    assert second == {**given, "seed": 2, "num_outputs": 1}
+
+
+@table(
+    "path, model, body, param, words",
+    [
+        ("no prompt", "generations", FLUX, {"prompt": None}, "prompt", "Missing"),
+        ("an empty prompt", "generations", FLUX, {"prompt": ""}, "prompt", "empty"),
+        ("a list", "generations", FLUX, {"prompt": ["x"]}, "prompt", "string"),
+        ("too long", "generations", FLUX, {"prompt": "x" * 32001}, "prompt", "32000"),
+        ("n of 0", "generations", FLUX, {"n": 0}, "n", "below minimum"),
+        ("n of 11", "generations", FLUX, {"n": 11}, "n", "above maximum"),
+        ("n in words", "generations", FLUX, {"n": "2"}, "n", "integer"),
+        ("a size in words", "generations", FLUX, {"size": "big"}, "size", "pattern"),
+        ("no height", "generations", FLUX, {"size": "1024x0"}, "size", "pattern"),
+        ("no sides", "generations", FLUX, {"size": 1024}, "size", "string"),
+        (
+            "a format",
+            "generations",
+            FLUX,
+            {"output_format": "bmp"},
+            "output_format",
+            "webp",
+        ),
+        (
+            "not its format",
+            "generations",
+            FLUX,
+            {"output_format": "gif"},
+            "output_format",
+            "'jpg'",
+        ),
+        (
+            "a response format",
+            "generations",
+            FLUX,
+            {"response_format": "file"},
+            "response_format",
+            "b64_json",
+        ),
+        ("a quality", "generations", FLUX, {"quality": "best"}, "quality", "hd"),
+        (
+            "a background",
+            "generations",
+            FLUX,
+            {"background": "red"},
+            "background",
+            "opaque",
+        ),
+        (
+            "transparent",
+            "generations",
+            FLUX,
+            {"background": "transparent"},
+            "background",
+            "no input for",
+        ),
+        (
+            "not transparent",
+            "generations",
+            GPT_2,
+            {"background": "transparent"},
+            "background",
+            "'opaque'",
+        ),
+        ("not its style", "generations", RECRAFT, {"style": "odd"}, "style", "'any'"),
+        (
+            "partial images",
+            "generations",
+            FLUX,
+            {"partial_images": 4},
+            "partial_images",
+            "above",
+        ),
+        ("markup", "generations", FLUX, {"markup": "x"}, "markup", "no markup"),
+        (
+            "compression",
+            "generations",
+            FLUX,
+            {"output_compression": 101},
+            "output_compression",
+            "100",
+        ),
+        ("its own input", "generations", FLUX, {"go_fast": 3}, "go_fast", "boolean"),
+        (
+            "its own choice",
+            "generations",
+            FLUX,
+            {"aspect_ratio": "5:1"},
+            "aspect_ratio",
+            "'21:9'",
+        ),
+        ("no image", "edits", KONTEXT, {}, "image", "Missing"),
+        ("no images", "edits", KONTEXT, {"image": []}, "image", "empty"),
+        ("17 images", "edits", FLUX_2, {"image": [CAT] * 17}, "image", "16"),
+        (
+            "two for one",
+            "edits",
+            KONTEXT,
+            {"image": [CAT, DOG]},
+            "image",
+            "takes 1, but got 2",
+        ),
+        (
+            "three for two",
+            "edits",
+            "acme/few",
+            {"image": [CAT, DOG, FOX]},
+            "image",
+            "takes 2, but got 3",
+        ),
+        ("no image at all", "edits", KONTEXT, {"image": "x"}, "image[0]", "https://"),
+        ("a number", "edits", KONTEXT, {"image": 3}, "image[0]", "string"),
+        ("null in it", "edits", KONTEXT, {"image": [None]}, "image[0]", "string"),
+        (
+            "text as a file",
+            "edits",
+            KONTEXT,
+            {"image": "data:text/plain;base64,aGk="},
+            "image[0]",
+            "unsupported image",
+        ),
+        (
+            "a stored file",
+            "edits",
+            KONTEXT,
+            {"images": [{"file_id": "f"}]},
+            "images[0].file_id",
+            "Send it as image_url",
+        ),
+        (
+            "no file in it",
+            "edits",
+            KONTEXT,
+            {"images": [{}]},
+            "images[0].image_url",
+            "Missing",
+        ),
+        (
+            "a mask of none",
+            "edits",
+            FILL,
+            {"image": CAT, "mask": {"image_url": "x"}},
+            "mask[0]",
+            "https://",
+        ),
+        (
+            "no URL in it",
+            "edits",
+            KONTEXT,
+            {"images": [{"image_url": {}}]},
+            "images[0]",
+            "string",
+        ),
+        (
+            "no mask input",
+            "edits",
+            KONTEXT,
+            {"image": CAT, "mask": DOG},
+            "mask",
+            "no input for 'mask'",
+        ),
+        (
+            "two masks",
+            "edits",
+            FILL,
+            {"image": CAT, "mask": [DOG, FOX]},
+            "mask",
+            "too long",
+        ),
+        (
+            "fidelity",
+            "edits",
+            GPT_15,
+            {"image": CAT, "input_fidelity": "x"},
+            "input_fidelity",
+            "'high'",
+        ),
+        (
+            "a streamed variation",
+            "variations",
+            REDUX,
+            {"image": CAT, "stream": True},
+            "stream",
+            "whole",
+        ),
+        # what the model is not for
+        (
+            "no image to edit",
+            "edits",
+            FLUX,
+            {"image": CAT},
+            "model",
+            "has no input for 'image'. Use it by POST /v1/images/generations",
+        ),
+        (
+            "no prompt to give",
+            "generations",
+            REDUX,
+            {},
+            "model",
+            "has no input for 'prompt'. Use it by POST /v1/images/variations.",
+        ),
+        (
+            "no prompt to edit by",
+            "edits",
+            REDUX,
+            {"image": CAT},
+            "model",
+            "Use it by POST /v1/images/variations.",
+        ),
+        (
+            "it needs an image",
+            "generations",
+            "qwen/qwen-image-edit",
+            {},
+            "image",
+            "Send 'image' by POST /v1/images/edits.",
+        ),
+        (
+            "it needs a prompt",
+            "variations",
+            "qwen/qwen-image-edit",
+            {"image": CAT},
+            "prompt",
+            "Send 'prompt' by POST /v1/images/edits.",
+        ),
+        (
+            "it needs a key",
+            "generations",
+            "openai/gpt-image-1",
+            {},
+            "openai_api_key",
+            '"replicate": {"openai_api_key": …}',
+        ),
+        (
+            "it talks",
+            "generations",
+            "acme/parrot",
+            {},
+            "model",
+            "makes text. Use it by POST /v1/chat/completions.",
+        ),
+        (
+            "it hears",
+            "variations",
+            "openai/whisper",
+            {"image": CAT},
+            "model",
+            "can't be used by POST /v1/images/variations",
+        ),
+        (
+            "it counts",
+            "generations",
+            "beautyyuyanli/multilingual-e5-large",
+            {},
+            "model",
+            "makes numbers",
+        ),
+    ],
+)
+def test_what_an_image_model_cant_do_is_refused_before_it_costs(
+    drawing, fake, server, path, model, body, param, words
+):
+    error = ask_image(server, model, path, **body)
+    assert error.status == 400, error.body
+    assert error.error["param"] == param
+    assert words in error.error["message"]
+    assert not fake.creates()
+
+
+def test_a_chat_with_an_image_model_says_what_it_is_for(drawing, fake, server):
+    for model, path in ((FLUX, "generations"), (REDUX, "variations")):
+        error = chat(server, model).error
+        assert "not a language model" in error["message"]
+        assert f"Use it by POST /v1/images/{path}" in error["message"]
+
+
+def test_the_default_model_never_draws(fake, server):
+    for path, example in (
+        ("generations", "flux-schnell"),
+        ("edits", "flux-kontext-pro"),
+        ("variations", "flux-redux-schnell"),
+    ):
+        answer = ask_image(server, "nobody", path, image=CAT)
+        assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+        assert f"One that can do this is `{example}`." in answer.error["message"]
+    assert not fake.seen
+
+
+def test_a_model_that_tells_nothing_of_itself_gets_the_commonest_inputs(fake, server):
+    fake.makes["acme/secret"] = lambda input: fake_replicate.FORMATS["png"]
+    asked = {"n": 2, "size": "1024x1024", "quality": "hd"}
+    assert image_inputs(fake, server, "acme/secret", **asked) == [{}, {}]
+    fake.seen.clear()
+    assert image_inputs(fake, server, "acme/secret", "edits", image=CAT) == [
+        {"image": CAT}
+    ]
+
+
+def test_a_deployment_is_asked_by_the_schema_of_what_it_runs(
+    drawing, fake, server, monkeypatch
+):
+    monkeypatch.setitem(fake_replicate.DEPLOYMENTS, "acme/draws", FLUX)
+    asked = {"n": 2, "output_format": "jpeg"}
+    [input] = image_inputs(fake, server, "deployments/acme/draws", **asked)
+    assert input == {"num_outputs": 2, "output_format": "jpg"}
+    assert fake.creates()[0].path == "/v1/deployments/acme/draws/predictions"
 
 
 # ==== 4. PREDICTIONS ==========================================================
@@ -9451,6 +10832,350 @@ def test_a_store_that_is_closed_stays_so(tmp_path):
             store.find(KEY, "resp_1")
 
 
+# -- Images --------------------------------------------------------------------
+
+
+def painter(fake, make, output="[uri]", ref="acme/painter"):
+    """A model whose output is what `make` gives: its ref."""
+    fake.models[ref] = make_model(ref, "prompt* str; seed int", output=output)
+    fake.makes[ref] = make if callable(make) else lambda input: make
+    return ref
+
+
+def as_base64(*contents):
+    return [{"b64_json": b64encode(content).decode()} for content in contents]
+
+
+def png_file(content=PNG, **faults):
+    return fake_replicate.FakeFile(content, "image/png", **faults)
+
+
+def fetches(fake):
+    """How often each file that a model made was asked for."""
+    return Counter(call.path for call in fake.seen if "/delivery/" in call.path)
+
+
+INLINE = data_url()
+
+
+@table(
+    "output, made",
+    [
+        ("one", "uri", [PNG]),
+        ("a list", "[uri]", [PNG, PNG_2]),
+        ("an object", "{image* uri; seed int}", [PNG]),
+        ("an object with a list", "{images* [uri]}", [PNG, PNG_2]),
+        ("whatever it is", "any", [PNG, PNG_2]),
+    ],
+)
+@both_ways
+def test_images_are_found_in_outputs_of_every_shape(fake, server, output, made, stream):
+    links = [fake.add_file(content, "image/png") for content in made]
+    shapes = {
+        "uri": links[0],
+        "[uri]": links,
+        "{image* uri; seed int}": {"seed": 7, "image": links[0], "more": None},
+        "{images* [uri]}": {"images": links, "text": "done"},
+        "any": [{"a": links[0]}, "words", 3, [[links[-1]]]],
+    }
+    model = painter(fake, shapes[output], output)
+    if stream:
+        answer = ask_image(server, model, stream=True)
+        rows = [{"b64_json": event["b64_json"]} for event in image_events(answer)]
+        assert rows == as_base64(*made)
+        return
+    answer = ask_image(server, model).json
+    assert answer["data"] == [{"url": link} for link in links]
+    assert "output_format" not in answer
+    answer = ask_image(server, model, response_format="b64_json").json
+    assert answer["data"] == as_base64(*made)
+    assert answer["output_format"] == "png"
+    assert time.time() - 60 < answer["created"] < time.time() + 60
+
+
+def image_events(answer):
+    """The events of a stream, but for keep-alives; each is named by its type."""
+    assert answer.status == 200, answer.body
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *frames, after = answer.body.decode().split("\n\n")
+    assert after == ""
+    events = []
+    for frame in frames:
+        if frame.startswith(":"):
+            continue
+        *name, data = frame.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == [f"event: {event['type']}"]
+        events.append(event)
+    return events
+
+
+@table(
+    "make, output, why",
+    [
+        ("null", None, "any", "did not make an image."),
+        ("an empty list", [], "[uri]", "did not make an image."),
+        ("text", "Sorry, I can't.", "any", "did not make an image."),
+        ("numbers", [1, 2], "any", "did not make an image."),
+        (
+            "a video",
+            fake_replicate.FakeFile(b"\0\0\0\x20ftypisom....", "video/mp4"),
+            "uri",
+            "but video/mp4.",
+        ),
+        ("a sound", fake_replicate.FORMATS["wav"], "uri", "but audio/wav."),
+        (
+            "a file of text",
+            fake_replicate.FakeFile(b"Hello", "image/png"),
+            "uri",
+            "did not make an image.",
+        ),
+        (
+            "a link elsewhere",
+            "https://evil.example/a.png",
+            "uri",
+            "it is at evil.example, not at Replicate",
+        ),
+        (
+            "one that looks like it",
+            "https://replicate.delivery.evil.example/a.png",
+            "uri",
+            "at replicate.delivery.evil.example",
+        ),
+        ("by http", "http://replicate.delivery/a.png", "uri", "at replicate.delivery,"),
+        (
+            "with a password",
+            "https://a:b@replicate.delivery/a.png",
+            "uri",
+            "at replicate.delivery,",
+        ),
+        (
+            "another port",
+            "https://replicate.delivery:444/a.png",
+            "uri",
+            "replicate.delivery:444",
+        ),
+        (
+            "no port",
+            "https://replicate.delivery:x/a.png",
+            "uri",
+            "replicate.delivery:x",
+        ),
+        (
+            "one good, one elsewhere",
+            lambda input: [INLINE, "https://evil.example"],
+            "[uri]",
+            "evil.example",
+        ),
+        (
+            "a data: URL of a sound",
+            "data:audio/wav;base64,UklGRg==",
+            "uri",
+            "did not make an image.",
+        ),
+    ],
+)
+@table("format", [("as a link", "url"), ("as base64", "b64_json")])
+def test_what_is_no_image_of_replicates_is_a_502(
+    fake, server, make, output, why, format
+):
+    model = painter(fake, make, output)
+    answer = ask_image(server, model, response_format=format)
+    assert answer.status == 502, answer.body
+    assert why in answer.error["message"]
+    assert answer.advice == {"x-should-retry": "false"}
+    assert len(fake.creates()) == 1
+    assert not fake.cancels
+
+
+@table(
+    "name, format, has_url",
+    [
+        ("gpt-image", "gpt-image-1", None, False),
+        ("with a date", "gpt-image-1.5-2026-01-01", None, False),
+        ("as a ref", "openai/gpt-image-2", None, False),
+        ("chatgpt-image", "chatgpt-image-latest", None, False),
+        ("but for what is asked", "gpt-image-1", "url", True),
+        ("dall-e", "dall-e-3", None, True),
+        ("another", "flux-schnell", None, True),
+        ("another as asked", "flux-schnell", "b64_json", False),
+    ],
+)
+def test_gpt_image_gives_base64_and_all_others_links(fake, name, format, has_url):
+    with fronting(fake) as server:  # with the models that are shipped
+        asked = {"response_format": format} if format else {}
+        [row] = ask_image(server, name, **asked).json["data"]
+    assert [*row] == ["url" if has_url else "b64_json"]
+
+
+def test_a_data_url_is_looked_for_as_a_link_once_more(fake, server):
+    """Which only the response to a create has."""
+    model = painter(fake, png_file())
+    fake.plays[model] = "data-urls"
+    answer = ask_image(server, model, response_format="b64_json")
+    assert answer.json["data"] == as_base64(PNG)
+    assert not fetches(fake)
+    [row] = ask_image(server, model).json["data"]
+    assert row["url"] in fake.output_files
+    looks = [
+        call
+        for call in fake.seen
+        if call.method == "GET" and "/predictions/" in call.path
+    ]
+    assert len(looks) == 1
+
+
+def test_a_data_url_is_a_link_where_there_is_no_other(fake, server):
+    model = painter(fake, INLINE, "uri")
+    assert ask_image(server, model).json["data"] == [{"url": INLINE}]
+    answer = ask_image(server, model, response_format="b64_json")
+    assert answer.json["data"] == as_base64(PNG)
+
+
+def test_images_side_by_side_come_in_their_order(fake, server):
+    model = painter(fake, lambda input: png_file(PNG + bytes([input["seed"]])))
+    asked = {"n": 10, "seed": 5, "response_format": "b64_json"}
+    answer = ask_image(server, model, **asked).json
+    assert answer["data"] == as_base64(*(PNG + bytes([5 + n]) for n in range(10)))
+    events = image_events(ask_image(server, model, **asked, stream=True))
+    rows = [{"b64_json": event["b64_json"]} for event in events]
+    assert sorted(rows, key=str) == sorted(answer["data"], key=str)
+
+
+def test_a_file_is_fetched_without_the_token(fake, server):
+    model = painter(fake, [png_file(), png_file(PNG_2)])
+    ask_image(server, model, response_format="b64_json")
+    assert len(fetches(fake)) == 2
+    ask_image(server, model)  # whose first bytes tell what it is
+    assert sorted(fetches(fake).values()) == [1, 1, 1]
+    for call in fake.seen:
+        assert ("authorization" in call.headers) == ("/delivery/" not in call.path)
+
+
+FILE_FAULTS = {
+    "once": Fault(page(503, "Busy"), times=1),
+    "404": Fault(page(404, "Gone")),
+    "redirect": Fault(Reply(302, b"", headers={"Location": "http://127.0.0.1:9/"})),
+    "reset": Fault(RESET),
+}
+
+
+@table(
+    "faults, status, count",
+    [
+        ("it fails once", {"fault": FILE_FAULTS["once"]}, 200, 2),
+        ("it is gone", {"fault": FILE_FAULTS["404"]}, 502, 2),
+        ("it is elsewhere", {"fault": FILE_FAULTS["redirect"]}, 502, 2),
+        ("it is reset", {"fault": FILE_FAULTS["reset"]}, 502, None),
+        ("it is cut off", {"length": 1000}, 502, 2),
+        ("it is too large", {"length": 65 * 2**20}, 502, 2),
+    ],
+)
+@both_ways
+def test_a_file_that_cant_be_had_is_asked_for_twice(
+    fake, server, faults, status, count, stream
+):
+    model = painter(fake, png_file(**faults))
+    answer = ask_image(server, model, response_format="b64_json", stream=stream)
+    assert answer.status == status
+    if status == 502:
+        assert answer.error["code"] == "upstream_unavailable"
+        [link] = [
+            link for link in fake.output_files if urlsplit(link).path in fetches(fake)
+        ]
+        assert f"Replicate keeps it for an hour, at '{link}'" in answer.error["message"]
+        assert answer.advice == {"x-should-retry": "false"}
+    if count:
+        assert [*fetches(fake).values()] == [count]
+    assert len(fake.creates()) == 1
+
+
+def test_a_link_is_given_even_if_its_file_cant_be_looked_at(fake, server):
+    model = painter(fake, png_file(fault=FILE_FAULTS["404"]))
+    assert ask_image(server, model).json["data"][0]["url"] in fake.output_files
+
+
+def test_a_file_that_comes_too_slowly_is_given_up(fake):
+    held = threading.Event()
+    model = painter(fake, png_file(PNG * 100, held=held))
+    try:
+        with fronting(fake, QUICK._replace(file=0.1, stream=0.1)) as server:
+            began = time.monotonic()
+            answer = ask_image(server, model, response_format="b64_json")
+            assert answer.status == 502
+            assert time.monotonic() - began < 2
+    finally:
+        held.set()
+
+
+def test_a_file_that_is_too_large_without_saying_so_is_given_up(
+    fake, server, monkeypatch
+):
+    monkeypatch.setattr(proxy, "MAX_FILE", 1000)
+    model = painter(fake, png_file(PNG * 100))
+    answer = ask_image(server, model, response_format="b64_json")
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+
+
+def test_a_stream_ends_with_each_image_in_an_event_of_openais(fake, server):
+    model = painter(fake, png_file())
+    answer = ask_image(server, model, stream=True, partial_images=3, size="1024x1024")
+    [event] = image_events(answer)
+    made = b64encode(PNG).decode()
+    assert answer.body.decode() == (
+        "event: image_generation.completed\n"
+        f'data: {{"type":"image_generation.completed","b64_json":"{made}",'
+        f'"created_at":{event["created_at"]},"size":"1024x1024","quality":"auto",'
+        '"background":"auto","output_format":"png","usage":{"input_tokens":0,'
+        '"input_tokens_details":{"image_tokens":0,"text_tokens":0},"output_tokens":0,'
+        '"total_tokens":0}}\n\n'
+    )
+    fake.models["acme/edits"] = make_model(
+        "acme/edits", "prompt* str; image uri", output="uri"
+    )
+    fake.makes["acme/edits"] = lambda input: png_file()
+    asked = {"image": CAT, "stream": True, "quality": "low", "background": "opaque"}
+    [event] = image_events(ask_image(server, "acme/edits", "edits", **asked))
+    assert event["type"] == "image_edit.completed"
+    assert (event["size"], event["quality"]) == ("auto", "low")
+    assert event["background"] == "opaque"
+    # An image to begin with makes no edit of it.
+    asked = {"image": CAT, "stream": True}
+    [event] = image_events(ask_image(server, "acme/edits", **asked))
+    assert event["type"] == "image_generation.completed"
+
+
+def test_a_stream_of_an_image_is_kept_alive(watched):
+    fake, server = watched
+    model = painter(fake, png_file())
+    fake.plays[model] = "cool"  # which boots for 0.7 s
+    answer = ask_image(server, model, stream=True)
+    assert answer.body.count(proxy.KEEP_ALIVE) >= 3
+    assert answer.body.startswith(proxy.KEEP_ALIVE)
+    [event] = image_events(answer)
+    assert event["output_format"] == "png"
+
+
+def test_an_image_that_fails_is_a_status_or_the_last_event_of_a_stream(watched):
+    fake, server = watched
+    model = painter(fake, png_file())
+    fake.plays[model] = "flagged"
+    for asked in ({}, {"stream": True}):
+        answer = ask_image(server, model, **asked)
+        assert answer.status == 400
+        assert answer.error["code"] == "content_policy_violation"
+    fake.scenarios["fails-late"] = replace(fake.scenarios["failed"], boot=0.5)
+    fake.plays[model] = "fails-late"
+    answer = ask_image(server, model, stream=True)
+    assert answer.status == 200
+    *silence, error, after = answer.body.decode().split("\n\n")
+    assert {*silence} == {": keep-alive"}
+    assert after == ""
+    error = json.loads(error.removeprefix("data: "))["error"]
+    assert error.keys() == FOUR_KEYS
+    assert error["code"] == "prediction_failed"
+
+
 # ==== 7. SERVING ==============================================================
 
 
@@ -10416,6 +12141,219 @@ def test_servers_share_what_is_stored_in_a_file(settings, tmp_path):
         assert send(other, "DELETE", STORED).status == 200
         assert send(one, "GET", STORED).status == 404
     assert [file.name for file in tmp_path.iterdir()] == ["r.db"]
+
+
+# -- Image requests ------------------------------------------------------------
+
+
+def image_bytes(model, **more):
+    return chat_bytes(model, "/v1/images/generations", prompt="A cat", **more)
+
+
+@table(
+    "scenario, changes, n",
+    [
+        (
+            "while it is created",
+            "slow-create",
+            {"on_create": Fault(wait=0.3, done=True)},
+            1,
+        ),
+        ("while it boots", "very-cold", {}, 1),
+        ("while two run", "very-cold", {}, 2),
+        ("while ten wait", "very-cold", {}, 10),
+    ],
+)
+@both_ways
+def test_a_hang_up_cancels_each_image_that_is_being_made(
+    watched, scenario, changes, n, stream
+):
+    fake, server = watched
+    model = painter(fake, png_file())
+    fake.scenarios["runs"] = replace(fake.scenarios[scenario], hold=0, **changes)
+    fake.plays[model] = "runs"
+    with closing(dial(server)) as sock:
+        sock.sendall(image_bytes(model, n=n, stream=stream))
+        fake.wait_for(lambda: len(fake.creates()) == min(n, 8))
+        sock.close()
+        fake.wait_for(lambda: len(fake.cancels) == min(n, 8))
+    wait_until(lambda: not server.proxy.upstream.running)
+    assert len(fake.creates()) == len(fake.predictions) == min(n, 8)
+    assert {*fake.cancels} == {*fake.predictions}
+
+
+def test_a_hang_up_ends_the_fetch_of_a_file(watched):
+    fake, server = watched
+    held = threading.Event()
+    model = painter(fake, png_file(PNG * 100, held=held))
+    try:
+        with closing(dial(server)) as sock:
+            sock.sendall(image_bytes(model, response_format="b64_json"))
+            fake.wait_for(lambda: fetches(fake))
+            sock.close()
+            wait_until(lambda: not server.requests, 1)
+        assert [*fetches(fake).values()] == [1]
+        assert not fake.cancels  # it was over
+    finally:
+        held.set()
+
+
+def test_a_hang_up_during_an_upload_runs_nothing(watched):
+    fake, server = watched
+    fake.on_upload = Fault(wait=30)
+    fake.models["acme/form"] = make_model("acme/form", FORM_FIELDS, output="uri")
+    data = form_of(
+        MODEL_PART, PROMPT_PART, form_part("image", LARGE_FILE, filename="a.png")
+    )
+    head = (
+        f"POST /v1/images/edits HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key\r\n"
+        f"Content-Type: {A_FORM}\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    with closing(dial(server)) as sock:
+        sock.sendall(head.encode() + data)
+        fake.wait_for(lambda: uploads(fake))
+    wait_until(lambda: not server.requests, 2)
+    assert not fake.creates()
+
+
+LARGE_FILE = PNG + bytes(300_000)
+
+
+def test_a_large_image_is_uploaded_once_for_all_that_are_made_of_it(fake, server):
+    fake.models["acme/edits"] = make_model(
+        "acme/edits", "prompt* str; image uri; seed int", output="uri"
+    )
+    fake.makes["acme/edits"] = lambda input: png_file()
+    asked = {"image": data_url(LARGE_FILE), "n": 4, "seed": 1}
+    assert len(ask_image(server, "acme/edits", "edits", **asked).json["data"]) == 4
+    assert len(uploads(fake)) == 1
+    links = {call.body["input"]["image"] for call in fake.creates()}
+    assert len(links) == 1
+    [file] = [fake.files[links.pop().rpartition("/")[2]]]
+    assert (file.content, file.content_type) == (LARGE_FILE, "image/png")
+
+
+@both_ways
+def test_the_first_image_that_fails_cancels_those_beside_it(watched, stream):
+    fake, server = watched
+    model = painter(fake, png_file())
+    fake.scenarios["stuck-at-once"] = replace(fake.scenarios["stuck"], hold=0)
+    fake.plays[model] = "stuck-at-once"
+
+    def fail_at_3(input):
+        if input["seed"] == 3:
+            raise ValueError("it broke")
+
+    fake.makes[model] = fail_at_3
+    answer = ask_image(server, model, n=4, seed=0, stream=stream)
+    assert (answer.status, answer.error["code"]) == (502, "prediction_failed")
+    wait_until(lambda: not server.proxy.upstream.running)
+    running = [p for p in fake.predictions.values() if p.scenario.end is None]
+    assert running
+    assert {p.id for p in running} == {*fake.cancels}
+
+
+def test_an_image_that_takes_longer_than_it_may_is_cancelled_by_replicate(fake, server):
+    model = painter(fake, png_file())
+    fake.plays[model] = "deadline-cold"
+    answer = ask_image(server, model)
+    assert (answer.status, answer.error["code"]) == (504, "prediction_timeout")
+
+
+def test_the_log_tells_of_an_image_and_not_of_what_is_on_it(fake, server, caplog):
+    model = painter(fake, png_file())
+    with caplog.at_level("INFO", "proxy"):
+        answer = ask_image(server, model, prompt="a very secret thing", n=2)
+        wait_until(lambda: "path=/v1/images" in caplog.text)
+    [line] = [line for line in caplog.messages if "path=/v1/images" in line]
+    assert f"model={model} ref={model} n=2 prediction=" in line
+    assert "secret" not in caplog.text
+    assert answer.headers["x-replicate-model"] == model
+    ids = answer.headers["x-replicate-prediction-id"].split(", ")
+    assert {*ids} <= {*fake.predictions}
+    assert len(ids) == 2
+
+
+def test_azures_path_and_older_ones_name_the_model(fake, server):
+    model = painter(fake, png_file())
+    body = {"prompt": "A cat"}
+    path = f"/openai/deployments/{model}/images/generations?api-version=1"
+    assert send(server, "POST", path, body).status == 200
+    assert len(fake.creates()) == 1
+
+
+def test_the_openai_client_makes_edits_and_varies_images(fake, tmp_path):
+    file = tmp_path / "cat.png"
+    file.write_bytes(PNG)
+    with fronting(fake) as server, client_of(server) as client:
+        made = client.images.generate(model="flux-schnell", prompt="A cat", n=2)
+        assert all(image.url in fake.output_files for image in made.data)
+        made = client.images.generate(
+            model="dall-e-3", prompt="A cat", response_format="b64_json", style="vivid"
+        )
+        [image] = made.data
+        assert b64decode(image.b64_json) == fake_replicate.PNG
+        assert (image.url, image.revised_prompt) == (None, None)
+        made = client.images.generate(
+            model="gpt-image-1",
+            prompt="A cat",
+            size="1536x1024",
+            quality="high",
+            output_format="jpeg",
+            extra_body={"seed": 3},
+        )
+        assert made.output_format == "jpeg"
+        assert b64decode(made.data[0].b64_json) == fake_replicate.JPEG
+        for image in (file, [file, ("b.png", PNG), io.BytesIO(PNG)]):
+            edited = client.images.edit(
+                model="nano-banana", image=image, prompt="A hat", n=1
+            )
+            assert edited.data[0].url in fake.output_files
+        sizes = [
+            len(call.body["input"].get("image_input", [])) for call in fake.creates()
+        ]
+        assert sizes[-2:] == [1, 3]
+        with open(file, "rb") as image, pytest.warns(DeprecationWarning):
+            varied = client.images.create_variation(
+                image=image, model="flux-redux-schnell", n=2
+            )
+        assert len(varied.data) == 2
+        for answer in (made, edited, varied):
+            strict = ImagesResponse.model_validate(answer.model_dump(), strict=True)
+            assert not strict.model_extra
+        for stream, kind in (
+            (
+                client.images.generate(model="flux-dev", prompt="A cat", stream=True),
+                ImageGenCompletedEvent,
+            ),
+            (
+                client.images.edit(
+                    model="flux-kontext-pro", image=file, prompt="A hat", stream=True
+                ),
+                ImageEditCompletedEvent,
+            ),
+        ):
+            [event] = stream
+            assert type(event) is kind
+            kind.model_validate(event.model_dump(), strict=True)
+            assert b64decode(event.b64_json) == fake_replicate.PNG
+
+
+def test_the_openai_client_raises_its_own_errors(fake):
+    with fronting(fake) as server, client_of(server, max_retries=2) as client:
+        with pytest.raises(openai.NotFoundError):
+            client.images.generate(model="nobody", prompt="A cat")
+        with pytest.raises(openai.BadRequestError):
+            client.images.generate(model="flux-schnell", prompt="A cat", size="big")
+        fake.plays["black-forest-labs/flux-schnell"] = "failed"
+        with pytest.raises(openai.InternalServerError):
+            client.images.generate(model="flux-schnell", prompt="A cat")
+        assert len(fake.creates()) == 1  # which it is told not to repeat
+        fake.scenarios["fails-late"] = replace(fake.scenarios["failed"], boot=0.5)
+        fake.plays["black-forest-labs/flux-schnell"] = "fails-late"
+        stream = client.images.generate(model="flux-schnell", prompt="x", stream=True)
+        with pytest.raises(openai.APIError, match="The prediction failed"):
+            list(stream)
 
 
 # -- HTTP ----------------------------------------------------------------------
