@@ -2357,7 +2357,8 @@ def prepare_files(body: Json) -> Json:
 
 
 def prepare_texts(body: Json) -> Json:
-    for index, text in enumerate(as_list(body.get("input"))):
+    texts = body.get("input")
+    for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
         is_token = isinstance(text, (int, list)) and not isinstance(text, bool)
         require(
             not is_token,

@@ -11176,6 +11176,458 @@ def test_an_image_that_fails_is_a_status_or_the_last_event_of_a_stream(watched):
     assert error["code"] == "prediction_failed"
 
 
+# -- Embeddings ----------------------------------------------------------------
+
+GRANITE = "ibm-granite/granite-embedding-278m-multilingual"
+MPNET, BGE = "replicate/all-mpnet-base-v2", "nateraw/bge-large-en-v1.5"
+E5, NOMIC = "beautyyuyanli/multilingual-e5-large", "lucataco/nomic-embed-text-v1"
+ARCTIC, GTE = "lucataco/snowflake-arctic-embed-l", "mark3labs/embeddings-gte-base"
+GTE_QWEN, CLIP = "cuuupid/gte-qwen2-7b-instruct", "openai/clip"
+JINA, FEATURES = "zsxkib/jina-clip-v2", "andreasjansson/clip-features"
+IMAGEBIND, LLAMA_13B = "daanelson/imagebind", "andreasjansson/llama-2-13b-embeddings"
+E5_MISTRAL, BGE_15 = "adirik/e5-mistral-7b-instruct", "acme/bge_1-5_query_embeddings"
+KRTHR = "krthr/clip-embeddings"
+KOKORO, WHISPER = "jaaari/kokoro-82m", "openai/whisper"
+MORE_EMBEDDERS = {  # beside the stand-in's: their inputs and output
+    LLAMA_13B: ("prompts* str", "[[float]]"),
+    E5_MISTRAL: (
+        "task str; query str; document* str; normalize bool =false",
+        "any",
+    ),
+    BGE_15: ("query_texts str; normalize bool =true", "[[float]]"),
+    FEATURES: ('inputs str ="a"', "[obj]"),
+    IMAGEBIND: (
+        'input uri; text_input str; modality enum vision, text, audio ="vision"',
+        "[float]",
+    ),
+    KRTHR: ("text str; image uri", "{embedding* [float]}"),
+    "acme/threes": ("texts* [str]", "[[float]]"),
+}
+
+
+@pytest.fixture
+def embedding(fake):
+    """The stand-in with more embedding models, each of which makes what it may."""
+    for ref, (inputs, output) in MORE_EMBEDDERS.items():
+        fake.models[ref] = make_model(ref, inputs, output=output)
+    rows = fake_replicate.input_schemas(fake.models["acme/threes"])
+    rows["Input"]["properties"]["texts"]["maxItems"] = 3
+    fake.makes |= {
+        LLAMA_13B: lambda input: vectors(json.loads(input["prompts"])),
+        E5_MISTRAL: lambda input: vectors([input["document"]]),
+        BGE_15: lambda input: vectors(json.loads(input["query_texts"])),
+        FEATURES: lambda input: [
+            {"input": text, "embedding": vector(text)}
+            for text in input["inputs"].split("\n")
+        ],
+        IMAGEBIND: lambda input: vector(input["text_input"]),
+        KRTHR: lambda input: {"embedding": vector(input["text"])},
+        "acme/threes": lambda input: vectors(input["texts"]),
+    }
+    return fake
+
+
+vector, vectors = fake_replicate.vector, fake_replicate.vectors
+
+
+def embed(server, model, input="a", **body):
+    asked = {"model": model, "input": input, **body}
+    return send(server, "POST", "/v1/embeddings", asked)
+
+
+def ran(fake, act):
+    """What an act returns, and the inputs of the predictions that it made."""
+    known = {*fake.predictions}
+    result = act()
+    made = [{**p.input} for id, p in fake.predictions.items() if id not in known]
+    return result, made
+
+
+NORMAL = {"normalize_embeddings": True}
+
+
+@table(
+    "model, body, expected",
+    [
+        ("a list", GRANITE, {}, [{"texts": ["a", "\u00e9\nc"]}]),
+        ("a list of another name", GTE_QWEN, {}, [{"text": ["a", "\u00e9\nc"]}]),
+        (
+            "JSON in a string, by its name",
+            MPNET,
+            {},
+            [{"text_batch": '["a", "\u00e9\\nc"]'}],
+        ),
+        ("and its length", BGE, {}, [{"texts": '["a", "\u00e9\\nc"]', **NORMAL}]),
+        ("by its default", E5, {}, [{"texts": '["a", "\u00e9\\nc"]', **NORMAL}]),
+        ("as prompts", LLAMA_13B, {}, [{"prompts": '["a", "\u00e9\\nc"]'}]),
+        (
+            "as queries",
+            BGE_15,
+            {},
+            [{"query_texts": '["a", "\u00e9\\nc"]', "normalize": True}],
+        ),
+        ("lines", NOMIC, {}, [{"sentences": "a\n\u00e9 c"}]),
+        ("lines of another name", FEATURES, {}, [{"inputs": "a\n\u00e9 c"}]),
+        ("one as a prompt", ARCTIC, {}, [{"prompt": "a"}, {"prompt": "\u00e9\nc"}]),
+        ("one as text", GTE, {}, [{"text": "a"}, {"text": "\u00e9\nc"}]),
+        ("one beside an image", CLIP, {}, [{"text": "a"}, {"text": "\u00e9\nc"}]),
+        ("of another model", KRTHR, {}, [{"text": "a"}, {"text": "\u00e9\nc"}]),
+        (
+            "a document",
+            E5_MISTRAL,
+            {},
+            [
+                {"document": "a", "normalize": True},
+                {"document": "\u00e9\nc", "normalize": True},
+            ],
+        ),
+        (
+            "by what always goes with it",
+            IMAGEBIND,
+            {},
+            [
+                {"text_input": "a", "modality": "text"},
+                {"text_input": "\u00e9\nc", "modality": "text"},
+            ],
+        ),
+        (
+            "as many as it has dimensions",
+            JINA,
+            {"input": "a", "dimensions": 128},
+            [{"text": "a", "embedding_dim": 128, "output_format": "array"}],
+        ),
+        (
+            "no more dimensions than it has",
+            JINA,
+            {"input": "a", "dimensions": 3000},
+            [{"text": "a", "embedding_dim": 1024, "output_format": "array"}],
+        ),
+        (
+            "as long as they are",
+            E5,
+            {"input": "a", "normalize": False},
+            [{"texts": '["a"]', "normalize_embeddings": False}],
+        ),
+        ("one text", GRANITE, {"input": "a"}, [{"texts": ["a"]}]),
+        ("one text as JSON", MPNET, {"input": "a"}, [{"text_batch": '["a"]'}]),
+        (
+            "as many as it takes",
+            "acme/threes",
+            {"input": [*"abcdefg"]},
+            [{"texts": [*"abc"]}, {"texts": [*"def"]}, {"texts": ["g"]}],
+        ),
+        (
+            "by its own name",
+            E5,
+            {"input": "a", "batch_size": 7},
+            [{"texts": '["a"]', "batch_size": 7, **NORMAL}],
+        ),
+        (
+            "by another's",
+            E5,
+            {"input": "a", "replicate": {"batch_size": 7}},
+            [{"texts": '["a"]', "batch_size": 7, **NORMAL}],
+        ),
+        (
+            "nothing that it lacks",
+            GRANITE,
+            {"input": "a", "user": "u", "x": 1},
+            [{"texts": ["a"]}],
+        ),
+    ],
+)
+def test_texts_reach_an_embedding_model_in_its_own_words(
+    embedding, fake, server, model, body, expected
+):
+    texts = body.get("input", ["a", "\u00e9\nc"])
+    answer, inputs = ran(fake, lambda: embed(server, model, **{"input": texts} | body))
+    assert answer.status == 200, answer.body
+    assert sorted(inputs, key=str) == sorted(expected, key=str)
+    rows = answer.json["data"]
+    assert [row["index"] for row in rows] == [*range(len(proxy.as_list(texts) or [1]))]
+    if model not in (NOMIC, FEATURES, JINA):  # where a line can't end
+        made = vectors(texts if isinstance(texts, list) else [texts])
+        assert [row["embedding"] for row in rows] == made
+
+
+def test_lines_end_where_any_program_may_see_an_end(embedding, fake, server):
+    texts = ["a\r\nb", "c\u2028d\x0be", " f "]
+    answer, [input] = ran(fake, lambda: embed(server, NOMIC, texts))
+    assert input == {"sentences": "a b\nc d e\n f "}
+    assert len(answer.json["data"]) == 3
+
+
+def test_operators_inputs_go_with_texts(fake, tmp_path):
+    models = {
+        "mappings": {"e": E5},
+        "model_configs": {E5: {"input": {"batch_size": 3}}},
+    }
+    file = tmp_path / "models.json"
+    file.write_text(json.dumps(models))
+    with fronting(fake, models_path=str(file)) as server:
+        _, [input] = ran(fake, lambda: embed(server, "e"))
+    assert input == {"texts": '["a"]', "batch_size": 3, **NORMAL}
+
+
+@table(
+    "model, input, body, status, code, why",
+    [
+        ("none", GRANITE, None, {}, 400, None, "input"),
+        ("an empty list", GRANITE, [], {}, 400, "empty_array", "input"),
+        ("an empty text", GRANITE, "", {}, 400, "invalid_value", "empty string"),
+        ("one of them", GRANITE, ["a", ""], {}, 400, "invalid_value", "'input[1]'"),
+        ("tokens", GRANITE, [1, 2], {}, 400, "invalid_value", "check_embedding_ctx"),
+        ("of many", GRANITE, [[1], [2]], {}, 400, "invalid_value", "check_embedding"),
+        ("no text", GRANITE, [True], {}, 400, "invalid_type", "a boolean"),
+        ("an object", GRANITE, {"a": 1}, {}, 400, "invalid_type", "an object"),
+        ("null", GRANITE, ["a", None], {}, 400, "invalid_type", "null"),
+        (
+            "too many",
+            GRANITE,
+            ["a"] * 2049,
+            {},
+            400,
+            "array_above_max_length",
+            "maximum length 2048",
+        ),
+        (
+            "too many predictions",
+            ARCTIC,
+            ["a"] * 129,
+            {},
+            400,
+            "array_above_max_length",
+            "takes 1 at a time, so 129 texts make 129 predictions",
+        ),
+        (
+            "too many of three each",
+            "acme/threes",
+            ["a"] * 385,
+            {},
+            400,
+            "array_above_max_length",
+            "takes 3 at a time, so 385 texts make 129 predictions",
+        ),
+        (
+            "dimensions that it has not",
+            GRANITE,
+            "a",
+            {"dimensions": 8},
+            400,
+            "unsupported_parameter",
+            "no input for 'dimensions'",
+        ),
+        ("no dimensions", GRANITE, "a", {"dimensions": 0}, 400, None, "'dimensions'"),
+        ("a format", GRANITE, "a", {"encoding_format": "hex"}, 400, None, "'hex'"),
+        ("of chat", "fake/hello", "a", {}, 400, "invalid_value", "/chat/completions"),
+        ("of sound", KOKORO, "a", {}, 400, "invalid_value", "/v1/audio/speech"),
+        ("of images", FLUX, "a", {}, 400, "invalid_value", "/v1/images/generations"),
+        ("of transcripts", WHISPER, "a", {}, 400, "invalid_value", "/transcriptions"),
+        (
+            "unknown",
+            "nobody-knows",
+            "a",
+            {},
+            404,
+            "model_not_found",
+            "text-embedding-3",
+        ),
+        ("missing", "missing/x", "a", {}, 404, "model_not_found", "not know this"),
+    ],
+)
+def test_texts_that_cant_be_embedded_are_refused_unpaid(
+    embedding, fake, server, model, input, body, status, code, why
+):
+    answer, inputs = ran(fake, lambda: embed(server, model, input, **body))
+    assert answer.status == status, answer.body
+    assert why in answer.error["message"]
+    assert code in (None, answer.error["code"])
+    assert not inputs
+
+
+def test_as_many_predictions_as_a_call_may_make(embedding, fake, server):
+    texts = [str(n) for n in range(128)]
+    answer, inputs = ran(fake, lambda: embed(server, ARCTIC, texts))
+    assert len(inputs) == 128
+    assert [row["embedding"] for row in answer.json["data"]] == vectors(texts)
+    texts = [str(n) for n in range(2048)]
+    answer, [input] = ran(fake, lambda: embed(server, GRANITE, texts))
+    assert [row["embedding"] for row in answer.json["data"]] == vectors(texts)
+
+
+A_AND_B = vectors("ab")
+HUGE = 10**400
+
+
+@table(
+    "output, input, expected",
+    [
+        ("lists", A_AND_B, "ab", A_AND_B),
+        ("one flat list", A_AND_B[0], "a", A_AND_B[:1]),
+        ("a list of one", A_AND_B[:1], "a", A_AND_B[:1]),
+        ("deeper", [A_AND_B], "ab", A_AND_B),
+        ("objects", [{"embedding": v} for v in A_AND_B], "ab", A_AND_B),
+        (
+            "with more in them",
+            [{"input": "a", "vector": v} for v in A_AND_B],
+            "ab",
+            A_AND_B,
+        ),
+        ("an object", {"embedding": A_AND_B[0]}, "a", A_AND_B[:1]),
+        ("of vectors", {"text": "a", "vectors": A_AND_B[0]}, "a", A_AND_B[:1]),
+        ("of many", {"embeddings": A_AND_B}, "ab", A_AND_B),
+        ("whole numbers", [[1, 2], [3, 4]], "ab", [[1, 2], [3, 4]]),
+        ("too few", A_AND_B[:1], "ab", 1),
+        ("too many", A_AND_B, "a", 1),
+        ("one flat list for two", A_AND_B[0], "ab", 1),
+        ("a number for each", [0.5, 0.25], "ab", 1),
+        ("of other sizes", [[1, 2], [3]], "ab", 1),
+        ("an empty one", [[1, 2], []], "ab", 1),
+        ("none at all", [], "a", 1),
+        ("null", None, "a", 1),
+        ("null in it", [[1, None]], "a", 1),
+        ("true in it", [[1, True]], "a", 1),
+        ("NaN", [[1, float("nan")]], "a", 1),
+        ("infinite", [[1, float("inf")]], "a", 1),
+        ("no 32-bit float", [[1, 1e39]], "a", 1),
+        ("far from it", [[1, HUGE]], "a", 1),
+        ("strings", ["AAAA"], "a", 1),
+        ("text", "I can't.", "a", 1),
+        ("a link", "https://replicate.delivery/a.npy", "a", 1),
+        ("an object without any", {"result": [1, 2]}, "a", 1),
+        ("numbers and lists", [1, [2]], "a", 1),
+    ],
+)
+def test_vectors_are_found_in_outputs_of_every_shape(
+    embedding, fake, server, output, input, expected
+):
+    fake.models["acme/any"] = make_model("acme/any", "texts* [str]", output="any")
+    fake.makes["acme/any"] = lambda _: output
+    for encoding in ("float", "base64"):
+        answer = embed(server, "acme/any", [*input], encoding_format=encoding)
+        if expected == 1:
+            assert answer.status == 502, answer.body
+            assert answer.error["code"] == "prediction_failed"
+            assert "one vector for each text" in answer.error["message"]
+            assert answer.advice == {"x-should-retry": "false"}
+            continue
+        assert answer.status == 200, answer.body
+        rows = [row["embedding"] for row in answer.json["data"]]
+        if encoding == "base64":
+            rows = [
+                [*struct.unpack(f"<{len(v)}f", b64decode(row))]
+                for v, row in zip(expected, rows, strict=True)
+            ]
+        assert rows == expected
+
+
+def test_vectors_are_counted_for_each_prediction(embedding, fake, server):
+    """Two for one text, and none for the next, would be taken for each other's."""
+    counts = {"a": 4, "d": 2}
+    fake.makes["acme/threes"] = lambda input: vectors(["x"] * counts[input["texts"][0]])
+    answer = embed(server, "acme/threes", [*"abcdef"])
+    assert answer.status == 502
+    fake.makes[ARCTIC] = lambda input: [[1.0], [2.0]] if input["prompt"] == "a" else []
+    assert embed(server, ARCTIC, ["a", "b"]).status == 502
+    fake.makes[ARCTIC] = lambda input: [1.0] * ord(input["prompt"])
+    assert embed(server, ARCTIC, ["a", "b"]).status == 502
+
+
+def test_base64_is_that_of_floats_the_least_byte_first(embedding, fake, server):
+    fake.models["acme/any"] = make_model("acme/any", "texts* [str]", output="any")
+    fake.makes["acme/any"] = lambda _: [[1.0, -2.5, 0.1, 0, 3.4e38]]
+    answer = embed(server, "acme/any", encoding_format="base64")
+    floats = "0000803f 000020c0 cdcccc3d 00000000 9ec97f7f"
+    encoded = b64encode(bytes.fromhex(floats)).decode()
+    assert answer.json == {
+        "object": "list",
+        "data": [{"object": "embedding", "index": 0, "embedding": encoded}],
+        "model": "acme/any",
+        "usage": {"prompt_tokens": 1, "total_tokens": 1},
+    }
+    assert [*answer.json] == ["object", "data", "model", "usage"]
+    floats = embed(server, "acme/any").json["data"][0]["embedding"]
+    assert floats == [1.0, -2.5, 0.1, 0, 3.4e38]
+
+
+def test_usage_of_texts_is_an_estimate_and_the_log_says_so(
+    embedding, fake, server, caplog
+):
+    caplog.set_level("INFO")
+    secret = "what a user says"
+    answer = embed(server, GRANITE, [secret, "abcde"])
+    assert answer.json["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+    wait_until(lambda: "/v1/embeddings" in caplog.text)
+    assert "tokens_in=6" in caplog.text
+    assert "estimated=yes" in caplog.text
+    assert secret not in caplog.text
+    [line] = [m for m in caplog.messages if "path=/v1/embeddings" in m]
+    assert f"ref={GRANITE}" in line
+
+
+def test_texts_are_embedded_by_models_whose_schema_cant_be_had(fake, server):
+    fake.makes["acme/unknown"] = lambda input: vectors(json.loads(input["texts"]))
+    fake.models["acme/unknown"] = make_model("acme/unknown")
+    answer, [input] = ran(fake, lambda: embed(server, "acme/unknown", [*"ab"]))
+    assert input == {"texts": '["a", "b"]'}
+    assert [row["embedding"] for row in answer.json["data"]] == A_AND_B
+
+
+def test_texts_are_embedded_by_a_deployment(fake, server):
+    """Whose model's schema counts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fake_replicate.DEPLOYMENTS, "acme/vectors", E5)
+        model = "deployments/acme/vectors"
+        answer, [input] = ran(fake, lambda: embed(server, model, [*"ab"]))
+    assert input == {"texts": '["a", "b"]', **NORMAL}
+    assert [row["embedding"] for row in answer.json["data"]] == A_AND_B
+
+
+@table(
+    "plays, status, code",
+    [
+        ("it fails", "failed", 502, "prediction_failed"),
+        ("it is flagged", "flagged", 400, "content_policy_violation"),
+        ("no credit", "out-of-credit", 429, "insufficient_quota"),
+    ],
+)
+def test_texts_that_fail_cancel_the_rest(embedding, fake, server, plays, status, code):
+    fake.plays[ARCTIC] = plays
+    answer = embed(server, ARCTIC, [*"abcdefghij"])
+    assert (answer.status, answer.error["code"]) == (status, code)
+    assert len(fake.predictions) < 1000
+    assert len(fake.creates()) <= 2 * proxy.MAX_PARALLEL_PREDICTIONS + 2
+
+
+def test_openai_embeds(embedding, client, fake):
+    texts = ["one", "two", "three"]
+    for model in (GRANITE, ARCTIC, JINA):
+        made = client.embeddings.create(model=model, input=texts)
+        sizes = {len(row.embedding) for row in made.data}
+        [size] = sizes
+        expected = [vector(text, size) for text in texts]
+        assert [row.embedding for row in made.data] == expected
+        assert [row.index for row in made.data] == [0, 1, 2]
+        floats = client.embeddings.create(
+            model=model, input=texts, encoding_format="float"
+        )
+        assert floats == made
+        type(made).model_validate(made.model_dump(), strict=True)
+
+
+def test_langchain_embeds(embedding, server, fake):
+    from langchain_openai import OpenAIEmbeddings
+
+    langchain = OpenAIEmbeddings(
+        model=GRANITE,
+        base_url=f"{server.url}/v1",
+        api_key=KEY,
+        check_embedding_ctx_length=False,
+    )
+    assert langchain.embed_documents(["a", "b"]) == A_AND_B
+    assert langchain.embed_query("a") == A_AND_B[0]
+
+
 # ==== 7. SERVING ==============================================================
 
 
