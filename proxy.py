@@ -2321,7 +2321,7 @@ TRANSCRIPTION = {
 }
 
 TRANSLATION = {
-    **without(TRANSCRIPTION, ["language", "timestamp_granularities", "words"]),
+    **without(TRANSCRIPTION, ["timestamp_granularities", "words"]),
     "translate": Param(BOOLEAN, default=True, names="translate task"),
 }
 
@@ -2343,7 +2343,11 @@ def parse_files(value: Any, name: str) -> list[str]:
         is_image = name != "file"
         kind = "image/png" if is_image else "audio/wav"
         expected = f"a file, https://… or data:{kind};base64,…"
-        urls.append(parse_url(file.strip(), path, expected, is_image=is_image))
+        url = parse_url(file.strip(), path, expected, is_image=is_image)
+        is_empty = url.endswith(";base64,")
+        message = f"Invalid '{path}': the file is empty."
+        require(not is_empty, message, code="invalid_value", param=path)
+        urls.append(url)
     return urls
 
 
@@ -8221,7 +8225,7 @@ def read_transcript(output: Any, is_translation: bool, by_word: bool) -> Transcr
     elif isinstance(output, list) and not any(rows):
         texts = [output_text(output)]
     elif not texts and isinstance(listed, list):
-        texts = [" ".join(str(row.get("text", "")).strip() for row in rows)]
+        texts = [" ".join(str(row.get("text") or "").strip() for row in rows).strip()]
     if not texts:
         raise ValueError("no text")
     text = texts[0].strip()
