@@ -2540,8 +2540,8 @@ EMBEDDING = {
         2048,
         required=True,
         items=STRING,
-        names="texts text_batch sentences prompts query_texts documents text prompt "
-        "input query document",
+        names="texts text_batch sentences prompts query_texts documents inputs text "
+        "prompt input query document text_input",
     ),
     "encoding_format": Param(STRING, choices=("float", "base64"), default="float"),
     "dimensions": Param(
@@ -2558,7 +2558,9 @@ SPEECH = {
     "input": Param(
         STRING, 1, required=True, names="text prompt input gen_text input_text"
     ),
-    "voice": Param(STRING, 1, names="voice voice_id speaker speaker_id"),
+    "voice": Param(
+        STRING, 1, names="voice voice_id speaker speaker_id voice_a history_prompt"
+    ),
     "instructions": Param(
         STRING, names="instructions style_instruction style_prompt style_instructions"
     ),
@@ -2594,7 +2596,7 @@ TRANSCRIPTION = {
 }
 
 TRANSLATION = {
-    **without(TRANSCRIPTION, ["language", "timestamp_granularities", "words"]),
+    **without(TRANSCRIPTION, ["timestamp_granularities", "words"]),
     "translate": Param(BOOLEAN, default=True, names="translate task"),
 }
 
@@ -2611,13 +2613,16 @@ def parse_files(value: Any, name: str) -> list[str | File]:
     for index, file in enumerate(value if isinstance(value, list) else [value]):
         path = f"{name}[{index}]"
         if isinstance(file, File):
+            message = f"Invalid '{path}': the file is empty."
+            require(file.content, message, code="invalid_value", param=path)
             files.append(parse_image(file, path) if is_image else file)
             continue
         if isinstance(file, dict):
             inside = check(file, FILE_IN_JSON, f"{path}.")["image_url"]
             file = inside if isinstance(inside, str) else inside.get("url")
         check_kind(path, file, STRING)
-        expected = "a file, https://… or data:image/png;base64,…"
+        kind = "image/png" if is_image else "audio/wav"
+        expected = f"a file, https://… or data:{kind};base64,…"
         files.append(parse_url(file.strip(), path, expected, is_image=is_image))
     return files
 
@@ -2632,7 +2637,8 @@ def prepare_files(body: Json) -> Json:
 
 
 def prepare_texts(body: Json) -> Json:
-    for index, text in enumerate(as_list(body.get("input"))):
+    texts = body.get("input")
+    for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
         is_token = isinstance(text, (int, list)) and not isinstance(text, bool)
         require(
             not is_token,
@@ -2659,8 +2665,9 @@ PCM_RATE = 24000  # samples a second of OpenAI's pcm, of 16 bits, in one channel
 
 
 def prepare_sound(body: Json) -> Json:
-    words = "word" in as_list(body.get("timestamp_granularities")) or None
-    return {**prepare_files(body), "words": words}
+    is_verbose = body.get("response_format") == "verbose_json"
+    by_word = is_verbose and "word" in as_list(body.get("timestamp_granularities"))
+    return {**prepare_files(body), "words": by_word or None}
 
 
 FILE_OUTPUTS = ("file", "files", "object", "objects", "array")
@@ -3972,6 +3979,8 @@ QUIRKS = {
     r"ideogram-ai/.*": Quirk(mask_is_black=True),
     r"nateraw/bge-.*": Quirk(outputs=("arrays",)),
     r"lucataco/nomic-embed-text-.*": Quirk(takes_lines=True),
+    r"andreasjansson/clip-features": Quirk(takes_lines=True),
+    r"daanelson/imagebind": Quirk(input={"modality": "text"}),
     r"zsxkib/jina-clip-.*": Quirk(input={"output_format": "array"}),
 }
 
@@ -3979,6 +3988,7 @@ QUIRKS = {
 SPELLINGS = {
     "jpeg": "jpg",
     "jpg": "jpeg",
+    "opus": "ogg",
     "hd": "high",
     "standard": "medium",
     "xhigh": "high",
@@ -4200,22 +4210,21 @@ def share_inputs(
         return [{}]
     name = find_input(schema, task.params["input"])
     row = schema.inputs[name]
-    if row.type in ("strings", "array"):
-        size = int(row.field.high or len(texts))
-        batches = [texts[at : at + size] for at in range(0, len(texts), size)]
-        return [{name: batch} for batch in batches]
     if quirk_of(model).takes_lines:
-        return [{name: "\n".join(" ".join(text.split("\n")) for text in texts)}]
-    if name in JSON_LISTS or str(row.default or "").startswith("["):
+        return [{name: "\n".join(" ".join(text.splitlines()) for text in texts)}]
+    is_list = row.type in ("strings", "array")
+    if not is_list and (name in JSON_LISTS or str(row.default or "").startswith("[")):
         return [{name: json.dumps(texts, ensure_ascii=False)}]
+    size = int(row.field.high or len(texts)) if is_list else 1
+    batches = [texts[at : at + size] for at in range(0, len(texts), size)]
     require(
-        len(texts) <= MAX_PREDICTIONS,
-        f"Invalid 'input': the model takes one text at a time, so {len(texts)} texts "
-        f"make as many predictions, and a call may make {MAX_PREDICTIONS}.",
+        len(batches) <= MAX_PREDICTIONS,
+        f"Invalid 'input': the model takes {size} at a time, so {len(texts)} texts "
+        f"make {len(batches)} predictions, and a call may make {MAX_PREDICTIONS}.",
         code="array_above_max_length",
         param="input",
     )
-    return [{name: text} for text in texts]
+    return [{name: batch if is_list else batch[0]} for batch in batches]
 
 
 JSON_LISTS = ("texts", "text_batch", "prompts", "query_texts")  # if they are strings
@@ -8704,11 +8713,14 @@ def read_vectors(output: Any) -> list[Vector]:
         return read_vectors(named[0] if named else None)
     if not isinstance(output, list) or not output:
         raise ValueError("no list")
-    if all(map(is_number, output)):
+    if {*map(type, output)} <= {int, float}:
+        if not sum(map(abs, output)) <= MAX_FLOAT:  # so that NaN is none either
+            raise ValueError("no floats")
         return [output]
     return [vector for each in output for vector in read_vectors(each)]
 
 
+MAX_FLOAT = 3.4e38  # of 32 bits
 VECTOR_NAMES = ("embedding", "embeddings", "vector", "vectors", "output")
 
 
@@ -8742,56 +8754,59 @@ class Transcript(NamedTuple):
     duration: float = 0  # in seconds, up to the last word
 
 
-TEXT_NAMES = ("translation", "transcription", "text")  # in outputs that are objects
+TEXT_NAMES = ("transcription", "text", "transcript", "output")  # in objects
 
 
 def read_transcript(output: Any, is_translation: bool, by_word: bool) -> Transcript:
-    """What a model heard, in any of the forms that models give it."""
+    """What a model heard, in any of the forms that models give it. Raise ValueError."""
     found = as_object(output)
-    rows = as_list(found.get("segments")) or as_list(found.get("chunks"))
-    if not rows and isinstance(output, list):
-        rows = [row for row in output if isinstance(row, dict)]
-    segments = [segment for row in rows if (segment := read_segment(as_object(row)))]
-    names = TEXT_NAMES if is_translation else TEXT_NAMES[1:]
-    texts = [found[name] for name in names if isinstance(found.get(name), str)]
-    if not found and not segments:
+    listed = found.get("segments", found.get("chunks", output))
+    rows = [as_object(row) for row in as_list(listed)]
+    texts = [found[name] for name in TEXT_NAMES if isinstance(found.get(name), str)]
+    if isinstance(output, str):
+        texts = [output]
+    elif isinstance(output, list) and not any(rows):
         texts = [output_text(output)]
-    parts = [
-        row["text"] if row["text"][:1] == " " else f" {row['text']}" for row in segments
-    ]
-    text = (texts[0] if texts else "".join(parts)).strip()
+    elif not texts and isinstance(listed, list):
+        texts = [" ".join(str(row.get("text") or "").strip() for row in rows).strip()]
+    if not texts:
+        raise ValueError("no text")
+    text = texts[0].strip()
+    segments = [segment for row in rows if (segment := read_segment(row))]
     words = [
         {"word": str(word["word"]).strip(), "start": word["start"], "end": word["end"]}
         for row in rows
-        for word in as_list(as_object(row).get("words"))
-        if is_number(as_object(word).get("start")) and is_number(word.get("end"))
+        for word in map(as_object, as_list(row.get("words")))
+        if "word" in word and all(is_number(word.get(n)) for n in ("start", "end"))
     ]
-    end = max((segment["end"] for segment in segments), default=0)
-    if by_word and "chunks" in found:  # each of them is one word
+    by_chunk = by_word and "chunks" in found  # each of which is one word
+    if by_chunk:
         words = [
             {"word": row["text"].strip(), "start": row["start"], "end": row["end"]}
             for row in segments
         ]
-        first = segments[0]["start"] if segments else 0
-        segments = [{"start": first, "end": end, "text": text}] if segments else []
+    is_extra = is_translation and isinstance(found.get("translation"), str)
+    if is_extra:  # it stands beside segments that are not translated
+        text, words = found["translation"].strip(), []
+    end = max((segment["end"] for segment in segments), default=0)
+    if segments and (by_chunk or is_extra):
+        segments = [{"start": segments[0]["start"], "end": end, "text": text}]
     named = str(found.get("detected_language") or found.get("language") or "")
-    language = LANGUAGES.get(named.lower(), named.lower())
-    return Transcript(text, segments, words, language, end)
+    return Transcript(text, segments, words, language_name(named), end)
+
+
+def language_name(language: str) -> str:
+    """Its English name as in OpenAI's verbose_json; "" stays so."""
+    return LANGUAGES.get(find_language(language, {}), language.lower())
 
 
 def read_segment(row: Json) -> Json | None:
     """A segment with its times as numbers; None for what is none."""
     times = as_list(row.get("timestamp")) or [row.get("start"), row.get("end")]
     start, end = [*times, None, None][:2]
-    text = row.get("text")
-    if not is_number(start) or not isinstance(text, str):
+    if not is_number(start) or not isinstance(row.get("text"), str):
         return None
-    return {
-        **row,
-        "start": start,
-        "end": end if is_number(end) else start,
-        "text": text,
-    }
+    return {**row, "start": start, "end": end if is_number(end) else start}
 
 
 def segment_object(index: int, segment: Json) -> Json:
@@ -8804,14 +8819,12 @@ def segment_object(index: int, segment: Json) -> Json:
     return {name: segment.get(name, value) for name, value in known.items()}
 
 
-def verbose_transcription(
-    transcript: Transcript, task: str, language: str, by_word: bool
-) -> Json:
+def verbose_transcription(transcript: Transcript, task: str, language: str) -> Json:
     rows = [segment_object(*pair) for pair in enumerate(transcript.segments)]
-    words = {"words": transcript.words} if by_word else {}
+    words = {"words": transcript.words} if transcript.words else {}
     return {
         "task": task,
-        "language": transcript.language or language,
+        "language": language,
         "duration": transcript.duration,
         "text": transcript.text,
         "segments": rows,
@@ -8839,12 +8852,22 @@ def subtitle_time(seconds: float, mark: str) -> str:
     return f"{hours:02}:{minutes:02}:{rest // 1000:02}{mark}{rest % 1000:03}"
 
 
-def pcm_of(wav: bytes) -> bytes:
-    """What follows the head of a WAV file if that is OpenAI's pcm; else all of it."""
-    if wav[20:36] == struct.pack("<HHIIHH", 1, 1, PCM_RATE, 2 * PCM_RATE, 2, 16):
-        at = wav.find(b"data", 36)
-        return wav[at + 8 :] if at >= 0 else wav
-    return wav
+# OpenAI's formats of speech by their media types.
+SOUNDS = {
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+    "aac": "audio/aac",
+    "flac": "audio/flac",
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+}
+
+
+def pcm_of(wav: bytes) -> bytes | None:
+    """What follows the head of a WAV file if that is OpenAI's pcm, else None."""
+    is_pcm = wav[20:36] == struct.pack("<HHIIHH", 1, 1, PCM_RATE, 2 * PCM_RATE, 2, 16)
+    at = wav.find(b"data", 36)
+    return wav[at + 8 :] if is_pcm and at >= 0 else None
 
 
 # -- Model objects -------------------------------------------------------------
@@ -9489,28 +9512,29 @@ def in_order(items: Iterable[tuple[int, Item]]) -> list[Item]:
 
 def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Response:
     task = TASKS["embedding"]
-    body, inputs, _ = parse_task_request(proxy, request, task, model)
+    body, inputs, schema = parse_task_request(proxy, request, task, model)
+
+    name, sizes = find_input(schema, task.params["input"]), set[int]()
 
     def read(
         prediction: Prediction, cancellation: Cancellation
     ) -> Generator[Vector, None, None]:
         output = prediction.wait_until_done()
-        try:
-            yield from read_vectors(output)
-        except ValueError:
-            raise no_output("vectors", prediction) from None
+        texts = prediction.prediction_input.input[name]
+        count = len(body["input"]) // len(inputs)
+        if isinstance(texts, list):
+            count = len(texts)
+        vectors: list[Vector] = []
+        with suppress(ValueError):
+            vectors = read_vectors(output)
+        sizes.update(map(len, vectors))
+        if len(vectors) != count or len(sizes) > 1:
+            wanted = "one vector for each text, all of one size"
+            raise no_output(wanted, prediction)
+        yield from vectors
 
     with start_predictions(proxy, request, inputs, read) as found:
         vectors = in_order(found)
-    count, sizes = len(body["input"]), {*map(len, vectors)}
-    if len(vectors) != count or len(sizes) != 1:
-        why = f"{len(vectors)} vectors of {len(sizes)} sizes for {count} texts"
-        raise APIError(
-            502,
-            f"The model `{body['model']}` made {why}.",
-            code="prediction_failed",
-            headers=NO_RETRY,
-        )
     tokens = sum(estimate_tokens(len(text)) for text in body["input"])
     usage = Usage(tokens, 0, is_estimate=True)
     request.log.usages = [usage]
@@ -9520,7 +9544,8 @@ def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Respons
 
 def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
     body, inputs, _ = parse_task_request(proxy, request, TASKS["speech"], model)
-    api, wants_pcm = proxy.upstream.api, body["response_format"] == "pcm"
+    api, format = proxy.upstream.api, body["response_format"]
+    is_raw = "pcm" in inputs[0].input.values()
     headers: dict[str, str] = {}
 
     def read(
@@ -9534,13 +9559,13 @@ def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
             start = b""
             while len(start) < 256 and (piece := next(pieces, b"")):
                 start += piece
-            type = media_type(start)
-            if wants_pcm and type == "audio/wav":
-                start = pcm_of(start)
-                type = media_type(start) or "audio/pcm"
-            if not type.startswith("audio/") and not (wants_pcm and not type):
+            type = media_type(start) or ("audio/pcm" if is_raw and start else "")
+            if not type.startswith("audio/"):
                 raise no_output("a sound", prediction, type)
-            headers["content-type"] = type or "audio/pcm"
+            if format == "pcm" and (samples := pcm_of(start)) is not None:
+                start, type = samples, "audio/pcm"
+            check_sound(format, type)
+            headers["content-type"] = type
             yield start
             yield from pieces
 
@@ -9562,6 +9587,20 @@ def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
     return Response(EventStream(run, lambda error: b"", lambda: b"", headers))
 
 
+def check_sound(format: str | None, type: str) -> None:
+    """Raise 400 for a format that a model can't be told, and does not make.
+
+    Clients send `mp3` without thinking, so it stands for any.
+    """
+    made = next((name for name in SOUNDS if SOUNDS[name] == type), type)
+    require(
+        format in (None, "mp3", made),
+        f"Invalid 'response_format': the model does not make '{format}', but '{made}'.",
+        code="invalid_value",
+        param="response_format",
+    )
+
+
 def create_transcription(proxy: Proxy, request: Request, model: str = "") -> Response:
     return respond_with_transcript(proxy, request, TASKS["transcription"], model)
 
@@ -9576,20 +9615,36 @@ def respond_with_transcript(
     body, inputs, schema = parse_task_request(proxy, request, task, model)
     format, by_word = body["response_format"], bool(body.get("words"))
     is_plain = {*schema.outputs} <= {"string", "strings"} and bool(schema.outputs)
-    require(
-        not is_plain or format in ("json", "text"),
-        f"The model `{body['model']}` tells no times, so it can't be used with "
-        f"response_format '{format}'. Use 'json' or 'text'.",
-        code="unsupported_value",
-        param="response_format",
-    )
+    has_times = format in ("verbose_json", "srt", "vtt")
     is_translation = task is TASKS["translation"]
+
+    def check_times(are_known: bool) -> None:
+        require(
+            are_known or not has_times,
+            f"The model `{body['model']}` tells no times, so it can't be used with "
+            f"response_format '{format}'. Use 'json' or 'text'.",
+            code="unsupported_value",
+            param="response_format",
+        )
+
+    check_times(not is_plain)
+    require(
+        not (body["stream"] and has_times),
+        f"Unsupported value: 'stream' can't be used with response_format '{format}'.",
+        code="unsupported_value",
+        param="stream",
+    )
 
     def read(
         prediction: Prediction, cancellation: Cancellation
     ) -> Generator[Transcript, None, None]:
         output = prediction.wait_until_done()
-        yield read_transcript(output, is_translation, by_word)
+        try:
+            transcript = read_transcript(output, is_translation, by_word)
+        except ValueError:
+            raise no_output("a transcript", prediction) from None
+        check_times(bool(transcript.segments) or not transcript.text)
+        yield transcript
 
     def read_texts(
         prediction: Prediction, cancellation: Cancellation
@@ -9610,7 +9665,7 @@ def respond_with_transcript(
             for _, text in found:
                 texts.append(text)
                 write(sse_frame({"type": "transcript.text.delta", "delta": text}))
-        done = {"type": "transcript.text.done", "text": "".join(texts)}
+        done = {"type": "transcript.text.done", "text": "".join(texts).strip()}
         write(sse_frame({**done, **transcript_usage(request.log)}))
 
     if body["stream"]:
@@ -9620,11 +9675,11 @@ def respond_with_transcript(
     if format == "json":
         return Response({"text": transcript.text, **transcript_usage(request.log)})
     if format == "verbose_json":
-        language = LANGUAGES.get(
-            body.get("language") or "", "english" if is_translation else ""
-        )
-        kind = "translate" if is_translation else "transcribe"
-        return Response(verbose_transcription(transcript, kind, language, by_word))
+        asked = language_name(body.get("language") or "")
+        kind, language = "transcribe", transcript.language or asked
+        if is_translation:
+            kind, language = "translate", "english"
+        return Response(verbose_transcription(transcript, kind, language))
     text = f"{transcript.text}\n"
     if format != "text":
         text = subtitles(transcript, format)
@@ -10333,6 +10388,9 @@ class Handler(BaseHTTPRequestHandler):
             last = stream.error(self.failure(error))
             if not last:  # only a connection that breaks tells that a file is not whole
                 self.close_connection = True
+                linger = struct.pack("ii", 1, 0)  # with a reset, which HTTP/1.0 needs
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.close()
                 return
             writer.write(last)
         writer.end()
