@@ -10855,7 +10855,7 @@ def fetches(fake):
     return Counter(call.path for call in fake.seen if "/delivery/" in call.path)
 
 
-INLINE = data_url()
+INLINE_PNG = data_url()
 
 
 @table(
@@ -10963,7 +10963,7 @@ def image_events(answer):
         ),
         (
             "one good, one elsewhere",
-            lambda input: [INLINE, "https://evil.example"],
+            lambda input: [INLINE_PNG, "https://evil.example"],
             "[uri]",
             "evil.example",
         ),
@@ -11026,8 +11026,8 @@ def test_a_data_url_is_looked_for_as_a_link_once_more(fake, server):
 
 
 def test_a_data_url_is_a_link_where_there_is_no_other(fake, server):
-    model = painter(fake, INLINE, "uri")
-    assert ask_image(server, model).json["data"] == [{"url": INLINE}]
+    model = painter(fake, INLINE_PNG, "uri")
+    assert ask_image(server, model).json["data"] == [{"url": INLINE_PNG}]
     answer = ask_image(server, model, response_format="b64_json")
     assert answer.json["data"] == as_base64(PNG)
 
@@ -14476,6 +14476,36 @@ def test_the_ai_sdk_calls_answers_and_goes_on(npm):
         command = ["node", "program.mjs", server.url]
         done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
     assert json.loads(done.stdout) == [SUNNY, f"Let me look.{SUNNY}", SUNNY], done
+
+
+AI_SDK_IMAGE = """
+import { generateImage } from 'ai'
+import { createOpenAI } from '@ai-sdk/openai'
+
+const provider = createOpenAI({ baseURL: process.argv[2] + '/v1', apiKey: 'key' })
+const given = { prompt: 'A cat', n: 2, size: '1536x1024', maxRetries: 0 }
+const made = []
+for (const model of ['flux-schnell', 'gpt-image-1']) {
+  const { images } = await generateImage({ model: provider.image(model), ...given })
+  made.push(...images)
+}
+const edited = await generateImage({
+  model: provider.image('flux-kontext-pro'),
+  prompt: { text: 'A hat', images: [made[0].uint8Array] },
+  maxRetries: 0,
+})
+const types = [...made, edited.image].map((image) => image.mediaType)
+console.log(JSON.stringify(types))
+"""
+
+
+@pytest.mark.npm
+def test_the_ai_sdk_makes_and_edits_images(npm):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        (npm / "image.mjs").write_text(AI_SDK_IMAGE)
+        command = ["node", "image.mjs", server.url]
+        done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
+    assert json.loads(done.stdout) == ["image/png"] * 5, done
 
 
 # -- Workers -------------------------------------------------------------------
