@@ -14490,7 +14490,7 @@ for (const model of ['flux-schnell', 'gpt-image-1']) {
   made.push(...images)
 }
 const edited = await generateImage({
-  model: provider.image('flux-kontext-pro'),
+  model: provider.image('gpt-image-1'), // as it takes base64, and does not ask for it
   prompt: { text: 'A hat', images: [made[0].uint8Array] },
   maxRetries: 0,
 })
