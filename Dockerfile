@@ -16,7 +16,7 @@ RUN python -m pip uninstall --yes --quiet --root-user-action ignore setuptools w
     && rm -rf "$(python -c 'import ensurepip; print(ensurepip.__path__[0])')" /usr/local/bin/pip*
 WORKDIR /app
 COPY --from=packages /packages /packages
-COPY --chmod=444 proxy.py fake_replicate.py models.json ./
+COPY --chmod=444 proxy.py playground.html fake_replicate.py models.json ./
 ENV PYTHONPATH=/app:/packages HOST=0.0.0.0
 
 # One call along the whole path. If it fails, so does the build; and it leaves

@@ -340,6 +340,19 @@ def question(input: Json) -> str:
     return next(filter(None, found), [""])[-1]
 
 
+def call_a_tool(input: Json) -> Text:
+    """Call the first tool that the prompt describes, then say what came of it."""
+    prompt = f"{input.get('system_prompt', '')}\n{input.get('prompt', '')}"
+    if result := re.search(r".*<tool_response .*?>\n(.*)\n</tool", prompt, re.DOTALL):
+        return (f"It said: {result[1]}",)
+    if not (described := re.search(r"<tools>\n(\{.*)", prompt)):
+        return ("Give me a tool, and I call it.",)
+    tool = json.loads(described[1])
+    arguments = dict.fromkeys(tool["parameters"].get("properties", {}), "Oslo")
+    call = json.dumps({"name": tool["name"], "arguments": arguments})
+    return re.findall(r"\s*\S+", f"<tool_call>{call}</tool_call>")
+
+
 def shorten(text: str) -> str:
     words = " ".join(text.split())
     return words if len(words) <= 200 else words[:200] + " ..."
@@ -482,6 +495,7 @@ SCENARIOS = {
     "silence": Scenario("succeeds without a word", ()),
     "length": Scenario("as many tokens as the input allows, or 16", to_the_limit),
     "thinking": Scenario("thinks aloud between <think> and </think>", THINKING),
+    "calling": Scenario("calls a tool, and says what it said", call_a_tool),
     "odd-text": Scenario("all that a decoder may stumble over", ODD),
     # how its record tells that
     "string-output": whole("the output is a string; no stream", "".join),

@@ -1298,20 +1298,18 @@ WRONG_IMAGE = (
 )
 
 
-class Attachment(NamedTuple):
-    """What a data: URL holds."""
+class File(NamedTuple):
+    """What a data: URL holds, or a part of a form."""
 
     kind: str  # its media type
-    base64: str  # padded, on one line, not in the alphabet that is for URLs
-
-    @property
-    def content(self) -> bytes:
-        return b64decode(self.base64)
+    content: bytes
 
     @property
     def url(self) -> str:
-        return f"data:{self.kind};base64,{self.base64}"
+        return f"data:{self.kind};base64,{b64encode(self.content).decode()}"
 
+
+KINDS[File] = "a file"
 
 ATTACHABLE = {  # the field with its URL or data, and what to send in it
     "image_url": ("url", "https://… or data:image/png;base64,…"),
@@ -1338,20 +1336,23 @@ def parse_url(url: str, path: str, expected: str, *, is_image: bool) -> str:
     """Return a link, or a data: URL in a form that any model reads; or raise 400."""
     if LINK.fullmatch(url):
         return url
-    attached = read_data_url(url)
-    if attached is None:
+    file = read_data_url(url)
+    if file is None:
         message = f"Invalid '{path}': it has to be {expected}, with the right data."
         code = "invalid_image_url" if is_image else "invalid_value"
         raise APIError(400, message, code=code, param=path)
-    type = media_type(b64decode(attached.base64[:344]))
-    if is_image:
-        is_taken = type in IMAGES_TAKEN
-        require(is_taken, WRONG_IMAGE, code="invalid_image_format", param=path)
-        attached = attached._replace(kind=type)
-    return attached.url
+    return (parse_image(file, path) if is_image else file).url
 
 
-def read_data_url(url: str) -> Attachment | None:
+def parse_image(file: File, path: str) -> File:
+    """Return an image with its true type; raise 400 if it is none."""
+    type = media_type(file.content)
+    is_taken = type in IMAGES_TAKEN
+    require(is_taken, WRONG_IMAGE, code="invalid_image_format", param=path)
+    return File(type, file.content)
+
+
+def read_data_url(url: str) -> File | None:
     """Parse as browsers do: upper case, parameters and line breaks are allowed."""
     head, comma, data = url.partition(",")
     scheme, _, rest = head.partition(":")
@@ -1364,7 +1365,7 @@ def read_data_url(url: str) -> Attachment | None:
     line = line.rstrip("=")
     if len(line) % 4 == 1 or not BASE64.fullmatch(line):
         return None
-    return Attachment(kind, line + "=" * (-len(line) % 4))
+    return File(kind, b64decode(line + "=" * (-len(line) % 4)))
 
 
 def attachments(messages: Messages) -> list[tuple[str, str]]:
@@ -2117,7 +2118,7 @@ def parse_form(data: bytes, content_type: str, params: Mapping[str, Param]) -> J
 
     `image[]` and `image[0]` are two ways to write an array.
     """
-    values: dict[str, list[str]] = defaultdict(list)
+    values: dict[str, list[str | File]] = defaultdict(list)
     for headers, content in split_form(data, content_type):
         given = header_params(headers.get("content-disposition", ""))
         name = re.sub(r"\[\d*\]$", "", given.get("name", ""))
@@ -2128,13 +2129,13 @@ def parse_form(data: bytes, content_type: str, params: Mapping[str, Param]) -> J
             named = guess_type(filename)[0] or headers.get("content-type", "")
             is_type = MEDIA_TYPE.fullmatch(named)
             type = media_type(content) or (named if is_type else FILE_TYPE)
-            values[name].append(f"data:{type};base64,{b64encode(content).decode()}")
+            values[name].append(File(type, content))
         elif content:  # or it is a field that nobody has filled in
             try:
                 values[name].append(content.decode())
             except UnicodeDecodeError:
                 raise bad_form(f"its field '{name}' is not UTF-8") from None
-    return {name: form_value(name, texts, params) for name, texts in values.items()}
+    return {name: form_value(name, given, params) for name, given in values.items()}
 
 
 def split_form(
@@ -2145,7 +2146,9 @@ def split_form(
     if not 0 < len(boundary) <= 70:  # RFC 2046, 5.1.1
         raise bad_form("its Content-Type has no boundary")
     mark = b"\r\n--" + boundary.encode("utf-8", "replace")
-    _, *parts = (b"\r\n" + data).split(mark, MAX_FORM_PARTS + 1)
+    first, *parts = data.split(mark, MAX_FORM_PARTS + 1)
+    if first.startswith(mark[2:]):  # no line comes before it
+        parts.insert(0, first[len(mark) - 2 :])
     if len(parts) > MAX_FORM_PARTS:
         raise bad_form(f"it has more than {MAX_FORM_PARTS} parts")
     if not parts or not parts.pop().startswith(b"--"):
@@ -2159,15 +2162,17 @@ def split_form(
         yield {name.strip().lower(): value.strip() for name, _, value in pairs}, content
 
 
-def form_value(name: str, texts: list[str], params: Mapping[str, Param]) -> Any:
+def form_value(name: str, given: list[str | File], params: Mapping[str, Param]) -> Any:
     """A field with the type of its row; `check` refuses what has another."""
     kinds = params[name].kinds if name in params else STRING
     if kinds == ARRAY:
-        return texts
-    if len(texts) > 1:
+        return given
+    if len(given) > 1:
         raise bad_form(f"its field '{name}' is there more than once")
-    value = parsed(texts[0].lower() if kinds == BOOLEAN else texts[0])
-    return texts[0] if kinds == STRING or value is None else value
+    if isinstance(given[0], File):
+        return given[0].url
+    value = parsed(given[0].lower() if kinds == BOOLEAN else given[0])
+    return given[0] if kinds == STRING or value is None else value
 
 
 def bad_form(why: str) -> APIError:
@@ -2195,7 +2200,7 @@ PROMPT_NAMES = (
     "text description"
 )
 
-FILES = Param(ARRAY, 1, 16, required=True, items=STRING)  # links or data: URLs
+FILES = Param(ARRAY, 1, 16, required=True, items=(str, File))  # or links, or data: URLs
 
 IMAGE_VARIATION = {
     "model": SHARED["model"],
@@ -2329,19 +2334,22 @@ FILE_IN_JSON = {
 }
 
 
-def parse_files(value: Any, name: str) -> list[str]:
-    """The URLs of files: one or several, each alone or, as in JSON, in an object."""
-    urls = []
+def parse_files(value: Any, name: str) -> list[str | File]:
+    """Files of a form, or their URLs; in JSON they may be in objects."""
+    files: list[str | File] = []
+    is_image = name != "file"
     for index, file in enumerate(value if isinstance(value, list) else [value]):
         path = f"{name}[{index}]"
+        if isinstance(file, File):
+            files.append(parse_image(file, path) if is_image else file)
+            continue
         if isinstance(file, dict):
             inside = check(file, FILE_IN_JSON, f"{path}.")["image_url"]
             file = inside if isinstance(inside, str) else inside.get("url")
         check_kind(path, file, STRING)
         expected = "a file, https://… or data:image/png;base64,…"
-        is_image = name != "file"
-        urls.append(parse_url(file.strip(), path, expected, is_image=is_image))
-    return urls
+        files.append(parse_url(file.strip(), path, expected, is_image=is_image))
+    return files
 
 
 def prepare_files(body: Json) -> Json:
@@ -3566,27 +3574,27 @@ def bad_mask(why: str) -> APIError:
 WEBP_FLAGS = {b"VP8L": 24, b"VP8X": 20}
 
 
-def convert_mask(url: str, *, is_black: bool) -> str:
+def convert_mask(mask: str | File, *, is_black: bool) -> str | File:
     """Make a mask of the transparency of a PNG; without any, it is one already."""
-    attached = read_data_url(url)
-    if attached is None:  # a link
-        return url
-    data, kind = attached.content, attached.kind
+    file = mask if isinstance(mask, File) else read_data_url(mask)
+    if file is None:  # a link
+        return mask
+    kind, data = file
     try:
         at = WEBP_FLAGS.get(data[12:16])
         is_opaque_webp = kind == "image/webp" and not (at and data[at] & 16)
         if kind == "image/jpeg" or is_opaque_webp:
-            return url
+            return mask
         if kind != "image/png":
             raise bad_mask("it is no PNG")
         alpha = read_alpha(data)
     except (struct.error, zlib.error, IndexError):
         raise bad_mask("it can't be read") from None
     if all(row.count(255) == len(row) for row in alpha):
-        return url
+        return mask
     opposite = bytes(range(255, -1, -1))
     rows = alpha if is_black else [row.translate(opposite) for row in alpha]
-    return Attachment("image/png", b64encode(write_gray_png(rows)).decode()).url
+    return File("image/png", write_gray_png(rows))
 
 
 def read_alpha(png: bytes) -> list[bytes]:
@@ -4842,9 +4850,9 @@ class ReplicateAPI:
         name = quote(id, safe="")
         self.send(cancel, prediction_id=name, timeout=self.timeouts.get)
 
-    def upload(self, attached: Attachment, cancellation: Cancellation) -> str:
+    def upload(self, file: File, cancellation: Cancellation) -> str:
         """Put a file into Replicate's files; return its link."""
-        content = ("attachment", attached.content, attached.kind)
+        content = ("attachment", file.content, file.kind)
         create = self.client.files.with_raw_response.create
         why: object = "no link to a file"
         try:
@@ -4893,8 +4901,8 @@ class ReplicateAPI:
 
         Raise APIError. Replicate keeps it for an hour (its docs, "Output files").
         """
-        if attached := read_data_url(url):  # of a create that was waited for
-            yield len(attached.content), iter([attached.content])
+        if file := read_data_url(url):  # of a create that was waited for
+            yield len(file.content), iter([file.content])
             return
         self.check_file_host(url)
         parts = urlsplit(url)
@@ -5144,35 +5152,37 @@ DATA_URL = re.compile(r"data:[^,;]+;[^,]*base64,", re.IGNORECASE)
 class UploadCache:
     """The links of contents that are in Replicate's files."""
 
-    def __init__(self, upload: Callable[[Attachment, Cancellation], str]) -> None:
+    def __init__(self, upload: Callable[[File, Cancellation], str]) -> None:
         self.upload = upload
         self.keep = 1800.0  # seconds; Replicate keeps a file for an hour at least
         self.lock = threading.Lock()
         self.links: dict[bytes, tuple[str, float]] = {}  # by SHA-256: and until when
 
     def link_all(
-        self, urls: Collection[str], cancellation: Cancellation
-    ) -> dict[str, str]:
-        """Upload what data: URLs hold, side by side. The first error is raised."""
+        self, files: Collection[str | File], cancellation: Cancellation
+    ) -> dict[str | File, str]:
+        """Upload files, and data: URLs, side by side. The first error is raised."""
         threads = ThreadPoolExecutor(UPLOADS_AT_ONCE)
         try:
-            links = threads.map(partial(self.link, cancellation), urls)
-            return dict(zip(urls, links, strict=True))
+            links = threads.map(partial(self.link, cancellation), files)
+            return dict(zip(files, links, strict=True))
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def link(self, cancellation: Cancellation, url: str) -> str:
-        key, now = sha256(url.encode()).digest(), time.monotonic()
+    def link(self, cancellation: Cancellation, given: str | File) -> str:
+        content = given.encode() if isinstance(given, str) else given.content
+        key, now = sha256(content).digest(), time.monotonic()
         with self.lock:
             for old in [k for k, (_, expires) in self.links.items() if expires < now]:
                 del self.links[old]
             if key in self.links:
                 return self.links[key][0]
-        if (attached := read_data_url(url)) is None:
-            message = f"The data: URL that begins {quoted(url[:40])} can't be read."
+        file = read_data_url(given) if isinstance(given, str) else given
+        if file is None:
+            message = f"The data: URL that begins {quoted(given[:40])} can't be read."
             raise APIError(400, message, code="invalid_value")
         cancellation.check()
-        link = self.upload(attached, cancellation)
+        link = self.upload(file, cancellation)
         with self.lock:
             self.links[key] = link, now + self.keep
         return link
@@ -5181,24 +5191,34 @@ class UploadCache:
 def upload_large_files(
     prediction_input: PredictionInput, cache: UploadCache, cancellation: Cancellation
 ) -> PredictionInput:
-    """Replace the largest data: URLs of an input by links, so that the rest is small.
+    """Replace the largest files of an input by links, so that the rest is small.
 
-    A data: URL in the prompt's text stays as it is. Raise APIError.
+    Files of forms that stay become data: URLs; one in the prompt's text stays as it
+    is. Raise APIError.
     """
-    strings = (leaf for leaf in leaves(prediction_input.input) if isinstance(leaf, str))
-    urls = [text for text in strings if DATA_URL.match(text)]
+    input, prompt = prediction_input.input, prediction_input.prompt
+
+    def size(given: str | File) -> int:
+        return len(given) if isinstance(given, str) else len(given.content) * 4 // 3
+
     by_size = sorted(
-        (url for url in urls if url not in prediction_input.prompt), key=len
+        (
+            leaf
+            for leaf in leaves(input)
+            if isinstance(leaf, File)
+            or (isinstance(leaf, str) and DATA_URL.match(leaf) and leaf not in prompt)
+        ),
+        key=size,
     )
-    sizes = zip(by_size, accumulate(map(len, by_size)), strict=True)
-    large = {url for url, total in sizes if total > INLINE_DATA}
-    check_size(replace_strings(prediction_input.input, dict.fromkeys(large, "")))
-    if not large:
+    sizes = zip(by_size, accumulate(map(size, by_size)), strict=True)
+    large = {given for given, total in sizes if total > INLINE_DATA}
+    small = {f: f.url for f in by_size if isinstance(f, File) and f not in large}
+    rest = replace_leaves(input, small)
+    check_size(replace_leaves(rest, dict.fromkeys(large, "")))
+    if not (large or small):
         return prediction_input
-    links = cache.link_all(large, cancellation)
-    return prediction_input._replace(
-        input=replace_strings(prediction_input.input, links)
-    )
+    links = cache.link_all(large, cancellation) if large else {}
+    return prediction_input._replace(input=replace_leaves(rest, links))
 
 
 def leaves(value: Any) -> list[Any]:
@@ -5215,14 +5235,14 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
-def replace_strings(value: Any, links: Mapping[str, str]) -> Any:
-    if not links:
+def replace_leaves(value: Any, others: Mapping[Any, str]) -> Any:
+    if not others:
         return value
     if isinstance(value, dict):
-        return {name: replace_strings(each, links) for name, each in value.items()}
+        return {name: replace_leaves(each, others) for name, each in value.items()}
     if isinstance(value, list):
-        return [replace_strings(each, links) for each in value]
-    return links.get(value, value) if isinstance(value, str) else value
+        return [replace_leaves(each, others) for each in value]
+    return others.get(value, value) if isinstance(value, (str, File)) else value
 
 
 def check_size(input: Json) -> None:
@@ -8674,6 +8694,49 @@ class Generation(NamedTuple):
 # method and path. To add one: a row in ENDPOINTS, and its function. No socket is in it.
 
 
+DEMO_TOKEN, DEMO_KEY = "r8_demo", "demo"  # with --demo; nobody's at Replicate
+
+PAGE_FILE = HERE / "playground.html"
+
+# The page runs its own script and no other, talks to this server alone, and shows
+# Replicate's files. Its script can make no HTML of a text, whatever a model says.
+PAGE_POLICY = (
+    "default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; "
+    "img-src data: blob: https://replicate.delivery https://*.replicate.delivery; "
+    "media-src data: blob: https://replicate.delivery https://*.replicate.delivery; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+
+
+def show_page(proxy: Proxy, request: Request) -> Response:
+    if not PAGE_FILE.exists():  # whoever embeds the proxy need not have copied it
+        raise unknown_url(request.method, request.path)
+    return read_page(proxy.settings.replicate_api_token == DEMO_TOKEN)
+
+
+@lru_cache(2)
+def read_page(is_demo: bool) -> Response:
+    """The page and its headers; the demo's key stands in it, and never another."""
+    html = PAGE_FILE.read_text(encoding="utf-8")
+    inline = {}
+    for tag in ("script", "style"):
+        [text] = re.findall(f"<{tag}>(.*)</{tag}>", html, re.DOTALL)
+        inline[tag] = f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+    if is_demo:
+        html = html.replace('id="key"', f'id="key" value="{DEMO_KEY}"')
+    headers = {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": PAGE_POLICY.format(**inline),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-opener-policy": "same-origin",
+        "cache-control": "no-store",
+        **dict.fromkeys(CORS, ""),
+    }
+    return Response(html.encode(), headers=headers)
+
+
 def check_health(proxy: Proxy, request: Request) -> Response:
     return Response({"status": "ok", "version": __version__})
 
@@ -9174,6 +9237,7 @@ class Endpoint(NamedTuple):
 
 
 ENDPOINTS = [
+    Endpoint("GET", "/", show_page, key="none"),
     Endpoint("GET", "/health", check_health, key="none"),
     Endpoint("GET", "/models", list_models, key="optional"),
     Endpoint("GET", "/models/*", retrieve_model),
@@ -9215,7 +9279,7 @@ def find_operation(
 @lru_cache(16)  # programs use few, and anyone may send long ones
 def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
     """Find by path, with all that clients do to it: //, a last /, no /v1, %2F."""
-    wanted = re.sub("/+", "/", unquote(path)).rstrip("/")
+    wanted = re.sub("/+", "/", unquote(path)).rstrip("/") or "/"
     allowed = set()
     for endpoint in ENDPOINTS:
         pattern = BASE_PATH + endpoint.path.replace("*", "(.+)")
@@ -9226,13 +9290,7 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
             return endpoint, tuple(filter(None, match.groups()))
         allowed.add(endpoint.method)
     if not allowed:
-        message = (
-            f"Unknown request URL: {method} {path}. Please check the URL for typos."
-        )
-        if wanted in ("", "/v1"):
-            message = "The proxy is running. The API is under /v1: try "
-            message += "GET /v1/models or POST /v1/chat/completions."
-        raise APIError(404, message, code="unknown_url")
+        raise unknown_url(method, path)
     methods = ", ".join(sorted(allowed))
     raise APIError(
         405,
@@ -9240,6 +9298,14 @@ def find_endpoint(method: str, path: str) -> tuple[Endpoint, tuple[str, ...]]:
         code="method_not_supported",
         headers={"allow": methods},
     )
+
+
+def unknown_url(method: str, path: str) -> APIError:
+    message = f"Unknown request URL: {method} {path}. Please check the URL for typos."
+    if path.strip("/") in ("", "v1"):
+        message = "The proxy is running. The API is under /v1: try "
+        message += "GET /v1/models or POST /v1/chat/completions."
+    return APIError(404, message, code="unknown_url")
 
 
 def given_key(headers: Mapping[str, str]) -> str | None:
@@ -9717,13 +9783,13 @@ class Handler(BaseHTTPRequestHandler):
         request_log = self.api_request.log
         all_headers = {
             "date": self.date_time_string(),
+            **CORS,
             **headers,
             "x-request-id": self.id,
             "openai-version": "2020-10-01",
             "openai-processing-ms": str(self.elapsed_ms()),
             "x-replicate-model": request_log.ref,
             "x-replicate-prediction-id": ", ".join(request_log.predictions),
-            **CORS,
             "connection": "close" if self.close_connection else "",
         }
         lines = [f"{name}: {value}" for name, value in all_headers.items() if value]
@@ -10113,9 +10179,9 @@ def read_settings(options: argparse.Namespace) -> Settings:
         if not (HERE / "fake_replicate.py").exists():
             raise ConfigError("--demo needs fake_replicate.py beside proxy.py.")
         values |= {
-            "REPLICATE_API_TOKEN": "r8_demo",
+            "REPLICATE_API_TOKEN": DEMO_TOKEN,
             "REPLICATE_BASE_URL": "http://127.0.0.1/v1",  # until it is started
-            "PROXY_API_KEY": "demo",
+            "PROXY_API_KEY": DEMO_KEY,
             "WORKERS": "1",
         }
     return Settings.from_environ(values)
@@ -10179,7 +10245,10 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
     else:
         run = partial(work, *stop_on_signals())
     url = base_url(listener, settings)
-    print(f"Serving {len(models.mappings)} models on {url}/v1. Try this:\n")
+    page = (
+        f"Open {url}/ in a browser, or try this" if PAGE_FILE.exists() else "Try this"
+    )
+    print(f"Serving {len(models.mappings)} models on {url}/v1. {page}:\n")
     print(f"  {curl_line(url, options, models)}\n", flush=True)
     return run()
 
@@ -10230,7 +10299,7 @@ def serve_until(
 def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     """It finds the key by a shell's own means, and does not hold it."""
     if options.demo:
-        key = "demo"
+        key = DEMO_KEY
     elif os.environ.get("PROXY_API_KEY"):
         key = "${PROXY_API_KEY%%,*}"
     else:
@@ -10291,7 +10360,7 @@ def run_and_reload(arguments: Sequence[str], options: argparse.Namespace) -> int
 
 def modification_times(options: argparse.Namespace) -> list[float]:
     """Those of the program, its settings and its models."""
-    files = [HERE / "proxy.py", Path(options.env_file or HERE / ".env")]
+    files = [HERE / "proxy.py", PAGE_FILE, Path(options.env_file or HERE / ".env")]
     with suppress(ConfigError):  # the child reports it
         files.append(Path(read_settings(options).models_path))
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
