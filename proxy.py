@@ -3558,6 +3558,7 @@ def require_inputs(
 
 
 MAX_MASK_PIXELS = 4 * 2**20
+MAX_MASK_HEIGHT = 2**16  # each row costs memory
 
 WRONG_MASK = (
     "Invalid 'mask': {why}. Send a PNG with 8 bits a channel that is transparent where "
@@ -3612,7 +3613,7 @@ def read_alpha(png: bytes) -> list[bytes]:
         return []
     if (depth, color, interlace) != (8, 6, 0):
         raise bad_mask("its pixels are not 8-bit RGBA, one row after another")
-    if not 0 < width * height <= MAX_MASK_PIXELS:
+    if not (0 < width * height <= MAX_MASK_PIXELS and height <= MAX_MASK_HEIGHT):
         raise bad_mask("it has more than 4 megapixels")
     size = height * (1 + 4 * width)
     data = zlib.decompressobj().decompress(chunks[b"IDAT"], size)
@@ -4612,6 +4613,7 @@ def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
 
 API_HOST = re.compile(r"(.+\.)?replicate\.(com|net)")
 FILE_HOST = re.compile(r"(.+\.)?replicate\.delivery")
+LINK_HOST = re.compile(r"(?s)\w+:(?://(?:[^/?#]*@)?([^/?#]*))?.*")
 PORTS = {"http": 80, "https": 443}
 
 
@@ -4955,8 +4957,9 @@ class ReplicateAPI:
 
     def check_file_host(self, url: str) -> None:
         """Raise 502 for a link to anywhere but Replicate's files."""
-        if not (read_data_url(url) or self.is_trusted(url, FILE_HOST)):
-            host = quoted(urlsplit(url).netloc.rpartition("@")[2])
+        is_link = url.isascii() and LINK.fullmatch(url)
+        if not (read_data_url(url) or (is_link and self.is_trusted(url, FILE_HOST))):
+            host = quoted(LINK_HOST.sub(r"\1", url))
             raise LOST.error(f"The model says that it is at {host}, not at Replicate.")
 
     def is_trusted(self, url: str, hosts: re.Pattern[str]) -> bool:
