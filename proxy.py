@@ -3941,7 +3941,7 @@ def split_count(count: int, input: Input) -> list[Any]:
     return shares
 
 
-SIZE = re.compile(r"(\d{2,5}) ?[x*\u00d7] ?(\d{2,5})")
+SIZE = re.compile(r"(\d{2,5}) ?[x*\u00d7] ?(\d{2,5})(?: \(.*\))?")
 RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 GRADE = re.compile(r"(\d+(?:\.\d+)?) ?(MP|K|)", re.IGNORECASE)
 STEP = re.compile(r"(?:multiple of|divisible by) (\d+)")

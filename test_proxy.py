@@ -5242,8 +5242,20 @@ MORE_MODELS = {  # beside the stand-in's: what of their inputs matters here, the
         "prompt* str; width int 512, 768, 1024 =512; height int 512 =512",
         "uri",
     ),
+    "acme/words": (
+        "prompt* str; resolution str",
+        "uri",
+    ),
     "acme/few": ("prompt* str; images [uri]", "uri"),
     "acme/nameless": ("image* uri; strength float; fast bool; n_prompt str", "uri"),
+}
+
+
+MORE_OF_THEM = {  # for which the rows have no words
+    "acme/few": {"images": {"maxItems": 2}},
+    "acme/words": {
+        "resolution": {"enum": ["1024 x 1024 (Square)", "768 x 1360 (Portrait)"]}
+    },
 }
 
 
@@ -5252,9 +5264,9 @@ def drawing(replicate):
     """The stand-in with more image models, each of which makes one image."""
     for ref, (inputs, output) in MORE_MODELS.items():
         model = make_model(ref, inputs, output=output)
-        if ref == "acme/few":
-            inputs = fake_replicate.input_schemas(model)["Input"]["properties"]
-            inputs["images"]["maxItems"] = 2
+        fields = fake_replicate.input_schemas(model)["Input"]["properties"]
+        for name, more in MORE_OF_THEM.get(ref, {}).items():
+            fields[name] |= more
         image = fake_replicate.FORMATS["png"]
         made = [image] if output == "[uri]" else image
         replicate.models[ref] = model
@@ -5294,6 +5306,12 @@ AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
             IDEOGRAM,
             {"size": "2048x2048"},
             {"resolution": "1024x1024"},
+        ),
+        (
+            "with a word for it",
+            "acme/words",
+            {"size": "1024x1792"},
+            {"resolution": "768 x 1360 (Portrait)"},
         ),
         (
             "its nearest ratio",
