@@ -3285,12 +3285,11 @@ def family_for(
         if not is_enough:
             schema = schemas.find(model.ref) or schema
         family = row if is_enough else merge(row, schema.family)
-    require(
-        row or schema.is_language,
-        f"The model `{model.id}` is not a language model: what it makes is not text."
-        f"{uses(schema) or ' Use one that is.'}",
-        param="model",
-    )
+    if row is None and not schema.is_language:
+        what = f"The model `{model.id}` is not a language model"
+        remedy = uses(schema) or " Use one that is."
+        message = f"{what}: what it makes is not text.{remedy}"
+        raise APIError(400, message, param="model")
     return family
 
 
