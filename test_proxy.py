@@ -11136,6 +11136,14 @@ def test_a_file_that_comes_too_slowly_is_given_up(fake):
         held.set()
 
 
+def test_all_of_a_file_has_to_come_in_its_time(fake):
+    model = painter(fake, png_file())
+    with fronting(fake, QUICK._replace(file=0)) as server:
+        answer = ask_image(server, model, response_format="b64_json")
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+    assert [*fetches(fake).values()] == [2]
+
+
 def test_a_file_that_is_too_large_without_saying_so_is_given_up(
     fake, server, monkeypatch
 ):
@@ -12341,6 +12349,14 @@ def test_the_openai_client_makes_edits_and_varies_images(fake, tmp_path):
             len(call.body["input"].get("image_input", [])) for call in fake.creates()
         ]
         assert sizes[-2:] == [1, 3]
+        client.images.edit(
+            model="flux-fill-pro",
+            image=file,
+            mask=("mask.png", png_of(NOISE)),
+            prompt="A hat",
+        )
+        mask = fake.creates()[-1].body["input"]["mask"].partition(",")[2]
+        assert gray_rows(b64decode(mask))[0][0] == 255 - ALPHA[0][0]
         with open(file, "rb") as image, pytest.warns(DeprecationWarning):
             varied = client.images.create_variation(
                 image=image, model="flux-redux-schnell", n=2
