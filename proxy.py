@@ -2101,6 +2101,7 @@ def custom_function(tool: Json) -> Json:
 
 MAX_FORM_PARTS = 1000
 MAX_PART_HEAD = 16 * 1024  # bytes
+MAX_FORM_NUMBER = 100  # characters
 
 HEADER_PARAM = re.compile(r';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
 
@@ -2155,7 +2156,8 @@ def split_form(
         raise bad_form("it has no end")
     for part in parts:
         head, gap, content = part.partition(b"\r\n\r\n")
-        padding, *lines = head.decode("utf-8", "replace").split("\r\n")
+        start = head[: MAX_PART_HEAD + 1]
+        padding, *lines = start.decode("utf-8", "replace").split("\r\n")
         if not gap or padding.strip() or len(head) > MAX_PART_HEAD:
             raise bad_form("the head of a part can't be read")
         pairs = (line.partition(":") for line in lines)
@@ -2171,8 +2173,12 @@ def form_value(name: str, given: list[str | File], params: Mapping[str, Param]) 
         raise bad_form(f"its field '{name}' is there more than once")
     if isinstance(given[0], File):
         return given[0].url
-    value = parsed(given[0].lower() if kinds == BOOLEAN else given[0])
-    return given[0] if kinds == STRING or value is None else value
+    text = given[0]
+    if kinds == OBJECT:
+        return parse_json_body(text.encode(), "json")
+    is_read = kinds != STRING and len(text) <= MAX_FORM_NUMBER
+    value = parsed(text.lower()) if is_read else None
+    return text if value is None else value
 
 
 def bad_form(why: str) -> APIError:

@@ -3131,6 +3131,29 @@ A_FORM = "multipart/form-data; boundary=B"
         ),
         ("no model", form_of(PROMPT_PART), A_FORM, "model"),
         (
+            "an object that is none",
+            form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("replicate", "[1]")),
+            A_FORM,
+            "it is an array",
+        ),
+        (
+            "an object too deep",
+            form_of(
+                MODEL_PART,
+                PROMPT_PART,
+                IMAGE_PART,
+                form_part("replicate", '{"a":' * 500 + "1" + "}" * 500),
+            ),
+            A_FORM,
+            "nested too deeply",
+        ),
+        (
+            "a number too long",
+            form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("n", "1" * 101)),
+            A_FORM,
+            "Invalid type for 'n'",
+        ),
+        (
             "no number",
             form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("n", "two")),
             A_FORM,
