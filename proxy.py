@@ -2371,6 +2371,7 @@ def custom_function(tool: Json) -> Json:
 
 MAX_FORM_PARTS = 1000
 MAX_PART_HEAD = 16 * 1024  # bytes
+MAX_FORM_NUMBER = 100  # characters
 
 HEADER_PARAM = re.compile(r';\s*([\w*-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))')
 
@@ -2425,7 +2426,8 @@ def split_form(
         raise bad_form("it has no end")
     for part in parts:
         head, gap, content = part.partition(b"\r\n\r\n")
-        padding, *lines = head.decode("utf-8", "replace").split("\r\n")
+        start = head[: MAX_PART_HEAD + 1]
+        padding, *lines = start.decode("utf-8", "replace").split("\r\n")
         if not gap or padding.strip() or len(head) > MAX_PART_HEAD:
             raise bad_form("the head of a part can't be read")
         pairs = (line.partition(":") for line in lines)
@@ -2441,8 +2443,12 @@ def form_value(name: str, given: list[str | File], params: Mapping[str, Param]) 
         raise bad_form(f"its field '{name}' is there more than once")
     if isinstance(given[0], File):
         return given[0].url
-    value = parsed(given[0].lower() if kinds == BOOLEAN else given[0])
-    return given[0] if kinds == STRING or value is None else value
+    text = given[0]
+    if kinds == OBJECT:
+        return parse_json_body(text.encode(), "json")
+    is_read = kinds != STRING and len(text) <= MAX_FORM_NUMBER
+    value = parsed(text.lower()) if is_read else None
+    return text if value is None else value
 
 
 def bad_form(why: str) -> APIError:
@@ -3859,6 +3865,7 @@ def require_inputs(
 
 
 MAX_MASK_PIXELS = 4 * 2**20
+MAX_MASK_HEIGHT = 2**16  # each row costs memory
 
 WRONG_MASK = (
     "Invalid 'mask': {why}. Send a PNG with 8 bits a channel that is transparent where "
@@ -3913,7 +3920,7 @@ def read_alpha(png: bytes) -> list[bytes]:
         return []
     if (depth, color, interlace) != (8, 6, 0):
         raise bad_mask("its pixels are not 8-bit RGBA, one row after another")
-    if not 0 < width * height <= MAX_MASK_PIXELS:
+    if not (0 < width * height <= MAX_MASK_PIXELS and height <= MAX_MASK_HEIGHT):
         raise bad_mask("it has more than 4 megapixels")
     size = height * (1 + 4 * width)
     data = zlib.decompressobj().decompress(chunks[b"IDAT"], size)
@@ -4243,7 +4250,7 @@ def split_count(count: int, input: Input) -> list[Any]:
     return shares
 
 
-SIZE = re.compile(r"(\d{2,5}) ?[x*\u00d7] ?(\d{2,5})")
+SIZE = re.compile(r"(\d{2,5}) ?[x*\u00d7] ?(\d{2,5})(?: \(.*\))?")
 RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 GRADE = re.compile(r"(\d+(?:\.\d+)?) ?(MP|K|)", re.IGNORECASE)
 STEP = re.compile(r"(?:multiple of|divisible by) (\d+)")
@@ -4925,6 +4932,7 @@ def decode_events(pieces: Iterable[bytes]) -> Iterator[list[ServerSentEvent]]:
 
 API_HOST = re.compile(r"(.+\.)?replicate\.(com|net)")
 FILE_HOST = re.compile(r"(.+\.)?replicate\.delivery")
+LINK_HOST = re.compile(r"(?s)\w+:(?://(?:[^/?#]*@)?([^/?#]*))?.*")
 PORTS = {"http": 80, "https": 443}
 
 
@@ -5367,8 +5375,9 @@ class ReplicateAPI:
 
     def check_file_host(self, url: str) -> None:
         """Raise 502 for a link to anywhere but Replicate's files."""
-        if not (read_data_url(url) or self.is_trusted(url, FILE_HOST)):
-            host = quoted(urlsplit(url).netloc.rpartition("@")[2])
+        is_link = url.isascii() and LINK.fullmatch(url)
+        if not (read_data_url(url) or (is_link and self.is_trusted(url, FILE_HOST))):
+            host = quoted(LINK_HOST.sub(r"\1", url))
             raise LOST.error(f"The model says that it is at {host}, not at Replicate.")
 
     def is_trusted(self, url: str, hosts: re.Pattern[str]) -> bool:

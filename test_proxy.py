@@ -3410,6 +3410,29 @@ A_FORM = "multipart/form-data; boundary=B"
         ),
         ("no model", form_of(PROMPT_PART), A_FORM, "model"),
         (
+            "an object that is none",
+            form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("replicate", "[1]")),
+            A_FORM,
+            "it is an array",
+        ),
+        (
+            "an object too deep",
+            form_of(
+                MODEL_PART,
+                PROMPT_PART,
+                IMAGE_PART,
+                form_part("replicate", '{"a":' * 500 + "1" + "}" * 500),
+            ),
+            A_FORM,
+            "nested too deeply",
+        ),
+        (
+            "a number too long",
+            form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("n", "1" * 101)),
+            A_FORM,
+            "Invalid type for 'n'",
+        ),
+        (
             "no number",
             form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("n", "two")),
             A_FORM,
@@ -5395,6 +5418,7 @@ def with_head(*head):
         ("interlaced", png_of(NOISE, interlace=1), "8-bit RGBA"),
         ("too large", with_head(2049, 2048, 8, 6, 0, 0, 0), "4 megapixels"),
         ("far too large", with_head(2**32 - 1, 2**32 - 1, 8, 6, 0, 0, 0), "4 mega"),
+        ("too high", with_head(1, 2**17, 8, 6, 0, 0, 0), "4 megapixels"),
         ("no width", with_head(0, 5, 8, 6, 0, 0, 0), "4 megapixels"),
         ("higher than its data", with_head(7, 16, 8, 6, 0, 0, 0), "cut off"),
         ("no such filter", b"", None),
@@ -5520,8 +5544,20 @@ MORE_MODELS = {  # beside the stand-in's: what of their inputs matters here, the
         "prompt* str; width int 512, 768, 1024 =512; height int 512 =512",
         "uri",
     ),
+    "acme/words": (
+        "prompt* str; resolution str",
+        "uri",
+    ),
     "acme/few": ("prompt* str; images [uri]", "uri"),
     "acme/nameless": ("image* uri; strength float; fast bool; n_prompt str", "uri"),
+}
+
+
+MORE_OF_THEM = {  # for which the rows have no words
+    "acme/few": {"images": {"maxItems": 2}},
+    "acme/words": {
+        "resolution": {"enum": ["1024 x 1024 (Square)", "768 x 1360 (Portrait)"]}
+    },
 }
 
 
@@ -5530,9 +5566,9 @@ def drawing(replicate):
     """The stand-in with more image models, each of which makes one image."""
     for ref, (inputs, output) in MORE_MODELS.items():
         model = make_model(ref, inputs, output=output)
-        if ref == "acme/few":
-            inputs = fake_replicate.input_schemas(model)["Input"]["properties"]
-            inputs["images"]["maxItems"] = 2
+        fields = fake_replicate.input_schemas(model)["Input"]["properties"]
+        for name, more in MORE_OF_THEM.get(ref, {}).items():
+            fields[name] |= more
         image = fake_replicate.FORMATS["png"]
         made = [image] if output == "[uri]" else image
         replicate.models[ref] = model
@@ -5572,6 +5608,12 @@ AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
             IDEOGRAM,
             {"size": "2048x2048"},
             {"resolution": "1024x1024"},
+        ),
+        (
+            "with a word for it",
+            "acme/words",
+            {"size": "1024x1792"},
+            {"resolution": "768 x 1360 (Portrait)"},
         ),
         (
             "its nearest ratio",
@@ -11244,6 +11286,11 @@ def image_events(answer):
             "uri",
             "replicate.delivery:x",
         ),
+        ("no host", "https://[x/a.png", "uri", "it is at [x, not"),
+        ("two lines", "https://replicate.delivery/a\nb", "uri", "at Replicate."),
+        ("a space", "https://replicate.delivery/a b.png", "uri", "at Replicate."),
+        ("no character", "https://replicate.delivery/\ud800", "uri", "at Replicate."),
+        ("not base64", "data:image/png,secret", "uri", 'it is at "", not'),
         (
             "one good, one elsewhere",
             lambda input: [AS_DATA_URL, "https://evil.example"],
@@ -11389,6 +11436,14 @@ def test_a_file_that_comes_too_slowly_is_given_up(fake):
             assert time.monotonic() - began < 2
     finally:
         held.set()
+
+
+def test_all_of_a_file_has_to_come_in_its_time(fake):
+    model = painter(fake, png_file())
+    with fronting(fake, QUICK._replace(file=0)) as server:
+        answer = ask_image(server, model, response_format="b64_json")
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+    assert [*fetches(fake).values()] == [2]
 
 
 def test_a_file_that_is_too_large_without_saying_so_is_given_up(
@@ -14953,6 +15008,14 @@ def test_the_openai_client_makes_edits_and_varies_images(fake, tmp_path):
             len(call.body["input"].get("image_input", [])) for call in fake.creates()
         ]
         assert sizes[-2:] == [1, 3]
+        client.images.edit(
+            model="flux-fill-pro",
+            image=file,
+            mask=("mask.png", png_of(NOISE)),
+            prompt="A hat",
+        )
+        mask = fake.creates()[-1].body["input"]["mask"].partition(",")[2]
+        assert gray_rows(b64decode(mask))[0][0] == 255 - ALPHA[0][0]
         with open(file, "rb") as image, pytest.warns(DeprecationWarning):
             varied = client.images.create_variation(
                 image=image, model="flux-redux-schnell", n=2
@@ -17127,6 +17190,36 @@ def test_the_ai_sdk_calls_answers_and_goes_on(npm):
         command = ["node", "program.mjs", server.url]
         done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
     assert json.loads(done.stdout) == [SUNNY, f"Let me look.{SUNNY}", SUNNY], done
+
+
+AI_SDK_IMAGE = """
+import { generateImage } from 'ai'
+import { createOpenAI } from '@ai-sdk/openai'
+
+const provider = createOpenAI({ baseURL: process.argv[2] + '/v1', apiKey: 'key' })
+const given = { prompt: 'A cat', n: 2, size: '1536x1024', maxRetries: 0 }
+const made = []
+for (const model of ['flux-schnell', 'gpt-image-1']) {
+  const { images } = await generateImage({ model: provider.image(model), ...given })
+  made.push(...images)
+}
+const edited = await generateImage({
+  model: provider.image('gpt-image-1'), // as it takes base64, and does not ask for it
+  prompt: { text: 'A hat', images: [made[0].uint8Array] },
+  maxRetries: 0,
+})
+const types = [...made, edited.image].map((image) => image.mediaType)
+console.log(JSON.stringify(types))
+"""
+
+
+@pytest.mark.npm
+def test_the_ai_sdk_makes_and_edits_images(npm):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        (npm / "image.mjs").write_text(AI_SDK_IMAGE)
+        command = ["node", "image.mjs", server.url]
+        done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
+    assert json.loads(done.stdout) == ["image/png"] * 5, done
 
 
 # -- Workers -------------------------------------------------------------------
