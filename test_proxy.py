@@ -1031,7 +1031,7 @@ def test_the_numbers_of_a_histogram_rise_to_their_count():
     assert found[f"{full}_sum", ("model", "a/b")] == pytest.approx(601.46)
 
 
-COUNTED = [
+USAGE_FOUND = [
     (
         "a whole chat",
         "hello",
@@ -1125,7 +1125,7 @@ COUNTED = [
 ]
 
 
-@table("model, body, expected", COUNTED)
+@table("model, body, expected", USAGE_FOUND)
 def test_what_is_counted(watched, model, body, expected):
     _, server = watched
     chat(server, model, **body)
@@ -3827,7 +3827,7 @@ def test_a_file_reaches_a_model_character_by_character(family, document):
     talk = [says("user", document), says("assistant", "Ok"), says("user", document)]
     rendered = render(family, talk)
     assert ESCAPED.sub("", rendered).count(ESCAPED.sub("", document)) == 2
-    signs = SIGNS.get(proxy.FAMILIES[family].render, [])
+    signs = TEMPLATE_SIGNS.get(proxy.FAMILIES[family].render, [])
     if not any(sign in document for sign in signs):
         assert rendered.count(document) == 2
 
@@ -3851,7 +3851,7 @@ LLAMA_3_TOKENS = """<|begin_of_text|> <|end_of_text|> <|start_header_id|>
 LLAMA_4_TOKENS = """<|begin_of_text|> <|end_of_text|> <|header_start|> <|header_end|>
     <|eot|> <|eom|> <|python_start|> <|python_end|>"""
 TRANSCRIPTS = ["open", "claude", "gemini", "granite", "mistral"]
-SIGNS = {  # that would end a turn, by the template
+TEMPLATE_SIGNS = {  # that would end a turn, by the template
     proxy.render_llama_2: LLAMA_2_TOKENS.split(),
     proxy.render_llama_3: LLAMA_3_TOKENS.split(),
     proxy.render_llama_4: LLAMA_4_TOKENS.split(),
@@ -4525,7 +4525,7 @@ def test_a_dummy_of_a_schema_makes_no_family(inputs, garbage):
     assert inputs.sent(inputs.model(garbage), given) == BY_LONG_PROMPT
 
 
-WORDS = [
+INPUT_WORDS = [
     *("type", "items", "enum", "allOf", "anyOf", "$ref", "properties", "required"),
     *("default", "minimum", "maximum", "maxItems", "format", "x-cog-array-display"),
     *("prompt", "messages", "max_tokens", "stop", "image", "reasoning_effort", "tone"),
@@ -4533,7 +4533,7 @@ WORDS = [
 ODD_VALUES = st.sampled_from(
     ["string", "integer", "array", "uri", "null", "low", "#/components/schemas/Input"]
 )
-WORD = st.sampled_from(WORDS) | st.text(max_size=3)
+WORD = st.sampled_from(INPUT_WORDS) | st.text(max_size=3)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 JSON = st.recursive(
     SCALARS | ODD_VALUES,
@@ -4568,7 +4568,7 @@ def inputs_by_another_name(inputs):
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(inputs=st.dictionaries(st.sampled_from([*WORDS, "top_k", "min_p"]), JSON))
+@given(inputs=st.dictionaries(st.sampled_from([*INPUT_WORDS, "top_k", "min_p"]), JSON))
 def test_any_schema_leads_to_an_input_or_to_an_error_of_the_clients(shared, inputs):
     ref = shared.model(document({"prompt": STRING, **inputs}))
     answer = shared.send(ref, {**EVERYTHING, "tone": "kind"})
@@ -7308,7 +7308,7 @@ def test_a_prediction_has_its_types_whatever_was_in_it(value):
 
 INLINE = 256 * 1024  # what Replicate advises to have in an input at the most
 MP3_BEGINS = "data:audio/mpeg3;base64,"  # whose length is a multiple of four
-CLAUDE = "anthropic/claude-4-sonnet"
+ONE_IMAGE_MODEL = "anthropic/claude-4-sonnet"
 
 
 def large(name, size=INLINE):
@@ -7498,7 +7498,7 @@ def test_an_upload_that_fails_runs_nothing_and_may_be_tried_again(
 ):
     on_upload(reply)
     messages = seeing(large(fresh()))
-    answer = chat(server, CLAUDE, messages=messages, n=2)
+    answer = chat(server, ONE_IMAGE_MODEL, messages=messages, n=2)
     assert (answer.status, answer.error["code"]) == (status, code)
     if code == "upstream_unavailable":
         assert "could not be handed to Replicate" in answer.error["message"]
@@ -7507,7 +7507,7 @@ def test_an_upload_that_fails_runs_nothing_and_may_be_tried_again(
         assert answer.error["type"] == "invalid_request_error"
     assert not fake.creates()
     on_upload(times=0)
-    assert chat(server, CLAUDE, messages=messages).status == 200
+    assert chat(server, ONE_IMAGE_MODEL, messages=messages).status == 200
 
 
 def test_nothing_is_uploaded_for_a_call_that_is_refused(fake, server, on_upload):
@@ -7523,7 +7523,7 @@ def test_a_stream_has_its_head_and_signs_of_life_while_files_are_uploaded(watche
     fake, server = watched
     fake.on_upload = Fault(wait=0.6)
     messages = seeing(large("a"))
-    with start_call(server, CLAUDE, stream=True, messages=messages) as sock:
+    with start_call(server, ONE_IMAGE_MODEL, stream=True, messages=messages) as sock:
         heard = read_until(sock, b": keep-alive\n\n")
         assert heard.startswith(b"HTTP/1.1 200 OK")
         assert not fake.creates()
@@ -9993,7 +9993,7 @@ USAGE = {
         "rejected_prediction_tokens": 0,
     },
 }
-FIRST = {"role": "assistant", "content": "", "refusal": None}
+FIRST_KEYS = {"role": "assistant", "content": "", "refusal": None}
 SAYS = {"role": "assistant", "content": "ä\n", "refusal": None, "annotations": []}
 NO_TEXT = {"role": "assistant", "content": None}
 LAST = {"refusal": None, "annotations": []}
@@ -10059,7 +10059,7 @@ def test_an_answer_has_openais_keys_in_their_order(
     head["object"] += ".chunk"
     choices = [
         {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        for delta, reason in [*[(d, None) for d in (FIRST, *deltas)], ({}, end)]
+        for delta, reason in [*[(d, None) for d in (FIRST_KEYS, *deltas)], ({}, end)]
     ]
     chunks = [{**head, "model": model, **tail, "choices": [c]} for c in choices]
     streamed = chat(server, model, **body, stream=True)
@@ -11516,7 +11516,7 @@ def test_an_image_that_fails_is_a_status_or_the_last_event_of_a_stream(watched):
 
 # -- Embeddings ----------------------------------------------------------------
 
-GRANITE = "ibm-granite/granite-embedding-278m-multilingual"
+GRANITE_VECTORS = "ibm-granite/granite-embedding-278m-multilingual"
 MPNET, BGE = "replicate/all-mpnet-base-v2", "nateraw/bge-large-en-v1.5"
 E5, NOMIC = "beautyyuyanli/multilingual-e5-large", "lucataco/nomic-embed-text-v1"
 ARCTIC, GTE = "lucataco/snowflake-arctic-embed-l", "mark3labs/embeddings-gte-base"
@@ -11587,7 +11587,7 @@ NORMAL = {"normalize_embeddings": True}
 @table(
     "model, body, expected",
     [
-        ("a list", GRANITE, {}, [{"texts": ["a", "\u00e9\nc"]}]),
+        ("a list", GRANITE_VECTORS, {}, [{"texts": ["a", "\u00e9\nc"]}]),
         ("a list of another name", GTE_QWEN, {}, [{"text": ["a", "\u00e9\nc"]}]),
         (
             "JSON in a string, by its name",
@@ -11646,7 +11646,7 @@ NORMAL = {"normalize_embeddings": True}
             {"input": "a", "normalize": False},
             [{"texts": '["a"]', "normalize_embeddings": False}],
         ),
-        ("one text", GRANITE, {"input": "a"}, [{"texts": ["a"]}]),
+        ("one text", GRANITE_VECTORS, {"input": "a"}, [{"texts": ["a"]}]),
         ("one text as JSON", MPNET, {"input": "a"}, [{"text_batch": '["a"]'}]),
         (
             "as many as it takes",
@@ -11668,7 +11668,7 @@ NORMAL = {"normalize_embeddings": True}
         ),
         (
             "nothing that it lacks",
-            GRANITE,
+            GRANITE_VECTORS,
             {"input": "a", "user": "u", "x": 1},
             [{"texts": ["a"]}],
         ),
@@ -11710,18 +11710,50 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
 @table(
     "model, input, body, status, code, why",
     [
-        ("none", GRANITE, None, {}, 400, None, "input"),
-        ("an empty list", GRANITE, [], {}, 400, "empty_array", "input"),
-        ("an empty text", GRANITE, "", {}, 400, "invalid_value", "empty string"),
-        ("one of them", GRANITE, ["a", ""], {}, 400, "invalid_value", "'input[1]'"),
-        ("tokens", GRANITE, [1, 2], {}, 400, "invalid_value", "check_embedding_ctx"),
-        ("of many", GRANITE, [[1], [2]], {}, 400, "invalid_value", "check_embedding"),
-        ("no text", GRANITE, [True], {}, 400, "invalid_type", "a boolean"),
-        ("an object", GRANITE, {"a": 1}, {}, 400, "invalid_type", "an object"),
-        ("null", GRANITE, ["a", None], {}, 400, "invalid_type", "null"),
+        ("none", GRANITE_VECTORS, None, {}, 400, None, "input"),
+        ("an empty list", GRANITE_VECTORS, [], {}, 400, "empty_array", "input"),
+        (
+            "an empty text",
+            GRANITE_VECTORS,
+            "",
+            {},
+            400,
+            "invalid_value",
+            "empty string",
+        ),
+        (
+            "one of them",
+            GRANITE_VECTORS,
+            ["a", ""],
+            {},
+            400,
+            "invalid_value",
+            "'input[1]'",
+        ),
+        (
+            "tokens",
+            GRANITE_VECTORS,
+            [1, 2],
+            {},
+            400,
+            "invalid_value",
+            "check_embedding_ctx",
+        ),
+        (
+            "of many",
+            GRANITE_VECTORS,
+            [[1], [2]],
+            {},
+            400,
+            "invalid_value",
+            "check_embedding",
+        ),
+        ("no text", GRANITE_VECTORS, [True], {}, 400, "invalid_type", "a boolean"),
+        ("an object", GRANITE_VECTORS, {"a": 1}, {}, 400, "invalid_type", "an object"),
+        ("null", GRANITE_VECTORS, ["a", None], {}, 400, "invalid_type", "null"),
         (
             "too many",
-            GRANITE,
+            GRANITE_VECTORS,
             ["a"] * 2049,
             {},
             400,
@@ -11748,15 +11780,31 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
         ),
         (
             "dimensions that it has not",
-            GRANITE,
+            GRANITE_VECTORS,
             "a",
             {"dimensions": 8},
             400,
             "unsupported_parameter",
             "no input for 'dimensions'",
         ),
-        ("no dimensions", GRANITE, "a", {"dimensions": 0}, 400, None, "'dimensions'"),
-        ("a format", GRANITE, "a", {"encoding_format": "hex"}, 400, None, "'hex'"),
+        (
+            "no dimensions",
+            GRANITE_VECTORS,
+            "a",
+            {"dimensions": 0},
+            400,
+            None,
+            "'dimensions'",
+        ),
+        (
+            "a format",
+            GRANITE_VECTORS,
+            "a",
+            {"encoding_format": "hex"},
+            400,
+            None,
+            "'hex'",
+        ),
         ("of chat", "fake/hello", "a", {}, 400, "invalid_value", "/chat/completions"),
         ("of sound", KOKORO, "a", {}, 400, "invalid_value", "/v1/audio/speech"),
         ("of images", FLUX, "a", {}, 400, "invalid_value", "/v1/images/generations"),
@@ -11789,7 +11837,7 @@ def test_as_many_predictions_as_a_call_may_make(embedding, fake, server):
     assert len(inputs) == 128
     assert [row["embedding"] for row in answer.json["data"]] == vectors(texts)
     texts = [str(n) for n in range(2048)]
-    answer, [input] = ran(fake, lambda: embed(server, GRANITE, texts))
+    answer, [input] = ran(fake, lambda: embed(server, GRANITE_VECTORS, texts))
     assert [row["embedding"] for row in answer.json["data"]] == vectors(texts)
 
 
@@ -11893,14 +11941,14 @@ def test_usage_of_texts_is_an_estimate_and_the_log_says_so(
 ):
     caplog.set_level("INFO")
     secret = "what a user says"
-    answer = embed(server, GRANITE, [secret, "abcde"])
+    answer = embed(server, GRANITE_VECTORS, [secret, "abcde"])
     assert answer.json["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
     wait_until(lambda: "/v1/embeddings" in caplog.text)
     assert "tokens_in=6" in caplog.text
     assert "estimated=yes" in caplog.text
     assert secret not in caplog.text
     [line] = [m for m in caplog.messages if "path=/v1/embeddings" in m]
-    assert f"ref={GRANITE}" in line
+    assert f"ref={GRANITE_VECTORS}" in line
 
 
 def test_texts_are_embedded_by_models_whose_schema_cant_be_had(fake, server):
@@ -11939,7 +11987,7 @@ def test_texts_that_fail_cancel_the_rest(embedding, fake, server, plays, status,
 
 def test_openai_embeds(embedding, client, fake):
     texts = ["one", "two", "three"]
-    for model in (GRANITE, ARCTIC, JINA):
+    for model in (GRANITE_VECTORS, ARCTIC, JINA):
         made = client.embeddings.create(model=model, input=texts)
         sizes = {len(row.embedding) for row in made.data}
         [size] = sizes
@@ -11957,7 +12005,7 @@ def test_langchain_embeds(embedding, server, fake):
     from langchain_openai import OpenAIEmbeddings
 
     langchain = OpenAIEmbeddings(
-        model=GRANITE,
+        model=GRANITE_VECTORS,
         base_url=f"{server.url}/v1",
         api_key=KEY,
         check_embedding_ctx_length=False,
@@ -11973,7 +12021,7 @@ ELEVENLABS, QWEN_TTS = "elevenlabs/flash-v2.5", "qwen/qwen3-tts"
 TURBO, PRO = "resemble-ai/chatterbox-turbo", "resemble-ai/chatterbox-pro"
 GEMINI_TTS, ORPHEUS = "google/gemini-3.1-flash-tts", "lucataco/orpheus-3b-0.1-ft"
 DIA, TORTOISE, F5 = "zsxkib/dia", "afiaka87/tortoise-tts", "x-lance/f5-tts"
-BARK, PLAY = "suno-ai/bark", "playht/play-dialog"
+BARK, PLAY_DIALOG = "suno-ai/bark", "playht/play-dialog"
 FAST_WHISPER, WHISPERX = "vaibhavs10/incredibly-fast-whisper", "victor-upmeet/whisperx"
 GPT_TRANSCRIBE, PARAKEET = "openai/gpt-4o-transcribe", "nvidia/parakeet-rnnt-1.1b"
 GRANITE_SPEECH, DIARIZER = (
@@ -11989,7 +12037,7 @@ MORE_SPEAKERS = {  # what of their inputs matters here; all make a file
     DIA: "text* str; audio_prompt uri; speed_factor float =1 [0.5..1.5]",
     TORTOISE: 'text str ="Hi"; voice_a enum random, angie ="random"',
     BARK: 'prompt str ="Hi"; history_prompt enum announcer, en_speaker_0',
-    PLAY: 'text* str; voice str ="Angelo"; speed float =1 [0.1..5]; prompt str',
+    PLAY_DIALOG: 'text* str; voice str ="Angelo"; speed float =1 [0.1..5]; prompt str',
     F5: "gen_text* str; ref_audio* uri; ref_text str; speed float =1",
     "acme/ogg": 'text* str; output_format enum ogg, wav ="ogg"',
     "acme/flac": 'text* str; format enum flac ="flac"; sample_rate int =8000',
@@ -12068,7 +12116,7 @@ def say(server, model, **body):
         ("one of its own", ELEVENLABS, {"voice": "rachel"}, {"voice": "Rachel"}),
         ("OpenAI's, and any will do", MINIMAX_TTS, {}, {}),
         ("any", MINIMAX_TTS, {"voice": "Deep_Man"}, {"voice_id": "Deep_Man"}),
-        ("a cloned one", PLAY, {"voice": "s3://x"}, {"voice": "s3://x"}),
+        ("a cloned one", PLAY_DIALOG, {"voice": "s3://x"}, {"voice": "s3://x"}),
         ("a speaker", QWEN_TTS, {"voice": "ryan"}, {"speaker": "Ryan"}),
         ("no voices", CHATTERBOX, {"voice": "anybody"}, {}),
         ("no voices but a language", "resemble-ai/chatterbox-multilingual", {}, {}),
@@ -12635,7 +12683,7 @@ def hearing(fake, monkeypatch):
     return fake
 
 
-WORDS = {"response_format": "verbose_json", "timestamp_granularities": ["word"]}
+WORD_TIMES = {"response_format": "verbose_json", "timestamp_granularities": ["word"]}
 SEGMENTS = {"response_format": "verbose_json", "timestamp_granularities": ["segment"]}
 
 
@@ -12659,9 +12707,9 @@ SEGMENTS = {"response_format": "verbose_json", "timestamp_granularities": ["segm
         ("no prompt", FAST_WHISPER, {"prompt": "Umlaut"}, {}),
         ("temperature", WHISPER, {"temperature": "0.5"}, {"temperature": 0.5}),
         ("0", WHISPERX, {"temperature": "0"}, {"temperature": 0}),
-        ("words", WHISPERX, WORDS, {"align_output": True}),
-        ("as a choice", FAST_WHISPER, WORDS, {"timestamp": "word"}),
-        ("where it has none", WHISPER, WORDS, {}),
+        ("words", WHISPERX, WORD_TIMES, {"align_output": True}),
+        ("as a choice", FAST_WHISPER, WORD_TIMES, {"timestamp": "word"}),
+        ("where it has none", WHISPER, WORD_TIMES, {}),
         ("segments", WHISPERX, SEGMENTS, {}),
         (
             "words that are not told",
@@ -13050,7 +13098,7 @@ def test_transcripts_are_found_in_outputs_of_every_shape(
         assert "did not make a transcript" in answer.error["message"]
         return
     assert answer.json == {"text": text}
-    answer = transcribe(server, model, **WORDS)
+    answer = transcribe(server, model, **WORD_TIMES)
     if text and not times:
         assert answer.status == 400, answer.body
         assert NO_TIMES in answer.error["message"]
@@ -13996,9 +14044,9 @@ def test_the_menu_is_asked_for_with_the_clients_token(shelves, tmp_path):
     fake, _ = shelves
     fake.other_tokens = {ANNE}
     with listing(shelves, tmp_path, "chat", **OPENED, replicate_api_token="") as server:
-        assert listed_ids(server, {}) == OWN
+        assert listed_ids(server, {}) == OWN_MODELS
         assert "a/b" in listed_ids(server, bearer(ANNE))
-        assert listed_ids(server, {}) == OWN
+        assert listed_ids(server, {}) == OWN_MODELS
     assert shown(fake) == {"GET /v1/collections/chat": [ANNE]}
 
 
@@ -14053,7 +14101,7 @@ def listed_ids(server, headers=AUTHORIZATION):
     return {row.id: row.owned_by for row in rows}
 
 
-OWN = {"gpt-4o": "openai", "c/d": "x"}
+OWN_MODELS = {"gpt-4o": "openai", "c/d": "x"}
 
 
 def test_models_of_collections_are_listed_after_our_own(shelves, tmp_path):
@@ -14062,8 +14110,8 @@ def test_models_of_collections_are_listed_after_our_own(shelves, tmp_path):
     with listing(shelves, tmp_path) as server:
         for _ in range(3):
             ids = listed_ids(server, {})
-            assert ids == {**OWN, "openai/gpt-4o": "openai", "a/b": "a"}
-            assert [*ids][:2] == [*OWN]
+            assert ids == {**OWN_MODELS, "openai/gpt-4o": "openai", "a/b": "a"}
+            assert [*ids][:2] == [*OWN_MODELS]
         asked = [seen.path for seen in fake.seen]
         assert sorted(asked) == ["/v1/collections/chat", "/v1/collections/draw"]
         assert {seen.headers["authorization"] for seen in fake.seen} == {
@@ -14094,8 +14142,8 @@ def test_where_a_collection_can_not_be_had_our_own_are_listed(
     fake.on_collection = fault
     with listing(shelves, tmp_path, slugs) as server:
         begun = time.monotonic()
-        assert listed_ids(server) == OWN
-        assert listed_ids(server) == OWN
+        assert listed_ids(server) == OWN_MODELS
+        assert listed_ids(server) == OWN_MODELS
         assert time.monotonic() - begun < 1.5
         if slugs == "draw" or "a b" in str(fault):  # which can be read, at least
             return
@@ -14108,7 +14156,7 @@ def test_what_was_slow_is_listed_later(shelves, tmp_path):
     fake, _ = shelves
     fake.on_collection = Fault(wait=0.4, times=1)
     with listing(shelves, tmp_path, "chat") as server:
-        assert listed_ids(server) == OWN
+        assert listed_ids(server) == OWN_MODELS
         wait_until(lambda: "a/b" in listed_ids(server))
 
 
@@ -14130,7 +14178,7 @@ PRICED = {
     "minimax/speech-02-turbo": {"price": {"character": 1}},
     "replicate/all-mpnet-base-v2": {"price": {"input": 999_999}},
 }
-NO_TEXT = {
+PRICED_OUTPUTS = {
     "images/generations": "black-forest-labs/flux-schnell",
     "audio/speech": "minimax/speech-02-turbo",
     "embeddings": "replicate/all-mpnet-base-v2",
@@ -14246,13 +14294,15 @@ def test_a_second_try_costs_too(priced, caplog):
 )
 def test_what_is_no_text_has_its_price(priced, caplog, path, body, low, high):
     caplog.set_level("INFO", "proxy")
-    answer = send(priced, "POST", f"/v1/{path}", {"model": NO_TEXT[path], **body})
+    answer = send(
+        priced, "POST", f"/v1/{path}", {"model": PRICED_OUTPUTS[path], **body}
+    )
     assert answer.status == 200
     mine = f"path=/v1/{path} "
     wait_until(lambda: log_lines(caplog, mine))
     cost = float(re.search(r" cost=(\S+)", log_lines(caplog, mine)[0])[1])
     assert low <= cost <= high
-    counted = numbers(priced, "cost_usd_total", model=NO_TEXT[path])
+    counted = numbers(priced, "cost_usd_total", model=PRICED_OUTPUTS[path])
     assert counted == pytest.approx(cost)
 
 
@@ -15813,32 +15863,32 @@ def test_an_answer_of_the_default_model_says_so(server):
 
 
 SECRET = "what-was-said"
-BEGUN = "INFO method=POST path=/v1/chat/completions status"
-FAILED = BEGUN.replace("INFO", "WARNING")
+LINE = "INFO method=POST path=/v1/chat/completions status"
+WARNED = LINE.replace("INFO", "WARNING")
 LOGGED = [
     (
         "a whole",
         {},
-        f"{BEGUN}=200 client=IP model=fake/echo ref=fake/echo prediction=ID"
+        f"{LINE}=200 client=IP model=fake/echo ref=fake/echo prediction=ID"
         " tokens_in=1 tokens_out=3 first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a stream of the default model",
         {"model": "gpt 9", "stream": True, "n": 2},
-        f'{BEGUN}=200 client=IP model="gpt 9" ref="fake/hello; default" stream=yes n=2'
+        f'{LINE}=200 client=IP model="gpt 9" ref="fake/hello; default" stream=yes n=2'
         " prediction=ID,ID tokens_in=2 tokens_out=16 first_token_ms=N ms=N"
         " request_id=ID",
     ),
     (
         "an estimate",
         {"model": "fake/no-counts"},
-        f"{BEGUN}=200 client=IP model=fake/no-counts ref=fake/no-counts prediction=ID"
+        f"{LINE}=200 client=IP model=fake/no-counts ref=fake/no-counts prediction=ID"
         " tokens_in=4 tokens_out=7 estimated=yes first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a failure in mid-stream",
         {"model": "fake/failed-late", "stream": True},
-        f"{FAILED}=200 client=IP model=fake/failed-late ref=fake/failed-late stream=yes"
+        f"{WARNED}=200 client=IP model=fake/failed-late ref=fake/failed-late stream=yes"
         " prediction=ID first_token_ms=N ms=N error=prediction_failed why="
         '"The prediction failed. The model says: it broke"'
         " request_id=ID",
@@ -15846,14 +15896,14 @@ LOGGED = [
     (
         "a failure that quotes and repeats what was said",
         {"model": "fake/repeats", "messages": [says("user", f"{SECRET} was meant?")]},
-        f"{FAILED}=502 client=IP model=fake/repeats ref=fake/repeats prediction=ID"
+        f"{WARNED}=502 client=IP model=fake/repeats ref=fake/repeats prediction=ID"
         ' ms=N error=prediction_failed why="The prediction failed. The model says:'
         ' ... is wrong in ..." request_id=ID',
     ),
     (
         "a refusal",
         {"model": "fake/unauthenticated"},
-        f"{FAILED}=502 client=IP model=fake/unauthenticated ref=fake/unauthenticated"
+        f"{WARNED}=502 client=IP model=fake/unauthenticated ref=fake/unauthenticated"
         ' ms=N error=upstream_authentication why="Replicate did not accept the'
         " proxy's token. Put a valid REPLICATE_API_TOKEN from "
         "https://replicate.com/account/api-tokens into .env and start the proxy again."
@@ -15862,14 +15912,14 @@ LOGGED = [
     (
         "a bad parameter",
         {"temperature": SECRET},
-        f"{BEGUN}=400 client=IP model=fake/echo ms=N error=invalid_type"
+        f"{LINE}=400 client=IP model=fake/echo ms=N error=invalid_type"
         ' param=temperature why="Invalid type for ...: expected a decimal, but got a'
         ' string instead." request_id=ID',
     ),
     (
         "a bad value",
         {"verbosity": SECRET},
-        f"{BEGUN}=400 client=IP model=fake/echo ms=N error=invalid_value"
+        f"{LINE}=400 client=IP model=fake/echo ms=N error=invalid_value"
         ' param=verbosity why="Invalid value: ...." request_id=ID',
     ),
 ]
@@ -17512,7 +17562,7 @@ def test_workers_keep_a_file_that_is_named(folder, fake, tmp_path):
         assert store.find("key", "resp_1")
 
 
-NOWHERE = """
+NO_SUCH_ADDRESS = """
 import sys, tempfile, proxy
 def nothing(*_, **__):
     raise FileNotFoundError("No usable temporary directory found")
@@ -17522,7 +17572,7 @@ sys.exit(proxy.main(sys.argv[1:]))
 
 
 def test_workers_that_can_not_share_say_what_that_means(folder, fake):
-    (folder / "nowhere.py").write_text(NOWHERE)
+    (folder / "nowhere.py").write_text(NO_SUCH_ADDRESS)
     environ = {**settings_for(fake), "WORKERS": "2", "PROXY_API_KEY": "key"}
     with started(folder, environ=environ, program="nowhere.py") as (parent, (url, _)):
         told = parent.stderr.readline()
@@ -18047,7 +18097,7 @@ def test_the_program_logs_objects(folder, fake):
         rows = [json.loads(line) for line in program.stderr]
     assert {"DEBUG", "INFO"} == {row["level"] for row in rows}
     assert [row["status"] for row in rows if "request_id" in row] == [200]
-    assert rows[-1]["event"] == "stopping"
+    assert "stopping" in {row.get("event") for row in rows}
 
 
 def test_debug_tells_what_went_to_replicate_but_not_what_was_said(fake, caplog):
@@ -19242,33 +19292,33 @@ def test_an_error_is_shown_in_its_own_words(browser, server, fake):
         expect(t.find("#talk > li").last).to_contain_text("Once")
 
 
-HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+HOSTILE_WORDS = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
 @in_browser
 def test_html_that_a_model_says_stays_words(browser, server, fake):
-    call = {"name": "look", "arguments": {"q": HOSTILE}}
+    call = {"name": "look", "arguments": {"q": HOSTILE_WORDS}}
     model = model_saying(
         fake,
-        f"<think>{HOSTILE}</think>{HOSTILE}\n```html\n{HOSTILE}\n```\n",
+        f"<think>{HOSTILE_WORDS}</think>{HOSTILE_WORDS}\n```html\n{HOSTILE_WORDS}\n```\n",
         f"<tool_call>{json.dumps(call)}</tool_call>",
     )
     tool = {"type": "function", "function": {"name": "look"}}
     with tab(browser, server) as t:
         t.page.get_by_label("Tools, as JSON").fill(json.dumps([tool]))
-        turn = t.ask(HOSTILE, model)
+        turn = t.ask(HOSTILE_WORDS, model)
         turn.locator(".meta").wait_for()
         for shown in (".thoughts", ".words > div", ".words > pre", ".call"):
-            assert HOSTILE in turn.locator(shown).all_text_contents()[-1], shown
+            assert HOSTILE_WORDS in turn.locator(shown).all_text_contents()[-1], shown
         t.button("Code").click()
-        assert HOSTILE in t.find("#python").text_content()
+        assert HOSTILE_WORDS in t.find("#python").text_content()
         t.button("Close").click()
         t.find("#tools").fill("")
-        error = {"error": {"message": HOSTILE}}
+        error = {"error": {"message": HOSTILE_WORDS}}
         t.page.route("**/completions", lambda r: r.fulfill(status=400, json=error))
-        turn = t.ask(model=HOSTILE)
-        expect(turn.get_by_role("alert")).to_have_text(HOSTILE)
-        expect(turn.get_by_role("heading")).to_have_text(HOSTILE)
+        turn = t.ask(model=HOSTILE_WORDS)
+        expect(turn.get_by_role("alert")).to_have_text(HOSTILE_WORDS)
+        expect(turn.get_by_role("heading")).to_have_text(HOSTILE_WORDS)
         assert t.find("img, body script + *, #talk script").count() == 0
 
 
@@ -19657,6 +19707,27 @@ def test_banners_reach_to_column_80_and_nothing_else_looks_like_one():
     lines = re.findall(r"^#.*(?:={4}|-{4}).*$", SOURCE, re.MULTILINE)
     assert [len(line) for line in lines] == [80] * len(lines)
     assert len(lines) == len(BANNER.findall(SOURCE)) + len(CHAPTER.findall(SOURCE))
+
+
+def test_a_name_that_tests_read_when_they_run_stands_for_one_value():
+    """A second value would count in tests before it too, but not in their tables."""
+    body = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    made = Counter(
+        name
+        for node in body
+        if isinstance(node, ast.Assign)
+        for name in names_made(node)
+        if name.isupper()
+    )
+    read = {
+        name.id
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+        for statement in node.body
+        for name in ast.walk(statement)
+        if isinstance(name, ast.Name)
+    }
+    assert not {name for name in read if made[name] > 1}
 
 
 def test_sections_use_only_names_above_them(tree):
