@@ -12,6 +12,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import operator
 import os
 import re
@@ -70,6 +71,7 @@ from openai.types.responses import (
 )
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, expect, sync_playwright
+from prometheus_client.parser import text_string_to_metric_families
 
 import fake_replicate
 import proxy
@@ -625,6 +627,9 @@ NO_KEY_YET = "your_secure_proxy_api_key_here"
         ("days", "responses_db_days", 0, "must be a number from 1 to 3650."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
+        ("a shelf", "list_replicate_models", "a/b", "must be names of Replicate's"),
+        ("a format", "log_format", "xml", "must be one of text, json."),
+        ("yes or no", "metrics_open", "yes", "must be true or false."),
         ("an address", "replicate_base_url", "api.x/v1", "must be of the form https:"),
     ],
 )
@@ -835,7 +840,8 @@ def models_problem(directory, models):
 
 
 ROOT_KEYS = "default_model, mappings, model_configs"
-CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
+CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input, price"
+PRICE_KEYS = "input, output, image, second, character"
 TWO_NUMBERS = "two numbers, the lower one first"
 ONE_FAMILY = f"one of {', '.join(proxy.FAMILIES)}"
 
@@ -870,11 +876,28 @@ def test_a_wrong_file_is_refused_by_its_json_path(tmp_path, models, path, expect
         ("an unknown family", "family", "bert", ONE_FAMILY),
         ("several families", "family", ["gpt-4"], ONE_FAMILY),
         ("a list", "input", [50], "an object"),
+        ("a number for all", "price", 5, "an object"),
     ],
 )
 def test_a_wrong_config_is_refused_by_its_json_path(tmp_path, key, value, expected):
     problem = models_problem(tmp_path, {"model_configs": {"a/b": {key: value}}})
     assert problem == f'$.model_configs["a/b"].{key}: expected {expected}.'
+
+
+@table(
+    "key, value, expected",
+    [
+        ("an unknown unit", "token", 5, f"one of {PRICE_KEYS}"),
+        ("a negative one", "input", -1, "US dollars, from 0"),
+        ("a text", "output", "$5", "US dollars, from 0"),
+        ("a boolean", "image", True, "US dollars, from 0"),
+        ("no number", "second", float("nan"), "US dollars, from 0"),
+    ],
+)
+def test_a_wrong_price_is_refused_by_its_json_path(tmp_path, key, value, expected):
+    configs = {"a/b": {"price": {key: value}}}
+    problem = models_problem(tmp_path, {"model_configs": configs})
+    assert problem == f'$.model_configs["a/b"].price.{key}: expected {expected}.'
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1,}', "[" * 200_000])
@@ -934,6 +957,262 @@ def test_the_models_that_are_shipped_can_be_asked():
         version = fake_replicate.MODELS[ref]["latest_version"]
         schema = proxy.read_schema(version["openapi_schema"])
         assert any(proxy.fits(task, schema) for task in proxy.TASKS.values()), ref
+
+
+# -- Metrics -------------------------------------------------------------------
+
+METRICS_PATH = "/metrics"
+
+
+def scrape(server, headers=AUTHORIZATION):
+    """Each sample by its name and labels, as prometheus_client reads it."""
+    answer = send(server, "GET", METRICS_PATH, headers=headers)
+    assert answer.status == 200
+    return read_samples(answer.body.decode())
+
+
+def read_samples(text):
+    families = text_string_to_metric_families(text)
+    samples = [sample for family in families for sample in family.samples]
+    found = {(s.name, *sorted(s.labels.items())): s.value for s in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+def numbers(server, name, **labels):
+    """The sum of a family's samples that have these labels."""
+    full = f"replicate_proxy_{name}"
+    return sum(
+        value
+        for (each, *pairs), value in scrape(server).items()
+        if each == full and labels.items() <= dict(pairs).items()
+    )
+
+
+def test_metrics_are_what_prometheus_reads(lasting):
+    fake, server = lasting
+    chat(server, "hello")
+    chat(server, "hello", stream=True)
+    wait_until(lambda: numbers(server, "in_flight") == 0)
+    answer = send(server, "GET", METRICS_PATH)
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    text = answer.body.decode()
+    assert text.endswith("\n") and "\r" not in text
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        for name, labels, value, *_ in family.samples:
+            assert re.fullmatch(r"(replicate_proxy_\w+|process_start_\w+)", name)
+            if name.endswith("_count"):
+                bucket = (
+                    f"{name[:-6]}_bucket",
+                    *sorted({**labels, "le": "+Inf"}.items()),
+                )
+                assert read_samples(text)[bucket] == value
+            if family.type == "histogram" and name.endswith("_sum"):
+                counts = [s for s in family.samples if "le" in s.labels]
+                assert counts
+    assert text.count("# TYPE ") == len(proxy.METRICS) + 2
+    head = send(server, "HEAD", METRICS_PATH)
+    assert (head.status, head.body) == (200, b"")
+
+
+def test_the_numbers_of_a_histogram_rise_to_their_count():
+    metrics, name = proxy.Metrics(), "time_to_first_token_seconds"
+    for seconds in (0.1, 0.11, 0.25, 300, 301):
+        metrics.observe(seconds, name, "a/b")
+    found = read_samples(metrics.render().decode())
+    full = f"replicate_proxy_{name}"
+    rows = {
+        key[1][1]: value for key, value in found.items() if key[0] == f"{full}_bucket"
+    }
+    assert rows["0.1"] == 1 and rows["0.25"] == 3 and rows["0.5"] == 3
+    assert rows["300"] == 4 and rows["+Inf"] == 5
+    assert found[f"{full}_count", ("model", "a/b")] == 5
+    assert found[f"{full}_sum", ("model", "a/b")] == pytest.approx(601.46)
+
+
+COUNTED = [
+    (
+        "a whole chat",
+        "hello",
+        {},
+        [
+            ("requests_total", {"status": "200", "code": "", "model": "fake/hello"}, 1),
+            ("request_duration_seconds_count", {"stream": "false"}, 1),
+            ("time_to_first_token_seconds_count", {}, 0),
+            ("tokens_total", {"type": "output", "estimated": "false"}, 8),
+            ("predictions_total", {"model": "fake/hello", "status": "succeeded"}, 1),
+            ("upstream_requests_total", {"kind": "create", "status": "201"}, 1),
+        ],
+    ),
+    (
+        "a stream",
+        "hello",
+        {"stream": True},
+        [
+            ("requests_total", {"endpoint": "/chat/completions", "status": "200"}, 1),
+            ("request_duration_seconds_count", {"stream": "true"}, 1),
+            ("time_to_first_token_seconds_count", {"model": "fake/hello"}, 1),
+            ("time_per_output_token_seconds_count", {"model": "fake/hello"}, 1),
+            ("upstream_requests_total", {"kind": "stream", "status": "200"}, 1),
+        ],
+    ),
+    (
+        "tokens that are not counted",
+        "no-counts",
+        {},
+        [("tokens_total", {"type": "output", "estimated": "true"}, 7)],
+    ),
+    (
+        "two choices",
+        "hello",
+        {"n": 2},
+        [
+            ("requests_total", {}, 1),
+            ("predictions_total", {"status": "succeeded"}, 2),
+            ("tokens_total", {"type": "output"}, 16),
+        ],
+    ),
+    (
+        "one that fails",
+        "failed",
+        {},
+        [
+            ("requests_total", {"status": "502", "code": "prediction_failed"}, 1),
+            ("predictions_total", {"model": "fake/failed", "status": "failed"}, 1),
+        ],
+    ),
+    (
+        "a stream that fails midway",
+        "failed-late",
+        {"stream": True},
+        [("requests_total", {"status": "200", "code": "prediction_failed"}, 1)],
+    ),
+    (
+        "no credit",
+        "out-of-credit",
+        {},
+        [
+            ("requests_total", {"code": "insufficient_quota", "model": "other"}, 1),
+            ("upstream_requests_total", {"kind": "create", "status": "402"}, 1),
+            ("predictions_total", {}, 0),
+        ],
+    ),
+    (
+        "text that is cut at a stop string",
+        "story",
+        {"stop": ["5"], "stream": True},
+        [("predictions_total", {"status": "canceled"}, 1)],
+    ),
+    (
+        "another try",
+        "hello",
+        {"response_format": {"type": "json_object"}},
+        [("retries_total", {}, 1), ("predictions_total", {"status": "succeeded"}, 2)],
+    ),
+    (
+        "a wrong parameter",
+        "hello",
+        {"temperature": 5},
+        [("requests_total", {"status": "400", "model": ""}, 1)],
+    ),
+    (
+        "a name that nobody knows",
+        "missing/model",
+        {},
+        [("requests_total", {"status": "404", "model": "other"}, 1)],
+    ),
+]
+
+
+@table("model, body, expected", COUNTED)
+def test_what_is_counted(watched, model, body, expected):
+    _, server = watched
+    chat(server, model, **body)
+    wait_until(lambda: numbers(server, "request_duration_seconds_count") == 1)
+    for name, labels, number in expected:
+        assert (name, labels, numbers(server, name, **labels)) == (name, labels, number)
+
+
+def test_who_leaves_is_counted(watched):
+    fake, server = watched
+    with start_call(server, "fake/endless", stream=True) as sock:
+        read_until(sock, b"data")
+        assert numbers(server, "in_flight") == 1
+    wait_until(lambda: numbers(server, "client_disconnects_total") == 1)
+    gone = {"status": "200", "code": "client_gone"}
+    assert numbers(server, "requests_total", **gone) == 1
+    assert numbers(server, "predictions_total", status="canceled") == 1
+    assert numbers(server, "in_flight") == 0
+
+
+def test_scrapes_and_health_checks_are_not_counted(watched):
+    _, server = watched
+    for path in (METRICS_PATH, "/health", METRICS_PATH):
+        send(server, "GET", path, headers={})
+        send(server, "GET", path)
+    assert numbers(server, "requests_total") == 0
+    send(server, "GET", "/v1/models")
+    send(server, "GET", "/nothing")
+    wait_until(lambda: numbers(server, "requests_total", endpoint="other") == 1)
+    assert numbers(server, "requests_total", endpoint="/models", status="200") == 1
+
+
+def test_metrics_need_a_key_unless_they_are_open(watched):
+    fake, server = watched
+    for headers in ({}, {"authorization": "Bearer wrong"}):
+        assert send(server, "GET", METRICS_PATH, headers=headers).status == 401
+    with fronting(fake, metrics_open=True) as server:
+        assert send(server, "GET", METRICS_PATH, headers={}).status == 200
+        assert send(server, "GET", "/v1/responses/x", headers={}).status == 401
+
+
+def test_models_beyond_a_number_are_counted_together(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_MODEL_LABELS", 2)
+    metrics = proxy.Metrics()
+    asked = [
+        ("a/b", False),
+        ("a/b", True),
+        ("c/d:5", True),
+        ("e/f", True),
+        ("a/b", False),
+    ]
+    labels = [metrics.model_label(*each) for each in asked]
+    assert labels == ["other", "a/b", "c/d", "other", "a/b"]
+
+
+def test_what_there_is_no_room_for_is_not_counted(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_METRICS_BYTES", 4096)
+    metrics, name = proxy.Metrics(), "request_duration_seconds"
+    for number in range(1000):
+        metrics.observe(1, name, "/x", f"a/{number}", "true")
+    metrics.add(1, "retries_total")
+    found = read_samples(metrics.render().decode())
+    counts = [value for key, value in found.items() if key[0].endswith("_count")]
+    assert 10 < len(counts) < 50 and {*counts} == {1}
+    assert found["replicate_proxy_retries_total",] == 1
+
+
+def test_a_process_counts_on_from_where_one_before_it_stopped():
+    """As workers do, each in memory that it shares with the others."""
+    metrics = proxy.Metrics(2)
+    metrics.use_part(1)
+    metrics.add(5, "retries_total")
+    metrics.add(2, "predictions_total", "a/b", "failed")
+    metrics.set(7, "in_flight")
+    metrics.use_part(0)
+    metrics.add(1, "retries_total")
+    metrics.set(1, "in_flight")
+    metrics.use_part(1)  # by another process: nothing is in flight there
+    metrics.add(1, "predictions_total", "c/d", "failed")
+    metrics.add(1, "predictions_total", "a/b", "failed")
+    found = read_samples(metrics.render().decode())
+    full = "replicate_proxy_"
+    assert found[f"{full}retries_total",] == 6
+    assert found[f"{full}in_flight",] == 1
+    failed = ("status", "failed")
+    assert found[f"{full}predictions_total", ("model", "a/b"), failed] == 3
+    assert found[f"{full}predictions_total", ("model", "c/d"), failed] == 1
 
 
 # ==== 2. REQUESTS =============================================================
@@ -3131,6 +3410,29 @@ A_FORM = "multipart/form-data; boundary=B"
         ),
         ("no model", form_of(PROMPT_PART), A_FORM, "model"),
         (
+            "an object that is none",
+            form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("replicate", "[1]")),
+            A_FORM,
+            "it is an array",
+        ),
+        (
+            "an object too deep",
+            form_of(
+                MODEL_PART,
+                PROMPT_PART,
+                IMAGE_PART,
+                form_part("replicate", '{"a":' * 500 + "1" + "}" * 500),
+            ),
+            A_FORM,
+            "nested too deeply",
+        ),
+        (
+            "a number too long",
+            form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("n", "1" * 101)),
+            A_FORM,
+            "Invalid type for 'n'",
+        ),
+        (
             "no number",
             form_of(MODEL_PART, PROMPT_PART, IMAGE_PART, form_part("n", "two")),
             A_FORM,
@@ -5116,6 +5418,7 @@ def with_head(*head):
         ("interlaced", png_of(NOISE, interlace=1), "8-bit RGBA"),
         ("too large", with_head(2049, 2048, 8, 6, 0, 0, 0), "4 megapixels"),
         ("far too large", with_head(2**32 - 1, 2**32 - 1, 8, 6, 0, 0, 0), "4 mega"),
+        ("too high", with_head(1, 2**17, 8, 6, 0, 0, 0), "4 megapixels"),
         ("no width", with_head(0, 5, 8, 6, 0, 0, 0), "4 megapixels"),
         ("higher than its data", with_head(7, 16, 8, 6, 0, 0, 0), "cut off"),
         ("no such filter", b"", None),
@@ -5241,8 +5544,20 @@ MORE_MODELS = {  # beside the stand-in's: what of their inputs matters here, the
         "prompt* str; width int 512, 768, 1024 =512; height int 512 =512",
         "uri",
     ),
+    "acme/words": (
+        "prompt* str; resolution str",
+        "uri",
+    ),
     "acme/few": ("prompt* str; images [uri]", "uri"),
     "acme/nameless": ("image* uri; strength float; fast bool; n_prompt str", "uri"),
+}
+
+
+MORE_OF_THEM = {  # for which the rows have no words
+    "acme/few": {"images": {"maxItems": 2}},
+    "acme/words": {
+        "resolution": {"enum": ["1024 x 1024 (Square)", "768 x 1360 (Portrait)"]}
+    },
 }
 
 
@@ -5251,9 +5566,9 @@ def drawing(replicate):
     """The stand-in with more image models, each of which makes one image."""
     for ref, (inputs, output) in MORE_MODELS.items():
         model = make_model(ref, inputs, output=output)
-        if ref == "acme/few":
-            inputs = fake_replicate.input_schemas(model)["Input"]["properties"]
-            inputs["images"]["maxItems"] = 2
+        fields = fake_replicate.input_schemas(model)["Input"]["properties"]
+        for name, more in MORE_OF_THEM.get(ref, {}).items():
+            fields[name] |= more
         image = fake_replicate.FORMATS["png"]
         made = [image] if output == "[uri]" else image
         replicate.models[ref] = model
@@ -5293,6 +5608,12 @@ AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
             IDEOGRAM,
             {"size": "2048x2048"},
             {"resolution": "1024x1024"},
+        ),
+        (
+            "with a word for it",
+            "acme/words",
+            {"size": "1024x1792"},
+            {"resolution": "768 x 1360 (Portrait)"},
         ),
         (
             "its nearest ratio",
@@ -10965,6 +11286,11 @@ def image_events(answer):
             "uri",
             "replicate.delivery:x",
         ),
+        ("no host", "https://[x/a.png", "uri", "it is at [x, not"),
+        ("two lines", "https://replicate.delivery/a\nb", "uri", "at Replicate."),
+        ("a space", "https://replicate.delivery/a b.png", "uri", "at Replicate."),
+        ("no character", "https://replicate.delivery/\ud800", "uri", "at Replicate."),
+        ("not base64", "data:image/png,secret", "uri", 'it is at "", not'),
         (
             "one good, one elsewhere",
             lambda input: [AS_DATA_URL, "https://evil.example"],
@@ -11110,6 +11436,14 @@ def test_a_file_that_comes_too_slowly_is_given_up(fake):
             assert time.monotonic() - began < 2
     finally:
         held.set()
+
+
+def test_all_of_a_file_has_to_come_in_its_time(fake):
+    model = painter(fake, png_file())
+    with fronting(fake, QUICK._replace(file=0)) as server:
+        answer = ask_image(server, model, response_format="b64_json")
+    assert (answer.status, answer.error["code"]) == (502, "upstream_unavailable")
+    assert [*fetches(fake).values()] == [2]
 
 
 def test_a_file_that_is_too_large_without_saying_so_is_given_up(
@@ -13477,6 +13811,502 @@ def test_an_answer_is_cut(fake, server, body, texts, content, finish_reason, str
     assert message == Message(content, finish_reason)
 
 
+# -- Tokens of clients ---------------------------------------------------------
+
+ANNE, BERT = "r8_anne" + "A" * 33, "r8_bert" + "B" * 33
+OPENED = {"client_tokens": True}
+
+
+def ask_as(token, server, model, **body):
+    body = {"model": model, "messages": HI, **body}
+    return send(server, "POST", CHAT_PATH, body, bearer(token))
+
+
+def shown(fake):
+    """The tokens that reached Replicate, by the kind of request."""
+    found = {}
+    for seen in fake.seen:
+        path = re.sub("(predictions|streams)/[^/]+", r"\1/*", seen.path)
+        kind = f"{seen.method} {path}"
+        token = seen.headers["authorization"].removeprefix("Bearer ")
+        found.setdefault(kind, []).append(token)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    with FakeReplicate() as fake:
+        fake.other_tokens = {ANNE, BERT}
+        with fronting(fake, **OPENED) as server:
+            yield fake, server
+
+
+@pytest.fixture
+def everybody(tokens):
+    fake, server = tokens
+    for seen in (fake.seen, fake.cancels, fake.faults):
+        seen.clear()
+    return fake, server
+
+
+@both_ways
+def test_a_clients_token_is_used_for_all_that_it_asks_for(everybody, stream):
+    fake, server = everybody
+    image = f"data:image/png;base64,{'A' * 300_000}"
+    answer = ask_as(
+        ANNE,
+        server,
+        "acme/parrot",
+        stream=stream,
+        replicate={"images": [image + fresh()]},
+    )
+    assert answer.status == 200
+    assert ask_as(ANNE, server, "deployments/acme/tuned", stream=stream).status == 200
+    assert ask_as(ANNE, server, "someone/llama-tuned", stream=stream).status == 200
+    assert {token for tokens in shown(fake).values() for token in tokens} == {ANNE}
+    kinds = {"POST /v1/predictions", "POST /v1/files", *SAID_KINDS[stream]}
+    assert kinds <= shown(fake).keys()
+
+
+SAID_KINDS = {
+    True: {"GET /v1/predictions/*", "GET /v1/streams/*"},
+    False: {"POST /v1/deployments/acme/tuned/predictions"},
+}
+
+
+def test_who_hangs_up_has_it_cancelled_with_the_same_token(everybody):
+    fake, server = everybody
+    data = chat_bytes("fake/endless", stream=True).replace(
+        b"Bearer key", b"Bearer " + BERT.encode()
+    )
+    with dial(server) as sock:
+        sock.sendall(data)
+        read_until(sock, b'"on ')
+    fake.wait_for(lambda: fake.cancels)
+    assert {*shown(fake)["POST /v1/predictions/*/cancel"]} == {BERT}
+
+
+def test_a_key_of_ours_counts_before_the_form_of_a_token(fake):
+    with fronting(fake, **OPENED, proxy_api_key=f"{KEY},{ANNE}") as server:
+        for key in (ANNE, KEY):
+            assert ask_as(key, server, "fake/hello").status == 200
+    assert {token for row in shown(fake).values() for token in row} == {fake.token}
+
+
+def test_no_cache_is_shared_between_tokens(fake):
+    fake.other_tokens = {ANNE, BERT}
+    ref, content = model_saying(fake, "Hi"), f"{'A' * 300_000}{fresh()}"
+    given = {"replicate": {"image": f"data:image/png;base64,{content}"}}
+    tuned = "someone/llama-tuned"  # runs by the id of its version
+    with fronting(fake, **OPENED) as server:
+        for token in (ANNE, BERT, "key", ANNE, BERT, "key"):
+            assert ask_as(token, server, ref, **given).status == 200
+            assert ask_as(token, server, tuned).status == 200
+    expected = [ANNE, BERT, fake.token]
+    assert shown(fake)["POST /v1/files"] == expected
+    assert shown(fake)[f"GET /v1/models/{ref}"] == expected
+    twice = [token for token in expected for _ in range(2)]  # its schema, its version
+    assert shown(fake)[f"GET /v1/models/{tuned}"] == twice
+
+
+def test_stored_responses_are_for_the_token_that_made_them(everybody):
+    _, server = everybody
+    path, asked = RESPONSES_PATH, {"model": NATIVE, "input": "Hi"}
+    id = send(server, "POST", path, asked, bearer(ANNE)).json["id"]
+    for key, status in ((ANNE, 200), (BERT, 404), ("key", 404)):
+        assert send(server, "GET", f"{path}/{id}", headers=bearer(key)).status == status
+    next_one = {**asked, "previous_response_id": id}
+    assert send(server, "POST", path, next_one, bearer(BERT)).status == 400
+    assert send(server, "POST", path, next_one, bearer(ANNE)).status == 200
+
+
+@table(
+    "path, body",
+    [
+        ("chat", CHAT_PATH, {"messages": HI}),
+        ("a stream", CHAT_PATH, {"messages": HI, "stream": True}),
+        ("a response", RESPONSES_PATH, {"input": "Hi"}),
+        ("an upload", CHAT_PATH, {"messages": HI, "replicate": {"a": "LARGE"}}),
+    ],
+)
+@pytest.mark.parametrize("stranger", ["r8_x", "r8_" + "x" * 37])
+def test_a_token_that_replicate_refuses_is_a_wrong_key(
+    everybody, caplog, path, body, stranger
+):
+    """Not a fault of the proxy's, as if it were the operator's token."""
+    caplog.set_level("DEBUG", "proxy")
+    _, server = everybody
+    text = json.dumps({"model": "fake/hello", **body})
+    large = f"data:image/png;base64,{'A' * 300_000}"
+    answer = send(server, "POST", path, text.replace("LARGE", large), bearer(stranger))
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    assert answer.advice == {"x-should-retry": "false"}
+    assert "sent as the key" in answer.error["message"]
+    assert "REPLICATE_API_TOKEN" not in answer.error["message"]
+    assert not [line for line in caplog.messages if stranger in line]
+
+
+def test_an_account_without_credit_is_the_clients(everybody):
+    _, server = everybody
+    answer = ask_as(ANNE, server, "fake/out-of-credit")
+    assert (answer.status, answer.error["code"]) == (429, "insufficient_quota")
+    assert answer.error["message"].startswith("Your Replicate account")
+
+
+def test_what_replicate_says_of_a_token_is_not_repeated(everybody):
+    fake, server = everybody
+    words = {"detail": f"{ANNE} is not for this", "status": 422}
+    fake.scenarios["telling"] = fake_replicate.refused(Reply(422, words))
+    fake.scenarios["failing"] = fake_replicate.failed("tells", f"{ANNE} is no good")
+    for name in ("telling", "failing"):
+        answer = ask_as(ANNE, server, f"fake/{name}")
+        assert answer.status >= 400 and "… is no" in answer.error["message"]
+        assert ANNE not in f"{answer}"
+
+
+OWNED_KEYS = [  # settings, a key, the status of a chat, the status of /metrics
+    ("ours", {}, "key", 200, 200),
+    ("a client's", {}, ANNE, 200, 401),
+    ("none", {}, None, 401, 401),
+    ("another", {}, "sk-x", 401, 401),
+    ("no form of a token", {}, "r8", 401, 401),
+    ("with a space in it", {}, "r8_a b", 401, 401),
+    ("too long a token", {}, "r8_" + "x" * 300, 401, 401),
+    ("not allowed", {"client_tokens": False}, ANNE, 401, 401),
+    ("ours, no token", {"replicate_api_token": ""}, "key", 401, 200),
+    ("no token of ours", {"replicate_api_token": ""}, ANNE, 200, 401),
+    ("no key of ours", {"proxy_api_key": ""}, ANNE, 200, 401),
+    (
+        "nothing of ours",
+        {"replicate_api_token": "", "proxy_api_key": ""},
+        ANNE,
+        200,
+        401,
+    ),
+    ("an empty key", {"replicate_api_token": "", "proxy_api_key": ""}, "", 401, 401),
+    ("open metrics", {"metrics_open": True}, None, 401, 200),
+]
+
+
+@table("changes, key, chats, scrapes", OWNED_KEYS)
+def test_whose_key_opens_what(fake, changes, key, chats, scrapes):
+    fake.other_tokens = {ANNE}
+    headers = {} if key is None else bearer(key)
+    given = {"proxy_api_key": "key", **OPENED, **changes}
+    with fronting(fake, **given) as server:
+        body = {"model": "fake/hello", "messages": HI}
+        answer = send(server, "POST", CHAT_PATH, body, headers)
+        assert answer.status == chats
+        if chats == 401:
+            words = "own Replicate token (r8_…)"
+            is_told = (
+                words.encode() in answer.body
+                or words in answer.json["error"]["message"]
+            )
+            assert is_told == given["client_tokens"]
+        assert send(server, "GET", METRICS_PATH, headers=headers).status == scrapes
+        assert send(server, "GET", "/v1/models", headers={}).status == 200
+
+
+def test_many_tokens_take_no_room(fake, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_TOKENS", 5)
+    fake.other_tokens = {f"r8_{number}" for number in range(20)}
+    with fronting(fake, **OPENED) as server:
+        upstream = server.proxy.upstream
+        for token in sorted(fake.other_tokens):
+            assert ask_as(token, server, "fake/hello").status == 200
+        assert len(upstream.by_token) == 5
+        last = upstream.for_token(max(fake.other_tokens))
+        assert last.schemas.max_entries == proxy.MAX_TOKEN_ENTRIES
+        assert last.api.pool is upstream.api.pool
+        assert sum(map(len, upstream.api.pool.idle.values())) <= 3
+
+
+def test_a_stop_waits_for_cancels_with_any_token():
+    slow = replace(SCENARIOS["endless"], on_cancel=Fault(wait=0.3))
+    with FakeReplicate() as fake:
+        fake.other_tokens = {ANNE}
+        fake.scenarios["slow-cancel"] = slow
+        data = chat_bytes("fake/slow-cancel", stream=True)
+        with fronting(fake, **OPENED) as server, dial(server) as sock:
+            sock.sendall(data.replace(b"Bearer key", b"Bearer " + ANNE.encode()))
+            read_until(sock, b'"on ')
+        [prediction] = fake.predictions.values()
+        assert prediction.status == "canceled"
+
+
+def test_the_menu_is_asked_for_with_the_clients_token(shelves, tmp_path):
+    fake, _ = shelves
+    fake.other_tokens = {ANNE}
+    with listing(shelves, tmp_path, "chat", **OPENED, replicate_api_token="") as server:
+        assert listed_ids(server, {}) == OWN
+        assert "a/b" in listed_ids(server, bearer(ANNE))
+        assert listed_ids(server, {}) == OWN
+    assert shown(fake) == {"GET /v1/collections/chat": [ANNE]}
+
+
+def test_the_start_says_whose_keys_are_taken(folder, fake):
+    fake.other_tokens = {ANNE}
+    given = {**settings_for(fake), "CLIENT_TOKENS": "true"}
+    given |= {"PROXY_API_KEY": "", "REPLICATE_API_TOKEN": ""}
+    with started(folder, environ=given) as (program, (url, line)):
+        assert "any Replicate token for its owner" in program.stdout.readline()
+        assert '"Authorization: Bearer $REPLICATE_API_TOKEN"' in line
+        environ = {**os.environ, "REPLICATE_API_TOKEN": ANNE}
+        told = subprocess.run(
+            line, shell=True, env=environ, capture_output=True, text=True, timeout=20
+        )
+        assert "[DONE]" in told.stdout
+        program.terminate()
+        assert "event=token" not in program.communicate(timeout=10)[1]
+    [(code, _, err)] = run_each(folder, [(["--key"], given)])
+    assert (code, err) == (
+        2,
+        "proxy.py: PROXY_API_KEY has no key: clients send their own.\n",
+    )
+
+
+# -- Lists of models -----------------------------------------------------------
+
+
+@pytest.fixture
+def shelves():
+    """A stand-in whose collections count; a quick server that lists two of them."""
+    collections = {"chat": ["openai/gpt-4o", "a/b"], "draw": ["c/d", "a/b"]}
+    models = json.dumps({"mappings": {"gpt-4o": "openai/gpt-4o", "c/d": "x/y"}})
+    with FakeReplicate() as fake:
+        fake.collections = collections
+        yield fake, models
+
+
+@contextmanager
+def listing(shelves, tmp_path, slugs="chat, draw", **changes):
+    fake, models = shelves
+    path = models_file(tmp_path, models)
+    quick = QUICK._replace(menu=0.2, schema=0.5)
+    given = {"list_replicate_models": slugs, "models_path": path, **changes}
+    with fronting(fake, quick, **given) as server:
+        yield server
+
+
+def listed_ids(server, headers=AUTHORIZATION):
+    answer = send(server, "GET", "/v1/models", headers=headers)
+    assert answer.status == 200
+    rows = [Model.model_validate(row) for row in answer.json["data"]]
+    return {row.id: row.owned_by for row in rows}
+
+
+OWN = {"gpt-4o": "openai", "c/d": "x"}
+
+
+def test_models_of_collections_are_listed_after_our_own(shelves, tmp_path):
+    """Once each, asked for once an hour; a name in models.json stays what it is."""
+    fake, _ = shelves
+    with listing(shelves, tmp_path) as server:
+        for _ in range(3):
+            ids = listed_ids(server, {})
+            assert ids == {**OWN, "openai/gpt-4o": "openai", "a/b": "a"}
+            assert [*ids][:2] == [*OWN]
+        asked = [seen.path for seen in fake.seen]
+        assert sorted(asked) == ["/v1/collections/chat", "/v1/collections/draw"]
+        assert {seen.headers["authorization"] for seen in fake.seen} == {
+            f"Bearer {fake.token}"
+        }
+
+
+@table(
+    "fault, slugs",
+    [
+        ("away", Fault(reply=RESET), "chat"),
+        ("broken", Fault(reply=page(500, "no")), "chat"),
+        ("no object", Fault(reply=Reply(200, [])), "chat"),
+        ("no list", Fault(reply=Reply(200, {"models": 5})), "draw"),
+        (
+            "odd rows",
+            Fault(reply=Reply(200, {"models": [5, {"owner": "a b"}]})),
+            "chat",
+        ),
+        ("slow", Fault(wait=5), "chat"),
+        ("unknown", NO_FAULT, "nothing"),
+    ],
+)
+def test_where_a_collection_can_not_be_had_our_own_are_listed(
+    shelves, tmp_path, caplog, fault, slugs
+):
+    fake, _ = shelves
+    fake.on_collection = fault
+    with listing(shelves, tmp_path, slugs) as server:
+        begun = time.monotonic()
+        assert listed_ids(server) == OWN
+        assert listed_ids(server) == OWN
+        assert time.monotonic() - begun < 1.5
+        if slugs == "draw" or "a b" in str(fault):  # which can be read, at least
+            return
+        wait_until(lambda: "event=collection_unreadable" in caplog.text)
+        assert f"ref={slugs} why=" in caplog.text
+    assert len(fake.seen) == 1
+
+
+def test_what_was_slow_is_listed_later(shelves, tmp_path):
+    fake, _ = shelves
+    fake.on_collection = Fault(wait=0.4, times=1)
+    with listing(shelves, tmp_path, "chat") as server:
+        assert listed_ids(server) == OWN
+        wait_until(lambda: "a/b" in listed_ids(server))
+
+
+# -- Costs ---------------------------------------------------------------------
+
+TOKENS_PRICED = {"price": {"input": 2, "output": 10}}
+PRICED = {
+    "fake/hello": TOKENS_PRICED,
+    "fake/no-counts": TOKENS_PRICED,
+    "fake/cut-3": TOKENS_PRICED,
+    "fake/story": {"price": {"output": 1e5, "second": 1000}},
+    "fake/failed": TOKENS_PRICED,
+    "fake/failed-late": {"price": {"second": 0.001, "output": 1}},
+    "fake/slow": {"price": {"second": 0.001}},
+    "fake/echo": {"price": {"character": 0.5}},
+    "fake/endless": {"price": {"second": 100}},
+    "fake/free": {"price": {}},
+    "black-forest-labs/flux-schnell": {"price": {"image": 0.003}},
+    "minimax/speech-02-turbo": {"price": {"character": 1}},
+    "replicate/all-mpnet-base-v2": {"price": {"input": 999_999}},
+}
+NO_TEXT = {
+    "images/generations": "black-forest-labs/flux-schnell",
+    "audio/speech": "minimax/speech-02-turbo",
+    "embeddings": "replicate/all-mpnet-base-v2",
+}
+
+
+@pytest.fixture(scope="module")
+def priced(tmp_path_factory):
+    models = {"model_configs": PRICED}
+    with FakeReplicate() as fake:
+        fake.scenarios["free"] = SCENARIOS["hello"]
+        path = tmp_path_factory.mktemp("priced")
+        with fronting(fake, models_path=models_file(path, models)) as server:
+            yield server
+
+
+HELLO_COST = (1 * 2 + 8 * 10) / 1e6
+
+COSTS = [
+    ("tokens", "hello", {}, HELLO_COST),
+    ("choices", "hello", {"n": 2}, 2 * HELLO_COST),
+    ("an estimate", "no-counts", {}, (1 * 2 + 7 * 10) / 1e6),
+    ("seconds", "slow", {}, 0.001),
+    ("characters", "echo", {}, 1.0),
+    ("no price", "free", {}, None),
+    ("another model", "counts-in-logs", {}, None),
+]
+
+
+@both_ways
+@table("model, body, cost", COSTS)
+def test_a_cost_is_told(priced, caplog, stream, model, body, cost):
+    caplog.set_level("INFO", "proxy")
+    before = numbers(priced, "cost_usd_total", model=f"fake/{model}")
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    answer = chat(priced, model, **body, **(options if stream else {}))
+    usage = (answer.chunks[-1] if stream else answer.json)["usage"]
+    mine = f"model=fake/{model} "
+    wait_until(lambda: log_lines(caplog, mine))
+    [line] = log_lines(caplog, mine)
+    logged = re.search(r" cost=(\S+)", line)
+    if cost is None:
+        assert "cost" not in usage and not logged
+        return
+    close = pytest.approx(cost, rel=0.2 if model == "slow" else 1e-6)
+    assert usage["cost"] == close and float(logged[1]) == close
+    wait_until(lambda: numbers(priced, "cost_usd_total") != before)
+    after = numbers(priced, "cost_usd_total", model=f"fake/{model}")
+    assert after - before == pytest.approx(usage["cost"])
+
+
+@both_ways
+def test_a_cost_is_told_in_all_kinds_of_usage(priced, caplog, stream):
+    caplog.set_level("INFO", "proxy")
+    answer = respond(priced, "fake/hello", stream=stream)
+    text = answer.body.decode()
+    assert text.count('"cost":') == 1
+    assert float(re.search(r'"cost": ?([\d.e-]+)', text)[1]) == pytest.approx(
+        HELLO_COST
+    )
+    asked = {"stream": stream}
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+    answer = complete(priced, model="fake/hello", **asked)
+    usage = (answer.chunks[-1] if stream else answer.json)["usage"]
+    assert usage["cost"] == pytest.approx(HELLO_COST)
+    wait_until(lambda: len(log_lines(caplog)) == 2)
+
+
+def cost_logged(priced, caplog, model, **body):
+    caplog.set_level("INFO", "proxy")
+    chat(priced, model, **body)
+    mine = f"model=fake/{model} "
+    wait_until(lambda: log_lines(caplog, mine))
+    found = re.search(r" cost=(\S+)", log_lines(caplog, mine)[0])
+    return found and float(found[1])
+
+
+def test_of_one_that_failed_time_is_paid_for_alone(priced, caplog):
+    assert cost_logged(priced, caplog, "failed") == 0
+    caplog.clear()
+    late = cost_logged(priced, caplog, "failed-late", stream=True)
+    assert 0 < late < 0.001
+
+
+def test_what_was_cut_costs_what_was_seen_of_it(priced, caplog):
+    stop = {"stream": True, "stop": ["20 "]}
+    cost = cost_logged(priced, caplog, "story", **stop)
+    assert 1 < cost - 0.1 * 13 < 1000  # about 0.4 s, and 48 characters
+    caplog.clear()
+    with start_call(priced, "fake/endless", stream=True) as sock:
+        read_until(sock, b'"on ')
+    wait_until(lambda: log_lines(caplog, "client_gone"))
+    assert re.search(r" cost=\d", log_lines(caplog, "client_gone")[0])
+
+
+def test_a_second_try_costs_too(priced, caplog):
+    """And the answer that is returned tells of both."""
+    caplog.set_level("INFO", "proxy")
+    format = {"type": "json_object"}
+    answer = chat(priced, "hello", response_format=format)
+    wait_until(lambda: log_lines(caplog))
+    assert answer.json["usage"]["cost"] > 1.9 * HELLO_COST
+
+
+@table(
+    "path, body, low, high",
+    [
+        ("images", "images/generations", {"prompt": "a cat", "n": 3}, 0.009, 0.009),
+        ("speech", "audio/speech", {"input": "Hello there", "voice": "a"}, 11, 11),
+        ("vectors", "embeddings", {"input": ["Hello there", "you"]}, 4, 7),
+    ],
+)
+def test_what_is_no_text_has_its_price(priced, caplog, path, body, low, high):
+    caplog.set_level("INFO", "proxy")
+    answer = send(priced, "POST", f"/v1/{path}", {"model": NO_TEXT[path], **body})
+    assert answer.status == 200
+    mine = f"path=/v1/{path} "
+    wait_until(lambda: log_lines(caplog, mine))
+    cost = float(re.search(r" cost=(\S+)", log_lines(caplog, mine)[0])[1])
+    assert low <= cost <= high
+    counted = numbers(priced, "cost_usd_total", model=NO_TEXT[path])
+    assert counted == pytest.approx(cost)
+
+
+def test_pictures_are_counted():
+    cost = proxy.image_count
+    record = {"metrics": {}, "output": ["https://a", "https://b"]}
+    assert cost(record) == 2 and cost({**record, "output": "https://a"}) == 1
+    assert cost({**record, "output": None}) == 0
+    assert cost({"metrics": {"image_count": 3}, "output": "x"}) == 3
+
+
 # -- Endpoints -----------------------------------------------------------------
 
 ASKED = {"model": "gpt-4o", "messages": HI, "prompt": "Hi"}
@@ -14221,6 +15051,14 @@ def test_the_openai_client_makes_edits_and_varies_images(fake, tmp_path):
             len(call.body["input"].get("image_input", [])) for call in fake.creates()
         ]
         assert sizes[-2:] == [1, 3]
+        client.images.edit(
+            model="flux-fill-pro",
+            image=file,
+            mask=("mask.png", png_of(NOISE)),
+            prompt="A hat",
+        )
+        mask = fake.creates()[-1].body["input"]["mask"].partition(",")[2]
+        assert gray_rows(b64decode(mask))[0][0] == 255 - ALPHA[0][0]
         with open(file, "rb") as image, pytest.warns(DeprecationWarning):
             varied = client.images.create_variation(
                 image=image, model="flux-redux-schnell", n=2
@@ -15459,8 +16297,19 @@ SLOW_ROWS = re.compile(
 )
 
 
-def test_no_secret_is_told_on_any_path(caplog):
-    token, key = "r8_s3cr3tT0ken", "s3cr3tKey"
+@table(
+    "key, changes",
+    [
+        ("a key of ours", "s3cr3tKey", {}),
+        (
+            "a client's token",
+            "r8_s3cr3tT0ken",
+            {"client_tokens": True, "replicate_api_token": "", "proxy_api_key": ""},
+        ),
+    ],
+)
+def test_no_secret_is_told_on_any_path(caplog, key, changes):
+    token = "r8_s3cr3tT0ken"
     caplog.set_level("DEBUG")
     paths = [("/v1/models", key + "x"), ("/x", key), ("/v1/models/%00", key)]
     with FakeReplicate(token=token) as fake:
@@ -15468,7 +16317,7 @@ def test_no_secret_is_told_on_any_path(caplog):
         fake.scenarios["tells"] = row
         names = [n for n, row in fake.scenarios.items() if not SLOW_ROWS.match(n)]
         with (
-            fronting(fake, proxy_api_key=key) as server,
+            fronting(fake, **{"proxy_api_key": key, **changes}) as server,
             ThreadPoolExecutor(16) as pool,
         ):
             heard = [
@@ -16386,6 +17235,36 @@ def test_the_ai_sdk_calls_answers_and_goes_on(npm):
     assert json.loads(done.stdout) == [SUNNY, f"Let me look.{SUNNY}", SUNNY], done
 
 
+AI_SDK_IMAGE = """
+import { generateImage } from 'ai'
+import { createOpenAI } from '@ai-sdk/openai'
+
+const provider = createOpenAI({ baseURL: process.argv[2] + '/v1', apiKey: 'key' })
+const given = { prompt: 'A cat', n: 2, size: '1536x1024', maxRetries: 0 }
+const made = []
+for (const model of ['flux-schnell', 'gpt-image-1']) {
+  const { images } = await generateImage({ model: provider.image(model), ...given })
+  made.push(...images)
+}
+const edited = await generateImage({
+  model: provider.image('gpt-image-1'), // as it takes base64, and does not ask for it
+  prompt: { text: 'A hat', images: [made[0].uint8Array] },
+  maxRetries: 0,
+})
+const types = [...made, edited.image].map((image) => image.mediaType)
+console.log(JSON.stringify(types))
+"""
+
+
+@pytest.mark.npm
+def test_the_ai_sdk_makes_and_edits_images(npm):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        (npm / "image.mjs").write_text(AI_SDK_IMAGE)
+        command = ["node", "image.mjs", server.url]
+        done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
+    assert json.loads(done.stdout) == ["image/png"] * 5, done
+
+
 # -- Workers -------------------------------------------------------------------
 
 
@@ -16522,6 +17401,45 @@ def test_a_worker_that_dies_is_replaced(folder, fake):
         died = r" event=worker_died pid=(\d+) code=-9$"
         deaths = re.findall(died, parent.stderr.read(), re.M)
     assert sorted(map(int, deaths)) == sorted(before)
+
+
+def test_metrics_are_those_of_all_workers_and_never_fall(folder, fake):
+    """Scraped under load, at whichever worker; each of them is killed once."""
+    done, seen, stop = [], [], threading.Event()
+
+    def again_and_again(work):
+        while not stop.is_set():
+            with suppress(OSError, http.client.HTTPException):  # its worker was killed
+                work()
+
+    with (
+        started_workers(folder, fake, PROXY_API_KEY=KEY) as (parent, port),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        server = SimpleNamespace(server_name="127.0.0.1", server_port=port)
+
+        def ask():
+            done.append(chat(server, "hello", stream=len(done) % 2 == 0).status)
+
+        works = [ask] * 3 + [lambda: seen.append(scrape(server))]
+        running = [pool.submit(again_and_again, work) for work in works]
+        try:
+            for pid in worker_ids(parent):
+                count = len(done)
+                wait_until(lambda count=count: len(done) > count + 30, 20)
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: pid not in worker_ids(parent), 10)
+        finally:
+            stop.set()
+        for future in running:
+            future.result()
+        wait_until(lambda: numbers(server, "in_flight") == 0)
+        total = numbers(server, "requests_total")
+    assert abs(total - len(done)) <= 3 * 2  # that were at a worker when it was killed
+    assert {*done} == {200} and len(seen) > 20
+    for before, after in pairwise(seen):
+        fell = [key for key in before if after[key] < before[key]]
+        assert {*fell} <= {("replicate_proxy_in_flight",)}
 
 
 def test_workers_end_when_their_parent_is_killed(folder, fake, gate):
@@ -16884,6 +17802,31 @@ CHECKS = [
     ("all is well", {}, 0, "token     OK: user fake of Replicate"),
     ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
     ("a wrong token", {"REPLICATE_API_TOKEN": "r8_x"}, 1, "did not accept the proxy's"),
+    ("keys", {}, 0, "keys      1 in PROXY_API_KEY\n"),
+    (
+        "tokens of clients",
+        {"CLIENT_TOKENS": "true"},
+        0,
+        "1 in PROXY_API_KEY, and any Replicate token for its owner\ntoken     OK: user",
+    ),
+    (
+        "nothing but those",
+        {"CLIENT_TOKENS": "true", "PROXY_API_KEY": "", "REPLICATE_API_TOKEN": ""},
+        0,
+        "none of PROXY_API_KEY, and any Replicate token for its owner\ntoken     none",
+    ),
+    (
+        "those, and a key for metrics",
+        {"CLIENT_TOKENS": "true", "REPLICATE_API_TOKEN": ""},
+        0,
+        "1 in PROXY_API_KEY, for /metrics alone as there is no REPLICATE_API_TOKEN, ",
+    ),
+    (
+        "a placeholder all the same",
+        {"CLIENT_TOKENS": "true", "PROXY_API_KEY": "your_key"},
+        1,
+        "PROXY_API_KEY is still the placeholder",
+    ),
     (
         "nobody there",
         {"REPLICATE_BASE_URL": "http://127.0.0.1:9/v1"},
@@ -16961,7 +17904,8 @@ def test_settings_come_from(ended, why, _, __, told):
 )
 def test_a_wrong_token_is_noticed_at_the_start(folder, fake, changes, log):
     with started(folder, environ={**settings_for(fake), **changes}) as (program, _):
-        line = program.stderr.readline()
+        lines = (line for line in program.stderr if "level=DEBUG upstream=" not in line)
+        line = next(lines)
     assert f"level={log} why=" in line
     assert ("REPLICATE_API_TOKEN" in line) == ("WARNING" in log)
 
@@ -17084,10 +18028,127 @@ def is_refused(port):
     return True
 
 
+def as_json(records):
+    formatter = proxy.JSONFormatter(None, "%Y")
+    return [json.loads(formatter.format(record)) for record in records]
+
+
+@table(
+    "line, expected",
+    [
+        ("pairs", "event=x a=b", {"event": "x", "a": "b"}),
+        ("a quotation", 'why="a \\"b\\" = c" n=5', {"why": 'a "b" = c', "n": "5"}),
+        ("words", "the watcher failed", {"message": "the watcher failed"}),
+        ("words after", "event=x: a b=c", {"event": "x:", "message": "a b=c"}),
+        ("a quotation, and words", 'e="a b": c', {"message": 'e="a b": c'}),
+        ("an object", 'e=x i={"a": 1}', {"e": "x", "message": 'i={"a": 1}'}),
+        ("two lines", "a=b\nc d", {"a": "b", "message": "c d"}),
+    ],
+)
+def test_a_line_becomes_an_object(line, expected):
+    record = logging.makeLogRecord({"msg": line, "levelname": "INFO"})
+    [row] = as_json([record])
+    assert re.fullmatch(r"\d{4}", row.pop("time")) and row.pop("level") == "INFO"
+    assert row == expected
+
+
+def test_a_failure_is_in_one_line():
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        info = sys.exc_info()
+    record = logging.makeLogRecord({"msg": "failed", "exc_info": info})
+    assert "\n" not in proxy.JSONFormatter().format(record)
+    [row] = as_json([record])
+    assert row["message"] == "failed" and "ValueError: a\nb" in row["exception"]
+
+
+def test_a_request_has_the_same_fields_in_json(lasting, caplog):
+    _, server = lasting
+    caplog.set_level("INFO", "proxy")
+    chat(server, "failed")
+    chat(server, "hello", stream=True)
+    wait_until(lambda: len(log_lines(caplog)) == 2)
+    failed, streamed = as_json(caplog.records)
+    for row, line in zip((failed, streamed), caplog.messages, strict=True):
+        assert re.findall(r"(\w+)=", line)[: len(row) - 2] == [*row][2:]
+        assert isinstance(row["status"], int) and isinstance(row["ms"], int)
+    assert (failed["level"], failed["error"]) == ("WARNING", "prediction_failed")
+    assert failed["why"].endswith("The model says: list index out of range")
+    assert (streamed["tokens_out"], streamed["stream"]) == (8, "yes")
+
+
+def test_the_program_logs_objects(folder, fake):
+    given = {**settings_for(fake), "LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG"}
+    with started(folder, environ=given) as (program, (url, _)):
+        server = SimpleNamespace(
+            server_name="127.0.0.1", server_port=int(url.rpartition(":")[2])
+        )
+        chat(server, "hello")
+        program.terminate()
+        assert program.wait(10) == 0
+        rows = [json.loads(line) for line in program.stderr]
+    assert {"DEBUG", "INFO"} == {row["level"] for row in rows}
+    assert [row["status"] for row in rows if "request_id" in row] == [200]
+    assert rows[-1]["event"] == "stopping"
+
+
+def test_debug_tells_what_went_to_replicate_but_not_what_was_said(fake, caplog):
+    caplog.set_level("DEBUG", "proxy")
+    messages = [says("system", "Zebras only."), says("user", f"Quagga? {data_url()}")]
+    with fronting(fake) as server:
+        for ref in ("fake/echo", "openai/gpt-4o", "fake/failed", "fake/out-of-credit"):
+            chat(server, ref, messages=messages, max_tokens=7, stream=True)
+        wait_until(lambda: len(log_lines(caplog)) == 4)
+    said = ("Zebra", "Quagga", "base64", KEY, TOKEN, "r8_")
+    assert not [word for word in said if word in caplog.text]
+    rows = [row for row in as_json(caplog.records) if "upstream" in row]
+    sent = [row for row in rows if row["upstream"] == "create"]
+    assert [row["status"] for row in sent] == [201, 201, 201, 402]
+    assert sent[1]["ref"] == "openai/gpt-4o"
+    assert re.fullmatch(r"max_completion_tokens:1,messages:\d+", sent[1]["inputs"])
+    [looked] = [row for row in rows if row.get("prediction") == sent[1]["prediction"]][
+        1:
+    ]
+    assert (looked["upstream"], looked["state"]) == ("get", "succeeded")
+    assert re.match(r"output:\d+", looked["came"]) and looked["ms"] >= 0
+    assert {row["status"] for row in rows if row["upstream"] == "stream"} == {200}
+    [ended] = [line for line in caplog.messages if "event=ended state=failed" in line]
+    assert sent[2]["prediction"] in ended
+
+
 # -- Deploy --------------------------------------------------------------------
 
 DEPLOY = HERE / "deploy"
 SHIPPED = "server proxy:3000 resolve max_fails=1 fail_timeout=2s;"
+
+
+def test_alerts_and_dashboards_ask_for_metrics_that_there_are():
+    """By their names and labels."""
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text(encoding="utf-8"))
+    alerts = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    board = json.loads((DEPLOY / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    targets = [target for panel in board["panels"] for target in panel["targets"]]
+    found = re.findall(
+        r"replicate_proxy_(\w+?)(?:_bucket)?(?:\{([^}]*)\})?(?=[\[)])",
+        " ".join([*alerts, *(target["expr"] for target in targets)]),
+    )
+    assert len(found) > 15
+    for name, labels in found:
+        asked = {*re.findall(r"(\w+)(?==|!=)", labels)}
+        assert asked <= {*proxy.METRICS[name].labels.split()}
+    legends = {*re.findall(r"\{\{(\w+)\}\}", json.dumps(targets))}
+    assert legends <= {
+        word for m in proxy.METRICS.values() for word in m.labels.split()
+    }
+
+
+def test_prometheus_finds_the_metrics():
+    given = yaml.safe_load((DEPLOY / "prometheus.yml").read_text(encoding="utf-8"))
+    [job] = given["scrape_configs"]
+    assert job.get("metrics_path", METRICS_PATH) == METRICS_PATH
+    assert job["static_configs"] == [{"targets": ["127.0.0.1:3000"]}]
+    assert given["rule_files"] == ["alerts.yml"]
 
 
 def nginx_program():
@@ -18678,8 +19739,14 @@ def test_env_example_has_to_be_filled_in():
 def test_env_example_gives_the_defaults():
     text = (HERE / ".env.example").read_text(encoding="utf-8")
     given = proxy.parse_env_file(re.sub(r"^# ?(?=[A-Z_]+=)", "", text, flags=re.M))
-    wanted = {row.name.upper(): str(row.default) for row in fields(proxy.Settings)}
-    differing = {name for name in given if given[name] not in ("", wanted[name])}
+    wanted = proxy.Settings.from_environ(given)
+    default = proxy.Settings()
+    names = [name for name in given if given[name]]
+    differing = {
+        name
+        for name in names
+        if getattr(wanted, name.lower()) != getattr(default, name.lower())
+    }
     assert differing <= {"REPLICATE_API_TOKEN", "PROXY_API_KEY", "MODELS_PATH"}
 
 
@@ -18714,6 +19781,11 @@ def test_the_readme_names_every_endpoint(endpoint):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     path = re.escape(endpoint.path.partition("*")[0])
     assert re.search(rf"[`\s](/v1)?{path}", readme)
+
+
+@pytest.mark.parametrize("metric", proxy.METRICS)
+def test_the_readme_names_every_metric(metric):
+    assert f"`{metric}`" in (HERE / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", proxy.FAMILIES)
