@@ -12491,9 +12491,8 @@ def test_a_sound_that_breaks_never_looks_whole(fake, server, version, stream_for
 
 def test_a_sound_that_breaks_is_an_error_to_openais_client(fake, client):
     model = speaker(fake, sound(LONG_WAV, length=len(LONG_WAV) + 10))
-    with pytest.raises((openai.APIConnectionError, httpx.HTTPError, Exception)) as told:
+    with pytest.raises(openai.APIConnectionError):
         client.audio.speech.create(model=model, input="Hi", voice="alloy")
-    assert not isinstance(told.value, AssertionError)
 
 
 @table(
@@ -17263,6 +17262,49 @@ def test_the_ai_sdk_makes_and_edits_images(npm):
         command = ["node", "image.mjs", server.url]
         done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
     assert json.loads(done.stdout) == ["image/png"] * 5, done
+
+
+AI_SDK_AUDIO = """
+import { embedMany, generateSpeech, transcribe } from 'ai'
+import { createOpenAI } from '@ai-sdk/openai'
+
+const provider = createOpenAI({ baseURL: process.argv[2] + '/v1', apiKey: 'key' })
+const common = { maxRetries: 0 }
+const { embeddings } = await embedMany({
+  ...common,
+  model: provider.embedding('text-embedding-3-small'),
+  values: ['a', 'b'],
+})
+const { audio } = await generateSpeech({
+  ...common,
+  model: provider.speech('tts-1'),
+  text: 'Hi',
+})
+const model = provider.transcription('whisper-1')
+const heard = await transcribe({ ...common, model, audio: audio.uint8Array })
+const size = audio.uint8Array.length
+const { text, segments, language, durationInSeconds } = heard
+console.log(JSON.stringify({
+  embeddings, size, text, language, durationInSeconds, segments: segments.length,
+}))
+"""
+
+
+@pytest.mark.npm
+def test_the_ai_sdk_embeds_speaks_and_transcribes(npm):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        (npm / "program.mjs").write_text(AI_SDK_AUDIO)
+        command = ["node", "program.mjs", server.url]
+        done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "embeddings": A_AND_B,
+        "size": len(WAV_FILE),
+        "text": fake_replicate.TRANSCRIPT,
+        "language": "en",
+        "durationInSeconds": 4.25,
+        "segments": 2,
+    }
 
 
 # -- Workers -------------------------------------------------------------------
