@@ -12513,6 +12513,26 @@ def test_a_sound_that_cant_be_had_has_a_status(
     assert "Replicate keeps it for an hour" in answer.error["message"]
 
 
+def test_a_sound_is_asked_for_once_more_if_it_cant_be_had_at_first(fake, server):
+    """It is paid for; but what is no sound will be none again."""
+    model = speaker(fake, sound(WAV_FILE, fault=FILE_FAULTS["once"]))
+    assert say(server, model).body == WAV_FILE
+    assert [*fetches(fake).values()] == [2]
+    assert say(server, speaker(fake, PNG)).status == 502
+    assert [*fetches(fake).values()] == [2, 1]
+    broken = sound(LONG_WAV, length=len(LONG_WAV) + 10)
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        say(server, speaker(fake, broken))
+    assert [*fetches(fake).values()] == [2, 1, 1]
+    assert len(fake.creates()) == 3
+
+
+def test_the_text_pcm_is_no_format(fake, server):
+    answer, [input] = ran(fake, lambda: say(server, MINIMAX_TTS, input="pcm"))
+    assert input == {"text": "pcm", "audio_format": "mp3"}
+    assert answer.body == MP3
+
+
 def test_silence_writes_nothing_into_a_sound(watched):
     """Whether it is slow to be made or to come; in events there is a comment."""
     fake, server = watched
