@@ -4108,7 +4108,7 @@ def build_task_inputs(
                 value = form_value(name, [value], {name: Param(row.field.kinds)})
             inputs[name] = fit(name, value, name, row.field)
     rate = schema.find("sample_rate", "integer", "enum")
-    if rate and "pcm" in inputs.values():
+    if rate and body.get("response_format") == "pcm" in inputs.values():
         inputs.setdefault(rate, task_value(rate, PCM_RATE, schema.inputs[rate]))
     inputs |= {**quirk_of(model).input, **model.config.input, **body["replicate"]}
     seed = schema.find("seed random_seed", "integer", "number")
@@ -8825,7 +8825,7 @@ def segment_object(index: int, segment: Json) -> Json:
     )
     known = {"id": index, "seek": 0, "start": 0.0, "end": 0.0, "text": "", "tokens": []}
     known |= zeros
-    return {name: segment.get(name, value) for name, value in known.items()}
+    return known | {name: segment[name] for name in known if segment.get(name)}
 
 
 def verbose_transcription(transcript: Transcript, task: str, language: str) -> Json:
@@ -9522,7 +9522,6 @@ def in_order(items: Iterable[tuple[int, Item]]) -> list[Item]:
 def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Response:
     task = TASKS["embedding"]
     body, inputs, schema = parse_task_request(proxy, request, task, model)
-
     name, sizes = find_input(schema, task.params["input"]), set[int]()
 
     def read(
@@ -9547,14 +9546,14 @@ def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Respons
     tokens = sum(estimate_tokens(len(text)) for text in body["input"])
     usage = Usage(tokens, 0, is_estimate=True)
     request.log.usages = [usage]
-    encoding, name = body["encoding_format"], body["model"]
-    return Response(embedding_list(vectors, encoding, name, usage))
+    encoding = body["encoding_format"]
+    return Response(embedding_list(vectors, encoding, body["model"], usage))
 
 
 def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
     body, inputs, _ = parse_task_request(proxy, request, TASKS["speech"], model)
     api, format = proxy.upstream.api, body["response_format"]
-    is_raw = "pcm" in inputs[0].input.values()
+    is_raw = format == "pcm" and format in inputs[0].input.values()
     headers: dict[str, str] = {}
 
     def read(
@@ -9564,19 +9563,30 @@ def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
         urls = file_urls(prediction.wait_until_done())
         if not urls:
             raise no_output("a sound", prediction)
-        with api.open_file(urls[0], cancellation) as (_, pieces):
-            start = b""
-            while len(start) < 256 and (piece := next(pieces, b"")):
-                start += piece
-            type = media_type(start) or ("audio/pcm" if is_raw and start else "")
-            if not type.startswith("audio/"):
-                raise no_output("a sound", prediction, type)
-            if format == "pcm" and (samples := pcm_of(start)) is not None:
-                start, type = samples, "audio/pcm"
-            check_sound(format, type)
-            headers["content-type"] = type
-            yield start
-            yield from pieces
+        for is_last in (False, True):  # it is paid for
+            try:
+                with api.open_file(urls[0], cancellation) as (_, pieces):
+                    yield begin(pieces, prediction)
+                    yield from pieces
+                    return
+            except APIError as error:
+                cancellation.check()
+                if headers or is_last or error.code != LOST.code:
+                    raise
+
+    def begin(pieces: Iterator[bytes], prediction: Prediction) -> bytes:
+        """Return what a file begins with, when it is known to be a sound."""
+        start = b""
+        while len(start) < 256 and (piece := next(pieces, b"")):
+            start += piece
+        type = media_type(start) or ("audio/pcm" if is_raw and start else "")
+        if not type.startswith("audio/"):
+            raise no_output("a sound", prediction, type)
+        if format == "pcm" and (samples := pcm_of(start)) is not None:
+            start, type = samples, "audio/pcm"
+        check_sound(format, type)
+        headers["content-type"] = type
+        return start
 
     def run(write: Callable[[bytes], None]) -> None:
         with start_predictions(proxy, request, inputs, read) as pieces:

@@ -11516,7 +11516,7 @@ def test_an_image_that_fails_is_a_status_or_the_last_event_of_a_stream(watched):
 
 # -- Embeddings ----------------------------------------------------------------
 
-GRANITE_VECTORS = "ibm-granite/granite-embedding-278m-multilingual"
+GRANITE_EMBED = "ibm-granite/granite-embedding-278m-multilingual"
 MPNET, BGE = "replicate/all-mpnet-base-v2", "nateraw/bge-large-en-v1.5"
 E5, NOMIC = "beautyyuyanli/multilingual-e5-large", "lucataco/nomic-embed-text-v1"
 ARCTIC, GTE = "lucataco/snowflake-arctic-embed-l", "mark3labs/embeddings-gte-base"
@@ -11587,7 +11587,7 @@ NORMAL = {"normalize_embeddings": True}
 @table(
     "model, body, expected",
     [
-        ("a list", GRANITE_VECTORS, {}, [{"texts": ["a", "\u00e9\nc"]}]),
+        ("a list", GRANITE_EMBED, {}, [{"texts": ["a", "\u00e9\nc"]}]),
         ("a list of another name", GTE_QWEN, {}, [{"text": ["a", "\u00e9\nc"]}]),
         (
             "JSON in a string, by its name",
@@ -11646,7 +11646,7 @@ NORMAL = {"normalize_embeddings": True}
             {"input": "a", "normalize": False},
             [{"texts": '["a"]', "normalize_embeddings": False}],
         ),
-        ("one text", GRANITE_VECTORS, {"input": "a"}, [{"texts": ["a"]}]),
+        ("one text", GRANITE_EMBED, {"input": "a"}, [{"texts": ["a"]}]),
         ("one text as JSON", MPNET, {"input": "a"}, [{"text_batch": '["a"]'}]),
         (
             "as many as it takes",
@@ -11668,7 +11668,7 @@ NORMAL = {"normalize_embeddings": True}
         ),
         (
             "nothing that it lacks",
-            GRANITE_VECTORS,
+            GRANITE_EMBED,
             {"input": "a", "user": "u", "x": 1},
             [{"texts": ["a"]}],
         ),
@@ -11710,20 +11710,12 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
 @table(
     "model, input, body, status, code, why",
     [
-        ("none", GRANITE_VECTORS, None, {}, 400, None, "input"),
-        ("an empty list", GRANITE_VECTORS, [], {}, 400, "empty_array", "input"),
-        (
-            "an empty text",
-            GRANITE_VECTORS,
-            "",
-            {},
-            400,
-            "invalid_value",
-            "empty string",
-        ),
+        ("none", GRANITE_EMBED, None, {}, 400, None, "input"),
+        ("an empty list", GRANITE_EMBED, [], {}, 400, "empty_array", "input"),
+        ("an empty text", GRANITE_EMBED, "", {}, 400, "invalid_value", "empty string"),
         (
             "one of them",
-            GRANITE_VECTORS,
+            GRANITE_EMBED,
             ["a", ""],
             {},
             400,
@@ -11732,7 +11724,7 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
         ),
         (
             "tokens",
-            GRANITE_VECTORS,
+            GRANITE_EMBED,
             [1, 2],
             {},
             400,
@@ -11741,19 +11733,19 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
         ),
         (
             "of many",
-            GRANITE_VECTORS,
+            GRANITE_EMBED,
             [[1], [2]],
             {},
             400,
             "invalid_value",
             "check_embedding",
         ),
-        ("no text", GRANITE_VECTORS, [True], {}, 400, "invalid_type", "a boolean"),
-        ("an object", GRANITE_VECTORS, {"a": 1}, {}, 400, "invalid_type", "an object"),
-        ("null", GRANITE_VECTORS, ["a", None], {}, 400, "invalid_type", "null"),
+        ("no text", GRANITE_EMBED, [True], {}, 400, "invalid_type", "a boolean"),
+        ("an object", GRANITE_EMBED, {"a": 1}, {}, 400, "invalid_type", "an object"),
+        ("null", GRANITE_EMBED, ["a", None], {}, 400, "invalid_type", "null"),
         (
             "too many",
-            GRANITE_VECTORS,
+            GRANITE_EMBED,
             ["a"] * 2049,
             {},
             400,
@@ -11780,7 +11772,7 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
         ),
         (
             "dimensions that it has not",
-            GRANITE_VECTORS,
+            GRANITE_EMBED,
             "a",
             {"dimensions": 8},
             400,
@@ -11789,7 +11781,7 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
         ),
         (
             "no dimensions",
-            GRANITE_VECTORS,
+            GRANITE_EMBED,
             "a",
             {"dimensions": 0},
             400,
@@ -11798,7 +11790,7 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
         ),
         (
             "a format",
-            GRANITE_VECTORS,
+            GRANITE_EMBED,
             "a",
             {"encoding_format": "hex"},
             400,
@@ -11837,12 +11829,12 @@ def test_as_many_predictions_as_a_call_may_make(embedding, fake, server):
     assert len(inputs) == 128
     assert [row["embedding"] for row in answer.json["data"]] == vectors(texts)
     texts = [str(n) for n in range(2048)]
-    answer, [input] = ran(fake, lambda: embed(server, GRANITE_VECTORS, texts))
+    answer, [input] = ran(fake, lambda: embed(server, GRANITE_EMBED, texts))
     assert [row["embedding"] for row in answer.json["data"]] == vectors(texts)
 
 
 A_AND_B = vectors("ab")
-HUGE = 10**400
+ENORMOUS = 10**400
 
 
 @table(
@@ -11876,7 +11868,7 @@ HUGE = 10**400
         ("NaN", [[1, float("nan")]], "a", 1),
         ("infinite", [[1, float("inf")]], "a", 1),
         ("no 32-bit float", [[1, 1e39]], "a", 1),
-        ("far from it", [[1, HUGE]], "a", 1),
+        ("far from it", [[1, ENORMOUS]], "a", 1),
         ("strings", ["AAAA"], "a", 1),
         ("text", "I can't.", "a", 1),
         ("a link", "https://replicate.delivery/a.npy", "a", 1),
@@ -11941,14 +11933,14 @@ def test_usage_of_texts_is_an_estimate_and_the_log_says_so(
 ):
     caplog.set_level("INFO")
     secret = "what a user says"
-    answer = embed(server, GRANITE_VECTORS, [secret, "abcde"])
+    answer = embed(server, GRANITE_EMBED, [secret, "abcde"])
     assert answer.json["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
     wait_until(lambda: "/v1/embeddings" in caplog.text)
     assert "tokens_in=6" in caplog.text
     assert "estimated=yes" in caplog.text
     assert secret not in caplog.text
     [line] = [m for m in caplog.messages if "path=/v1/embeddings" in m]
-    assert f"ref={GRANITE_VECTORS}" in line
+    assert f"ref={GRANITE_EMBED}" in line
 
 
 def test_texts_are_embedded_by_models_whose_schema_cant_be_had(fake, server):
@@ -11987,7 +11979,7 @@ def test_texts_that_fail_cancel_the_rest(embedding, fake, server, plays, status,
 
 def test_openai_embeds(embedding, client, fake):
     texts = ["one", "two", "three"]
-    for model in (GRANITE_VECTORS, ARCTIC, JINA):
+    for model in (GRANITE_EMBED, ARCTIC, JINA):
         made = client.embeddings.create(model=model, input=texts)
         sizes = {len(row.embedding) for row in made.data}
         [size] = sizes
@@ -12005,7 +11997,7 @@ def test_langchain_embeds(embedding, server, fake):
     from langchain_openai import OpenAIEmbeddings
 
     langchain = OpenAIEmbeddings(
-        model=GRANITE_VECTORS,
+        model=GRANITE_EMBED,
         base_url=f"{server.url}/v1",
         api_key=KEY,
         check_embedding_ctx_length=False,
@@ -12021,7 +12013,7 @@ ELEVENLABS, QWEN_TTS = "elevenlabs/flash-v2.5", "qwen/qwen3-tts"
 TURBO, PRO = "resemble-ai/chatterbox-turbo", "resemble-ai/chatterbox-pro"
 GEMINI_TTS, ORPHEUS = "google/gemini-3.1-flash-tts", "lucataco/orpheus-3b-0.1-ft"
 DIA, TORTOISE, F5 = "zsxkib/dia", "afiaka87/tortoise-tts", "x-lance/f5-tts"
-BARK, PLAY_DIALOG = "suno-ai/bark", "playht/play-dialog"
+BARK, PLAYHT = "suno-ai/bark", "playht/play-dialog"
 FAST_WHISPER, WHISPERX = "vaibhavs10/incredibly-fast-whisper", "victor-upmeet/whisperx"
 GPT_TRANSCRIBE, PARAKEET = "openai/gpt-4o-transcribe", "nvidia/parakeet-rnnt-1.1b"
 GRANITE_SPEECH, DIARIZER = (
@@ -12037,7 +12029,7 @@ MORE_SPEAKERS = {  # what of their inputs matters here; all make a file
     DIA: "text* str; audio_prompt uri; speed_factor float =1 [0.5..1.5]",
     TORTOISE: 'text str ="Hi"; voice_a enum random, angie ="random"',
     BARK: 'prompt str ="Hi"; history_prompt enum announcer, en_speaker_0',
-    PLAY_DIALOG: 'text* str; voice str ="Angelo"; speed float =1 [0.1..5]; prompt str',
+    PLAYHT: 'text* str; voice str ="Angelo"; speed float =1 [0.1..5]; prompt str',
     F5: "gen_text* str; ref_audio* uri; ref_text str; speed float =1",
     "acme/ogg": 'text* str; output_format enum ogg, wav ="ogg"',
     "acme/flac": 'text* str; format enum flac ="flac"; sample_rate int =8000',
@@ -12063,7 +12055,7 @@ MORE_LISTENERS = {
     "google/gemini-3-pro": ("prompt* str; images [uri]; audio uri", ""),
     "acme/any": ("audio* uri", "any"),
 }
-WAV, MP3, FLAC, PCM = (
+WAV_FILE, MP3, FLAC, PCM = (
     fake_replicate.WAV,
     fake_replicate.MP3,
     fake_replicate.FLAC,
@@ -12090,7 +12082,7 @@ def speaker(fake, make, inputs="text* str", output="uri", ref=""):
 @pytest.fixture
 def speaking(fake):
     for ref, inputs in MORE_SPEAKERS.items():
-        speaker(fake, FLAC if ref == "acme/flac" else WAV, inputs, ref=ref)
+        speaker(fake, FLAC if ref == "acme/flac" else WAV_FILE, inputs, ref=ref)
     return fake
 
 
@@ -12116,7 +12108,7 @@ def say(server, model, **body):
         ("one of its own", ELEVENLABS, {"voice": "rachel"}, {"voice": "Rachel"}),
         ("OpenAI's, and any will do", MINIMAX_TTS, {}, {}),
         ("any", MINIMAX_TTS, {"voice": "Deep_Man"}, {"voice_id": "Deep_Man"}),
-        ("a cloned one", PLAY_DIALOG, {"voice": "s3://x"}, {"voice": "s3://x"}),
+        ("a cloned one", PLAYHT, {"voice": "s3://x"}, {"voice": "s3://x"}),
         ("a speaker", QWEN_TTS, {"voice": "ryan"}, {"speaker": "Ryan"}),
         ("no voices", CHATTERBOX, {"voice": "anybody"}, {}),
         ("no voices but a language", "resemble-ai/chatterbox-multilingual", {}, {}),
@@ -12310,18 +12302,18 @@ def test_what_cant_be_said_is_refused(
 @table(
     "made, format, type, expected",
     [
-        ("WAV", WAV, "mp3", "audio/wav", WAV),
-        ("WAV as asked", WAV, "wav", "audio/wav", WAV),
+        ("WAV", WAV_FILE, "mp3", "audio/wav", WAV_FILE),
+        ("WAV as asked", WAV_FILE, "wav", "audio/wav", WAV_FILE),
         ("MP3", MP3, None, "audio/mpeg", MP3),
         ("MP3 with a tag", b"ID3\4" + MP3, "mp3", "audio/mpeg", b"ID3\4" + MP3),
         ("FLAC", FLAC, "flac", "audio/flac", FLAC),
         ("Opus", OGG, "opus", "audio/ogg", OGG),
         ("AAC", AAC, "aac", "audio/aac", AAC),
         ("M4A", M4A, "mp3", "audio/mp4", M4A),
-        ("PCM of WAV", WAV, "pcm", "audio/pcm", PCM),
+        ("PCM of WAV", WAV_FILE, "pcm", "audio/pcm", PCM),
         ("WAV at another rate", SLOW_WAV, "mp3", "audio/wav", SLOW_WAV),
         ("it is no PCM", SLOW_WAV, "pcm", 400, "make 'pcm', but 'wav'"),
-        ("WAV, no Opus", WAV, "opus", 400, "does not make 'opus', but 'wav'."),
+        ("WAV, no Opus", WAV_FILE, "opus", 400, "does not make 'opus', but 'wav'."),
         ("MP3, no WAV", MP3, "wav", 400, "does not make 'wav', but 'mp3'."),
         ("M4A, no AAC", M4A, "aac", 400, "does not make 'aac', but 'audio/mp4'."),
         ("PCM that nobody asked for", PCM, "mp3", 502, "did not make a sound."),
@@ -12412,14 +12404,14 @@ def test_what_is_no_sound_of_replicates_is_a_502(fake, server, make, why):
 
 
 def test_a_sound_in_a_data_url_is_not_fetched(fake, server):
-    model = speaker(fake, WAV)
+    model = speaker(fake, WAV_FILE)
     fake.plays[model] = "data-urls"
-    assert say(server, model).body == WAV
+    assert say(server, model).body == WAV_FILE
     assert not fetches(fake)
 
 
 def test_a_sound_is_fetched_without_the_token(fake, server):
-    assert say(server, speaker(fake, WAV)).body == WAV
+    assert say(server, speaker(fake, WAV_FILE)).body == WAV_FILE
     [fetch] = [call for call in fake.seen if "/delivery/" in call.path]
     assert "authorization" not in fetch.headers
 
@@ -12499,9 +12491,8 @@ def test_a_sound_that_breaks_never_looks_whole(fake, server, version, stream_for
 
 def test_a_sound_that_breaks_is_an_error_to_openais_client(fake, client):
     model = speaker(fake, sound(LONG_WAV, length=len(LONG_WAV) + 10))
-    with pytest.raises((openai.APIConnectionError, httpx.HTTPError, Exception)) as told:
+    with pytest.raises(openai.APIConnectionError):
         client.audio.speech.create(model=model, input="Hi", voice="alloy")
-    assert not isinstance(told.value, AssertionError)
 
 
 @table(
@@ -12516,10 +12507,30 @@ def test_a_sound_that_breaks_is_an_error_to_openais_client(fake, client):
 def test_a_sound_that_cant_be_had_has_a_status(
     fake, server, fault, status, stream_format
 ):
-    model = speaker(fake, sound(WAV, fault=fault))
+    model = speaker(fake, sound(WAV_FILE, fault=fault))
     answer = say(server, model, stream_format=stream_format)
     assert (answer.status, answer.error["code"]) == (status, "upstream_unavailable")
     assert "Replicate keeps it for an hour" in answer.error["message"]
+
+
+def test_a_sound_is_asked_for_once_more_if_it_cant_be_had_at_first(fake, server):
+    """It is paid for; but what is no sound will be none again."""
+    model = speaker(fake, sound(WAV_FILE, fault=FILE_FAULTS["once"]))
+    assert say(server, model).body == WAV_FILE
+    assert [*fetches(fake).values()] == [2]
+    assert say(server, speaker(fake, PNG)).status == 502
+    assert [*fetches(fake).values()] == [2, 1]
+    broken = sound(LONG_WAV, length=len(LONG_WAV) + 10)
+    with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+        say(server, speaker(fake, broken))
+    assert [*fetches(fake).values()] == [2, 1, 1]
+    assert len(fake.creates()) == 3
+
+
+def test_the_text_pcm_is_no_format(fake, server):
+    answer, [input] = ran(fake, lambda: say(server, MINIMAX_TTS, input="pcm"))
+    assert input == {"text": "pcm", "audio_format": "mp3"}
+    assert answer.body == MP3
 
 
 def test_silence_writes_nothing_into_a_sound(watched):
@@ -12558,7 +12569,7 @@ def test_silence_writes_nothing_into_a_sound(watched):
 )
 def test_a_hang_up_cancels_what_is_being_said(watched, changes, stream_format):
     fake, server = watched
-    model = speaker(fake, WAV)
+    model = speaker(fake, WAV_FILE)
     fake.scenarios["runs"] = replace(fake.scenarios["very-cold"], hold=0, **changes)
     fake.plays[model] = "runs"
     with closing(dial(server)) as sock:
@@ -12597,7 +12608,7 @@ def test_a_hang_up_ends_the_fetch_of_a_sound(watched):
 def test_speech_that_fails_has_a_status(
     fake, server, plays, status, code, stream_format
 ):
-    model = speaker(fake, WAV)
+    model = speaker(fake, WAV_FILE)
     fake.plays[model] = plays
     answer = say(server, model, stream_format=stream_format)
     assert (answer.status, answer.error["code"]) == (status, code)
@@ -12605,7 +12616,7 @@ def test_speech_that_fails_has_a_status(
 
 def test_the_log_tells_of_speech_and_not_what_is_said(fake, server, caplog):
     caplog.set_level("INFO")
-    model = speaker(fake, WAV)
+    model = speaker(fake, WAV_FILE)
     fake.plays[model] = "failed"
     say(server, model, input="a very secret thing")
     wait_until(lambda: "path=/v1/audio/speech" in caplog.text)
@@ -12626,15 +12637,15 @@ def test_speech_by_a_deployment(fake, server):
         patch.setitem(fake_replicate.DEPLOYMENTS, "acme/voice", KOKORO)
         answer, [input] = ran(fake, lambda: say(server, "deployments/acme/voice"))
     assert input == {"text": "Hello.", "voice": "af_alloy"}
-    assert answer.body == WAV
+    assert answer.body == WAV_FILE
 
 
 def test_openai_speaks(fake, tmp_path):
     with fronting(fake) as server, client_of(server) as client:
         for model, type, content in (
-            ("tts-1", "audio/wav", WAV),
+            ("tts-1", "audio/wav", WAV_FILE),
             ("tts-1-hd", "audio/mpeg", MP3),
-            ("gpt-4o-mini-tts", "audio/wav", WAV),
+            ("gpt-4o-mini-tts", "audio/wav", WAV_FILE),
         ):
             made = client.audio.speech.create(
                 model=model, input="Hi", voice="alloy", instructions="Be kind."
@@ -12654,7 +12665,7 @@ def test_openai_speaks(fake, tmp_path):
 
 
 def transcribe(
-    server, model, path="transcriptions", file=WAV, filename="a.wav", **fields
+    server, model, path="transcriptions", file=WAV_FILE, filename="a.wav", **fields
 ):
     parts = [form_part("file", file, filename=filename), form_part("model", model)]
     for name, value in fields.items():
@@ -12683,7 +12694,7 @@ def hearing(fake, monkeypatch):
     return fake
 
 
-WORD_TIMES = {"response_format": "verbose_json", "timestamp_granularities": ["word"]}
+WITH_WORDS = {"response_format": "verbose_json", "timestamp_granularities": ["word"]}
 SEGMENTS = {"response_format": "verbose_json", "timestamp_granularities": ["segment"]}
 
 
@@ -12707,9 +12718,9 @@ SEGMENTS = {"response_format": "verbose_json", "timestamp_granularities": ["segm
         ("no prompt", FAST_WHISPER, {"prompt": "Umlaut"}, {}),
         ("temperature", WHISPER, {"temperature": "0.5"}, {"temperature": 0.5}),
         ("0", WHISPERX, {"temperature": "0"}, {"temperature": 0}),
-        ("words", WHISPERX, WORD_TIMES, {"align_output": True}),
-        ("as a choice", FAST_WHISPER, WORD_TIMES, {"timestamp": "word"}),
-        ("where it has none", WHISPER, WORD_TIMES, {}),
+        ("words", WHISPERX, WITH_WORDS, {"align_output": True}),
+        ("as a choice", FAST_WHISPER, WITH_WORDS, {"timestamp": "word"}),
+        ("where it has none", WHISPER, WITH_WORDS, {}),
         ("segments", WHISPERX, SEGMENTS, {}),
         (
             "words that are not told",
@@ -12751,7 +12762,7 @@ def test_a_sound_reaches_a_model_in_its_own_words(
     names = {WHISPER: "audio", FAST_WHISPER: "audio", GRANITE_SPEECH: "audio"}
     names |= {DIARIZER: "file", "m1guelpf/whisper-subtitles": "audio_path"}
     names |= {"daanelson/whisperx": "audio", "google/gemini-3-pro": "audio"}
-    file = data_url(WAV, "audio/wav")
+    file = data_url(WAV_FILE, "audio/wav")
     file = [file] if model == GRANITE_SPEECH else file
     assert inputs == [{names.get(model, "audio_file"): file, **expected}]
 
@@ -13098,7 +13109,7 @@ def test_transcripts_are_found_in_outputs_of_every_shape(
         assert "did not make a transcript" in answer.error["message"]
         return
     assert answer.json == {"text": text}
-    answer = transcribe(server, model, **WORD_TIMES)
+    answer = transcribe(server, model, **WITH_WORDS)
     if text and not times:
         assert answer.status == 400, answer.body
         assert NO_TIMES in answer.error["message"]
@@ -13213,7 +13224,7 @@ def test_tokens_of_a_transcript_are_told_where_they_were_counted(fake, server, c
 
 def test_a_sound_is_uploaded_once(fake, server):
     """Though a community model is created twice: by name, and by its version."""
-    large_wav = WAV + os.urandom(300_000)
+    large_wav = WAV_FILE + os.urandom(300_000)
     answer = transcribe(server, WHISPER, file=large_wav, filename="\u00fc;\"'.wav")
     assert answer.status == 200, answer.body
     assert len(uploads(fake)) == 1
@@ -13227,7 +13238,7 @@ def test_a_sound_is_uploaded_once(fake, server):
 @table(
     "content, filename, type, expected",
     [
-        ("by its bytes", WAV, "a.mp3", "audio/mpeg", "audio/wav"),
+        ("by its bytes", WAV_FILE, "a.mp3", "audio/mpeg", "audio/wav"),
         ("by its name", b"\0" * 9, "a.mp3", "application/octet-stream", "audio/mpeg"),
         ("by its type", b"\0" * 9, "blob", "audio/x-caf", "audio/x-caf"),
         ("by nothing", b"\0" * 9, "blob", "", "application/octet-stream"),
@@ -13262,9 +13273,9 @@ def test_a_sound_may_be_a_link(fake, server):
 
 def test_a_sound_that_is_too_large_is_a_413(fake):
     with fronting(fake, max_body_bytes=100_000) as server:
-        answer = transcribe(server, PARAKEET, file=WAV * 20)
+        answer = transcribe(server, PARAKEET, file=WAV_FILE * 20)
         assert answer.status == 413
-        assert transcribe(server, PARAKEET, file=WAV).status == 200
+        assert transcribe(server, PARAKEET, file=WAV_FILE).status == 200
     assert len(fake.predictions) >= 1
 
 
@@ -13280,7 +13291,7 @@ def test_a_hang_up_cancels_what_is_being_heard(watched, changes, fields):
     fake, server = watched
     fake.scenarios["runs"] = replace(fake.scenarios["very-cold"], hold=0, **changes)
     fake.plays[GPT_TRANSCRIBE] = "runs"
-    parts = [form_part("file", WAV, filename="a.wav")]
+    parts = [form_part("file", WAV_FILE, filename="a.wav")]
     parts += [form_part(*each) for each in {"model": GPT_TRANSCRIBE, **fields}.items()]
     data = post_bytes("/v1/audio/transcriptions", form_of(*parts), A_FORM)
     with closing(dial(server)) as sock:
@@ -13296,7 +13307,7 @@ def test_a_hang_up_ends_the_upload_of_a_sound(watched):
     fake, server = watched
     fake.on_upload = Fault(wait=30)
     parts = [form_part("model", WHISPER)]
-    parts += [form_part("file", WAV + os.urandom(300_000), filename="a.wav")]
+    parts += [form_part("file", WAV_FILE + os.urandom(300_000), filename="a.wav")]
     with closing(dial(server)) as sock:
         sock.sendall(post_bytes("/v1/audio/transcriptions", form_of(*parts), A_FORM))
         fake.wait_for(lambda: uploads(fake))
@@ -13308,7 +13319,7 @@ def test_a_transcript_that_fails_is_a_status_or_the_last_event(watched):
     fake, server = watched
 
     def ask(**fields):
-        parts = [form_part("file", WAV, filename="a.wav")]
+        parts = [form_part("file", WAV_FILE, filename="a.wav")]
         given = {"model": GPT_TRANSCRIBE, **fields}
         parts += [form_part(*each) for each in given.items()]
         headers = {"authorization": "Bearer key", "content-type": A_FORM}
@@ -13337,12 +13348,12 @@ def test_a_sound_is_heard_by_a_model_whose_schema_cant_be_had(fake, server):
     answer, [input] = ran(
         fake, lambda: transcribe(server, "acme/unknown", language="de")
     )
-    assert input == {"audio": data_url(WAV, "audio/wav")}
+    assert input == {"audio": data_url(WAV_FILE, "audio/wav")}
     assert answer.json == {"text": "Hi."}
     answer, [input] = ran(
         fake, lambda: transcribe(server, "acme/unknown", "translations")
     )
-    assert input == {"audio": data_url(WAV, "audio/wav"), "translate": True}
+    assert input == {"audio": data_url(WAV_FILE, "audio/wav"), "translate": True}
 
 
 def test_a_sound_is_heard_by_a_deployment(fake, server):
@@ -13355,11 +13366,11 @@ def test_a_sound_is_heard_by_a_deployment(fake, server):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_openai_transcribes_and_translates(fake, tmp_path):
     file = tmp_path / "a.wav"
-    file.write_bytes(WAV)
+    file.write_bytes(WAV_FILE)
     with fronting(fake) as server, client_of(server) as client:
         create = client.audio.transcriptions.create
         for model in ("whisper-1", "gpt-4o-transcribe", "gpt-transcribe"):
-            for sent in (file, io.BytesIO(WAV), ("x.wav", WAV, "audio/wav")):
+            for sent in (file, io.BytesIO(WAV_FILE), ("x.wav", WAV_FILE, "audio/wav")):
                 made = create(model=model, file=sent, language="en", temperature=0)
                 assert made.text == fake_replicate.TRANSCRIPT
                 type(made).model_validate(made.model_dump(), strict=True)
@@ -13392,7 +13403,7 @@ def test_forms_of_other_programs_are_read(fake, server, tmp_path, program):
     if not shutil.which(program):
         pytest.skip(f"{program} is not here")
     file = tmp_path / "a b.wav"
-    file.write_bytes(WAV)
+    file.write_bytes(WAV_FILE)
     url = f"{server.url}/v1/audio/transcriptions"
     command = ["curl", "-sS", url, "-H", f"Authorization: Bearer {KEY}"]
     command += ["-F", f"file=@{file}", "-F", f"model={WHISPERX}"]
@@ -13420,7 +13431,10 @@ def test_forms_of_other_programs_are_read(fake, server, tmp_path, program):
     told = json.loads(done.stdout)
     assert told["text"] == fake_replicate.TRANSCRIPT
     assert told["words"][0]["word"] == "No"
-    assert input == {"audio_file": data_url(WAV, "audio/wav"), "align_output": True}
+    assert input == {
+        "audio_file": data_url(WAV_FILE, "audio/wav"),
+        "align_output": True,
+    }
 
 
 # ==== 7. SERVING ==============================================================
@@ -17270,6 +17284,49 @@ def test_the_ai_sdk_makes_and_edits_images(npm):
         command = ["node", "image.mjs", server.url]
         done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
     assert json.loads(done.stdout) == ["image/png"] * 5, done
+
+
+AI_SDK_AUDIO = """
+import { embedMany, generateSpeech, transcribe } from 'ai'
+import { createOpenAI } from '@ai-sdk/openai'
+
+const provider = createOpenAI({ baseURL: process.argv[2] + '/v1', apiKey: 'key' })
+const common = { maxRetries: 0 }
+const { embeddings } = await embedMany({
+  ...common,
+  model: provider.embedding('text-embedding-3-small'),
+  values: ['a', 'b'],
+})
+const { audio } = await generateSpeech({
+  ...common,
+  model: provider.speech('tts-1'),
+  text: 'Hi',
+})
+const model = provider.transcription('whisper-1')
+const heard = await transcribe({ ...common, model, audio: audio.uint8Array })
+const size = audio.uint8Array.length
+const { text, segments, language, durationInSeconds } = heard
+console.log(JSON.stringify({
+  embeddings, size, text, language, durationInSeconds, segments: segments.length,
+}))
+"""
+
+
+@pytest.mark.npm
+def test_the_ai_sdk_embeds_speaks_and_transcribes(npm):
+    with FakeReplicate() as fake, fronting(fake) as server:
+        (npm / "program.mjs").write_text(AI_SDK_AUDIO)
+        command = ["node", "program.mjs", server.url]
+        done = subprocess.run(command, cwd=npm, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "embeddings": A_AND_B,
+        "size": len(WAV_FILE),
+        "text": fake_replicate.TRANSCRIPT,
+        "language": "en",
+        "durationInSeconds": 4.25,
+        "segments": 2,
+    }
 
 
 # -- Workers -------------------------------------------------------------------
