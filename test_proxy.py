@@ -11159,6 +11159,12 @@ def test_a_file_that_comes_too_slowly_is_given_up(fake):
         held.set()
 
 
+def test_an_empty_file_is_no_image(fake, server):
+    model = painter(fake, png_file(b""))
+    answer = ask_image(server, model, response_format="b64_json")
+    assert (answer.status, answer.error["code"]) == (502, "prediction_failed")
+
+
 def test_all_of_a_file_has_to_come_in_its_time(fake):
     model = painter(fake, png_file())
     with fronting(fake, QUICK._replace(file=0)) as server:
