@@ -1662,6 +1662,8 @@ MODELS = {
     for ref, row in MAKERS.items()
 }
 
+LANGUAGE_MODELS = ["openai/gpt-4o", "meta/llama-2-7b-chat", "google/gemini-2.5-flash"]
+
 # == Predictions ===============================================================
 # Nothing happens in a prediction: what is seen of it follows from its age.
 # Only a cancel changes it, by saying when it stopped.
@@ -2052,6 +2054,7 @@ class FakeReplicate:
     ) -> None:
         self.address = (host, port)
         self.token = token
+        self.other_tokens: set[str] = set()  # which are as good
         self.default = default  # what models play whose owner is not `fake`
         self.record = record
         self.servers: list[Server] = []
@@ -2066,6 +2069,8 @@ class FakeReplicate:
         self.files: dict[str, FakeFile] = {}  # by id: those of the Files API
         self.output_files: dict[str, FakeFile] = {}  # by URL: what models made
         self.on_upload = NO_FAULT
+        self.collections = {"language-models": LANGUAGE_MODELS}
+        self.on_collection = NO_FAULT
         self.faults: Counter[str] = Counter()
 
     def __enter__(self) -> FakeReplicate:
@@ -2109,7 +2114,7 @@ class FakeReplicate:
             if file := self.output_files.get(f"{self.origin}{call.path}"):
                 return self.deliver(call, file)
             given = call.headers.get("authorization")
-            if given != f"Bearer {self.token}":
+            if given not in [f"Bearer {t}" for t in (self.token, *self.other_tokens)]:
                 raise Refusal(BAD_TOKEN if given else NO_TOKEN)
             return self.dispatch(call)
         except Refusal as refusal:
@@ -2147,6 +2152,10 @@ class FakeReplicate:
                 version = version_id(self.find_model(ref))
                 release = {"number": 1, "model": ref, "version": version}
                 return Reply(200, {"name": name, "current_release": release})
+            case ["GET", "collections", slug]:
+                return self.play_fault(
+                    self.on_collection, "collection", call, lambda: self.collect(slug)
+                )
             case ["GET", "account"]:
                 return Reply(200, {"type": "user", "username": "fake"})
             case ["POST", "files"]:
@@ -2297,6 +2306,10 @@ class FakeReplicate:
 
         fault = scenario.on_stream
         return self.play_fault(fault, f"stream {prediction.id}", call, read)
+
+    def collect(self, slug: str) -> Reply:
+        models = [self.find_model(ref) for ref in find(self.collections, slug)]
+        return Reply(200, {"name": slug, "slug": slug, "models": models})
 
     def create_file(self, call: Call) -> Reply:
         file = read_upload(call.headers.get("content-type", ""), call.body)

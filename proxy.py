@@ -26,6 +26,7 @@ Each section uses only names from those above it.
         Values              JSON values of any shape, and numbers
         Settings            what the operator chooses, read once from the environment
         Models              which models there are, read from models.json
+        Metrics             what is counted for Prometheus: one row per family
     2. Requests
         Validation          what a client may send: one row per parameter
         Messages            the parts of a message, and what is attached to it
@@ -80,6 +81,7 @@ import gc
 import http.client
 import json
 import logging
+import mmap
 import os
 import re
 import secrets
@@ -100,6 +102,7 @@ import time
 import urllib.request
 import zlib
 from base64 import b64decode, b64encode
+from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     Callable,
@@ -119,6 +122,7 @@ from contextlib import (
     suppress,
 )
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
 from hashlib import sha256
@@ -131,7 +135,7 @@ from mimetypes import guess_type
 from operator import ge, gt, itemgetter, le, lt
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
+from typing import Any, Generic, NamedTuple, NoReturn, TypeGuard, TypeVar, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 if __name__ == "__main__":  # so that Ctrl-C is quiet while it starts
@@ -283,6 +287,14 @@ def quoted(value: Any) -> str:
     return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
+def log_row(level: int, row: Mapping[str, Any]) -> None:
+    """Log the fields that have a value, as key=value or, with LOG_FORMAT, as JSON."""
+    kept = {k: v[:200] if isinstance(v, str) else v for k, v in row.items()}
+    kept = {k: v for k, v in kept.items() if v not in (None, "")}
+    pairs = " ".join([f"{name}={quoted(value)}" for name, value in kept.items()])
+    log.log(level, "%s", pairs, extra={"row": kept})
+
+
 # -- Values --------------------------------------------------------------------
 #
 # JSON values of any shape, and numbers.
@@ -364,6 +376,9 @@ def parsed(text: str) -> Any:
 # field here, with its range if it is a number, and a line in .env.example.
 
 
+BOOLEANS = {"true": True, "false": False}
+
+LOG_FORMATS = ("text", "json")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 TOKENS_URL = "https://replicate.com/account/api-tokens"
@@ -412,20 +427,30 @@ class Settings:
     responses_db_bytes: int = field(default=64 * 2**20, metadata={"range": (0, 2**36)})
     responses_db_days: int = field(default=30, metadata={"range": (1, 3650)})
     log_level: str = "INFO"
+    log_format: str = "text"
+    list_replicate_models: str = ""  # collections, with commas
+    client_tokens: bool = False  # a client's key may be its own Replicate token
+    metrics_open: bool = False  # to anyone, without a key
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Settings:
-        """Read what is set; what should be a number and is not, stays for `check`."""
+        """Read what is set; what is not of its type, stays as it is for `check`."""
         given: Json = {}
         for row in fields(cls):
             if text := environ.get(row.name.upper(), "").strip():
                 is_number = row.metadata and re.fullmatch(r"\d{1,12}", text)
                 given[row.name] = int(text) if is_number else text
+                if isinstance(row.default, bool):
+                    given[row.name] = BOOLEANS.get(text.lower(), text)
         return cls(**given)
 
     @property
     def api_keys(self) -> list[str]:
         return [key.strip() for key in self.proxy_api_key.split(",") if key.strip()]
+
+    @property
+    def collections(self) -> list[str]:
+        return list(filter(None, map(str.strip, self.list_replicate_models.split(","))))
 
     def check(self) -> None:
         """Raise ConfigError, with all problems at once, if there are any."""
@@ -435,7 +460,8 @@ class Settings:
             ("REPLICATE_API_TOKEN", [token], f"Get one at {TOKENS_URL}"),
             ("PROXY_API_KEY", keys, "Make one with: openssl rand -hex 32"),
         ):
-            if fault := next(filter(None, map(secret_fault, values)), ""):
+            fault = next(filter(None, map(secret_fault, values)), "")
+            if fault and not (self.client_tokens and values == [""]):
                 problems.append(f"{name} {fault}. {remedy} and put it into .env.")
         for row in (row for row in fields(self) if row.metadata):
             name, value = row.name.upper(), getattr(self, row.name)
@@ -444,8 +470,18 @@ class Settings:
                 problems.append(f"{name} must be a number, not {value!r}.")
             elif not low <= value <= high:
                 problems.append(f"{name} must be a number from {low} to {high}.")
+        for row in (row for row in fields(self) if isinstance(row.default, bool)):
+            if not isinstance(getattr(self, row.name), bool):
+                problems.append(f"{row.name.upper()} must be true or false.")
         if self.log_level.upper() not in LOG_LEVELS:
             problems.append(f"LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}.")
+        if self.log_format not in LOG_FORMATS:
+            problems.append(f"LOG_FORMAT must be one of {', '.join(LOG_FORMATS)}.")
+        if not all(re.fullmatch(r"[\w-]{1,100}", slug) for slug in self.collections):
+            problems.append(
+                "LIST_REPLICATE_MODELS must be names of Replicate's collections, as in "
+                "https://replicate.com/collections/language-models, with commas."
+            )
         if not re.fullmatch(r"https?://[\w.-]+(:\d+)?(/.*)?", self.replicate_base_url):
             problems.append("REPLICATE_BASE_URL must be of the form https://host/v1.")
         if problems:
@@ -456,7 +492,8 @@ class Timeouts(NamedTuple):
     """Limits in seconds, for programs that embed or test a server."""
 
     connect: float = 5
-    schema: float = 5  # for Replicate to tell what inputs a model has
+    schema: float = 5  # for Replicate to tell what inputs a model has …
+    menu: float = 2  # … and, of a client, which models a collection has
     create: float = 30  # for Replicate to answer a create …
     get: float = 5  # … and a GET or a cancel, which can be repeated
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
@@ -527,6 +564,7 @@ class ModelConfig(NamedTuple):
     supports_streaming: bool = True
     family: str | None = None
     input: Json = {}
+    price: Mapping[str, float] = {}  # in USD, by the keys of PRICES
 
 
 @dataclass(frozen=True)
@@ -583,6 +621,15 @@ Rule = tuple[Callable[[Any], bool], str]  # whether a value is valid, what is ex
 
 A_REF: Rule = (is_ref, "owner/name")
 AN_OBJECT: Rule = (lambda v: isinstance(v, dict), "an object")
+DOLLARS: Rule = (lambda v: is_number(v) and 0 <= v < 1e6, "US dollars, from 0")
+
+PRICES: Mapping[str, Rule] = {
+    "input": DOLLARS,  # for a million tokens …
+    "output": DOLLARS,  # … and for a million of these
+    "image": DOLLARS,
+    "second": DOLLARS,  # for which the model ran
+    "character": DOLLARS,  # of what is to be spoken
+}
 
 
 def check_object(value: Any, rules: Mapping[str, Rule], path: str) -> Json:
@@ -605,6 +652,7 @@ def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models
         "supports_streaming": (lambda v: isinstance(v, bool), "true or false"),
         "family": (lambda v: v in families, f"one of {', '.join(families)}"),
         "input": AN_OBJECT,
+        "price": AN_OBJECT,
     }
     try:
         value = json.loads(text.removeprefix("\ufeff"))
@@ -614,10 +662,13 @@ def parse_models(text: str, families: Sequence[str], created: int = 0) -> Models
     mappings = root.get("mappings", {})
     for name, ref in mappings.items():
         expect(is_ref(ref), f'$.mappings["{name}"]', "owner/name")
-    configs = {
-        ref: ModelConfig(**check_object(row, config_keys, f'$.model_configs["{ref}"]'))
-        for ref, row in root.get("model_configs", {}).items()
-    }
+    configs = {}
+    for ref, given in root.get("model_configs", {}).items():
+        path = f'$.model_configs["{ref}"]'
+        row = check_object(given, config_keys, path)
+        if "price" in row:
+            row["price"] = check_object(row["price"], PRICES, f"{path}.price")
+        configs[ref] = ModelConfig(**row)
     return Models(mappings, root.get("default_model"), configs, created)
 
 
@@ -699,6 +750,225 @@ def find_model(models: Models, id: str) -> Model:
 @lru_cache(1000)  # once for each name
 def warn_of_default(id: str, ref: str) -> None:
     log.warning("event=default_model model=%s ref=%s", quoted(id), quoted(ref))
+
+
+# -- Metrics -------------------------------------------------------------------
+#
+# What is counted for Prometheus. Each process counts in a part of memory that all
+# workers share: whichever of them is scraped adds the parts up, what a worker has
+# counted outlives it, and the one that takes its place counts on from there. To add a
+# family: a row in METRICS, and a call of `add` or `observe`.
+
+
+class Metric(NamedTuple):
+    kind: str  # counter, gauge or histogram
+    help: str
+    labels: str = ""  # their names
+    buckets: tuple[float, ...] = ()  # of a histogram: their upper bounds
+    # Values of its labels that are there, at 0, from the start.
+    known: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many numbers it has: of a histogram, one bucket more, and the sum."""
+        return len(self.buckets) + 2 if self.buckets else 1
+
+
+# The longest are those of models that have to be started, which takes minutes.
+DURATIONS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200)
+FIRST_TOKENS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
+TOKEN_PACES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+
+METRICS = {
+    "requests_total": Metric(
+        "counter",
+        "Requests, by what became of them: 499 if the client left before a status.",
+        "endpoint model status code",
+    ),
+    "request_duration_seconds": Metric(
+        "histogram",
+        "From the first byte of a request to the last of its response.",
+        "endpoint model stream",
+        DURATIONS,
+    ),
+    "time_to_first_token_seconds": Metric(
+        "histogram",
+        "From the first byte of a request to the first text of its stream.",
+        "model",
+        FIRST_TOKENS,
+    ),
+    "time_per_output_token_seconds": Metric(
+        "histogram",
+        "Between two tokens of a stream, as the mean of all of them.",
+        "model",
+        TOKEN_PACES,
+    ),
+    "tokens_total": Metric(
+        "counter",
+        "Tokens, by Replicate's count or an estimate.",
+        "model type estimated",
+    ),
+    "cost_usd_total": Metric(
+        "counter", "What predictions cost, of models with a price.", "model"
+    ),
+    "in_flight": Metric("gauge", "Requests that are being worked on.", known=((),)),
+    "predictions_total": Metric(
+        "counter", "Predictions, by how they ended.", "model status"
+    ),
+    "predict_seconds_total": Metric(
+        "counter", "How long models ran, as Replicate tells it.", "model"
+    ),
+    "upstream_requests_total": Metric(
+        "counter",
+        "Requests to Replicate, by its status: none if it did not answer.",
+        "kind status",
+        known=tuple(("create", status) for status in ("201", "402", "429", "none")),
+    ),
+    "retries_total": Metric(
+        "counter",
+        "Second predictions, for answers without the JSON or tool call asked for.",
+        known=((),),
+    ),
+    "client_disconnects_total": Metric(
+        "counter", "Requests whose clients left before their end.", known=((),)
+    ),
+}
+
+METRICS_PREFIX = "replicate_proxy_"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_MODEL_LABELS = 200  # models that have numbers of their own in a process
+SPARE = 1  # where numbers begin that nobody reads: there is no room for better ones …
+FIRST_SLOT = SPARE + max(metric.width for metric in METRICS.values())  # … and others
+MAX_METRICS_BYTES = 2**21  # of a process's numbers, and of what they count
+
+MetricKey = tuple[str, ...]  # the family, and the values of its labels
+
+
+class MetricsPart:
+    """The memory in which one process counts, and all may read."""
+
+    def __init__(self, memory: memoryview) -> None:
+        # The first says how many bytes of `lines` there are.
+        self.numbers = memory[:MAX_METRICS_BYTES].cast("d")
+        self.lines = memory[MAX_METRICS_BYTES:]  # a key each, in the order of slots
+
+    def slots(self) -> Iterator[tuple[MetricKey, int]]:
+        """What is counted, and where its numbers begin."""
+        slot = FIRST_SLOT
+        for line in bytes(self.lines[: int(self.numbers[0])]).splitlines():
+            key = tuple(json.loads(line))
+            yield key, slot
+            slot += METRICS[key[0]].width
+
+
+class Metrics:
+    def __init__(self, processes: int = 1) -> None:
+        self.started = time.time()
+        size = 2 * MAX_METRICS_BYTES  # which takes no memory before it is used
+        memory = memoryview(mmap.mmap(-1, processes * size))
+        starts = range(0, processes * size, size)
+        self.parts = [MetricsPart(memory[at : at + size]) for at in starts]
+        self.lock = threading.Lock()
+        self.models: set[str] = set()  # that have numbers of their own
+        self.use_part(0)
+
+    def use_part(self, number: int) -> None:
+        """Count on in a part where a process before this one may have stopped."""
+        self.part = self.parts[number]
+        self.numbers = self.part.numbers
+        self.slots = dict(self.part.slots())
+        self.free = FIRST_SLOT + sum(METRICS[name].width for name, *_ in self.slots)
+        for name, metric in METRICS.items():
+            for labels in metric.known:
+                key = name, *labels
+                slot = self.slots.get(key) or self.make_slot(key)
+                if metric.kind == "gauge":
+                    self.numbers[slot] = 0
+
+    def make_slot(self, key: MetricKey) -> int:
+        """Where numbers will be that are the first of their kind; the lock is held."""
+        line, begin = json.dumps(key).encode() + b"\n", int(self.numbers[0])
+        end, slot = begin + len(line), self.free
+        free = slot + METRICS[key[0]].width
+        if end > len(self.part.lines) or free > len(self.numbers):
+            return SPARE
+        self.part.lines[begin:end] = line
+        self.numbers[0] = end
+        self.slots[key], self.free = slot, free
+        return slot
+
+    def add(self, amount: float, *key: str) -> None:
+        with self.lock:
+            self.numbers[self.slots.get(key) or self.make_slot(key)] += amount
+
+    def set(self, value: float, *key: str) -> None:
+        with self.lock:
+            self.numbers[self.slots.get(key) or self.make_slot(key)] = value
+
+    def observe(self, value: float, *key: str) -> None:
+        buckets = METRICS[key[0]].buckets
+        with self.lock:
+            slot = self.slots.get(key) or self.make_slot(key)
+            self.numbers[slot + bisect_left(buckets, value)] += 1
+            self.numbers[slot + len(buckets) + 1] += value
+
+    def model_label(self, ref: str, is_known: bool) -> str:
+        """A model's name if Replicate or models.json knows it, and there is room."""
+        if ref in self.models:
+            return ref
+        name = without_version(ref)
+        if is_known and len(self.models) < MAX_MODEL_LABELS:
+            self.models.add(name)
+        return name if name in self.models else "other"
+
+    def render(self) -> bytes:
+        """The sum of all processes, in Prometheus' text format."""
+        totals: dict[MetricKey, list[float]] = {}
+        for part in self.parts:
+            for key, slot in part.slots():
+                end = slot + METRICS[key[0]].width
+                numbers: list[float] = [*part.numbers[slot:end]]
+                before = totals.get(key, [0.0] * len(numbers))
+                pairs = zip(before, numbers, strict=True)
+                totals[key] = [one + other for one, other in pairs]
+        build = f"{METRICS_PREFIX}build_info"
+        lines = [
+            *head_lines(build, "gauge", "The proxy's version."),
+            sample(build, [("version", __version__)], 1),
+            *head_lines("process_start_time_seconds", "gauge", "In Unix seconds."),
+            f"process_start_time_seconds {self.started!r}",
+        ]
+        for name, metric in METRICS.items():
+            full = METRICS_PREFIX + name
+            lines += head_lines(full, metric.kind, metric.help)
+            rows = sorted(row for row in totals.items() if row[0][0] == name)
+            for (_, *values), numbers in rows:
+                labels = [*zip(metric.labels.split(), values, strict=True)]
+                lines += samples(full, metric, labels, numbers)
+        return "\n".join([*lines, ""]).encode()
+
+
+def head_lines(name: str, kind: str, help: str) -> list[str]:
+    return [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+
+
+def samples(
+    name: str, metric: Metric, labels: list[tuple[str, str]], numbers: list[float]
+) -> Iterator[str]:
+    if not metric.buckets:
+        yield sample(name, labels, numbers[0])
+        return
+    *counts, total = numbers
+    bounds, cumulative = (*metric.buckets, "+Inf"), [*accumulate(counts)]
+    for bound, count in zip(bounds, cumulative, strict=True):
+        yield sample(f"{name}_bucket", [*labels, ("le", str(bound))], count)
+    yield sample(f"{name}_sum", labels, total)
+    yield sample(f"{name}_count", labels, cumulative[-1])
+
+
+def sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
+    pairs = ",".join(f"{label}={json.dumps(text)}" for label, text in labels)
+    return f"{name}{{{pairs}}} {value!r}" if pairs else f"{name} {value!r}"
 
 
 # ==== 2. REQUESTS =============================================================
@@ -2276,8 +2546,8 @@ EMBEDDING = {
         2048,
         required=True,
         items=STRING,
-        names="texts text_batch sentences prompts query_texts documents text prompt "
-        "input query document",
+        names="texts text_batch sentences prompts query_texts documents inputs text "
+        "prompt input query document text_input",
     ),
     "encoding_format": Param(STRING, choices=("float", "base64"), default="float"),
     "dimensions": Param(
@@ -2294,7 +2564,9 @@ SPEECH = {
     "input": Param(
         STRING, 1, required=True, names="text prompt input gen_text input_text"
     ),
-    "voice": Param(STRING, 1, names="voice voice_id speaker speaker_id"),
+    "voice": Param(
+        STRING, 1, names="voice voice_id speaker speaker_id voice_a history_prompt"
+    ),
     "instructions": Param(
         STRING, names="instructions style_instruction style_prompt style_instructions"
     ),
@@ -2330,7 +2602,7 @@ TRANSCRIPTION = {
 }
 
 TRANSLATION = {
-    **without(TRANSCRIPTION, ["language", "timestamp_granularities", "words"]),
+    **without(TRANSCRIPTION, ["timestamp_granularities", "words"]),
     "translate": Param(BOOLEAN, default=True, names="translate task"),
 }
 
@@ -2347,13 +2619,16 @@ def parse_files(value: Any, name: str) -> list[str | File]:
     for index, file in enumerate(value if isinstance(value, list) else [value]):
         path = f"{name}[{index}]"
         if isinstance(file, File):
+            message = f"Invalid '{path}': the file is empty."
+            require(file.content, message, code="invalid_value", param=path)
             files.append(parse_image(file, path) if is_image else file)
             continue
         if isinstance(file, dict):
             inside = check(file, FILE_IN_JSON, f"{path}.")["image_url"]
             file = inside if isinstance(inside, str) else inside.get("url")
         check_kind(path, file, STRING)
-        expected = "a file, https://… or data:image/png;base64,…"
+        kind = "image/png" if is_image else "audio/wav"
+        expected = f"a file, https://… or data:{kind};base64,…"
         files.append(parse_url(file.strip(), path, expected, is_image=is_image))
     return files
 
@@ -2368,7 +2643,8 @@ def prepare_files(body: Json) -> Json:
 
 
 def prepare_texts(body: Json) -> Json:
-    for index, text in enumerate(as_list(body.get("input"))):
+    texts = body.get("input")
+    for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
         is_token = isinstance(text, (int, list)) and not isinstance(text, bool)
         require(
             not is_token,
@@ -2395,8 +2671,9 @@ PCM_RATE = 24000  # samples a second of OpenAI's pcm, of 16 bits, in one channel
 
 
 def prepare_sound(body: Json) -> Json:
-    words = "word" in as_list(body.get("timestamp_granularities")) or None
-    return {**prepare_files(body), "words": words}
+    is_verbose = body.get("response_format") == "verbose_json"
+    by_word = is_verbose and "word" in as_list(body.get("timestamp_granularities"))
+    return {**prepare_files(body), "words": by_word or None}
 
 
 FILE_OUTPUTS = ("file", "files", "object", "objects", "array")
@@ -3162,44 +3439,46 @@ def merge(row: Family, read: Family | None) -> Family:
     )
 
 
-SCHEMA_LASTS = 3600  # seconds, for one that was read …
-RETRY_AFTER = 60  # … and for one that could not be
-MAX_SCHEMAS = 1000
+LASTS = 3600  # seconds, for what was read …
+RETRY_AFTER = 60  # … and for what could not be
+
+Value = TypeVar("Value")
 
 
 @dataclass
-class SchemaEntry:
-    """A schema as it was last read, if it ever was."""
+class CacheEntry(Generic[Value]):
+    """A value as it was last read, if it ever was."""
 
-    schema: ModelSchema | None = None
+    value: Value | None = None
     expires: float = 0
     is_read: threading.Event = field(default_factory=threading.Event)
 
 
-class SchemaCache:
-    """Schemas by ref, each read once an hour; an old one serves until then."""
+class BackgroundCache(Generic[Value]):
+    """What Replicate tells, each read once an hour; an old value serves until then."""
+
+    kind = ""  # of what is read, for the log
+    max_entries = 1000
 
     def __init__(
         self,
-        look_up: Callable[[str, str, str], Json],  # owner, name, version or ""
-        release_of: Callable[[str, str], str],  # a deployment's owner, name -> ref
         clock: Callable[[], float] = time.monotonic,
         limit: float = 5,  # seconds that a request waits for one
     ) -> None:
-        self.look_up = look_up
-        self.release_of = release_of
         self.clock = clock
         self.limit = limit
         self.lock = threading.Lock()
-        self.entries: dict[str, SchemaEntry] = {}  # the last used one is the last
+        # The last used one is the last.
+        self.entries: dict[str, CacheEntry[Value]] = {}
 
-    def find(self, ref: str) -> ModelSchema | None:
-        """The schema as last read, or None: there is none, or not in time."""
-        if "/" not in ref:
-            return None  # Replicate tells nothing of a version without its model
+    def read(self, ref: str) -> Value | None:
+        raise NotImplementedError
+
+    def find(self, ref: str) -> Value | None:
+        """The value as last read, or None: there is none, or not in time."""
         with self.lock:
-            self.entries[ref] = entry = self.entries.pop(ref, None) or SchemaEntry()
-            if len(self.entries) > MAX_SCHEMAS:
+            self.entries[ref] = entry = self.entries.pop(ref, None) or CacheEntry()
+            if len(self.entries) > self.max_entries:
                 del self.entries[next(iter(self.entries))]
             if self.clock() >= entry.expires:
                 entry.expires = self.clock() + RETRY_AFTER
@@ -3209,20 +3488,43 @@ class SchemaCache:
                     threading.Thread(target=fill, daemon=True).start()
                 except RuntimeError:  # none to be had: the next request tries again
                     entry.expires = 0
-                    return entry.schema
-        if entry.schema is None:
+                    return entry.value
+        if entry.value is None:
             entry.is_read.wait(self.limit)
-        return entry.schema
+        return entry.value
 
-    def fill(self, ref: str, entry: SchemaEntry) -> None:
+    def fill(self, ref: str, entry: CacheEntry[Value]) -> None:
         try:
-            entry.schema = self.read(ref)
-            entry.expires = self.clock() + SCHEMA_LASTS
+            entry.value = self.read(ref)
+            entry.expires = self.clock() + LASTS
         except Exception as error:
             why = quoted(as_api_error(error))
-            log.warning("event=schema_unreadable ref=%s why=%s", quoted(ref), why)
+            ref = quoted(ref)
+            log.warning("event=%s_unreadable ref=%s why=%s", self.kind, ref, why)
         finally:
             entry.is_read.set()
+
+
+class SchemaCache(BackgroundCache[ModelSchema]):
+    """Schemas by ref."""
+
+    kind = "schema"
+
+    def __init__(
+        self,
+        look_up: Callable[[str, str, str], Json],  # owner, name, version or ""
+        release_of: Callable[[str, str], str],  # a deployment's owner, name -> ref
+        clock: Callable[[], float] = time.monotonic,
+        limit: float = 5,
+    ) -> None:
+        super().__init__(clock, limit)
+        self.look_up = look_up
+        self.release_of = release_of
+
+    def find(self, ref: str) -> ModelSchema | None:
+        if "/" not in ref:
+            return None  # Replicate tells nothing of a version without its model
+        return super().find(ref)
 
     def read(self, ref: str) -> ModelSchema | None:
         """Of a deployment: that of the model it runs, whose row counts first."""
@@ -3684,6 +3986,8 @@ QUIRKS = {
     r"ideogram-ai/.*": Quirk(mask_is_black=True),
     r"nateraw/bge-.*": Quirk(outputs=("arrays",)),
     r"lucataco/nomic-embed-text-.*": Quirk(takes_lines=True),
+    r"andreasjansson/clip-features": Quirk(takes_lines=True),
+    r"daanelson/imagebind": Quirk(input={"modality": "text"}),
     r"zsxkib/jina-clip-.*": Quirk(input={"output_format": "array"}),
 }
 
@@ -3691,6 +3995,7 @@ QUIRKS = {
 SPELLINGS = {
     "jpeg": "jpg",
     "jpg": "jpeg",
+    "opus": "ogg",
     "hd": "high",
     "standard": "medium",
     "xhigh": "high",
@@ -3912,22 +4217,21 @@ def share_inputs(
         return [{}]
     name = find_input(schema, task.params["input"])
     row = schema.inputs[name]
-    if row.type in ("strings", "array"):
-        size = int(row.field.high or len(texts))
-        batches = [texts[at : at + size] for at in range(0, len(texts), size)]
-        return [{name: batch} for batch in batches]
     if quirk_of(model).takes_lines:
-        return [{name: "\n".join(" ".join(text.split("\n")) for text in texts)}]
-    if name in JSON_LISTS or str(row.default or "").startswith("["):
+        return [{name: "\n".join(" ".join(text.splitlines()) for text in texts)}]
+    is_list = row.type in ("strings", "array")
+    if not is_list and (name in JSON_LISTS or str(row.default or "").startswith("[")):
         return [{name: json.dumps(texts, ensure_ascii=False)}]
+    size = int(row.field.high or len(texts)) if is_list else 1
+    batches = [texts[at : at + size] for at in range(0, len(texts), size)]
     require(
-        len(texts) <= MAX_PREDICTIONS,
-        f"Invalid 'input': the model takes one text at a time, so {len(texts)} texts "
-        f"make as many predictions, and a call may make {MAX_PREDICTIONS}.",
+        len(batches) <= MAX_PREDICTIONS,
+        f"Invalid 'input': the model takes {size} at a time, so {len(texts)} texts "
+        f"make {len(batches)} predictions, and a call may make {MAX_PREDICTIONS}.",
         code="array_above_max_length",
         param="input",
     )
-    return [{name: text} for text in texts]
+    return [{name: batch if is_list else batch[0]} for batch in batches]
 
 
 JSON_LISTS = ("texts", "text_batch", "prompts", "query_texts")  # if they are strings
@@ -4045,6 +4349,14 @@ class Usage(NamedTuple):
     completion_tokens: int | None = None
     reasoning_tokens: int = 0
     is_estimate: bool = False
+    cost: float | None = None  # in USD, if the model has a price
+
+
+CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
+
+
+def estimate_tokens(characters: int) -> int:
+    return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -4088,6 +4400,7 @@ Waiting = Generator[Event, None, bool]
 class RequestLog:
     """What the log line tells of a request; each step fills in what it knows."""
 
+    endpoint: str = "other"  # the path of its row
     model: str = ""  # as the client names it
     ref: str = ""  # what Replicate ran
     stream: bool = False
@@ -4095,6 +4408,7 @@ class RequestLog:
     prompts: list[str] = field(default_factory=list)  # which the log never shows
     predictions: list[str] = field(default_factory=list)
     usages: list[Usage] = field(default_factory=list)
+    costs: list[float] = field(default_factory=list)  # of predictions, in USD
     first_text_at: float | None = None  # time.monotonic()
     error: str | int = ""
     failure: APIError | None = None
@@ -4705,6 +5019,28 @@ REFUSALS = {
     429: Refusal(429, "rate_limit_exceeded", "Replicate's rate limit is reached."),
 }
 
+# Of a token that is the client's own.
+CLIENT_REFUSALS = {
+    **REFUSALS,
+    **dict.fromkeys(
+        (401, 403),
+        Refusal(
+            401,
+            "invalid_api_key",
+            "Replicate did not accept the token that was sent as the key. Get one at "
+            "https://replicate.com/account/api-tokens.",
+            NO_RETRY,
+        ),
+    ),
+    402: Refusal(
+        429,
+        "insufficient_quota",
+        "Your Replicate account is out of credit. You can add some at "
+        "https://replicate.com/account/billing.",
+        NO_RETRY,
+    ),
+}
+
 RETRY_DELAYS = (r"resets in ~?(\d+)\s*s", r"available in (\d+) second")
 
 # Exceptions that say something of the connection, and are no fault of ours.
@@ -4723,8 +5059,12 @@ class BadResponse(ValueError):
 class ReplicateAPI:
     """The calls of Replicate's API that are made here. They raise APIError."""
 
-    def __init__(self, settings: Settings, timeouts: Timeouts) -> None:
+    def __init__(
+        self, settings: Settings, timeouts: Timeouts, metrics: Metrics | None = None
+    ) -> None:
+        self.metrics = metrics or Metrics()
         self.token = settings.replicate_api_token.strip()
+        self.refusals = REFUSALS
         self.base = urlsplit(settings.replicate_base_url.rstrip("/"))
         self.time_limit = settings.prediction_timeout
         self.timeouts = timeouts
@@ -4740,6 +5080,13 @@ class ReplicateAPI:
             http_client=http_client,
         )
         self.versions: dict[str, str] = {}  # of community models: owner/name -> id
+
+    def with_token(self, token: str) -> ReplicateAPI:
+        """The same API as a client sees it with its own token."""
+        other = copy(self)
+        other.token, other.refusals, other.versions = token, CLIENT_REFUSALS, {}
+        other.client = self.client.with_options(bearer_token=token)
+        return other
 
     def close(self) -> None:
         """Keep no connection; what is created late can be cancelled all the same."""
@@ -4779,10 +5126,12 @@ class ReplicateAPI:
         else:
             send = self.client.predictions.with_raw_response.create
             given["version"] = ref
-        return parse_prediction(self.send(send, "id", prediction_input, **given))
+        record = self.send("create", send, "id", prediction_input, **given)
+        return parse_prediction(record)
 
     def send(
         self,
+        kind: str,  # for the log and metrics
         method: Callable[..., Any],
         needs: str = "",
         prediction_input: PredictionInput | None = None,
@@ -4794,10 +5143,16 @@ class ReplicateAPI:
         Raise APIError, in the client's terms, for all that Replicate may do.
         """
         REQUEST_CANCELLATION.set(cancellation)
+        status, began, found = "none", time.monotonic(), {}
         try:
-            return parse_object(method(**given, extra_headers=NO_TELEMETRY), needs)
+            response = method(**given, extra_headers=NO_TELEMETRY)
+            status = str(response.status_code)
+            found = parse_object(response, needs)
+            return found
         except APIStatusError as error:
-            raise refusal(error, prediction_input, self.token) from None
+            status = str(error.status_code)
+            row = self.refusals.get(error.status_code, UNAVAILABLE)
+            raise refusal(error, row, prediction_input, self.token) from None
         except (ReplicateError, BadResponse) as error:
             cause = error.__cause__
             failed = isinstance(error, APIConnectionError)
@@ -4808,10 +5163,44 @@ class ReplicateAPI:
                     raise overloaded(NO_DESCRIPTORS) from None
                 raise UNREACHABLE.error(detail=str(cause)) from None
             raise NO_ANSWER.error(detail=repr(cause or error)) from error
+        finally:
+            self.tell(kind, status, began, prediction_input, {**given, **found})
+
+    def tell(
+        self,
+        kind: str,
+        status: str,
+        began: float,
+        prediction_input: PredictionInput | None = None,
+        known: Json | None = None,  # what was sent and what came
+    ) -> None:
+        """Count a request to Replicate. At DEBUG, log it without what anybody said."""
+        self.metrics.add(1, "upstream_requests_total", kind, status)
+        if not log.isEnabledFor(logging.DEBUG):
+            return
+        sent, record = prediction_input, known or {}
+        id = record.get("id") if "status" in record else record.get("prediction_id")
+        metrics = as_object(record.get("metrics"))
+        log_row(
+            logging.DEBUG,
+            {
+                "upstream": kind,
+                "status": int(status) if status.isdigit() else status,
+                "ms": round((time.monotonic() - began) * 1000),
+                "prediction": id,
+                "ref": sent and sent.model.ref,
+                "inputs": sent and sizes(sent.input),
+                "state": record.get("status"),
+                "came": sizes({n: record.get(n) for n in ("output", "logs", "error")}),
+                "predict_time": metrics.get("predict_time"),
+            },
+        )
 
     def latest_version(self, owner: str, name: str) -> Json:
         get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
-        model = self.send(get, model_owner=owner, model_name=name, timeout=timeout)
+        model = self.send(
+            "model", get, model_owner=owner, model_name=name, timeout=timeout
+        )
         return as_object(model.get("latest_version"))
 
     def find_schema(self, owner: str, name: str, version: str) -> Json:
@@ -4819,6 +5208,7 @@ class ReplicateAPI:
         if version:
             with suppress(APIError):  # official models list none
                 found = self.send(
+                    "version",
                     self.client.models.versions.with_raw_response.get,
                     model_owner=owner,
                     model_name=name,
@@ -4831,6 +5221,7 @@ class ReplicateAPI:
     def find_release(self, owner: str, name: str) -> str:
         """The ref of what a deployment runs."""
         found = self.send(
+            "deployment",
             self.client.deployments.with_raw_response.get,
             deployment_owner=owner,
             deployment_name=name,
@@ -4844,6 +5235,7 @@ class ReplicateAPI:
 
     def fetch_prediction(self, id: str, cancellation: Cancellation) -> Json:
         record = self.send(
+            "get",
             self.client.predictions.with_raw_response.get,
             "id",
             cancellation=cancellation,
@@ -4855,7 +5247,7 @@ class ReplicateAPI:
     def cancel(self, id: str) -> None:
         cancel = self.client.predictions.with_raw_response.cancel
         name = quote(id, safe="")
-        self.send(cancel, prediction_id=name, timeout=self.timeouts.get)
+        self.send("cancel", cancel, prediction_id=name, timeout=self.timeouts.get)
 
     def upload(self, file: File, cancellation: Cancellation) -> str:
         """Put a file into Replicate's files; return its link."""
@@ -4863,19 +5255,33 @@ class ReplicateAPI:
         create = self.client.files.with_raw_response.create
         why: object = "no link to a file"
         try:
-            made = self.send(create, cancellation=cancellation, content=content)
+            made = self.send(
+                "upload", create, cancellation=cancellation, content=content
+            )
             link = as_object(made.get("urls")).get("get")
             if isinstance(link, str) and LINK.fullmatch(link):
                 return link
         except APIError as error:
-            if error.status in (413, 429) or error.code == OUR_TOKEN.code:
+            if error.status in (401, 413, 429) or error.code == OUR_TOKEN.code:
                 raise  # means the same as for a prediction
             why = error
         log.warning("event=upload-failed why=%s", quoted(why))
         raise NOT_UPLOADED.error()
 
+    def find_collection(self, slug: str) -> list[str]:
+        """The refs of the models in one of Replicate's collections."""
+        found = self.send(
+            "collection",
+            self.client.collections.with_raw_response.get,
+            collection_slug=slug,
+            timeout=self.timeouts.schema,
+        )
+        rows = map(as_object, as_list(found.get("models")))
+        refs = (f"{m.get('owner') or ''}/{m.get('name') or ''}" for m in rows)
+        return [*filter(is_ref, refs)]
+
     def account(self) -> Json:
-        return self.send(self.client.account.with_raw_response.get)
+        return self.send("account", self.client.account.with_raw_response.get)
 
     @contextmanager
     def open_stream(
@@ -4892,13 +5298,16 @@ class ReplicateAPI:
         )
         head = render_head("GET", target.encode(), headers)
         origin, timeout = parts[:2], self.timeouts.stream
-        with self.pool.request(origin, "GET", head, timeout, cancellation) as response:
-            kind = response.headers.get("content-type", "").lower()
-            if response.status != 200 or not kind.startswith("text/event-stream"):
-                raise http.client.HTTPException(
-                    f"status {response.status}, type {kind!r}"
-                )
-            yield response.body
+        send, status, began = self.pool.request, "none", time.monotonic()
+        try:
+            with send(origin, "GET", head, timeout, cancellation) as response:
+                status = str(response.status)
+                kind = response.headers.get("content-type", "").lower()
+                if response.status != 200 or not kind.startswith("text/event-stream"):
+                    raise http.client.HTTPException(f"status {status}, type {kind!r}")
+                yield response.body
+        finally:
+            self.tell("stream", status, began)
 
     @contextmanager
     def open_file(
@@ -4926,10 +5335,12 @@ class ReplicateAPI:
                     raise http.client.HTTPException("it is too large, or too slow")
                 yield piece
 
+        status, began = "none", time.monotonic()
         try:
             with self.pool.request(
                 parts[:2], "GET", head, timeout, cancellation
             ) as response:
+                status = str(response.status)
                 if response.status != 200:
                     raise http.client.HTTPException(f"status {response.status}")
                 size = parse_body_length(response.headers)
@@ -4937,6 +5348,8 @@ class ReplicateAPI:
         except CONNECTION_ERRORS as error:
             where = f"Replicate keeps it for an hour, at '{url}'."
             raise LOST.error(where, detail=repr(error)) from error
+        finally:
+            self.tell("file", status, began)
 
     def fetch_file(self, url: str, cancellation: Cancellation) -> bytes:
         """Fetch a file that a model made, twice if need be. Raise APIError."""
@@ -4983,6 +5396,13 @@ def origin_of(url: SplitResult) -> tuple[str, str, int | None]:
     return url.scheme, url.hostname or "", url.port or PORTS.get(url.scheme)
 
 
+def sizes(values: Json) -> str:
+    """The names of values, each with the length of its JSON, for the log."""
+    rows = (row for row in values.items() if row[1] not in (None, ""))
+    pairs = ((re.sub(r"\W", "?", name)[:40], compact(each)) for name, each in rows)
+    return ",".join(f"{name}:{len(text)}" for name, text in pairs)
+
+
 def parse_object(response: Any, needs: str = "") -> Json:
     try:
         body = response.json()
@@ -5002,14 +5422,16 @@ def parse_prediction(record: Json) -> Json:
 
 
 def refusal(
-    error: APIStatusError, prediction_input: PredictionInput | None, secret: str
+    error: APIStatusError,
+    row: Refusal,
+    prediction_input: PredictionInput | None,
+    secret: str,
 ) -> APIError:
     status, body = error.status_code, as_object(error.body)
     detail = str(body.get("detail") or body.get("title") or "").strip()
     invalid = body.get("invalid_fields")
     if status == 422 and not invalid and "version" in f"{body.get('title')} {detail}":
-        status = 404
-    row = REFUSALS.get(status, UNAVAILABLE)
+        status, row = 404, REFUSALS[404]
     if status == 429 and (seconds := retry_after(error, body, detail)):
         row = row._replace(headers={"retry-after": seconds})
     why = f"Replicate says: {detail}" if detail else f"Replicate's status was {status}."
@@ -5078,6 +5500,19 @@ def read_usage(record: Json) -> Usage:
             counts[name] = int(logged[-1])
     prompt, completion, reasoning = map(counts.get, COUNTS)
     return Usage(prompt, completion, reasoning or 0)
+
+
+def predict_seconds(record: Json) -> float:
+    """How long the model ran, 0 if Replicate does not tell."""
+    seconds = record["metrics"].get("predict_time")
+    return seconds if is_number(seconds) and 0 <= seconds < 1e9 else 0
+
+
+def image_count(record: Json) -> float:
+    count, output = record["metrics"].get("image_count"), record.get("output")
+    if is_number(count) and 0 <= count < 1e6:
+        return float(count)
+    return len(output) if isinstance(output, list) else bool(output)
 
 
 def finish_reason(usage: Usage, limit: int | None) -> str:
@@ -5271,18 +5706,54 @@ def check_size(input: Json) -> None:
 TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
 
 
+class CollectionCache(BackgroundCache[list[str]]):
+    """The refs of models by the name of Replicate's collection."""
+
+    kind = "collection"
+
+    def __init__(self, api: ReplicateAPI) -> None:
+        super().__init__(limit=api.timeouts.menu)
+        self.api = api
+
+    def read(self, ref: str) -> list[str]:
+        return self.api.find_collection(ref)
+
+
+MAX_TOKENS = 500  # of clients, for which something is kept …
+MAX_TOKEN_ENTRIES = 20  # … and how many schemas for each
+
+
 class Upstream:
     """Replicate as a source of predictions."""
 
-    def __init__(self, api: ReplicateAPI, timeouts: Timeouts) -> None:
+    def __init__(
+        self, api: ReplicateAPI, timeouts: Timeouts, parent: Upstream | None = None
+    ) -> None:
         self.api = api
         self.timeouts = timeouts
+        self.parent = parent  # of one for a client's own token
+        self.by_token: dict[str, Upstream] = {}  # the last used one is the last
+        self.lock = threading.Lock()
         self.upload_cache = UploadCache(api.upload)
         self.schemas = SchemaCache(
             api.find_schema, api.find_release, limit=timeouts.schema
         )
+        self.collections = CollectionCache(api)
+        if parent:
+            self.schemas.max_entries = MAX_TOKEN_ENTRIES
         self.changed = threading.Condition()
         self.running = 0  # requests with a prediction to create, follow or cancel
+
+    def for_token(self, token: str) -> Upstream:
+        """The same for a client's own token: they share connections, and no cache."""
+        with self.lock:
+            found = self.by_token.pop(token, None)
+            if not found:
+                found = Upstream(self.api.with_token(token), self.timeouts, self)
+            self.by_token[token] = found
+            if len(self.by_token) > MAX_TOKENS:
+                del self.by_token[next(iter(self.by_token))]
+        return found
 
     def create(
         self,
@@ -5328,6 +5799,9 @@ class Upstream:
                 prediction.cancel()
 
     def count(self, more: int) -> None:
+        if self.parent:
+            self.parent.count(more)
+            return
         with self.changed:
             self.running += more
             self.changed.notify_all()
@@ -5374,7 +5848,8 @@ class Prediction:
     delivered: list[str] = field(default_factory=list)
     unseen_since: float | None = None  # since when its record can't be fetched
     stream_done: bool = False
-    is_cancelled: bool = False
+    is_ended: bool = False  # nobody follows it any more
+    is_charged: bool = False  # its cost is known
 
     def __post_init__(self) -> None:
         self.api, self.timeouts = self.upstream.api, self.upstream.timeouts
@@ -5422,8 +5897,10 @@ class Prediction:
         """Its output, when it has succeeded. Raise APIError."""
         for _ in self.polls():
             pass
-        if (usage := self.end().usage) != Usage():
-            self.request_log.usages.append(usage)
+        usage = self.end().usage
+        cost = self.charge(usage)
+        if usage != Usage():
+            self.request_log.usages.append(usage._replace(cost=cost))
         return self.record.get("output")
 
     def polls(self) -> Iterator[None]:
@@ -5552,11 +6029,60 @@ class Prediction:
         usage = read_usage(self.record)
         return Done(finish_reason(usage, self.prediction_input.limit), usage)
 
+    def charge(self, usage: Usage) -> float | None:
+        """Add its cost in USD, if its model has a price, to that of the request.
+
+        What Replicate did not count is estimated. One that failed costs its time alone.
+        """
+        self.is_charged = True
+        price = self.prediction_input.model.config.price
+        if not price:
+            return None
+        log, status, record = self.request_log, self.record["status"], self.record
+        seconds = predict_seconds(record)
+        if not self.is_over and log.first_text_at:  # it was cut short
+            seconds = time.monotonic() - log.first_text_at
+        values = self.prediction_input.input.values()
+        texts = chain(values, *map(as_list, values))  # alone, or in lists
+        strings = (text for text in texts if isinstance(text, str))
+        characters = len(self.prediction_input.prompt) or sum(map(len, strings))
+        asked, answered = usage.prompt_tokens, usage.completion_tokens
+        if asked is None:
+            asked = estimate_tokens(characters)
+        if answered is None:
+            answered = estimate_tokens(sum(map(len, self.delivered)))
+        amounts = {
+            "input": asked / 1e6,
+            "output": answered / 1e6,
+            "image": image_count(record),
+            "character": characters,
+        }
+        if status in ("failed", "aborted"):
+            amounts = dict.fromkeys(amounts, 0)
+        amounts["second"] = seconds
+        cost = sum(price[unit] * amounts[unit] for unit in price)
+        log.costs.append(cost)
+        return round(cost, 9)
+
     def cancel(self) -> None:
         """Stop the bill unless it is over, in a thread of its own: nobody waits."""
-        if not (self.is_over or self.stream_done or self.is_cancelled):
-            self.is_cancelled = True
+        if self.is_ended:
+            return
+        self.is_ended = True
+        if not self.is_charged:
+            self.charge(read_usage(self.record))
+        status = "succeeded" if self.stream_done else "canceled"
+        if self.is_over:
+            status = self.record["status"]
+        elif not self.stream_done:
             self.upstream.in_background(self.send_cancel)
+        metrics = self.api.metrics
+        model = metrics.model_label(self.prediction_input.model.ref, True)
+        metrics.add(1, "predictions_total", model, status)
+        metrics.add(predict_seconds(self.record), "predict_seconds_total", model)
+        characters = sum(map(len, self.delivered))
+        ended = f"{status} texts={len(self.delivered)} characters={characters}"
+        log.debug("prediction=%s event=ended state=%s", quoted(self.id), ended)
 
     def send_cancel(self) -> None:
         """A cancel that fails is tried once more."""
@@ -5587,11 +6113,6 @@ class Prediction:
 
 
 LONGEST_SPACE = 200  # characters that wait for what may follow them
-CHARACTERS_PER_TOKEN = 4  # a guess: English as most tokenizers cut it
-
-
-def estimate_tokens(characters: int) -> int:
-    return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Events:
@@ -5684,7 +6205,10 @@ def echo(events: Events, prompt: str) -> Events:
 
 
 def with_usage(
-    events: Events, prompt: str, usages: list[Usage] | None = None
+    events: Events,
+    prompt: str,
+    usages: list[Usage],
+    charge: Callable[[Usage], float | None] = lambda usage: None,
 ) -> Events:
     """Estimate the tokens that Replicate did not count, and add all to `usages`."""
     length = reasoning = 0
@@ -5694,7 +6218,7 @@ def with_usage(
         elif isinstance(event, Reasoning):
             reasoning += len(event.text)
         elif isinstance(event, Done):
-            asked, answered, reasoned, _ = event.usage
+            asked, answered, reasoned, *_ = event.usage
             is_estimate = asked is None or answered is None
             if asked is None:
                 asked = estimate_tokens(len(prompt))
@@ -5702,9 +6226,9 @@ def with_usage(
                 answered = estimate_tokens(length + reasoning)
             reasoned = reasoned or min(estimate_tokens(reasoning), answered)
             usage = Usage(asked, answered, reasoned, is_estimate)
+            usage = usage._replace(cost=charge(usage))
             event = Done(event.finish_reason, usage)
-            if usages is not None:
-                usages.append(usage)
+            usages.append(usage)
         yield event
 
 
@@ -7193,9 +7717,20 @@ def fold_choices(events: IndexedEvents) -> tuple[list[Choice], Usage]:
 
 
 def sum_usage(usages: Iterable[Usage]) -> Usage:
-    counts = [[count or 0 for count in usage] for usage in usages]
-    prompt, completion, reasoning, estimates = map(sum, zip(*counts, strict=True))
-    return Usage(prompt, completion, reasoning, is_estimate=bool(estimates))
+    rows = [*usages]
+    costs = [usage.cost for usage in rows if usage.cost is not None]
+    return Usage(
+        sum(usage.prompt_tokens or 0 for usage in rows),
+        sum(usage.completion_tokens or 0 for usage in rows),
+        sum(usage.reasoning_tokens for usage in rows),
+        any(usage.is_estimate for usage in rows),
+        round(sum(costs), 9) if costs else None,
+    )
+
+
+def cost_field(usage: Usage) -> Json:
+    """As OpenRouter tells it."""
+    return {} if usage.cost is None else {"cost": usage.cost}
 
 
 def usage_object(usage: Usage) -> Json:
@@ -7211,6 +7746,7 @@ def usage_object(usage: Usage) -> Json:
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,
         },
+        **cost_field(usage),
     }
 
 
@@ -7509,6 +8045,7 @@ def response_usage(usage: Usage) -> Json:
         "output_tokens": answered,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": asked + answered,
+        **cost_field(usage),
     }
 
 
@@ -8185,11 +8722,14 @@ def read_vectors(output: Any) -> list[Vector]:
         return read_vectors(named[0] if named else None)
     if not isinstance(output, list) or not output:
         raise ValueError("no list")
-    if all(map(is_number, output)):
+    if {*map(type, output)} <= {int, float}:
+        if not sum(map(abs, output)) <= MAX_FLOAT:  # so that NaN is none either
+            raise ValueError("no floats")
         return [output]
     return [vector for each in output for vector in read_vectors(each)]
 
 
+MAX_FLOAT = 3.4e38  # of 32 bits
 VECTOR_NAMES = ("embedding", "embeddings", "vector", "vectors", "output")
 
 
@@ -8223,56 +8763,59 @@ class Transcript(NamedTuple):
     duration: float = 0  # in seconds, up to the last word
 
 
-TEXT_NAMES = ("translation", "transcription", "text")  # in outputs that are objects
+TEXT_NAMES = ("transcription", "text", "transcript", "output")  # in objects
 
 
 def read_transcript(output: Any, is_translation: bool, by_word: bool) -> Transcript:
-    """What a model heard, in any of the forms that models give it."""
+    """What a model heard, in any of the forms that models give it. Raise ValueError."""
     found = as_object(output)
-    rows = as_list(found.get("segments")) or as_list(found.get("chunks"))
-    if not rows and isinstance(output, list):
-        rows = [row for row in output if isinstance(row, dict)]
-    segments = [segment for row in rows if (segment := read_segment(as_object(row)))]
-    names = TEXT_NAMES if is_translation else TEXT_NAMES[1:]
-    texts = [found[name] for name in names if isinstance(found.get(name), str)]
-    if not found and not segments:
+    listed = found.get("segments", found.get("chunks", output))
+    rows = [as_object(row) for row in as_list(listed)]
+    texts = [found[name] for name in TEXT_NAMES if isinstance(found.get(name), str)]
+    if isinstance(output, str):
+        texts = [output]
+    elif isinstance(output, list) and not any(rows):
         texts = [output_text(output)]
-    parts = [
-        row["text"] if row["text"][:1] == " " else f" {row['text']}" for row in segments
-    ]
-    text = (texts[0] if texts else "".join(parts)).strip()
+    elif not texts and isinstance(listed, list):
+        texts = [" ".join(str(row.get("text") or "").strip() for row in rows).strip()]
+    if not texts:
+        raise ValueError("no text")
+    text = texts[0].strip()
+    segments = [segment for row in rows if (segment := read_segment(row))]
     words = [
         {"word": str(word["word"]).strip(), "start": word["start"], "end": word["end"]}
         for row in rows
-        for word in as_list(as_object(row).get("words"))
-        if is_number(as_object(word).get("start")) and is_number(word.get("end"))
+        for word in map(as_object, as_list(row.get("words")))
+        if "word" in word and all(is_number(word.get(n)) for n in ("start", "end"))
     ]
-    end = max((segment["end"] for segment in segments), default=0)
-    if by_word and "chunks" in found:  # each of them is one word
+    by_chunk = by_word and "chunks" in found  # each of which is one word
+    if by_chunk:
         words = [
             {"word": row["text"].strip(), "start": row["start"], "end": row["end"]}
             for row in segments
         ]
-        first = segments[0]["start"] if segments else 0
-        segments = [{"start": first, "end": end, "text": text}] if segments else []
+    is_extra = is_translation and isinstance(found.get("translation"), str)
+    if is_extra:  # it stands beside segments that are not translated
+        text, words = found["translation"].strip(), []
+    end = max((segment["end"] for segment in segments), default=0)
+    if segments and (by_chunk or is_extra):
+        segments = [{"start": segments[0]["start"], "end": end, "text": text}]
     named = str(found.get("detected_language") or found.get("language") or "")
-    language = LANGUAGES.get(named.lower(), named.lower())
-    return Transcript(text, segments, words, language, end)
+    return Transcript(text, segments, words, language_name(named), end)
+
+
+def language_name(language: str) -> str:
+    """Its English name as in OpenAI's verbose_json; "" stays so."""
+    return LANGUAGES.get(find_language(language, {}), language.lower())
 
 
 def read_segment(row: Json) -> Json | None:
     """A segment with its times as numbers; None for what is none."""
     times = as_list(row.get("timestamp")) or [row.get("start"), row.get("end")]
     start, end = [*times, None, None][:2]
-    text = row.get("text")
-    if not is_number(start) or not isinstance(text, str):
+    if not is_number(start) or not isinstance(row.get("text"), str):
         return None
-    return {
-        **row,
-        "start": start,
-        "end": end if is_number(end) else start,
-        "text": text,
-    }
+    return {**row, "start": start, "end": end if is_number(end) else start}
 
 
 def segment_object(index: int, segment: Json) -> Json:
@@ -8285,14 +8828,12 @@ def segment_object(index: int, segment: Json) -> Json:
     return {name: segment.get(name, value) for name, value in known.items()}
 
 
-def verbose_transcription(
-    transcript: Transcript, task: str, language: str, by_word: bool
-) -> Json:
+def verbose_transcription(transcript: Transcript, task: str, language: str) -> Json:
     rows = [segment_object(*pair) for pair in enumerate(transcript.segments)]
-    words = {"words": transcript.words} if by_word else {}
+    words = {"words": transcript.words} if transcript.words else {}
     return {
         "task": task,
-        "language": transcript.language or language,
+        "language": language,
         "duration": transcript.duration,
         "text": transcript.text,
         "segments": rows,
@@ -8320,12 +8861,22 @@ def subtitle_time(seconds: float, mark: str) -> str:
     return f"{hours:02}:{minutes:02}:{rest // 1000:02}{mark}{rest % 1000:03}"
 
 
-def pcm_of(wav: bytes) -> bytes:
-    """What follows the head of a WAV file if that is OpenAI's pcm; else all of it."""
-    if wav[20:36] == struct.pack("<HHIIHH", 1, 1, PCM_RATE, 2 * PCM_RATE, 2, 16):
-        at = wav.find(b"data", 36)
-        return wav[at + 8 :] if at >= 0 else wav
-    return wav
+# OpenAI's formats of speech by their media types.
+SOUNDS = {
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+    "aac": "audio/aac",
+    "flac": "audio/flac",
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+}
+
+
+def pcm_of(wav: bytes) -> bytes | None:
+    """What follows the head of a WAV file if that is OpenAI's pcm, else None."""
+    is_pcm = wav[20:36] == struct.pack("<HHIIHH", 1, 1, PCM_RATE, 2 * PCM_RATE, 2, 16)
+    at = wav.find(b"data", 36)
+    return wav[at + 8 :] if is_pcm and at >= 0 else None
 
 
 # -- Model objects -------------------------------------------------------------
@@ -8358,6 +8909,7 @@ class Proxy(NamedTuple):
     models: ModelsFile
     upstream: Upstream
     response_store: ResponseStore
+    metrics: Metrics
 
 
 @dataclass(eq=False)
@@ -8595,15 +9147,16 @@ class Generation(NamedTuple):
             ) as prediction,
             closing(prediction.events()) as events,
         ):
-            yield self.shape(events, prediction_input), prediction.cancel
+            yield self.shape(events, prediction), prediction.cancel
 
-    def shape(self, events: Events, prediction_input: PredictionInput) -> Events:
+    def shape(self, events: Events, prediction: Prediction) -> Events:
         """What the client asked for and the model can't do, step by step.
 
         Reasoning comes before all else, and the token that ends a turn is no text; a
         model's own limit is a length of its text; stop strings are looked for in what
         the client reads, not in tags, fences or calls; and what was sent in the end is
         counted."""
+        prediction_input, log = prediction.prediction_input, self.request.log
         if "messages" in self.body:
             omits, stream = prediction_input.omits_think, self.body["stream"]
             holds, may_call = omits and not stream, bool(self.toolbox)
@@ -8618,7 +9171,8 @@ class Generation(NamedTuple):
         if stops := list(filter(None, self.body["stop"])):
             called = self.toolbox.called if self.toolbox else "stop"
             events = stop_at(events, stops, called)
-        return with_usage(events, prediction_input.prompt, self.request.log.usages)
+        prompt, charge = prediction_input.prompt, prediction.charge
+        return with_usage(events, prompt, log.usages, charge)
 
     def with_retry(
         self,
@@ -8648,6 +9202,7 @@ class Generation(NamedTuple):
         if why and not sent and self.build_retry and answer.finish_reason != "length":
             cancel()  # it may go on behind what was wanted of it
             log.warning("event=retry why=%s", quoted(loggable(why)))
+            self.proxy.metrics.add(1, "retries_total")
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
                 again = self.upload(with_seed(again, offset), cancellation)
@@ -8751,8 +9306,12 @@ def check_health(proxy: Proxy, request: Request) -> Response:
 
 def list_models(proxy: Proxy, request: Request) -> Response:
     models = proxy.models.current()
-    rows = [model_object(*row, models.created) for row in models.mappings.items()]
-    return Response({"object": "list", "data": rows})
+    rows = dict(models.mappings)
+    for slug in proxy.settings.collections if proxy.upstream.api.token else []:
+        for ref in proxy.upstream.collections.find(slug) or []:
+            rows.setdefault(ref, ref)
+    data = [model_object(*row, models.created) for row in rows.items()]
+    return Response({"object": "list", "data": data})
 
 
 def retrieve_model(proxy: Proxy, request: Request, id: str) -> Response:
@@ -8962,28 +9521,29 @@ def in_order(items: Iterable[tuple[int, Item]]) -> list[Item]:
 
 def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Response:
     task = TASKS["embedding"]
-    body, inputs, _ = parse_task_request(proxy, request, task, model)
+    body, inputs, schema = parse_task_request(proxy, request, task, model)
+
+    name, sizes = find_input(schema, task.params["input"]), set[int]()
 
     def read(
         prediction: Prediction, cancellation: Cancellation
     ) -> Generator[Vector, None, None]:
         output = prediction.wait_until_done()
-        try:
-            yield from read_vectors(output)
-        except ValueError:
-            raise no_output("vectors", prediction) from None
+        texts = prediction.prediction_input.input[name]
+        count = len(body["input"]) // len(inputs)
+        if isinstance(texts, list):
+            count = len(texts)
+        vectors: list[Vector] = []
+        with suppress(ValueError):
+            vectors = read_vectors(output)
+        sizes.update(map(len, vectors))
+        if len(vectors) != count or len(sizes) > 1:
+            wanted = "one vector for each text, all of one size"
+            raise no_output(wanted, prediction)
+        yield from vectors
 
     with start_predictions(proxy, request, inputs, read) as found:
         vectors = in_order(found)
-    count, sizes = len(body["input"]), {*map(len, vectors)}
-    if len(vectors) != count or len(sizes) != 1:
-        why = f"{len(vectors)} vectors of {len(sizes)} sizes for {count} texts"
-        raise APIError(
-            502,
-            f"The model `{body['model']}` made {why}.",
-            code="prediction_failed",
-            headers=NO_RETRY,
-        )
     tokens = sum(estimate_tokens(len(text)) for text in body["input"])
     usage = Usage(tokens, 0, is_estimate=True)
     request.log.usages = [usage]
@@ -8993,7 +9553,8 @@ def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Respons
 
 def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
     body, inputs, _ = parse_task_request(proxy, request, TASKS["speech"], model)
-    api, wants_pcm = proxy.upstream.api, body["response_format"] == "pcm"
+    api, format = proxy.upstream.api, body["response_format"]
+    is_raw = "pcm" in inputs[0].input.values()
     headers: dict[str, str] = {}
 
     def read(
@@ -9007,13 +9568,13 @@ def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
             start = b""
             while len(start) < 256 and (piece := next(pieces, b"")):
                 start += piece
-            type = media_type(start)
-            if wants_pcm and type == "audio/wav":
-                start = pcm_of(start)
-                type = media_type(start) or "audio/pcm"
-            if not type.startswith("audio/") and not (wants_pcm and not type):
+            type = media_type(start) or ("audio/pcm" if is_raw and start else "")
+            if not type.startswith("audio/"):
                 raise no_output("a sound", prediction, type)
-            headers["content-type"] = type or "audio/pcm"
+            if format == "pcm" and (samples := pcm_of(start)) is not None:
+                start, type = samples, "audio/pcm"
+            check_sound(format, type)
+            headers["content-type"] = type
             yield start
             yield from pieces
 
@@ -9035,6 +9596,20 @@ def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
     return Response(EventStream(run, lambda error: b"", lambda: b"", headers))
 
 
+def check_sound(format: str | None, type: str) -> None:
+    """Raise 400 for a format that a model can't be told, and does not make.
+
+    Clients send `mp3` without thinking, so it stands for any.
+    """
+    made = next((name for name in SOUNDS if SOUNDS[name] == type), type)
+    require(
+        format in (None, "mp3", made),
+        f"Invalid 'response_format': the model does not make '{format}', but '{made}'.",
+        code="invalid_value",
+        param="response_format",
+    )
+
+
 def create_transcription(proxy: Proxy, request: Request, model: str = "") -> Response:
     return respond_with_transcript(proxy, request, TASKS["transcription"], model)
 
@@ -9049,20 +9624,36 @@ def respond_with_transcript(
     body, inputs, schema = parse_task_request(proxy, request, task, model)
     format, by_word = body["response_format"], bool(body.get("words"))
     is_plain = {*schema.outputs} <= {"string", "strings"} and bool(schema.outputs)
-    require(
-        not is_plain or format in ("json", "text"),
-        f"The model `{body['model']}` tells no times, so it can't be used with "
-        f"response_format '{format}'. Use 'json' or 'text'.",
-        code="unsupported_value",
-        param="response_format",
-    )
+    has_times = format in ("verbose_json", "srt", "vtt")
     is_translation = task is TASKS["translation"]
+
+    def check_times(are_known: bool) -> None:
+        require(
+            are_known or not has_times,
+            f"The model `{body['model']}` tells no times, so it can't be used with "
+            f"response_format '{format}'. Use 'json' or 'text'.",
+            code="unsupported_value",
+            param="response_format",
+        )
+
+    check_times(not is_plain)
+    require(
+        not (body["stream"] and has_times),
+        f"Unsupported value: 'stream' can't be used with response_format '{format}'.",
+        code="unsupported_value",
+        param="stream",
+    )
 
     def read(
         prediction: Prediction, cancellation: Cancellation
     ) -> Generator[Transcript, None, None]:
         output = prediction.wait_until_done()
-        yield read_transcript(output, is_translation, by_word)
+        try:
+            transcript = read_transcript(output, is_translation, by_word)
+        except ValueError:
+            raise no_output("a transcript", prediction) from None
+        check_times(bool(transcript.segments) or not transcript.text)
+        yield transcript
 
     def read_texts(
         prediction: Prediction, cancellation: Cancellation
@@ -9083,7 +9674,7 @@ def respond_with_transcript(
             for _, text in found:
                 texts.append(text)
                 write(sse_frame({"type": "transcript.text.delta", "delta": text}))
-        done = {"type": "transcript.text.done", "text": "".join(texts)}
+        done = {"type": "transcript.text.done", "text": "".join(texts).strip()}
         write(sse_frame({**done, **transcript_usage(request.log)}))
 
     if body["stream"]:
@@ -9093,11 +9684,11 @@ def respond_with_transcript(
     if format == "json":
         return Response({"text": transcript.text, **transcript_usage(request.log)})
     if format == "verbose_json":
-        language = LANGUAGES.get(
-            body.get("language") or "", "english" if is_translation else ""
-        )
-        kind = "translate" if is_translation else "transcribe"
-        return Response(verbose_transcription(transcript, kind, language, by_word))
+        asked = language_name(body.get("language") or "")
+        kind, language = "transcribe", transcript.language or asked
+        if is_translation:
+            kind, language = "translate", "english"
+        return Response(verbose_transcription(transcript, kind, language))
     text = f"{transcript.text}\n"
     if format != "text":
         text = subtitles(transcript, format)
@@ -9237,16 +9828,22 @@ def response_not_found(id: str) -> APIError:
     return APIError(404, f"Response with id '{id}' not found.", param="id")
 
 
+def tell_metrics(proxy: Proxy, request: Request) -> Response:
+    return Response(proxy.metrics.render(), headers={"content-type": METRICS_TYPE})
+
+
 class Endpoint(NamedTuple):
     method: str
     path: str  # without the /v1 that all of them may have; * is an id
     operation: Callable[..., Response]
-    key: str = "required"  # or "optional", though a wrong one is refused, or "none"
+    # "optional": though a wrong one is refused; "metrics": METRICS_OPEN; or "none"
+    key: str = "required"
 
 
 ENDPOINTS = [
     Endpoint("GET", "/", show_page, key="none"),
     Endpoint("GET", "/health", check_health, key="none"),
+    Endpoint("GET", "/metrics", tell_metrics, key="metrics"),
     Endpoint("GET", "/models", list_models, key="optional"),
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),
@@ -9271,17 +9868,28 @@ ENDPOINTS = [
 BASE_PATH = r"(?:/openai|/v1)*(?:/(?:engines|deployments)/(?P<model>.{1,256}))?"
 
 
-def find_operation(
-    proxy: Proxy, method: str, path: str, headers: Mapping[str, str]
-) -> Callable[[Proxy, Request], Response]:
+def find_operation(proxy: Proxy, request: Request) -> Callable[[Request], Response]:
     """Find who answers a request. Raise APIError: 404, 405, or 401 for its key."""
-    if method == "OPTIONS":
+    if request.method == "OPTIONS":
         return answer_preflight
-    endpoint, ids = find_endpoint(method, path)
-    key = given_key(headers)
-    if endpoint.key == "required" or (endpoint.key == "optional" and key is not None):
-        authorize(key, proxy.settings.api_keys)
-    return lambda proxy, request: endpoint.operation(proxy, request, *ids)
+    endpoint, ids = find_endpoint(request.method, request.path)
+    request.log.endpoint = endpoint.path
+    key, settings = given_key(request.headers), proxy.settings
+    needs_key = {
+        "required": True,
+        "optional": key is not None,
+        "metrics": not settings.metrics_open,
+        "none": False,
+    }
+    token = own_token(key, settings)
+    if token and endpoint.key != "metrics":
+        proxy = proxy._replace(upstream=proxy.upstream.for_token(token))
+    elif needs_key[endpoint.key]:
+        authorize(key, settings)
+        message = f"This key has no Replicate token behind it. Send {OWN_TOKEN}."
+        if endpoint.key == "required" and not proxy.upstream.api.token:
+            raise APIError(401, message, code="invalid_api_key")
+    return lambda request: endpoint.operation(proxy, request, *ids)
 
 
 @lru_cache(16)  # programs use few, and anyone may send long ones
@@ -9327,20 +9935,35 @@ def given_key(headers: Mapping[str, str]) -> str | None:
 WHOSE_KEY = (
     "those in PROXY_API_KEY where the proxy was started: not OpenAI's, nor Replicate's."
 )
+OWN_TOKEN = f"your own Replicate token (r8_…), from {TOKENS_URL}"
 
 
-def authorize(given: str | None, keys: Iterable[str]) -> None:
+def is_key(given: str, settings: Settings) -> bool:
+    keys = settings.api_keys
+    return any([compare_digest(given.encode(), key.encode()) for key in keys])
+
+
+def own_token(given: str | None, settings: Settings) -> str:
+    """The client's own Replicate token, "" if its key is none, or is one of ours."""
+    is_taken = settings.client_tokens and re.fullmatch(r"r8_[!-~]{1,200}", given or "")
+    return given if given and is_taken and not is_key(given, settings) else ""
+
+
+def authorize(given: str | None, settings: Settings) -> None:
+    whose = WHOSE_KEY
+    if settings.client_tokens:
+        whose = f"{WHOSE_KEY} Or send {OWN_TOKEN}."
     if given is None:
         raise APIError(
             401,
             "You didn't provide an API key. You need to provide it in an Authorization "
             "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
-            f"{WHOSE_KEY}",
+            f"{whose}",
         )
-    if not any([compare_digest(given.encode(), key.encode()) for key in keys]):
+    if not is_key(given, settings):
         message = (
             "Incorrect API key provided. It has to be one of the proxy's own keys, "
-            f"{WHOSE_KEY}"
+            f"{whose}"
         )
         raise APIError(401, message, code="invalid_api_key")
 
@@ -9357,7 +9980,7 @@ CORS = {
 }
 
 
-def answer_preflight(proxy: Proxy, request: Request) -> Response:
+def answer_preflight(request: Request) -> Response:
     """Let pages of any origin in: a key is needed all the same."""
     asked = request.headers.get("access-control-request-headers", "")
     allow = {
@@ -9656,6 +10279,7 @@ class Handler(BaseHTTPRequestHandler):
             self.api_request.log.error = "client_gone"
         finally:
             self.server.release(self.api_request)
+            self.count()
             self.log_line()
             self.api_request = Request("-", "-", {})  # this one may be large
         if self.close_connection and not self.reader.is_done:
@@ -9686,9 +10310,9 @@ class Handler(BaseHTTPRequestHandler):
             raise APIError(error.status, message) from None
         server, request = self.server, self.api_request
         with server.watcher.watching(self.connection, request.cancellation):
-            self.send(operation(server.proxy, request))
+            self.send(operation(request))
 
-    def read_request(self) -> Callable[[Proxy, Request], Response]:
+    def read_request(self) -> Callable[[Request], Response]:
         """Read the head, and the body of one who may ask, if there is room for it."""
         server, limit = self.server, self.server.proxy.settings.max_body_bytes
         first, headers = self.reader.read_head()
@@ -9707,7 +10331,7 @@ class Handler(BaseHTTPRequestHandler):
         awaits_continue = headers.get("expect", "").lower() == "100-continue"
         is_small = 0 <= (length or 0) <= SMALL_BODY and not awaits_continue
         self.close_connection = is_last or not is_small  # if nobody reads its body
-        operation = find_operation(server.proxy, method, path, headers)
+        operation = find_operation(server.proxy, request)
         if method == "POST":
             if length is None:
                 raise BadMessage("a body needs a Content-Length", 411)
@@ -9773,6 +10397,9 @@ class Handler(BaseHTTPRequestHandler):
             last = stream.error(self.failure(error))
             if not last:  # only a connection that breaks tells that a file is not whole
                 self.close_connection = True
+                linger = struct.pack("ii", 1, 0)  # with a reset, which HTTP/1.0 needs
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.close()
                 return
             writer.write(last)
         writer.end()
@@ -9810,11 +10437,44 @@ class Handler(BaseHTTPRequestHandler):
     def elapsed_ms(self) -> int:
         return round((time.monotonic() - self.began) * 1000)
 
+    def count(self) -> None:
+        """Count a request in the metrics, but for those that only watch the proxy."""
+        request_log, metrics = self.api_request.log, self.server.proxy.metrics
+        endpoint, model, pieces = request_log.endpoint, "", 0
+        if endpoint in ("/health", "/metrics"):
+            return
+        seconds, add = time.monotonic() - self.began, metrics.add
+        if ref := request_log.ref.partition(";")[0]:
+            listed = self.server.proxy.models.models.spellings
+            is_known = bool(request_log.predictions) or ref.casefold() in listed
+            model = metrics.model_label(ref, is_known)
+        status, code = str(self.status or 499), str(request_log.error)
+        add(1, "requests_total", endpoint, model, status, code)
+        stream = "true" if request_log.stream else "false"
+        key = "request_duration_seconds", endpoint, model, stream
+        metrics.observe(seconds, *key)
+        for usage in request_log.usages:
+            estimated = "true" if usage.is_estimate else "false"
+            tokens = {"input": usage.prompt_tokens, "output": usage.completion_tokens}
+            for type, count in tokens.items():
+                add(count or 0, "tokens_total", model, type, estimated)
+            pieces += usage.completion_tokens or 0
+        if request_log.costs:
+            add(sum(request_log.costs), "cost_usd_total", model)
+        if request_log.stream and request_log.first_text_at:
+            first = request_log.first_text_at - self.began
+            metrics.observe(first, "time_to_first_token_seconds", model)
+            if pieces > 1 and len(request_log.usages) == 1:
+                pace = (seconds - first) / (pieces - 1)
+                metrics.observe(pace, "time_per_output_token_seconds", model)
+        if code == "client_gone":
+            add(1, "client_disconnects_total")
+
     def log_line(self) -> None:
         """One line per request: nothing of a key, a token or what was said."""
         request, request_log = self.api_request, self.api_request.log
         failure, level = request_log.failure, logging.INFO
-        if request.path.endswith("/health") and self.status == 200:
+        if request_log.endpoint in ("/health", "/metrics") and self.status == 200:
             level = logging.DEBUG
         elif failure and (
             failure.status >= 500
@@ -9840,6 +10500,7 @@ class Handler(BaseHTTPRequestHandler):
             "tokens_in": usage and usage.prompt_tokens,
             "tokens_out": usage and usage.completion_tokens,
             "estimated": "yes" if usage and usage.is_estimate else None,
+            "cost": round(sum(request_log.costs), 9) if request_log.costs else None,
             "first_token_ms": first and round((first - self.began) * 1000),
             "ms": self.elapsed_ms(),
             "error": request_log.error,
@@ -9847,8 +10508,7 @@ class Handler(BaseHTTPRequestHandler):
             "why": failure and f"{why} {failure.detail}".strip(),
             "request_id": self.id,
         }
-        pairs = [f"{k}={quoted(v)}" for k, v in row.items() if v not in (None, "")]
-        log.log(level, "%s", " ".join(pairs))
+        log_row(level, row)
 
 
 class Server(ThreadingHTTPServer):
@@ -9859,6 +10519,7 @@ class Server(ThreadingHTTPServer):
         settings: Settings,
         timeouts: Timeouts,
         listener: socket.socket | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         settings.check()
         models = ModelsFile(settings.models_path, FAMILIES)
@@ -9870,9 +10531,13 @@ class Server(ThreadingHTTPServer):
         self.server_name, self.server_port = settings.host, self.server_address[1]
         self.url = base_url(self.socket, settings)
         self.timeouts = timeouts
-        self.api = ReplicateAPI(settings, timeouts)
-        store = ResponseStore(settings, timeouts)
-        self.proxy = Proxy(settings, models, Upstream(self.api, timeouts), store)
+        metrics = metrics or Metrics()
+        self.api = ReplicateAPI(settings, timeouts, metrics)
+        upstream, store = (
+            Upstream(self.api, timeouts),
+            ResponseStore(settings, timeouts),
+        )
+        self.proxy = Proxy(settings, models, upstream, store, metrics)
         # From when they are accepted; since when they wait for a request, or 0.
         self.connections: dict[socket.socket, float] = {}
         self.disconnected = threading.Condition()
@@ -9928,6 +10593,7 @@ class Server(ThreadingHTTPServer):
     def refuse(self, connection: socket.socket, failure: APIError) -> None:
         """Send an error, with no thread and no time for it, and close."""
         log.warning("event=connection_refused why=%s", quoted(failure))
+        self.proxy.metrics.add(1, "requests_total", "other", "", "503", "overloaded")
         body = encode_readable_json(failure.body)
         headers = {
             "content-type": "application/json",
@@ -9955,6 +10621,8 @@ class Server(ThreadingHTTPServer):
 
     def check_token(self) -> None:
         """Log a warning if Replicate does not accept the token."""
+        if not self.api.token:
+            return
         try:
             self.api.account()
         except Exception as error:
@@ -9974,6 +10642,7 @@ class Server(ThreadingHTTPServer):
                 )
             self.hold(request, size)
             self.requests.add(request)
+            self.proxy.metrics.set(len(self.requests), "in_flight")
 
     def hold(self, request: Request, size: int) -> None:
         """Count bytes of its body; raise 503 if there are too many beside others'."""
@@ -9989,6 +10658,7 @@ class Server(ThreadingHTTPServer):
         with self.admission:
             self.requests.discard(request)
             self.held -= request.held
+            self.proxy.metrics.set(len(self.requests), "in_flight")
 
     def await_disconnects(self, seconds: float) -> None:
         with self.disconnected:
@@ -10082,52 +10752,56 @@ def handle_signals(handler: Callable[[int, Any], object]) -> None:
 
 def run_workers(
     count: int,
-    work: Callable[[int, int], int],
+    work: Callable[[int, int, int], int],
     listener: socket.socket,
     signals: Sequence[int],
 ) -> int:
     """Keep processes at work until a signal, and wait for their end until another.
 
     Each gives its exit code, and is given the ends of the pipes that tell it to stop
-    and to hurry.
+    and to hurry, and the number of its place, which the one after it takes.
     """
     stop, hurry = os.pipe(), os.pipe()
 
-    def run() -> None:
+    def run(place: int) -> None:
         os.close(stop[1])
         os.close(hurry[1])
-        os._exit(work(stop[0], hurry[0]))
+        os._exit(work(stop[0], hurry[0], place))
 
     import multiprocessing  # 5 ms, for those alone who have workers
 
-    workers: set[multiprocessing.process.BaseProcess] = set()
+    workers: dict[int, multiprocessing.process.BaseProcess] = {}
     due = 0.0
     while not signals:
         try:
             while time.monotonic() >= due and len(workers) < count:
                 # The parent has no threads, which a fork would break.
-                process = multiprocessing.get_context("fork").Process(target=run)
+                place = min(set(range(count)) - workers.keys())
+                context = multiprocessing.get_context("fork")
+                process = context.Process(target=run, args=[place])
                 process.start()
-                workers.add(process)
+                workers[place] = process
         except OSError as error:  # no memory, or too many processes
             log.error("event=worker_not_started error=%s", quoted(error))
             due = time.monotonic() + PAUSE
         time.sleep(0.1)
-        for worker in [worker for worker in workers if not worker.is_alive()]:
+        for place, worker in [*workers.items()]:
+            if worker.is_alive():
+                continue
             log.error("event=worker_died pid=%d code=%d", worker.pid, worker.exitcode)
-            workers.remove(worker)
+            del workers[place]
             due = time.monotonic() + PAUSE
     listener.close()
     os.close(stop[1])
-    while any([worker.is_alive() for worker in workers]):
+    while any([worker.is_alive() for worker in workers.values()]):
         if len(signals) > 1:
             os.write(hurry[1], bytes([signals[1]]) * len(workers))
-            for worker in workers:
+            for worker in workers.values():
                 worker.join(2 * HURRY)
                 worker.kill()
             return 128 + signals[1]
         time.sleep(0.1)
-    return int(any(worker.exitcode for worker in workers))
+    return int(any(worker.exitcode for worker in workers.values()))
 
 
 # -- Command line --------------------------------------------------------------
@@ -10245,7 +10919,8 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    work = partial(serve_until, settings, listener, options.demo)
+    metrics = Metrics(settings.workers)
+    work = partial(serve_until, settings, listener, metrics, options.demo)
     if settings.workers > 1:
         signals: list[int] = []
         handle_signals(lambda number, _: signals.append(number))
@@ -10257,7 +10932,10 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
         f"Open {url}/ in a browser, or try this" if PAGE_FILE.exists() else "Try this"
     )
     print(f"Serving {len(models.mappings)} models on {url}/v1. {page}:\n")
-    print(f"  {curl_line(url, options, models)}\n", flush=True)
+    line = curl_line(url, options, models, bool(settings.api_keys))
+    print(f"  {line}\n", flush=True)
+    if settings.client_tokens:
+        print(f"Keys of clients: {describe_keys(settings)}.\n", flush=True)
     return run()
 
 
@@ -10274,13 +10952,20 @@ def stop_on_signals() -> tuple[int, int]:
 
 
 def serve_until(
-    settings: Settings, listener: socket.socket, is_demo: bool, stop: int, hurry: int
+    settings: Settings,
+    listener: socket.socket,
+    metrics: Metrics,
+    is_demo: bool,
+    stop: int,
+    hurry: int,
+    place: int = 0,  # of a worker
 ) -> int:
     """Serve until `stop` ends, then until all requests are answered; return a code.
 
     A byte in `hurry`, the number of a signal, ends that within `HURRY`.
     """
-    server = Server(settings, Timeouts(), listener)
+    metrics.use_part(place)
+    server = Server(settings, Timeouts(), listener, metrics)
     codes = [0]
 
     def await_stop() -> None:
@@ -10304,10 +10989,14 @@ def serve_until(
     return codes[0]
 
 
-def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
+def curl_line(
+    url: str, options: argparse.Namespace, models: Models, has_key: bool
+) -> str:
     """It finds the key by a shell's own means, and does not hold it."""
     if options.demo:
         key = DEMO_KEY
+    elif not has_key:
+        key = "$REPLICATE_API_TOKEN"  # the client's own
     elif os.environ.get("PROXY_API_KEY"):
         key = "${PROXY_API_KEY%%,*}"
     else:
@@ -10327,6 +11016,16 @@ def curl_line(url: str, options: argparse.Namespace, models: Models) -> str:
     )
 
 
+def describe_keys(settings: Settings) -> str:
+    """Whose keys open what."""
+    count, token = len(settings.api_keys), settings.replicate_api_token.strip()
+    ours = f"{count} in PROXY_API_KEY" if count else "none of PROXY_API_KEY"
+    if count and not token:
+        ours += ", for /metrics alone as there is no REPLICATE_API_TOKEN"
+    own = ", and any Replicate token for its owner" if settings.client_tokens else ""
+    return f"{ours}{own}"
+
+
 def check_token(settings: Settings, models: Models) -> int:
     """Say what was read, and whether Replicate knows the token."""
     names = [row.name for row in fields(settings) if row.repr]
@@ -10335,6 +11034,10 @@ def check_token(settings: Settings, models: Models) -> int:
     print(f"settings  OK; changed:{''.join(lines) or ' none'}")
     print(f"models    {len(models.mappings)} in {settings.models_path},")
     print(f"          and {models.default_model or 'none'} for any other name")
+    print(f"keys      {describe_keys(settings)}")
+    if not settings.replicate_api_token.strip():
+        print("token     none: clients send their own (CLIENT_TOKENS)")
+        return 0
     with closing(ReplicateAPI(settings, Timeouts())) as api:
         try:
             account = api.account()
@@ -10374,12 +11077,39 @@ def modification_times(options: argparse.Namespace) -> list[float]:
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 
-def log_to_stderr(level: str) -> None:
+# A pair of a line that has the form key=value.
+PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"{[]\S*)(?:\s+|\Z)')
+
+
+class JSONFormatter(logging.Formatter):
+    """Writes a line as an object: its pairs, and what follows them as `message`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = self.formatTime(record, self.datefmt)
+        row: Json = {"time": moment, "level": record.levelname}
+        message = record.getMessage()
+        if hasattr(record, "row"):
+            row |= record.row
+            message = ""
+        while pair := PAIR.match(message):
+            value = pair[2]
+            row[pair[1]] = json.loads(value) if value.startswith('"') else value
+            message = message[pair.end() :]
+        if message:
+            row["message"] = message
+        if record.exc_info:
+            row["exception"] = self.formatException(record.exc_info)
+        return json.dumps(row)
+
+
+def log_to_stderr(settings: Settings) -> None:
     handler = logging.StreamHandler()
     line = "time=%(asctime)s level=%(levelname)s %(message)s"
-    handler.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S%z"))
+    formatters = {"text": logging.Formatter, "json": JSONFormatter}
+    make = formatters[settings.log_format]
+    handler.setFormatter(make(line, "%Y-%m-%dT%H:%M:%S%z"))
     log.addHandler(handler)
-    log.setLevel(level.upper())
+    log.setLevel(settings.log_level.upper())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -10390,6 +11120,8 @@ def main(arguments: Sequence[str]) -> int:
         settings = read_settings(options)
         settings.check()
         if options.key:
+            if not settings.api_keys:
+                raise ConfigError("PROXY_API_KEY has no key: clients send their own.")
             print(settings.api_keys[0])
             return 0
         models = ModelsFile(settings.models_path, FAMILIES).current()
@@ -10397,7 +11129,7 @@ def main(arguments: Sequence[str]) -> int:
         with play(settings) as settings:
             if options.check:
                 return check_token(settings, models)
-            log_to_stderr(settings.log_level)
+            log_to_stderr(settings)
             with with_shared_store(settings) as settings:
                 return serve(settings, models, options)
     except ConfigError as error:

@@ -12,6 +12,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import operator
 import os
 import re
@@ -32,7 +33,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from functools import partial, reduce, wraps
 from hashlib import sha256
@@ -70,6 +71,7 @@ from openai.types.responses import (
 )
 from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, expect, sync_playwright
+from prometheus_client.parser import text_string_to_metric_families
 
 import fake_replicate
 import proxy
@@ -625,6 +627,9 @@ NO_KEY_YET = "your_secure_proxy_api_key_here"
         ("days", "responses_db_days", 0, "must be a number from 1 to 3650."),
         ("a size", "max_body_bytes", 0, "must be a number from 1 to 2147483648."),
         ("a level", "log_level", "x", "must be one of DEBUG, INFO, WARNING, ERROR."),
+        ("a shelf", "list_replicate_models", "a/b", "must be names of Replicate's"),
+        ("a format", "log_format", "xml", "must be one of text, json."),
+        ("yes or no", "metrics_open", "yes", "must be true or false."),
         ("an address", "replicate_base_url", "api.x/v1", "must be of the form https:"),
     ],
 )
@@ -835,7 +840,8 @@ def models_problem(directory, models):
 
 
 ROOT_KEYS = "default_model, mappings, model_configs"
-CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input"
+CONFIG_KEYS = "max_tokens, temperature_range, supports_streaming, family, input, price"
+PRICE_KEYS = "input, output, image, second, character"
 TWO_NUMBERS = "two numbers, the lower one first"
 ONE_FAMILY = f"one of {', '.join(proxy.FAMILIES)}"
 
@@ -870,11 +876,28 @@ def test_a_wrong_file_is_refused_by_its_json_path(tmp_path, models, path, expect
         ("an unknown family", "family", "bert", ONE_FAMILY),
         ("several families", "family", ["gpt-4"], ONE_FAMILY),
         ("a list", "input", [50], "an object"),
+        ("a number for all", "price", 5, "an object"),
     ],
 )
 def test_a_wrong_config_is_refused_by_its_json_path(tmp_path, key, value, expected):
     problem = models_problem(tmp_path, {"model_configs": {"a/b": {key: value}}})
     assert problem == f'$.model_configs["a/b"].{key}: expected {expected}.'
+
+
+@table(
+    "key, value, expected",
+    [
+        ("an unknown unit", "token", 5, f"one of {PRICE_KEYS}"),
+        ("a negative one", "input", -1, "US dollars, from 0"),
+        ("a text", "output", "$5", "US dollars, from 0"),
+        ("a boolean", "image", True, "US dollars, from 0"),
+        ("no number", "second", float("nan"), "US dollars, from 0"),
+    ],
+)
+def test_a_wrong_price_is_refused_by_its_json_path(tmp_path, key, value, expected):
+    configs = {"a/b": {"price": {key: value}}}
+    problem = models_problem(tmp_path, {"model_configs": configs})
+    assert problem == f'$.model_configs["a/b"].price.{key}: expected {expected}.'
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1,}', "[" * 200_000])
@@ -934,6 +957,262 @@ def test_the_models_that_are_shipped_can_be_asked():
         version = fake_replicate.MODELS[ref]["latest_version"]
         schema = proxy.read_schema(version["openapi_schema"])
         assert any(proxy.fits(task, schema) for task in proxy.TASKS.values()), ref
+
+
+# -- Metrics -------------------------------------------------------------------
+
+METRICS_PATH = "/metrics"
+
+
+def scrape(server, headers=AUTHORIZATION):
+    """Each sample by its name and labels, as prometheus_client reads it."""
+    answer = send(server, "GET", METRICS_PATH, headers=headers)
+    assert answer.status == 200
+    return read_samples(answer.body.decode())
+
+
+def read_samples(text):
+    families = text_string_to_metric_families(text)
+    samples = [sample for family in families for sample in family.samples]
+    found = {(s.name, *sorted(s.labels.items())): s.value for s in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+def numbers(server, name, **labels):
+    """The sum of a family's samples that have these labels."""
+    full = f"replicate_proxy_{name}"
+    return sum(
+        value
+        for (each, *pairs), value in scrape(server).items()
+        if each == full and labels.items() <= dict(pairs).items()
+    )
+
+
+def test_metrics_are_what_prometheus_reads(lasting):
+    fake, server = lasting
+    chat(server, "hello")
+    chat(server, "hello", stream=True)
+    wait_until(lambda: numbers(server, "in_flight") == 0)
+    answer = send(server, "GET", METRICS_PATH)
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    text = answer.body.decode()
+    assert text.endswith("\n") and "\r" not in text
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        for name, labels, value, *_ in family.samples:
+            assert re.fullmatch(r"(replicate_proxy_\w+|process_start_\w+)", name)
+            if name.endswith("_count"):
+                bucket = (
+                    f"{name[:-6]}_bucket",
+                    *sorted({**labels, "le": "+Inf"}.items()),
+                )
+                assert read_samples(text)[bucket] == value
+            if family.type == "histogram" and name.endswith("_sum"):
+                counts = [s for s in family.samples if "le" in s.labels]
+                assert counts
+    assert text.count("# TYPE ") == len(proxy.METRICS) + 2
+    head = send(server, "HEAD", METRICS_PATH)
+    assert (head.status, head.body) == (200, b"")
+
+
+def test_the_numbers_of_a_histogram_rise_to_their_count():
+    metrics, name = proxy.Metrics(), "time_to_first_token_seconds"
+    for seconds in (0.1, 0.11, 0.25, 300, 301):
+        metrics.observe(seconds, name, "a/b")
+    found = read_samples(metrics.render().decode())
+    full = f"replicate_proxy_{name}"
+    rows = {
+        key[1][1]: value for key, value in found.items() if key[0] == f"{full}_bucket"
+    }
+    assert rows["0.1"] == 1 and rows["0.25"] == 3 and rows["0.5"] == 3
+    assert rows["300"] == 4 and rows["+Inf"] == 5
+    assert found[f"{full}_count", ("model", "a/b")] == 5
+    assert found[f"{full}_sum", ("model", "a/b")] == pytest.approx(601.46)
+
+
+COUNTED = [
+    (
+        "a whole chat",
+        "hello",
+        {},
+        [
+            ("requests_total", {"status": "200", "code": "", "model": "fake/hello"}, 1),
+            ("request_duration_seconds_count", {"stream": "false"}, 1),
+            ("time_to_first_token_seconds_count", {}, 0),
+            ("tokens_total", {"type": "output", "estimated": "false"}, 8),
+            ("predictions_total", {"model": "fake/hello", "status": "succeeded"}, 1),
+            ("upstream_requests_total", {"kind": "create", "status": "201"}, 1),
+        ],
+    ),
+    (
+        "a stream",
+        "hello",
+        {"stream": True},
+        [
+            ("requests_total", {"endpoint": "/chat/completions", "status": "200"}, 1),
+            ("request_duration_seconds_count", {"stream": "true"}, 1),
+            ("time_to_first_token_seconds_count", {"model": "fake/hello"}, 1),
+            ("time_per_output_token_seconds_count", {"model": "fake/hello"}, 1),
+            ("upstream_requests_total", {"kind": "stream", "status": "200"}, 1),
+        ],
+    ),
+    (
+        "tokens that are not counted",
+        "no-counts",
+        {},
+        [("tokens_total", {"type": "output", "estimated": "true"}, 7)],
+    ),
+    (
+        "two choices",
+        "hello",
+        {"n": 2},
+        [
+            ("requests_total", {}, 1),
+            ("predictions_total", {"status": "succeeded"}, 2),
+            ("tokens_total", {"type": "output"}, 16),
+        ],
+    ),
+    (
+        "one that fails",
+        "failed",
+        {},
+        [
+            ("requests_total", {"status": "502", "code": "prediction_failed"}, 1),
+            ("predictions_total", {"model": "fake/failed", "status": "failed"}, 1),
+        ],
+    ),
+    (
+        "a stream that fails midway",
+        "failed-late",
+        {"stream": True},
+        [("requests_total", {"status": "200", "code": "prediction_failed"}, 1)],
+    ),
+    (
+        "no credit",
+        "out-of-credit",
+        {},
+        [
+            ("requests_total", {"code": "insufficient_quota", "model": "other"}, 1),
+            ("upstream_requests_total", {"kind": "create", "status": "402"}, 1),
+            ("predictions_total", {}, 0),
+        ],
+    ),
+    (
+        "text that is cut at a stop string",
+        "story",
+        {"stop": ["5"], "stream": True},
+        [("predictions_total", {"status": "canceled"}, 1)],
+    ),
+    (
+        "another try",
+        "hello",
+        {"response_format": {"type": "json_object"}},
+        [("retries_total", {}, 1), ("predictions_total", {"status": "succeeded"}, 2)],
+    ),
+    (
+        "a wrong parameter",
+        "hello",
+        {"temperature": 5},
+        [("requests_total", {"status": "400", "model": ""}, 1)],
+    ),
+    (
+        "a name that nobody knows",
+        "missing/model",
+        {},
+        [("requests_total", {"status": "404", "model": "other"}, 1)],
+    ),
+]
+
+
+@table("model, body, expected", COUNTED)
+def test_what_is_counted(watched, model, body, expected):
+    _, server = watched
+    chat(server, model, **body)
+    wait_until(lambda: numbers(server, "request_duration_seconds_count") == 1)
+    for name, labels, number in expected:
+        assert (name, labels, numbers(server, name, **labels)) == (name, labels, number)
+
+
+def test_who_leaves_is_counted(watched):
+    fake, server = watched
+    with start_call(server, "fake/endless", stream=True) as sock:
+        read_until(sock, b"data")
+        assert numbers(server, "in_flight") == 1
+    wait_until(lambda: numbers(server, "client_disconnects_total") == 1)
+    gone = {"status": "200", "code": "client_gone"}
+    assert numbers(server, "requests_total", **gone) == 1
+    assert numbers(server, "predictions_total", status="canceled") == 1
+    assert numbers(server, "in_flight") == 0
+
+
+def test_scrapes_and_health_checks_are_not_counted(watched):
+    _, server = watched
+    for path in (METRICS_PATH, "/health", METRICS_PATH):
+        send(server, "GET", path, headers={})
+        send(server, "GET", path)
+    assert numbers(server, "requests_total") == 0
+    send(server, "GET", "/v1/models")
+    send(server, "GET", "/nothing")
+    wait_until(lambda: numbers(server, "requests_total", endpoint="other") == 1)
+    assert numbers(server, "requests_total", endpoint="/models", status="200") == 1
+
+
+def test_metrics_need_a_key_unless_they_are_open(watched):
+    fake, server = watched
+    for headers in ({}, {"authorization": "Bearer wrong"}):
+        assert send(server, "GET", METRICS_PATH, headers=headers).status == 401
+    with fronting(fake, metrics_open=True) as server:
+        assert send(server, "GET", METRICS_PATH, headers={}).status == 200
+        assert send(server, "GET", "/v1/responses/x", headers={}).status == 401
+
+
+def test_models_beyond_a_number_are_counted_together(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_MODEL_LABELS", 2)
+    metrics = proxy.Metrics()
+    asked = [
+        ("a/b", False),
+        ("a/b", True),
+        ("c/d:5", True),
+        ("e/f", True),
+        ("a/b", False),
+    ]
+    labels = [metrics.model_label(*each) for each in asked]
+    assert labels == ["other", "a/b", "c/d", "other", "a/b"]
+
+
+def test_what_there_is_no_room_for_is_not_counted(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_METRICS_BYTES", 4096)
+    metrics, name = proxy.Metrics(), "request_duration_seconds"
+    for number in range(1000):
+        metrics.observe(1, name, "/x", f"a/{number}", "true")
+    metrics.add(1, "retries_total")
+    found = read_samples(metrics.render().decode())
+    counts = [value for key, value in found.items() if key[0].endswith("_count")]
+    assert 10 < len(counts) < 50 and {*counts} == {1}
+    assert found["replicate_proxy_retries_total",] == 1
+
+
+def test_a_process_counts_on_from_where_one_before_it_stopped():
+    """As workers do, each in memory that it shares with the others."""
+    metrics = proxy.Metrics(2)
+    metrics.use_part(1)
+    metrics.add(5, "retries_total")
+    metrics.add(2, "predictions_total", "a/b", "failed")
+    metrics.set(7, "in_flight")
+    metrics.use_part(0)
+    metrics.add(1, "retries_total")
+    metrics.set(1, "in_flight")
+    metrics.use_part(1)  # by another process: nothing is in flight there
+    metrics.add(1, "predictions_total", "c/d", "failed")
+    metrics.add(1, "predictions_total", "a/b", "failed")
+    found = read_samples(metrics.render().decode())
+    full = "replicate_proxy_"
+    assert found[f"{full}retries_total",] == 6
+    assert found[f"{full}in_flight",] == 1
+    failed = ("status", "failed")
+    assert found[f"{full}predictions_total", ("model", "a/b"), failed] == 3
+    assert found[f"{full}predictions_total", ("model", "c/d"), failed] == 1
 
 
 # ==== 2. REQUESTS =============================================================
@@ -11241,6 +11520,1867 @@ def test_an_image_that_fails_is_a_status_or_the_last_event_of_a_stream(watched):
     assert error["code"] == "prediction_failed"
 
 
+# -- Embeddings ----------------------------------------------------------------
+
+GRANITE = "ibm-granite/granite-embedding-278m-multilingual"
+MPNET, BGE = "replicate/all-mpnet-base-v2", "nateraw/bge-large-en-v1.5"
+E5, NOMIC = "beautyyuyanli/multilingual-e5-large", "lucataco/nomic-embed-text-v1"
+ARCTIC, GTE = "lucataco/snowflake-arctic-embed-l", "mark3labs/embeddings-gte-base"
+GTE_QWEN, CLIP = "cuuupid/gte-qwen2-7b-instruct", "openai/clip"
+JINA, FEATURES = "zsxkib/jina-clip-v2", "andreasjansson/clip-features"
+IMAGEBIND, LLAMA_13B = "daanelson/imagebind", "andreasjansson/llama-2-13b-embeddings"
+E5_MISTRAL, BGE_15 = "adirik/e5-mistral-7b-instruct", "acme/bge_1-5_query_embeddings"
+KRTHR = "krthr/clip-embeddings"
+KOKORO, WHISPER = "jaaari/kokoro-82m", "openai/whisper"
+MORE_EMBEDDERS = {  # beside the stand-in's: their inputs and output
+    LLAMA_13B: ("prompts* str", "[[float]]"),
+    E5_MISTRAL: (
+        "task str; query str; document* str; normalize bool =false",
+        "any",
+    ),
+    BGE_15: ("query_texts str; normalize bool =true", "[[float]]"),
+    FEATURES: ('inputs str ="a"', "[obj]"),
+    IMAGEBIND: (
+        'input uri; text_input str; modality enum vision, text, audio ="vision"',
+        "[float]",
+    ),
+    KRTHR: ("text str; image uri", "{embedding* [float]}"),
+    "acme/threes": ("texts* [str]", "[[float]]"),
+}
+
+
+@pytest.fixture
+def embedding(fake):
+    """The stand-in with more embedding models, each of which makes what it may."""
+    for ref, (inputs, output) in MORE_EMBEDDERS.items():
+        fake.models[ref] = make_model(ref, inputs, output=output)
+    rows = fake_replicate.input_schemas(fake.models["acme/threes"])
+    rows["Input"]["properties"]["texts"]["maxItems"] = 3
+    fake.makes |= {
+        LLAMA_13B: lambda input: vectors(json.loads(input["prompts"])),
+        E5_MISTRAL: lambda input: vectors([input["document"]]),
+        BGE_15: lambda input: vectors(json.loads(input["query_texts"])),
+        FEATURES: lambda input: [
+            {"input": text, "embedding": vector(text)}
+            for text in input["inputs"].split("\n")
+        ],
+        IMAGEBIND: lambda input: vector(input["text_input"]),
+        KRTHR: lambda input: {"embedding": vector(input["text"])},
+        "acme/threes": lambda input: vectors(input["texts"]),
+    }
+    return fake
+
+
+vector, vectors = fake_replicate.vector, fake_replicate.vectors
+
+
+def embed(server, model, input="a", **body):
+    asked = {"model": model, "input": input, **body}
+    return send(server, "POST", "/v1/embeddings", asked)
+
+
+def ran(fake, act):
+    """What an act returns, and the inputs of the predictions that it made."""
+    known = {*fake.predictions}
+    result = act()
+    made = [{**p.input} for id, p in fake.predictions.items() if id not in known]
+    return result, made
+
+
+NORMAL = {"normalize_embeddings": True}
+
+
+@table(
+    "model, body, expected",
+    [
+        ("a list", GRANITE, {}, [{"texts": ["a", "\u00e9\nc"]}]),
+        ("a list of another name", GTE_QWEN, {}, [{"text": ["a", "\u00e9\nc"]}]),
+        (
+            "JSON in a string, by its name",
+            MPNET,
+            {},
+            [{"text_batch": '["a", "\u00e9\\nc"]'}],
+        ),
+        ("and its length", BGE, {}, [{"texts": '["a", "\u00e9\\nc"]', **NORMAL}]),
+        ("by its default", E5, {}, [{"texts": '["a", "\u00e9\\nc"]', **NORMAL}]),
+        ("as prompts", LLAMA_13B, {}, [{"prompts": '["a", "\u00e9\\nc"]'}]),
+        (
+            "as queries",
+            BGE_15,
+            {},
+            [{"query_texts": '["a", "\u00e9\\nc"]', "normalize": True}],
+        ),
+        ("lines", NOMIC, {}, [{"sentences": "a\n\u00e9 c"}]),
+        ("lines of another name", FEATURES, {}, [{"inputs": "a\n\u00e9 c"}]),
+        ("one as a prompt", ARCTIC, {}, [{"prompt": "a"}, {"prompt": "\u00e9\nc"}]),
+        ("one as text", GTE, {}, [{"text": "a"}, {"text": "\u00e9\nc"}]),
+        ("one beside an image", CLIP, {}, [{"text": "a"}, {"text": "\u00e9\nc"}]),
+        ("of another model", KRTHR, {}, [{"text": "a"}, {"text": "\u00e9\nc"}]),
+        (
+            "a document",
+            E5_MISTRAL,
+            {},
+            [
+                {"document": "a", "normalize": True},
+                {"document": "\u00e9\nc", "normalize": True},
+            ],
+        ),
+        (
+            "by what always goes with it",
+            IMAGEBIND,
+            {},
+            [
+                {"text_input": "a", "modality": "text"},
+                {"text_input": "\u00e9\nc", "modality": "text"},
+            ],
+        ),
+        (
+            "as many as it has dimensions",
+            JINA,
+            {"input": "a", "dimensions": 128},
+            [{"text": "a", "embedding_dim": 128, "output_format": "array"}],
+        ),
+        (
+            "no more dimensions than it has",
+            JINA,
+            {"input": "a", "dimensions": 3000},
+            [{"text": "a", "embedding_dim": 1024, "output_format": "array"}],
+        ),
+        (
+            "as long as they are",
+            E5,
+            {"input": "a", "normalize": False},
+            [{"texts": '["a"]', "normalize_embeddings": False}],
+        ),
+        ("one text", GRANITE, {"input": "a"}, [{"texts": ["a"]}]),
+        ("one text as JSON", MPNET, {"input": "a"}, [{"text_batch": '["a"]'}]),
+        (
+            "as many as it takes",
+            "acme/threes",
+            {"input": [*"abcdefg"]},
+            [{"texts": [*"abc"]}, {"texts": [*"def"]}, {"texts": ["g"]}],
+        ),
+        (
+            "by its own name",
+            E5,
+            {"input": "a", "batch_size": 7},
+            [{"texts": '["a"]', "batch_size": 7, **NORMAL}],
+        ),
+        (
+            "by another's",
+            E5,
+            {"input": "a", "replicate": {"batch_size": 7}},
+            [{"texts": '["a"]', "batch_size": 7, **NORMAL}],
+        ),
+        (
+            "nothing that it lacks",
+            GRANITE,
+            {"input": "a", "user": "u", "x": 1},
+            [{"texts": ["a"]}],
+        ),
+    ],
+)
+def test_texts_reach_an_embedding_model_in_its_own_words(
+    embedding, fake, server, model, body, expected
+):
+    texts = body.get("input", ["a", "\u00e9\nc"])
+    answer, inputs = ran(fake, lambda: embed(server, model, **{"input": texts} | body))
+    assert answer.status == 200, answer.body
+    assert sorted(inputs, key=str) == sorted(expected, key=str)
+    rows = answer.json["data"]
+    assert [row["index"] for row in rows] == [*range(len(proxy.as_list(texts) or [1]))]
+    if model not in (NOMIC, FEATURES, JINA):  # where a line can't end
+        made = vectors(texts if isinstance(texts, list) else [texts])
+        assert [row["embedding"] for row in rows] == made
+
+
+def test_lines_end_where_any_program_may_see_an_end(embedding, fake, server):
+    texts = ["a\r\nb", "c\u2028d\x0be", " f "]
+    answer, [input] = ran(fake, lambda: embed(server, NOMIC, texts))
+    assert input == {"sentences": "a b\nc d e\n f "}
+    assert len(answer.json["data"]) == 3
+
+
+def test_operators_inputs_go_with_texts(fake, tmp_path):
+    models = {
+        "mappings": {"e": E5},
+        "model_configs": {E5: {"input": {"batch_size": 3}}},
+    }
+    file = tmp_path / "models.json"
+    file.write_text(json.dumps(models))
+    with fronting(fake, models_path=str(file)) as server:
+        _, [input] = ran(fake, lambda: embed(server, "e"))
+    assert input == {"texts": '["a"]', "batch_size": 3, **NORMAL}
+
+
+@table(
+    "model, input, body, status, code, why",
+    [
+        ("none", GRANITE, None, {}, 400, None, "input"),
+        ("an empty list", GRANITE, [], {}, 400, "empty_array", "input"),
+        ("an empty text", GRANITE, "", {}, 400, "invalid_value", "empty string"),
+        ("one of them", GRANITE, ["a", ""], {}, 400, "invalid_value", "'input[1]'"),
+        ("tokens", GRANITE, [1, 2], {}, 400, "invalid_value", "check_embedding_ctx"),
+        ("of many", GRANITE, [[1], [2]], {}, 400, "invalid_value", "check_embedding"),
+        ("no text", GRANITE, [True], {}, 400, "invalid_type", "a boolean"),
+        ("an object", GRANITE, {"a": 1}, {}, 400, "invalid_type", "an object"),
+        ("null", GRANITE, ["a", None], {}, 400, "invalid_type", "null"),
+        (
+            "too many",
+            GRANITE,
+            ["a"] * 2049,
+            {},
+            400,
+            "array_above_max_length",
+            "maximum length 2048",
+        ),
+        (
+            "too many predictions",
+            ARCTIC,
+            ["a"] * 129,
+            {},
+            400,
+            "array_above_max_length",
+            "takes 1 at a time, so 129 texts make 129 predictions",
+        ),
+        (
+            "too many of three each",
+            "acme/threes",
+            ["a"] * 385,
+            {},
+            400,
+            "array_above_max_length",
+            "takes 3 at a time, so 385 texts make 129 predictions",
+        ),
+        (
+            "dimensions that it has not",
+            GRANITE,
+            "a",
+            {"dimensions": 8},
+            400,
+            "unsupported_parameter",
+            "no input for 'dimensions'",
+        ),
+        ("no dimensions", GRANITE, "a", {"dimensions": 0}, 400, None, "'dimensions'"),
+        ("a format", GRANITE, "a", {"encoding_format": "hex"}, 400, None, "'hex'"),
+        ("of chat", "fake/hello", "a", {}, 400, "invalid_value", "/chat/completions"),
+        ("of sound", KOKORO, "a", {}, 400, "invalid_value", "/v1/audio/speech"),
+        ("of images", FLUX, "a", {}, 400, "invalid_value", "/v1/images/generations"),
+        ("of transcripts", WHISPER, "a", {}, 400, "invalid_value", "/transcriptions"),
+        (
+            "unknown",
+            "nobody-knows",
+            "a",
+            {},
+            404,
+            "model_not_found",
+            "text-embedding-3",
+        ),
+        ("missing", "missing/x", "a", {}, 404, "model_not_found", "not know this"),
+    ],
+)
+def test_texts_that_cant_be_embedded_are_refused_unpaid(
+    embedding, fake, server, model, input, body, status, code, why
+):
+    answer, inputs = ran(fake, lambda: embed(server, model, input, **body))
+    assert answer.status == status, answer.body
+    assert why in answer.error["message"]
+    assert code in (None, answer.error["code"])
+    assert not inputs
+
+
+def test_as_many_predictions_as_a_call_may_make(embedding, fake, server):
+    texts = [str(n) for n in range(128)]
+    answer, inputs = ran(fake, lambda: embed(server, ARCTIC, texts))
+    assert len(inputs) == 128
+    assert [row["embedding"] for row in answer.json["data"]] == vectors(texts)
+    texts = [str(n) for n in range(2048)]
+    answer, [input] = ran(fake, lambda: embed(server, GRANITE, texts))
+    assert [row["embedding"] for row in answer.json["data"]] == vectors(texts)
+
+
+A_AND_B = vectors("ab")
+HUGE = 10**400
+
+
+@table(
+    "output, input, expected",
+    [
+        ("lists", A_AND_B, "ab", A_AND_B),
+        ("one flat list", A_AND_B[0], "a", A_AND_B[:1]),
+        ("a list of one", A_AND_B[:1], "a", A_AND_B[:1]),
+        ("deeper", [A_AND_B], "ab", A_AND_B),
+        ("objects", [{"embedding": v} for v in A_AND_B], "ab", A_AND_B),
+        (
+            "with more in them",
+            [{"input": "a", "vector": v} for v in A_AND_B],
+            "ab",
+            A_AND_B,
+        ),
+        ("an object", {"embedding": A_AND_B[0]}, "a", A_AND_B[:1]),
+        ("of vectors", {"text": "a", "vectors": A_AND_B[0]}, "a", A_AND_B[:1]),
+        ("of many", {"embeddings": A_AND_B}, "ab", A_AND_B),
+        ("whole numbers", [[1, 2], [3, 4]], "ab", [[1, 2], [3, 4]]),
+        ("too few", A_AND_B[:1], "ab", 1),
+        ("too many", A_AND_B, "a", 1),
+        ("one flat list for two", A_AND_B[0], "ab", 1),
+        ("a number for each", [0.5, 0.25], "ab", 1),
+        ("of other sizes", [[1, 2], [3]], "ab", 1),
+        ("an empty one", [[1, 2], []], "ab", 1),
+        ("none at all", [], "a", 1),
+        ("null", None, "a", 1),
+        ("null in it", [[1, None]], "a", 1),
+        ("true in it", [[1, True]], "a", 1),
+        ("NaN", [[1, float("nan")]], "a", 1),
+        ("infinite", [[1, float("inf")]], "a", 1),
+        ("no 32-bit float", [[1, 1e39]], "a", 1),
+        ("far from it", [[1, HUGE]], "a", 1),
+        ("strings", ["AAAA"], "a", 1),
+        ("text", "I can't.", "a", 1),
+        ("a link", "https://replicate.delivery/a.npy", "a", 1),
+        ("an object without any", {"result": [1, 2]}, "a", 1),
+        ("numbers and lists", [1, [2]], "a", 1),
+    ],
+)
+def test_vectors_are_found_in_outputs_of_every_shape(
+    embedding, fake, server, output, input, expected
+):
+    fake.models["acme/any"] = make_model("acme/any", "texts* [str]", output="any")
+    fake.makes["acme/any"] = lambda _: output
+    for encoding in ("float", "base64"):
+        answer = embed(server, "acme/any", [*input], encoding_format=encoding)
+        if expected == 1:
+            assert answer.status == 502, answer.body
+            assert answer.error["code"] == "prediction_failed"
+            assert "one vector for each text" in answer.error["message"]
+            assert answer.advice == {"x-should-retry": "false"}
+            continue
+        assert answer.status == 200, answer.body
+        rows = [row["embedding"] for row in answer.json["data"]]
+        if encoding == "base64":
+            rows = [
+                [*struct.unpack(f"<{len(v)}f", b64decode(row))]
+                for v, row in zip(expected, rows, strict=True)
+            ]
+        assert rows == expected
+
+
+def test_vectors_are_counted_for_each_prediction(embedding, fake, server):
+    """Two for one text, and none for the next, would be taken for each other's."""
+    counts = {"a": 4, "d": 2}
+    fake.makes["acme/threes"] = lambda input: vectors(["x"] * counts[input["texts"][0]])
+    answer = embed(server, "acme/threes", [*"abcdef"])
+    assert answer.status == 502
+    fake.makes[ARCTIC] = lambda input: [[1.0], [2.0]] if input["prompt"] == "a" else []
+    assert embed(server, ARCTIC, ["a", "b"]).status == 502
+    fake.makes[ARCTIC] = lambda input: [1.0] * ord(input["prompt"])
+    assert embed(server, ARCTIC, ["a", "b"]).status == 502
+
+
+def test_base64_is_that_of_floats_the_least_byte_first(embedding, fake, server):
+    fake.models["acme/any"] = make_model("acme/any", "texts* [str]", output="any")
+    fake.makes["acme/any"] = lambda _: [[1.0, -2.5, 0.1, 0, 3.4e38]]
+    answer = embed(server, "acme/any", encoding_format="base64")
+    floats = "0000803f 000020c0 cdcccc3d 00000000 9ec97f7f"
+    encoded = b64encode(bytes.fromhex(floats)).decode()
+    assert answer.json == {
+        "object": "list",
+        "data": [{"object": "embedding", "index": 0, "embedding": encoded}],
+        "model": "acme/any",
+        "usage": {"prompt_tokens": 1, "total_tokens": 1},
+    }
+    assert [*answer.json] == ["object", "data", "model", "usage"]
+    floats = embed(server, "acme/any").json["data"][0]["embedding"]
+    assert floats == [1.0, -2.5, 0.1, 0, 3.4e38]
+
+
+def test_usage_of_texts_is_an_estimate_and_the_log_says_so(
+    embedding, fake, server, caplog
+):
+    caplog.set_level("INFO")
+    secret = "what a user says"
+    answer = embed(server, GRANITE, [secret, "abcde"])
+    assert answer.json["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
+    wait_until(lambda: "/v1/embeddings" in caplog.text)
+    assert "tokens_in=6" in caplog.text
+    assert "estimated=yes" in caplog.text
+    assert secret not in caplog.text
+    [line] = [m for m in caplog.messages if "path=/v1/embeddings" in m]
+    assert f"ref={GRANITE}" in line
+
+
+def test_texts_are_embedded_by_models_whose_schema_cant_be_had(fake, server):
+    fake.makes["acme/unknown"] = lambda input: vectors(json.loads(input["texts"]))
+    fake.models["acme/unknown"] = make_model("acme/unknown")
+    answer, [input] = ran(fake, lambda: embed(server, "acme/unknown", [*"ab"]))
+    assert input == {"texts": '["a", "b"]'}
+    assert [row["embedding"] for row in answer.json["data"]] == A_AND_B
+
+
+def test_texts_are_embedded_by_a_deployment(fake, server):
+    """Whose model's schema counts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fake_replicate.DEPLOYMENTS, "acme/vectors", E5)
+        model = "deployments/acme/vectors"
+        answer, [input] = ran(fake, lambda: embed(server, model, [*"ab"]))
+    assert input == {"texts": '["a", "b"]', **NORMAL}
+    assert [row["embedding"] for row in answer.json["data"]] == A_AND_B
+
+
+@table(
+    "plays, status, code",
+    [
+        ("it fails", "failed", 502, "prediction_failed"),
+        ("it is flagged", "flagged", 400, "content_policy_violation"),
+        ("no credit", "out-of-credit", 429, "insufficient_quota"),
+    ],
+)
+def test_texts_that_fail_cancel_the_rest(embedding, fake, server, plays, status, code):
+    fake.plays[ARCTIC] = plays
+    answer = embed(server, ARCTIC, [*"abcdefghij"])
+    assert (answer.status, answer.error["code"]) == (status, code)
+    assert len(fake.predictions) < 1000
+    assert len(fake.creates()) <= 2 * proxy.MAX_PARALLEL_PREDICTIONS + 2
+
+
+def test_openai_embeds(embedding, client, fake):
+    texts = ["one", "two", "three"]
+    for model in (GRANITE, ARCTIC, JINA):
+        made = client.embeddings.create(model=model, input=texts)
+        sizes = {len(row.embedding) for row in made.data}
+        [size] = sizes
+        expected = [vector(text, size) for text in texts]
+        assert [row.embedding for row in made.data] == expected
+        assert [row.index for row in made.data] == [0, 1, 2]
+        floats = client.embeddings.create(
+            model=model, input=texts, encoding_format="float"
+        )
+        assert floats == made
+        type(made).model_validate(made.model_dump(), strict=True)
+
+
+def test_langchain_embeds(embedding, server, fake):
+    from langchain_openai import OpenAIEmbeddings
+
+    langchain = OpenAIEmbeddings(
+        model=GRANITE,
+        base_url=f"{server.url}/v1",
+        api_key=KEY,
+        check_embedding_ctx_length=False,
+    )
+    assert langchain.embed_documents(["a", "b"]) == A_AND_B
+    assert langchain.embed_query("a") == A_AND_B[0]
+
+
+# -- Audio ---------------------------------------------------------------------
+
+MINIMAX_TTS, CHATTERBOX = "minimax/speech-02-turbo", "resemble-ai/chatterbox"
+ELEVENLABS, QWEN_TTS = "elevenlabs/flash-v2.5", "qwen/qwen3-tts"
+TURBO, PRO = "resemble-ai/chatterbox-turbo", "resemble-ai/chatterbox-pro"
+GEMINI_TTS, ORPHEUS = "google/gemini-3.1-flash-tts", "lucataco/orpheus-3b-0.1-ft"
+DIA, TORTOISE, F5 = "zsxkib/dia", "afiaka87/tortoise-tts", "x-lance/f5-tts"
+BARK, PLAY = "suno-ai/bark", "playht/play-dialog"
+FAST_WHISPER, WHISPERX = "vaibhavs10/incredibly-fast-whisper", "victor-upmeet/whisperx"
+GPT_TRANSCRIBE, PARAKEET = "openai/gpt-4o-transcribe", "nvidia/parakeet-rnnt-1.1b"
+GRANITE_SPEECH, DIARIZER = (
+    "ibm-granite/granite-speech-3.3-8b",
+    "thomasmol/whisper-diarization",
+)
+MORE_SPEAKERS = {  # what of their inputs matters here; all make a file
+    TURBO: 'text* str; voice enum Andy, Luna, Brian ="Andy"; temperature float =0.8',
+    PRO: 'prompt* str; voice enum Luna, Archer ="Luna"',
+    "resemble-ai/chatterbox-multilingual": 'text* str; language enum en, de ="en"',
+    ORPHEUS: 'text* str; voice enum tara, dan, josh, emma ="tara"',
+    GEMINI_TTS: 'text* str; voice enum Kore, Puck ="Kore"; style_prompt str',
+    DIA: "text* str; audio_prompt uri; speed_factor float =1 [0.5..1.5]",
+    TORTOISE: 'text str ="Hi"; voice_a enum random, angie ="random"',
+    BARK: 'prompt str ="Hi"; history_prompt enum announcer, en_speaker_0',
+    PLAY: 'text* str; voice str ="Angelo"; speed float =1 [0.1..5]; prompt str',
+    F5: "gen_text* str; ref_audio* uri; ref_text str; speed float =1",
+    "acme/ogg": 'text* str; output_format enum ogg, wav ="ogg"',
+    "acme/flac": 'text* str; format enum flac ="flac"; sample_rate int =8000',
+    "acme/any": "text* str",
+}
+MORE_LISTENERS = {
+    GRANITE_SPEECH: ('prompt str =""; audio [uri]; temperature float =0.6', ""),
+    DIARIZER: (
+        "file uri; file_url str; file_string str; prompt str; language str; translate "
+        "bool =false; num_speakers int; group_segments bool =true",
+        "{segments any; language str}",
+    ),
+    "daanelson/whisperx": ("audio* uri; align_output bool =false", "any"),
+    "awerks/whisperx": (
+        "audio_file uri; audio_url str; task enum transcribe, translate ="
+        '"transcribe"; language str; initial_prompt str',
+        "str",
+    ),
+    "m1guelpf/whisper-subtitles": (
+        'audio_path* uri; format enum srt, vtt ="vtt"',
+        "{text any; language str; subtitles uri}",
+    ),
+    "google/gemini-3-pro": ("prompt* str; images [uri]; audio uri", ""),
+    "acme/any": ("audio* uri", "any"),
+}
+WAV, MP3, FLAC, PCM = (
+    fake_replicate.WAV,
+    fake_replicate.MP3,
+    fake_replicate.FLAC,
+    fake_replicate.PCM,
+)
+SLOW_WAV = fake_replicate.make_wav(PCM, 8000)
+OGG = b"OggS\0\2" + bytes(20) + b"OpusHead"
+AAC, M4A = b"\xff\xf1P\x80", b"\0\0\0\x20ftypM4A \0\0\0\0"
+
+
+def sound(content, type="application/octet-stream", **faults):
+    return fake_replicate.FakeFile(content, type, **faults)
+
+
+def speaker(fake, make, inputs="text* str", output="uri", ref=""):
+    """A model whose output is what `make` gives, or that file: its ref."""
+    ref = ref or f"acme/speaker-{zlib.crc32(f'{inputs} {output}'.encode())}"
+    fake.models[ref] = make_model(ref, inputs, output=output)
+    made = sound(make) if isinstance(make, bytes) else make
+    fake.makes[ref] = made if callable(made) else lambda input: made
+    return ref
+
+
+@pytest.fixture
+def speaking(fake):
+    for ref, inputs in MORE_SPEAKERS.items():
+        speaker(fake, FLAC if ref == "acme/flac" else WAV, inputs, ref=ref)
+    return fake
+
+
+def say(server, model, **body):
+    asked = {"model": model, "input": "Hello.", "voice": "alloy", **body}
+    return send(server, "POST", "/v1/audio/speech", asked)
+
+
+@table(
+    "model, body, expected",
+    [
+        ("a voice by its name", KOKORO, {"voice": "bf_emma"}, {"voice": "bf_emma"}),
+        ("in any case", KOKORO, {"voice": "AF_Sky"}, {"voice": "af_sky"}),
+        ("without its kind", KOKORO, {"voice": "heart", "n": 1}, 400),
+        ("by its end", KOKORO, {"voice": "emma"}, {"voice": "bf_emma"}),
+        ("OpenAI's of the same name", KOKORO, {}, {"voice": "af_alloy"}),
+        ("a man's", KOKORO, {"voice": "onyx"}, {"voice": "am_onyx"}),
+        ("another like it", KOKORO, {"voice": "shimmer"}, {"voice": "af_sky"}),
+        ("in an object", KOKORO, {"voice": {"id": "nova"}}, {"voice": "af_nova"}),
+        ("none", KOKORO, {"voice": None}, {}),
+        ("OpenAI's, and it has its own", ELEVENLABS, {"voice": "nova"}, {}),
+        ("one like it", ELEVENLABS, {"voice": "coral"}, {"voice": "Sarah"}),
+        ("one of its own", ELEVENLABS, {"voice": "rachel"}, {"voice": "Rachel"}),
+        ("OpenAI's, and any will do", MINIMAX_TTS, {}, {}),
+        ("any", MINIMAX_TTS, {"voice": "Deep_Man"}, {"voice_id": "Deep_Man"}),
+        ("a cloned one", PLAY, {"voice": "s3://x"}, {"voice": "s3://x"}),
+        ("a speaker", QWEN_TTS, {"voice": "ryan"}, {"speaker": "Ryan"}),
+        ("no voices", CHATTERBOX, {"voice": "anybody"}, {}),
+        ("no voices but a language", "resemble-ai/chatterbox-multilingual", {}, {}),
+        ("of three", TURBO, {"voice": "brian"}, {"voice": "Brian"}),
+        ("of two", PRO, {"voice": "archer"}, {"voice": "Archer"}),
+        ("of four", ORPHEUS, {"voice": "tara"}, {"voice": "tara"}),
+        ("one like OpenAI's", GEMINI_TTS, {"voice": "verse"}, {"voice": "Puck"}),
+        ("of another name", TORTOISE, {"voice": "angie"}, {"voice_a": "angie"}),
+        (
+            "of a speaker",
+            BARK,
+            {"voice": "announcer"},
+            {"history_prompt": "announcer"},
+        ),
+        ("speed", KOKORO, {"speed": 2}, {"voice": "af_alloy", "speed": 2}),
+        ("slower than it can", ELEVENLABS, {"speed": 0.25}, {"speed": 0.7}),
+        ("faster than it can", MINIMAX_TTS, {"speed": 4}, {"speed": 2}),
+        ("speed of another name", DIA, {"speed": 1.25}, {"speed_factor": 1.25}),
+        ("no speed", CHATTERBOX, {"speed": 2}, {}),
+        (
+            "instructions",
+            QWEN_TTS,
+            {"instructions": "Whisper."},
+            {"style_instruction": "Whisper."},
+        ),
+        (
+            "of another name",
+            GEMINI_TTS,
+            {"voice": "echo", "instructions": "Sad."},
+            {"style_prompt": "Sad."},
+        ),
+        ("none of them", CHATTERBOX, {"instructions": "Sad."}, {}),
+        (
+            "a format",
+            MINIMAX_TTS,
+            {"response_format": "flac"},
+            {"audio_format": "flac"},
+        ),
+        ("mp3", MINIMAX_TTS, {"response_format": "mp3"}, {"audio_format": "mp3"}),
+        ("as OpenAI's default", MINIMAX_TTS, {}, {"audio_format": "mp3"}),
+        ("mp3 without a choice", ELEVENLABS, {"response_format": "mp3"}, {}),
+        ("mp3 which it can't", "acme/ogg", {"response_format": "mp3"}, "wav"),
+        ("mp3 nor WAV", "acme/flac", {"response_format": "mp3"}, {}),
+        ("opus is in Ogg", "acme/ogg", {"response_format": "opus"}, "ogg"),
+        ("pcm from WAV", "acme/ogg", {"response_format": "pcm"}, "wav"),
+        (
+            "pcm as OpenAI's",
+            MINIMAX_TTS,
+            {"response_format": "pcm"},
+            {"audio_format": "pcm", "sample_rate": 24000},
+        ),
+        (
+            "at a rate that is asked for",
+            MINIMAX_TTS,
+            {"response_format": "pcm", "sample_rate": 8000},
+            {"audio_format": "pcm", "sample_rate": 8000},
+        ),
+        (
+            "its own inputs",
+            MINIMAX_TTS,
+            {"emotion": "happy", "replicate": {"pitch": 3}},
+            {"emotion": "happy", "pitch": 3},
+        ),
+    ],
+)
+def test_speech_is_asked_for_in_a_models_own_words(
+    speaking, fake, server, model, body, expected
+):
+    answer, inputs = ran(fake, lambda: say(server, model, **body))
+    if expected == 400:
+        assert (answer.status, inputs) == (400, [])
+        return
+    if isinstance(expected, str):
+        expected = {"output_format": expected}
+    [input] = inputs
+    text = {"text": "Hello."}
+    if model in (CHATTERBOX, ELEVENLABS, PRO, BARK):
+        text = {"prompt": "Hello."}
+    if model == MINIMAX_TTS:
+        expected = {"audio_format": "mp3", **expected}
+    assert input == {**text, **expected}
+
+
+@table(
+    "model, body, status, code, param, why",
+    [
+        ("no text", KOKORO, {"input": None}, 400, None, "input", "input"),
+        ("an empty one", KOKORO, {"input": ""}, 400, None, "input", "input"),
+        ("a list", KOKORO, {"input": ["a"]}, 400, "invalid_type", "input", "array"),
+        (
+            "a voice that it lacks",
+            KOKORO,
+            {"voice": "zoe"},
+            400,
+            "invalid_value",
+            "voice",
+            "It has: af_alloy, af_aoede,",
+        ),
+        (
+            "of another",
+            TURBO,
+            {"voice": "Rachel"},
+            400,
+            "invalid_value",
+            "voice",
+            "It has: Andy, Luna, Brian.",
+        ),
+        ("an empty voice", KOKORO, {"voice": ""}, 400, None, "voice", "voice"),
+        ("a number", KOKORO, {"voice": {"id": 3}}, 400, "invalid_type", "voice", ""),
+        ("too slow", KOKORO, {"speed": 0.2}, 400, None, "speed", "0.25"),
+        ("too fast", KOKORO, {"speed": 4.1}, 400, None, "speed", "4"),
+        (
+            "a format that it lacks",
+            MINIMAX_TTS,
+            {"response_format": "opus"},
+            400,
+            "invalid_value",
+            "response_format",
+            "'mp3', 'wav', 'flac', and 'pcm'",
+        ),
+        (
+            "pcm and no WAV",
+            "acme/flac",
+            {"response_format": "pcm"},
+            400,
+            "invalid_value",
+            "response_format",
+            "does not make 'pcm', but 'flac'",
+        ),
+        (
+            "no format at all",
+            KOKORO,
+            {"response_format": "ogg"},
+            400,
+            "invalid_value",
+            "response_format",
+            "'opus'",
+        ),
+        ("no stream", KOKORO, {"stream_format": "raw"}, 400, None, "stream_format", ""),
+        (
+            "what it needs besides",
+            F5,
+            {},
+            400,
+            "missing_required_parameter",
+            "ref_audio",
+            '"replicate": {"ref_audio": …}',
+        ),
+        (
+            "a chat model",
+            "fake/hello",
+            {},
+            400,
+            "invalid_value",
+            "model",
+            "Use it by POST /v1/chat/completions",
+        ),
+        ("an embedding model", E5, {}, 400, "invalid_value", "model", "/v1/embeddings"),
+        (
+            "one that hears",
+            WHISPER,
+            {},
+            400,
+            "invalid_value",
+            "model",
+            "/v1/audio/transcriptions",
+        ),
+        (
+            "an unknown one",
+            "nobody-knows",
+            {},
+            404,
+            "model_not_found",
+            "model",
+            "`tts-1`",
+        ),
+    ],
+)
+def test_what_cant_be_said_is_refused(
+    speaking, fake, server, model, body, status, code, param, why
+):
+    answer, inputs = ran(fake, lambda: say(server, model, **body))
+    assert answer.status == status, answer.body
+    error = answer.error
+    assert why in error["message"]
+    assert code in (None, error["code"])
+    assert error["param"] == param
+    assert not inputs or model == "acme/flac"  # whose format is seen only then
+
+
+@table(
+    "made, format, type, expected",
+    [
+        ("WAV", WAV, "mp3", "audio/wav", WAV),
+        ("WAV as asked", WAV, "wav", "audio/wav", WAV),
+        ("MP3", MP3, None, "audio/mpeg", MP3),
+        ("MP3 with a tag", b"ID3\4" + MP3, "mp3", "audio/mpeg", b"ID3\4" + MP3),
+        ("FLAC", FLAC, "flac", "audio/flac", FLAC),
+        ("Opus", OGG, "opus", "audio/ogg", OGG),
+        ("AAC", AAC, "aac", "audio/aac", AAC),
+        ("M4A", M4A, "mp3", "audio/mp4", M4A),
+        ("PCM of WAV", WAV, "pcm", "audio/pcm", PCM),
+        ("WAV at another rate", SLOW_WAV, "mp3", "audio/wav", SLOW_WAV),
+        ("it is no PCM", SLOW_WAV, "pcm", 400, "make 'pcm', but 'wav'"),
+        ("WAV, no Opus", WAV, "opus", 400, "does not make 'opus', but 'wav'."),
+        ("MP3, no WAV", MP3, "wav", 400, "does not make 'wav', but 'mp3'."),
+        ("M4A, no AAC", M4A, "aac", 400, "does not make 'aac', but 'audio/mp4'."),
+        ("PCM that nobody asked for", PCM, "mp3", 502, "did not make a sound."),
+        ("nor can have", PCM, "pcm", 502, "did not make a sound."),
+        ("an image", PNG, "mp3", 502, "did not make a sound, but image/png."),
+        ("text", b"I can't.", "mp3", 502, "did not make a sound."),
+        ("text as PCM", b"I can't.", "pcm", 502, "did not make a sound."),
+        ("nothing", b"", "mp3", 502, "did not make a sound."),
+    ],
+)
+@table("stream_format", [("bytes", "audio"), ("events", "sse")])
+def test_a_sound_has_the_type_that_its_bytes_tell(
+    fake, server, made, format, type, expected, stream_format
+):
+    model = speaker(fake, made)
+    body = {"response_format": format, "stream_format": stream_format}
+    answer = say(server, model, **body)
+    if isinstance(type, int):
+        assert answer.status == type, answer.body
+        assert expected in answer.error["message"]
+        return
+    assert answer.status == 200, answer.body
+    if stream_format == "sse":
+        frames = answer.body.decode().split("\n\n")[:-2]
+        events = [json.loads(frame.removeprefix("data: ")) for frame in frames]
+        pieces = [b64decode(event["audio"]) for event in events]
+        assert b"".join(pieces) == expected
+        assert answer.body == speech_events(*pieces)
+        return
+    assert answer.headers["content-type"] == type
+    assert answer.body == expected
+
+
+def speech_events(*pieces):
+    frames = [
+        f'data: {{"type":"speech.audio.delta","audio":"{b64encode(piece).decode()}"}}'
+        for piece in pieces
+    ]
+    usage = '{"input_tokens":0,"output_tokens":0,"total_tokens":0}'
+    frames.append(f'data: {{"type":"speech.audio.done","usage":{usage}}}')
+    return "".join(f"{frame}\n\n" for frame in frames).encode()
+
+
+def test_raw_pcm_is_what_a_model_makes_that_was_asked_for_it(fake, server):
+    inputs = "text* str; audio_format enum mp3, pcm ="
+    model = speaker(fake, PCM, inputs + '"mp3"')
+    answer = say(server, model, response_format="pcm")
+    assert (answer.headers["content-type"], answer.body) == ("audio/pcm", PCM)
+
+
+@table(
+    "output, shape",
+    [
+        ("one", "uri", lambda link: link),
+        ("a list", "[uri]", lambda link: [link]),
+        ("an object", "{audio uri}", lambda link: {"audio": link, "more": None}),
+        ("whatever it is", "any", lambda link: [{"a": [1, "words", link]}]),
+    ],
+)
+def test_a_sound_is_found_in_outputs_of_every_shape(fake, server, output, shape):
+    link = fake.add_file(MP3, "audio/mpeg")
+    answer = say(server, speaker(fake, lambda input: shape(link), output=output))
+    assert (answer.headers["content-type"], answer.body) == ("audio/mpeg", MP3)
+
+
+@table(
+    "make, why",
+    [
+        ("null", None, "did not make a sound."),
+        ("nothing", [], "did not make a sound."),
+        ("text", "I can't.", "did not make a sound."),
+        ("a link elsewhere", "https://evil.example/a.mp3", "it is at evil.example,"),
+        (
+            "one like it",
+            "https://replicate.delivery.evil.example/a.mp3",
+            "evil.example",
+        ),
+        ("by http", "http://replicate.delivery/a.mp3", "at replicate.delivery,"),
+        ("a data: URL", data_url(PNG), "did not make a sound, but image/png."),
+    ],
+)
+def test_what_is_no_sound_of_replicates_is_a_502(fake, server, make, why):
+    answer = say(server, speaker(fake, lambda input: make, output="any"))
+    assert answer.status == 502, answer.body
+    assert why in answer.error["message"]
+    assert answer.advice == {"x-should-retry": "false"}
+    assert len(fake.creates()) == 1
+
+
+def test_a_sound_in_a_data_url_is_not_fetched(fake, server):
+    model = speaker(fake, WAV)
+    fake.plays[model] = "data-urls"
+    assert say(server, model).body == WAV
+    assert not fetches(fake)
+
+
+def test_a_sound_is_fetched_without_the_token(fake, server):
+    assert say(server, speaker(fake, WAV)).body == WAV
+    [fetch] = [call for call in fake.seen if "/delivery/" in call.path]
+    assert "authorization" not in fetch.headers
+
+
+def post_bytes(path, data, type="application/json", version="1.1"):
+    head = (
+        f"POST {path} HTTP/{version}\r\nHost: x\r\nAuthorization: Bearer key\r\n"
+        f"Content-Type: {type}\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+def speech_bytes(model, version="1.1", **more):
+    body = {"model": model, "input": "Hello.", "voice": "alloy", **more}
+    return post_bytes("/v1/audio/speech", json.dumps(body).encode(), version=version)
+
+
+def receive_until(sock, condition):
+    data = b""
+    while not condition(data):
+        piece = sock.recv(65536)
+        assert piece, data[-300:]
+        data += piece
+    return data
+
+
+versions = pytest.mark.parametrize("version", ["1.1", "1.0"])
+LONG_WAV = fake_replicate.make_wav(PCM * 20, 24000)
+
+
+@versions
+def test_a_sound_is_passed_on_as_it_is_fetched(fake, server, version):
+    held = threading.Event()
+    model = speaker(fake, sound(LONG_WAV, held=held))
+    half = LONG_WAV[: len(LONG_WAV) // 2]
+    try:
+        with closing(dial(server)) as sock:
+            sock.sendall(speech_bytes(model, version))
+            told = receive_until(sock, lambda data: half[-100:] in data)
+            assert told.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"content-type: audio/wav\r\n" in told
+            held.set()
+            if version == "1.0":
+                while piece := sock.recv(65536):
+                    told += piece
+                assert told.partition(b"\r\n\r\n")[2] == LONG_WAV
+            else:
+                receive_until(sock, lambda data: data.endswith(b"0\r\n\r\n"))
+    finally:
+        held.set()
+
+
+@versions
+@table("stream_format", [("bytes", "audio"), ("events", "sse")])
+def test_a_sound_that_breaks_never_looks_whole(fake, server, version, stream_format):
+    """HTTP/1.0 ends a body with the connection, so that only a reset tells."""
+    model = speaker(fake, sound(LONG_WAV, length=len(LONG_WAV) + 10))
+    told = b""
+    with closing(dial(server)) as sock:
+        sock.sendall(speech_bytes(model, version, stream_format=stream_format))
+        with (
+            pytest.raises(ConnectionResetError)
+            if stream_format == "audio"
+            else (nullcontext())
+        ):
+            while piece := sock.recv(65536):
+                told += piece
+                if stream_format == "sse" and told.endswith(b"0\r\n\r\n"):
+                    break
+    assert told.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert not told.endswith(b"0\r\n\r\n") or stream_format == "sse"
+    if stream_format == "sse":
+        assert b"speech.audio.done" not in told
+        assert b'"code":"upstream_unavailable"' in told
+    wait_until(lambda: not server.proxy.upstream.running)
+
+
+def test_a_sound_that_breaks_is_an_error_to_openais_client(fake, client):
+    model = speaker(fake, sound(LONG_WAV, length=len(LONG_WAV) + 10))
+    with pytest.raises((openai.APIConnectionError, httpx.HTTPError, Exception)) as told:
+        client.audio.speech.create(model=model, input="Hi", voice="alloy")
+    assert not isinstance(told.value, AssertionError)
+
+
+@table(
+    "fault, status",
+    [
+        ("it is gone", Fault(page(404, "Gone")), 502),
+        ("it is reset", Fault(RESET), 502),
+        ("it is elsewhere", Fault(Reply(302, b"", headers={"Location": "/"})), 502),
+    ],
+)
+@table("stream_format", [("bytes", "audio"), ("events", "sse")])
+def test_a_sound_that_cant_be_had_has_a_status(
+    fake, server, fault, status, stream_format
+):
+    model = speaker(fake, sound(WAV, fault=fault))
+    answer = say(server, model, stream_format=stream_format)
+    assert (answer.status, answer.error["code"]) == (status, "upstream_unavailable")
+    assert "Replicate keeps it for an hour" in answer.error["message"]
+
+
+def test_silence_writes_nothing_into_a_sound(watched):
+    """Whether it is slow to be made or to come; in events there is a comment."""
+    fake, server = watched
+    held = threading.Event()
+    model = speaker(fake, sound(LONG_WAV, held=held))
+    fake.plays[model] = "cool"  # which boots for 0.7 s
+    keep_alives = []
+    send_keep_alive = proxy.EventStreamWriter.send_keep_alive
+
+    def count(writer):
+        keep_alives.append(writer)
+        if len(keep_alives) > 9:
+            held.set()
+        send_keep_alive(writer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proxy.EventStreamWriter, "send_keep_alive", count)
+        answer = post_json(server, "/v1/audio/speech", model=model, input="Hi")
+    assert held.is_set()
+    assert (answer.headers["content-type"], answer.body) == ("audio/wav", LONG_WAV)
+    asked = {"model": model, "input": "Hi", "stream_format": "sse"}
+    answer = post_json(server, "/v1/audio/speech", **asked)
+    assert answer.body.startswith(proxy.KEEP_ALIVE)
+    assert b"speech.audio.done" in answer.body
+
+
+@table(
+    "changes, stream_format",
+    [
+        ("while it is created", {"on_create": Fault(wait=0.3, done=True)}, "audio"),
+        ("while it boots", {"boot": 30}, "audio"),
+        ("while it boots, in events", {"boot": 30}, "sse"),
+    ],
+)
+def test_a_hang_up_cancels_what_is_being_said(watched, changes, stream_format):
+    fake, server = watched
+    model = speaker(fake, WAV)
+    fake.scenarios["runs"] = replace(fake.scenarios["very-cold"], hold=0, **changes)
+    fake.plays[model] = "runs"
+    with closing(dial(server)) as sock:
+        sock.sendall(speech_bytes(model, stream_format=stream_format))
+        fake.wait_for(lambda: fake.creates())
+        sock.close()
+        fake.wait_for(lambda: fake.cancels)
+    wait_until(lambda: not server.proxy.upstream.running)
+    assert len(fake.creates()) == len(fake.cancels) == 1
+
+
+def test_a_hang_up_ends_the_fetch_of_a_sound(watched):
+    fake, server = watched
+    held = threading.Event()
+    model = speaker(fake, sound(LONG_WAV, held=held))
+    try:
+        with closing(dial(server)) as sock:
+            sock.sendall(speech_bytes(model))
+            receive_until(sock, lambda data: b"RIFF" in data)
+            sock.close()
+            wait_until(lambda: not server.requests, 1)
+        assert not fake.cancels  # it was over
+    finally:
+        held.set()
+
+
+@table(
+    "plays, status, code",
+    [
+        ("it fails", "failed", 502, "prediction_failed"),
+        ("it is flagged", "flagged", 400, "content_policy_violation"),
+        ("no credit", "out-of-credit", 429, "insufficient_quota"),
+    ],
+)
+@table("stream_format", [("bytes", "audio"), ("events", "sse")])
+def test_speech_that_fails_has_a_status(
+    fake, server, plays, status, code, stream_format
+):
+    model = speaker(fake, WAV)
+    fake.plays[model] = plays
+    answer = say(server, model, stream_format=stream_format)
+    assert (answer.status, answer.error["code"]) == (status, code)
+
+
+def test_the_log_tells_of_speech_and_not_what_is_said(fake, server, caplog):
+    caplog.set_level("INFO")
+    model = speaker(fake, WAV)
+    fake.plays[model] = "failed"
+    say(server, model, input="a very secret thing")
+    wait_until(lambda: "path=/v1/audio/speech" in caplog.text)
+    assert f"ref={model}" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_speech_by_a_model_whose_schema_cant_be_had(fake, server):
+    fake.models["acme/unknown"] = make_model("acme/unknown")
+    fake.makes["acme/unknown"] = lambda input: sound(MP3)
+    answer, [input] = ran(fake, lambda: say(server, "acme/unknown", speed=2))
+    assert input == {"text": "Hello."}
+    assert answer.body == MP3
+
+
+def test_speech_by_a_deployment(fake, server):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fake_replicate.DEPLOYMENTS, "acme/voice", KOKORO)
+        answer, [input] = ran(fake, lambda: say(server, "deployments/acme/voice"))
+    assert input == {"text": "Hello.", "voice": "af_alloy"}
+    assert answer.body == WAV
+
+
+def test_openai_speaks(fake, tmp_path):
+    with fronting(fake) as server, client_of(server) as client:
+        for model, type, content in (
+            ("tts-1", "audio/wav", WAV),
+            ("tts-1-hd", "audio/mpeg", MP3),
+            ("gpt-4o-mini-tts", "audio/wav", WAV),
+        ):
+            made = client.audio.speech.create(
+                model=model, input="Hi", voice="alloy", instructions="Be kind."
+            )
+            assert made.response.headers["content-type"] == type
+            assert made.content == content
+        with client.audio.speech.with_streaming_response.create(
+            model="tts-1", input="Hi", voice="nova", response_format="pcm"
+        ) as made:
+            made.stream_to_file(tmp_path / "hi.pcm")
+        assert (tmp_path / "hi.pcm").read_bytes() == PCM
+        with pytest.raises(openai.BadRequestError, match="It has: af_alloy"):
+            client.audio.speech.create(model="tts-1", input="Hi", voice="zoe")
+
+
+# Transcription.
+
+
+def transcribe(
+    server, model, path="transcriptions", file=WAV, filename="a.wav", **fields
+):
+    parts = [form_part("file", file, filename=filename), form_part("model", model)]
+    for name, value in fields.items():
+        for each in value if isinstance(value, list) else [value]:
+            brackets = "[]" if isinstance(value, list) else ""
+            parts.append(form_part(name + brackets, str(each)))
+    headers = {**AUTHORIZATION, "content-type": A_FORM}
+    return send(server, "POST", f"/v1/audio/{path}", form_of(*parts), headers)
+
+
+def listener(fake, make, inputs="audio* uri", output="any", ref=""):
+    ref = ref or f"acme/listener-{zlib.crc32(f'{inputs} {output}'.encode())}"
+    fake.models[ref] = make_model(ref, inputs, output=output)
+    fake.makes[ref] = make if callable(make) else lambda input: make
+    return ref
+
+
+@pytest.fixture
+def hearing(fake, monkeypatch):
+    for ref, (inputs, output) in MORE_LISTENERS.items():
+        model = make_model(ref, inputs, output=output)
+        made = {"text": "Hi.", "segments": []} if "any" in output else ["Hi", "."]
+        made = "Hi." if output == "str" else made
+        monkeypatch.setitem(fake.models, ref, model)
+        monkeypatch.setitem(fake.makes, ref, lambda input, made=made: made)
+    return fake
+
+
+WORDS = {"response_format": "verbose_json", "timestamp_granularities": ["word"]}
+SEGMENTS = {"response_format": "verbose_json", "timestamp_granularities": ["segment"]}
+
+
+@table(
+    "model, fields, expected",
+    [
+        ("a file", WHISPER, {}, {}),
+        ("a code", WHISPER, {"language": "de"}, {"language": "de"}),
+        ("a locale", WHISPER, {"language": "en-US"}, {"language": "en"}),
+        ("another", WHISPER, {"language": "pt_BR"}, {"language": "pt"}),
+        ("a name", WHISPER, {"language": "German"}, {"language": "de"}),
+        ("as a name", FAST_WHISPER, {"language": "de"}, {"language": "german"}),
+        ("from a locale", FAST_WHISPER, {"language": "zh-CN"}, {"language": "chinese"}),
+        ("from a name", FAST_WHISPER, {"language": " French "}, {"language": "french"}),
+        ("free", GPT_TRANSCRIBE, {"language": "English"}, {"language": "en"}),
+        ("of no list", GPT_TRANSCRIBE, {"language": "tlh"}, {"language": "tlh"}),
+        ("none to say it in", PARAKEET, {"language": "de"}, {}),
+        ("a prompt", WHISPER, {"prompt": "Umlaut"}, {"initial_prompt": "Umlaut"}),
+        ("of its own name", GPT_TRANSCRIBE, {"prompt": "Ok"}, {"prompt": "Ok"}),
+        ("a number", GPT_TRANSCRIBE, {"prompt": "7"}, {"prompt": "7"}),
+        ("no prompt", FAST_WHISPER, {"prompt": "Umlaut"}, {}),
+        ("temperature", WHISPER, {"temperature": "0.5"}, {"temperature": 0.5}),
+        ("0", WHISPERX, {"temperature": "0"}, {"temperature": 0}),
+        ("words", WHISPERX, WORDS, {"align_output": True}),
+        ("as a choice", FAST_WHISPER, WORDS, {"timestamp": "word"}),
+        ("where it has none", WHISPER, WORDS, {}),
+        ("segments", WHISPERX, SEGMENTS, {}),
+        (
+            "words that are not told",
+            WHISPERX,
+            {"timestamp_granularities": ["word"], "response_format": "srt"},
+            {},
+        ),
+        ("its own", FAST_WHISPER, {"batch_size": "8"}, {"batch_size": 8}),
+        (
+            "by name",
+            FAST_WHISPER,
+            {"replicate": '{"batch_size": 8}'},
+            {"batch_size": 8},
+        ),
+        (
+            "what it lacks",
+            PARAKEET,
+            {"chunking_strategy": "auto", "include": ["logprobs"], "temperature": "1"},
+            {},
+        ),
+        ("a list of files", GRANITE_SPEECH, {"prompt": "Write."}, {"prompt": "Write."}),
+        ("any file", DIARIZER, {"language": "en"}, {"language": "en"}),
+        ("of whisperx", "daanelson/whisperx", {}, {}),
+        ("of another", "awerks/whisperx", {"prompt": "A"}, {"initial_prompt": "A"}),
+        ("of subtitles", "m1guelpf/whisper-subtitles", {}, {}),
+        (
+            "of one that needs a prompt",
+            "google/gemini-3-pro",
+            {"prompt": "Transcribe."},
+            {"prompt": "Transcribe."},
+        ),
+    ],
+)
+def test_a_sound_reaches_a_model_in_its_own_words(
+    hearing, fake, server, model, fields, expected
+):
+    answer, inputs = ran(fake, lambda: transcribe(server, model, **fields))
+    assert answer.status == 200, answer.body
+    names = {WHISPER: "audio", FAST_WHISPER: "audio", GRANITE_SPEECH: "audio"}
+    names |= {DIARIZER: "file", "m1guelpf/whisper-subtitles": "audio_path"}
+    names |= {"daanelson/whisperx": "audio", "google/gemini-3-pro": "audio"}
+    file = data_url(WAV, "audio/wav")
+    file = [file] if model == GRANITE_SPEECH else file
+    assert inputs == [{names.get(model, "audio_file"): file, **expected}]
+
+
+@table(
+    "model, expected",
+    [
+        ("a switch", WHISPER, {"translate": True}),
+        ("a task", FAST_WHISPER, {"task": "translate"}),
+        ("another switch", DIARIZER, {"translate": True}),
+        ("another task", "awerks/whisperx", {"task": "translate"}),
+    ],
+)
+def test_a_translation_is_asked_for_in_a_models_own_words(
+    hearing, fake, server, model, expected
+):
+    fields = {"language": "de", "timestamp_granularities": ["word"]}
+    answer, [input] = ran(
+        fake, lambda: transcribe(server, model, "translations", **fields)
+    )
+    assert answer.status == 200, answer.body
+    given = {k: v for k, v in input.items() if not str(v).startswith("data:")}
+    assert {**given, "language": "de"} == {**expected, "language": "de"}
+
+
+NO_TIMES = "tells no times"
+
+
+@table(
+    "model, path, fields, status, param, why",
+    [
+        ("no file", WHISPER, "transcriptions", {"file": None}, 400, "file", "file"),
+        (
+            "an empty one",
+            WHISPER,
+            "transcriptions",
+            {"file": b""},
+            400,
+            "file",
+            "empty",
+        ),
+        (
+            "a format",
+            WHISPER,
+            "transcriptions",
+            {"response_format": "docx"},
+            400,
+            "response_format",
+            "'verbose_json'",
+        ),
+        (
+            "diarized",
+            WHISPER,
+            "transcriptions",
+            {"response_format": "diarized_json"},
+            400,
+            "response_format",
+            "'diarized_json'",
+        ),
+        (
+            "a temperature",
+            WHISPER,
+            "transcriptions",
+            {"temperature": "hot"},
+            400,
+            "temperature",
+            "temperature",
+        ),
+        (
+            "too hot",
+            WHISPER,
+            "transcriptions",
+            {"temperature": "2"},
+            400,
+            "temperature",
+            "1",
+        ),
+        (
+            "a language",
+            FAST_WHISPER,
+            "transcriptions",
+            {"language": "tlh"},
+            400,
+            "language",
+            "tlh",
+        ),
+        (
+            "no SRT",
+            PARAKEET,
+            "transcriptions",
+            {"response_format": "srt"},
+            400,
+            "response_format",
+            NO_TIMES,
+        ),
+        (
+            "no VTT",
+            GPT_TRANSCRIBE,
+            "transcriptions",
+            {"response_format": "vtt"},
+            400,
+            "response_format",
+            NO_TIMES,
+        ),
+        (
+            "no segments",
+            GPT_TRANSCRIBE,
+            "transcriptions",
+            {"response_format": "verbose_json"},
+            400,
+            "response_format",
+            NO_TIMES,
+        ),
+        (
+            "a stream of SRT",
+            WHISPER,
+            "transcriptions",
+            {"response_format": "srt", "stream": "true"},
+            400,
+            "stream",
+            "'srt'",
+        ),
+        (
+            "no translation",
+            WHISPERX,
+            "translations",
+            {},
+            400,
+            "model",
+            "no input for 'translate'. Use it by POST /v1/audio/transcriptions",
+        ),
+        (
+            "it needs more",
+            "google/gemini-3-pro",
+            "transcriptions",
+            {},
+            400,
+            "prompt",
+            "needs the input 'prompt'",
+        ),
+        ("chat", "fake/hello", "transcriptions", {}, 400, "model", "/chat/completions"),
+        ("speech", KOKORO, "transcriptions", {}, 400, "model", "/v1/audio/speech"),
+        ("vectors", E5, "transcriptions", {}, 400, "model", "/v1/embeddings"),
+        ("unknown", "nobody-knows", "transcriptions", {}, 404, "model", "`whisper-1`"),
+        (
+            "unknown to translate",
+            "nobody-knows",
+            "translations",
+            {},
+            404,
+            "model",
+            "`whisper-1`",
+        ),
+    ],
+)
+def test_what_cant_be_heard_is_refused_unpaid(
+    hearing, fake, server, model, path, fields, status, param, why
+):
+    def act():
+        if "file" in fields and fields["file"] is None:
+            headers = {**AUTHORIZATION, "content-type": A_FORM}
+            form = form_of(form_part("model", model))
+            return send(server, "POST", f"/v1/audio/{path}", form, headers)
+        return transcribe(server, model, path, **fields)
+
+    answer, inputs = ran(fake, act)
+    assert answer.status == status, answer.body
+    assert why in answer.error["message"]
+    assert answer.error["param"].startswith(param)
+    assert not inputs
+
+
+def test_a_chat_model_and_a_listener_are_told_apart_in_both_directions(fake, server):
+    for model, path in ((KOKORO, "/v1/audio/speech"), (E5, "/v1/embeddings")):
+        answer = chat(server, model)
+        assert answer.status == 400
+        assert path in answer.error["message"]
+
+
+HEARD = {
+    "text": " Hello there. Bye.",
+    "chunks": [
+        {"timestamp": [0.0, 1.5], "text": " Hello there."},
+        {"timestamp": [3599.9996, None], "text": " Bye --> now."},
+    ],
+}
+DULL = '"seek": 0, "start": {}, "end": {}, "text": "{}", "tokens": [], '
+DULL += '"temperature": 0.0, "avg_logprob": 0.0, "compression_ratio": 0.0, '
+DULL += '"no_speech_prob": 0.0'
+
+
+@table(
+    "format, type, expected",
+    [
+        ("json", None, "application/json", '{\n  "text": "Hello there. Bye."\n}\n'),
+        ("json by name", "json", "application/json", None),
+        ("text", "text", "text/plain; charset=utf-8", "Hello there. Bye.\n"),
+        (
+            "srt",
+            "srt",
+            "text/plain; charset=utf-8",
+            "1\n00:00:00,000 --> 00:00:01,500\nHello there.\n\n"
+            "2\n01:00:00,000 --> 01:00:00,000\nBye -> now.\n\n",
+        ),
+        (
+            "vtt",
+            "vtt",
+            "text/plain; charset=utf-8",
+            "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nHello there.\n\n"
+            "01:00:00.000 --> 01:00:00.000\nBye -> now.\n\n",
+        ),
+        (
+            "verbose_json",
+            "verbose_json",
+            "application/json",
+            '{\n  "task": "transcribe",\n  "language": "german",\n'
+            '  "duration": 3599.9996,\n  "text": "Hello there. Bye.",\n'
+            '  "segments": [\n    {"id": 0, '
+            + DULL.format(0.0, 1.5, " Hello there.")
+            + '},\n    {"id": 1, '
+            + DULL.format(3599.9996, 3599.9996, " Bye --> now.")
+            + '}\n  ],\n  "usage": {"type": "duration", "seconds": 3600}\n}\n',
+        ),
+    ],
+)
+def test_a_transcript_has_the_form_that_is_asked_for(
+    fake, server, format, type, expected
+):
+    model = listener(fake, HEARD)
+    fields = {"response_format": format} if format else {}
+    answer = transcribe(server, model, language="de", **fields)
+    assert answer.status == 200, answer.body
+    assert answer.headers["content-type"] == type
+    if expected is not None:
+        assert answer.body.decode() == expected
+
+
+TEN_KEYS = {
+    *("id", "seek", "start", "end", "text", "tokens", "temperature"),
+    *("avg_logprob", "compression_ratio", "no_speech_prob"),
+}
+
+
+def row(start, end, text, **more):
+    return {"start": start, "end": end, "text": text, **more}
+
+
+ROWS = [row(0, 1, " Hi"), row(1, 2.5, " there.")]
+ALIGNED = [
+    row(0, 1, "Hi", words=[{"word": "Hi", "start": 0, "end": 0.5, "score": 1}]),
+    row(1, 2.5, "7.", words=[{"word": "7."}, {"word": " x ", "start": 1, "end": 2}]),
+]
+BY_WORD = [
+    {"timestamp": [0, 0.5], "text": " Hi"},
+    {"timestamp": [0.5, 1], "text": " there."},
+]
+
+
+@table(
+    "output, text, times, words, language",
+    [
+        ("a string", " Hi there.\n", "Hi there.", [], None, ""),
+        ("pieces of one", [" Hi", " there."], "Hi there.", [], None, ""),
+        ("nothing in it", "", "", [], None, ""),
+        ("no pieces", [], "", [], None, ""),
+        ("text", {"text": " Hi there."}, "Hi there.", [], None, ""),
+        (
+            "whisper's",
+            {
+                "transcription": " Hi there.",
+                "segments": ROWS,
+                "translation": None,
+                "detected_language": "english",
+                "srt_file": None,
+            },
+            "Hi there.",
+            [(0, 1), (1, 2.5)],
+            None,
+            "english",
+        ),
+        (
+            "segments alone",
+            {"segments": ROWS, "detected_language": "en"},
+            "Hi there.",
+            [(0, 1), (1, 2.5)],
+            None,
+            "english",
+        ),
+        ("a list of segments", ROWS, "Hi there.", [(0, 1), (1, 2.5)], None, ""),
+        (
+            "aligned words",
+            {"segments": ALIGNED, "language": "xx"},
+            "Hi 7.",
+            [(0, 1), (1, 2.5)],
+            [("Hi", 0, 0.5), ("x", 1, 2)],
+            "xx",
+        ),
+        (
+            "chunks that are words",
+            {"text": " Hi there.", "chunks": BY_WORD},
+            "Hi there.",
+            [(0, 1)],
+            [("Hi", 0, 0.5), ("there.", 0.5, 1)],
+            "",
+        ),
+        ("no segment", {"segments": []}, "", [], None, ""),
+        (
+            "segments that are null",
+            {"text": "Hi", "segments": None},
+            "Hi",
+            [],
+            None,
+            "",
+        ),
+        (
+            "times that are none",
+            {"segments": [row("0:01", "0:02", "Hi"), row(2, 3, "you")]},
+            "Hi you",
+            [(2, 3)],
+            None,
+            "",
+        ),
+        ("an end that is null", [row(1, None, "Hi")], "Hi", [(1, 1)], None, ""),
+        (
+            "no text in them",
+            [row(1, 2, None), row(2, 3, "Hi")],
+            "Hi",
+            [(2, 3)],
+            None,
+            "",
+        ),
+        ("null", None, None, [], None, ""),
+        ("a number", 7, None, [], None, ""),
+        ("another object", {"result": "Hi"}, None, [], None, ""),
+    ],
+)
+def test_transcripts_are_found_in_outputs_of_every_shape(
+    fake, server, output, text, times, words, language
+):
+    model = listener(fake, output)
+    answer = transcribe(server, model)
+    if text is None:
+        assert answer.status == 502, answer.body
+        assert "did not make a transcript" in answer.error["message"]
+        return
+    assert answer.json == {"text": text}
+    answer = transcribe(server, model, **WORDS)
+    if text and not times:
+        assert answer.status == 400, answer.body
+        assert NO_TIMES in answer.error["message"]
+        return
+    told = answer.json
+    segments = told["segments"]
+    assert [(segment["start"], segment["end"]) for segment in segments] == times
+    assert [segment["id"] for segment in segments] == [*range(len(times))]
+    assert all(segment.keys() == TEN_KEYS for segment in segments)
+    found = [(w["word"], w["start"], w["end"]) for w in told.get("words", [])]
+    assert (found or None) == words
+    assert (told["language"], told["text"]) == (language, text)
+    assert told["duration"] == max([end for _, end in times], default=0)
+
+
+def test_whispers_own_keys_of_segments_are_kept(fake, server):
+    told = transcribe(server, WHISPER, response_format="verbose_json").json
+    assert told["segments"][0] == {
+        "id": 0,
+        "seek": 0,
+        "start": 0.0,
+        "end": 1.5,
+        "text": " No model ran to hear that.",
+        "tokens": [50364],
+        "temperature": 0.0,
+        "avg_logprob": -0.25,
+        "compression_ratio": 1.1,
+        "no_speech_prob": 0.01,
+    }
+    assert "words" not in told
+
+
+def test_segments_in_another_language_are_not_those_of_a_translation(fake, server):
+    """openai/whisper gives a translation beside the segments of what was said."""
+    said = [row(0.5, 1, " Guten"), row(1, 2, " Tag.")]
+    output = {
+        "transcription": " Guten Tag.",
+        "segments": said,
+        "translation": " Good day.",
+        "detected_language": "german",
+    }
+    inputs = "audio* uri; translate bool =false"
+    model = listener(fake, output, inputs)
+    answer = transcribe(server, model, "translations", response_format="srt")
+    assert answer.body == b"1\n00:00:00,500 --> 00:00:02,000\nGood day.\n\n"
+    told = transcribe(
+        server, model, "translations", response_format="verbose_json"
+    ).json
+    assert (told["task"], told["language"]) == ("translate", "english")
+    assert [segment["text"] for segment in told["segments"]] == ["Good day."]
+    assert transcribe(server, model, "translations").json == {"text": "Good day."}
+    assert transcribe(server, model).json == {"text": "Guten Tag."}
+
+
+def transcript_events(*deltas, usage=""):
+    frames = [
+        f'data: {{"type":"transcript.text.delta","delta":"{delta}"}}'
+        for delta in deltas
+    ]
+    text = "".join(deltas)
+    frames.append(f'data: {{"type":"transcript.text.done","text":"{text}"{usage}}}')
+    return "".join(f"{frame}\n\n" for frame in frames).encode()
+
+
+def test_a_transcript_streams_from_a_model_that_streams(fake, server):
+    answer = transcribe(server, GPT_TRANSCRIBE, stream="true")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = [
+        json.loads(frame.removeprefix("data: "))
+        for frame in answer.body.decode().strip().split("\n\n")
+    ]
+    *deltas, done = events
+    assert {event["type"] for event in deltas} == {"transcript.text.delta"}
+    assert "".join(event["delta"] for event in deltas) == fake_replicate.TRANSCRIPT
+    assert done["type"] == "transcript.text.done"
+    assert done["text"] == fake_replicate.TRANSCRIPT
+    usage = done["usage"]
+    assert usage["type"] == "tokens"
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+
+def test_a_transcript_is_one_event_of_a_model_that_does_not_stream(fake, server):
+    for model in (WHISPER, PARAKEET):
+        answer = transcribe(server, model, stream="true")
+        assert answer.body == transcript_events(fake_replicate.TRANSCRIPT)
+
+
+def test_a_stream_of_a_transcript_is_sent_as_it_comes(fake, server):
+    """Each event of Replicate's is one of ours."""
+    fake.models["fake/hears"] = make_model("fake/hears", "audio* uri")
+    fake.scenarios["hears"] = replace(
+        SCENARIOS["hello"], text=("One", " two", " three"), pace=0.05, counts=False
+    )
+    fake.makes.pop("fake/hears", None)
+    answer = transcribe(server, "fake/hears", stream="true")
+    assert answer.body == transcript_events("One", " two", " three")
+    assert transcribe(server, "fake/hears").json["text"] == "One two three"
+
+
+def test_tokens_of_a_transcript_are_told_where_they_were_counted(fake, server, caplog):
+    caplog.set_level("INFO")
+    told = transcribe(server, GPT_TRANSCRIBE).json
+    usage = told["usage"]
+    assert usage.keys() == {"type", "input_tokens", "output_tokens", "total_tokens"}
+    assert usage["type"] == "tokens"
+    wait_until(lambda: "path=/v1/audio/transcriptions" in caplog.text)
+    assert f"tokens_out={usage['output_tokens']}" in caplog.text
+    assert "estimated" not in caplog.text
+    assert fake_replicate.TRANSCRIPT not in caplog.text
+    assert "usage" not in transcribe(server, WHISPER).json
+
+
+def test_a_sound_is_uploaded_once(fake, server):
+    """Though a community model is created twice: by name, and by its version."""
+    large_wav = WAV + os.urandom(300_000)
+    answer = transcribe(server, WHISPER, file=large_wav, filename="\u00fc;\"'.wav")
+    assert answer.status == 200, answer.body
+    assert len(uploads(fake)) == 1
+    link = fake.creates()[-1].body["input"]["audio"]
+    file = fake.files[link.rpartition("/")[2]]
+    assert (file.content, file.content_type) == (large_wav, "audio/wav")
+    for call in fake.seen:
+        assert b"\xc3\xbc" not in str(call.path).encode()
+
+
+@table(
+    "content, filename, type, expected",
+    [
+        ("by its bytes", WAV, "a.mp3", "audio/mpeg", "audio/wav"),
+        ("by its name", b"\0" * 9, "a.mp3", "application/octet-stream", "audio/mpeg"),
+        ("by its type", b"\0" * 9, "blob", "audio/x-caf", "audio/x-caf"),
+        ("by nothing", b"\0" * 9, "blob", "", "application/octet-stream"),
+        ("a path", MP3, "../../etc/passwd", "", "audio/mpeg"),
+        ("a hostile type", MP3[:9], "blob", 'a/b;c="\\', "audio/mpeg"),
+    ],
+)
+def test_a_file_has_the_type_that_it_is_of(
+    fake, server, content, filename, type, expected
+):
+    head = [f"Content-Type: {type}"] if type else []
+    form = form_of(
+        form_part("model", PARAKEET),
+        form_part("file", content, *head, filename=filename),
+    )
+    headers = {**AUTHORIZATION, "content-type": A_FORM}
+    answer, [input] = ran(
+        fake,
+        lambda: send(server, "POST", "/v1/audio/transcriptions", form, headers),
+    )
+    assert input == {"audio_file": data_url(content, expected)}
+
+
+def test_a_sound_may_be_a_link(fake, server):
+    link = "https://example.com/a.mp3"
+    body = {"model": PARAKEET, "file": link}
+    _, [input] = ran(
+        fake, lambda: send(server, "POST", "/v1/audio/transcriptions", body)
+    )
+    assert input == {"audio_file": link}
+
+
+def test_a_sound_that_is_too_large_is_a_413(fake):
+    with fronting(fake, max_body_bytes=100_000) as server:
+        answer = transcribe(server, PARAKEET, file=WAV * 20)
+        assert answer.status == 413
+        assert transcribe(server, PARAKEET, file=WAV).status == 200
+    assert len(fake.predictions) >= 1
+
+
+@table(
+    "changes, fields",
+    [
+        ("while it is created", {"on_create": Fault(wait=0.3, done=True)}, {}),
+        ("while it boots", {"boot": 30}, {}),
+        ("while it boots, streamed", {"boot": 30}, {"stream": "true"}),
+    ],
+)
+def test_a_hang_up_cancels_what_is_being_heard(watched, changes, fields):
+    fake, server = watched
+    fake.scenarios["runs"] = replace(fake.scenarios["very-cold"], hold=0, **changes)
+    fake.plays[GPT_TRANSCRIBE] = "runs"
+    parts = [form_part("file", WAV, filename="a.wav")]
+    parts += [form_part(*each) for each in {"model": GPT_TRANSCRIBE, **fields}.items()]
+    data = post_bytes("/v1/audio/transcriptions", form_of(*parts), A_FORM)
+    with closing(dial(server)) as sock:
+        sock.sendall(data)
+        fake.wait_for(lambda: fake.creates())
+        sock.close()
+        fake.wait_for(lambda: fake.cancels)
+    wait_until(lambda: not server.proxy.upstream.running)
+    assert len(fake.creates()) == len(fake.cancels) == 1
+
+
+def test_a_hang_up_ends_the_upload_of_a_sound(watched):
+    fake, server = watched
+    fake.on_upload = Fault(wait=30)
+    parts = [form_part("model", WHISPER)]
+    parts += [form_part("file", WAV + os.urandom(300_000), filename="a.wav")]
+    with closing(dial(server)) as sock:
+        sock.sendall(post_bytes("/v1/audio/transcriptions", form_of(*parts), A_FORM))
+        fake.wait_for(lambda: uploads(fake))
+    wait_until(lambda: not server.requests, 2)
+    assert not fake.creates()
+
+
+def test_a_transcript_that_fails_is_a_status_or_the_last_event(watched):
+    fake, server = watched
+
+    def ask(**fields):
+        parts = [form_part("file", WAV, filename="a.wav")]
+        given = {"model": GPT_TRANSCRIBE, **fields}
+        parts += [form_part(*each) for each in given.items()]
+        headers = {"authorization": "Bearer key", "content-type": A_FORM}
+        path = "/v1/audio/transcriptions"
+        return send(server, "POST", path, form_of(*parts), headers)
+
+    fake.plays[GPT_TRANSCRIBE] = "flagged"
+    for asked in ({}, {"stream": "true"}):
+        answer = ask(**asked)
+        assert answer.status == 400
+        assert answer.error["code"] == "content_policy_violation"
+    fake.scenarios["fails-late"] = replace(fake.scenarios["failed"], boot=0.5)
+    fake.plays[GPT_TRANSCRIBE] = "fails-late"
+    answer = ask(stream="true")
+    assert answer.status == 200
+    *silence, error, after = answer.body.decode().split("\n\n")
+    assert {*silence} == {": keep-alive"}
+    assert after == ""
+    error = json.loads(error.removeprefix("data: "))["error"]
+    assert error["code"] == "prediction_failed"
+
+
+def test_a_sound_is_heard_by_a_model_whose_schema_cant_be_had(fake, server):
+    fake.models["acme/unknown"] = make_model("acme/unknown")
+    fake.makes["acme/unknown"] = lambda input: {"text": "Hi."}
+    answer, [input] = ran(
+        fake, lambda: transcribe(server, "acme/unknown", language="de")
+    )
+    assert input == {"audio": data_url(WAV, "audio/wav")}
+    assert answer.json == {"text": "Hi."}
+    answer, [input] = ran(
+        fake, lambda: transcribe(server, "acme/unknown", "translations")
+    )
+    assert input == {"audio": data_url(WAV, "audio/wav"), "translate": True}
+
+
+def test_a_sound_is_heard_by_a_deployment(fake, server):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(fake_replicate.DEPLOYMENTS, "acme/ears", PARAKEET)
+        answer = transcribe(server, "deployments/acme/ears")
+    assert answer.json == {"text": fake_replicate.TRANSCRIPT}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_openai_transcribes_and_translates(fake, tmp_path):
+    file = tmp_path / "a.wav"
+    file.write_bytes(WAV)
+    with fronting(fake) as server, client_of(server) as client:
+        create = client.audio.transcriptions.create
+        for model in ("whisper-1", "gpt-4o-transcribe", "gpt-transcribe"):
+            for sent in (file, io.BytesIO(WAV), ("x.wav", WAV, "audio/wav")):
+                made = create(model=model, file=sent, language="en", temperature=0)
+                assert made.text == fake_replicate.TRANSCRIPT
+                type(made).model_validate(made.model_dump(), strict=True)
+            with create(model=model, file=file, stream=True) as stream:
+                *deltas, done = stream
+            assert "".join(event.delta for event in deltas) == done.text == made.text
+            for event in (*deltas, done):
+                type(event).model_validate(event.model_dump(), strict=True)
+        srt = create(model="whisper-1", file=file, response_format="srt")
+        assert srt == fake_replicate.SUBTITLES["srt"] + "\n"
+        assert create(model="whisper-1", file=file, response_format="text") == (
+            f"{made.text}\n"
+        )
+        verbose = create(
+            model=FAST_WHISPER,
+            file=file,
+            response_format="verbose_json",
+            timestamp_granularities=["word", "segment"],
+        )
+        assert (verbose.words[0].word, verbose.words[0].start) == ("No", 0.0)
+        type(verbose).model_validate(verbose.model_dump(), strict=True)
+        translated = client.audio.translations.create(model="whisper-1", file=file)
+        assert translated.text == fake_replicate.TRANSCRIPT
+        with pytest.raises(openai.BadRequestError, match=NO_TIMES):
+            create(model="gpt-4o-transcribe", file=file, response_format="srt")
+
+
+@pytest.mark.parametrize("program", ["curl", "node"])
+def test_forms_of_other_programs_are_read(fake, server, tmp_path, program):
+    if not shutil.which(program):
+        pytest.skip(f"{program} is not here")
+    file = tmp_path / "a b.wav"
+    file.write_bytes(WAV)
+    url = f"{server.url}/v1/audio/transcriptions"
+    command = ["curl", "-sS", url, "-H", f"Authorization: Bearer {KEY}"]
+    command += ["-F", f"file=@{file}", "-F", f"model={WHISPERX}"]
+    command += ["-F", "response_format=verbose_json"]
+    command += ["-F", "timestamp_granularities[]=word"]
+    if program == "node":
+        script = tmp_path / "program.mjs"
+        script.write_text(
+            f"""
+            import {{ readFileSync }} from 'node:fs'
+            const form = new FormData()
+            form.append('file', new Blob([readFileSync({str(file)!r})]), 'a b.wav')
+            form.append('model', {WHISPERX!r})
+            form.append('response_format', 'verbose_json')
+            form.append('timestamp_granularities[]', 'word')
+            const headers = {{ authorization: 'Bearer {KEY}' }}
+            const asked = {{ method: 'POST', body: form, headers }}
+            console.log(await (await fetch({url!r}, asked)).text())
+            """
+        )
+        command = ["node", script]
+    done, [input] = ran(
+        fake, lambda: subprocess.run(command, capture_output=True, timeout=20)
+    )
+    told = json.loads(done.stdout)
+    assert told["text"] == fake_replicate.TRANSCRIPT
+    assert told["words"][0]["word"] == "No"
+    assert input == {"audio_file": data_url(WAV, "audio/wav"), "align_output": True}
+
+
 # ==== 7. SERVING ==============================================================
 
 
@@ -11632,6 +13772,502 @@ def test_an_answer_is_cut(fake, server, body, texts, content, finish_reason, str
     fake.models[model] = make_model(model, "prompt* str; max_tokens int [1024..64000]")
     message = chat(server, model, **body, stream=stream).message
     assert message == Message(content, finish_reason)
+
+
+# -- Tokens of clients ---------------------------------------------------------
+
+ANNE, BERT = "r8_anne" + "A" * 33, "r8_bert" + "B" * 33
+OPENED = {"client_tokens": True}
+
+
+def ask_as(token, server, model, **body):
+    body = {"model": model, "messages": HI, **body}
+    return send(server, "POST", CHAT_PATH, body, bearer(token))
+
+
+def shown(fake):
+    """The tokens that reached Replicate, by the kind of request."""
+    found = {}
+    for seen in fake.seen:
+        path = re.sub("(predictions|streams)/[^/]+", r"\1/*", seen.path)
+        kind = f"{seen.method} {path}"
+        token = seen.headers["authorization"].removeprefix("Bearer ")
+        found.setdefault(kind, []).append(token)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    with FakeReplicate() as fake:
+        fake.other_tokens = {ANNE, BERT}
+        with fronting(fake, **OPENED) as server:
+            yield fake, server
+
+
+@pytest.fixture
+def everybody(tokens):
+    fake, server = tokens
+    for seen in (fake.seen, fake.cancels, fake.faults):
+        seen.clear()
+    return fake, server
+
+
+@both_ways
+def test_a_clients_token_is_used_for_all_that_it_asks_for(everybody, stream):
+    fake, server = everybody
+    image = f"data:image/png;base64,{'A' * 300_000}"
+    answer = ask_as(
+        ANNE,
+        server,
+        "acme/parrot",
+        stream=stream,
+        replicate={"images": [image + fresh()]},
+    )
+    assert answer.status == 200
+    assert ask_as(ANNE, server, "deployments/acme/tuned", stream=stream).status == 200
+    assert ask_as(ANNE, server, "someone/llama-tuned", stream=stream).status == 200
+    assert {token for tokens in shown(fake).values() for token in tokens} == {ANNE}
+    kinds = {"POST /v1/predictions", "POST /v1/files", *SAID_KINDS[stream]}
+    assert kinds <= shown(fake).keys()
+
+
+SAID_KINDS = {
+    True: {"GET /v1/predictions/*", "GET /v1/streams/*"},
+    False: {"POST /v1/deployments/acme/tuned/predictions"},
+}
+
+
+def test_who_hangs_up_has_it_cancelled_with_the_same_token(everybody):
+    fake, server = everybody
+    data = chat_bytes("fake/endless", stream=True).replace(
+        b"Bearer key", b"Bearer " + BERT.encode()
+    )
+    with dial(server) as sock:
+        sock.sendall(data)
+        read_until(sock, b'"on ')
+    fake.wait_for(lambda: fake.cancels)
+    assert {*shown(fake)["POST /v1/predictions/*/cancel"]} == {BERT}
+
+
+def test_a_key_of_ours_counts_before_the_form_of_a_token(fake):
+    with fronting(fake, **OPENED, proxy_api_key=f"{KEY},{ANNE}") as server:
+        for key in (ANNE, KEY):
+            assert ask_as(key, server, "fake/hello").status == 200
+    assert {token for row in shown(fake).values() for token in row} == {fake.token}
+
+
+def test_no_cache_is_shared_between_tokens(fake):
+    fake.other_tokens = {ANNE, BERT}
+    ref, content = model_saying(fake, "Hi"), f"{'A' * 300_000}{fresh()}"
+    given = {"replicate": {"image": f"data:image/png;base64,{content}"}}
+    tuned = "someone/llama-tuned"  # runs by the id of its version
+    with fronting(fake, **OPENED) as server:
+        for token in (ANNE, BERT, "key", ANNE, BERT, "key"):
+            assert ask_as(token, server, ref, **given).status == 200
+            assert ask_as(token, server, tuned).status == 200
+    expected = [ANNE, BERT, fake.token]
+    assert shown(fake)["POST /v1/files"] == expected
+    assert shown(fake)[f"GET /v1/models/{ref}"] == expected
+    twice = [token for token in expected for _ in range(2)]  # its schema, its version
+    assert shown(fake)[f"GET /v1/models/{tuned}"] == twice
+
+
+def test_stored_responses_are_for_the_token_that_made_them(everybody):
+    _, server = everybody
+    path, asked = RESPONSES_PATH, {"model": NATIVE, "input": "Hi"}
+    id = send(server, "POST", path, asked, bearer(ANNE)).json["id"]
+    for key, status in ((ANNE, 200), (BERT, 404), ("key", 404)):
+        assert send(server, "GET", f"{path}/{id}", headers=bearer(key)).status == status
+    next_one = {**asked, "previous_response_id": id}
+    assert send(server, "POST", path, next_one, bearer(BERT)).status == 400
+    assert send(server, "POST", path, next_one, bearer(ANNE)).status == 200
+
+
+@table(
+    "path, body",
+    [
+        ("chat", CHAT_PATH, {"messages": HI}),
+        ("a stream", CHAT_PATH, {"messages": HI, "stream": True}),
+        ("a response", RESPONSES_PATH, {"input": "Hi"}),
+        ("an upload", CHAT_PATH, {"messages": HI, "replicate": {"a": "LARGE"}}),
+    ],
+)
+@pytest.mark.parametrize("stranger", ["r8_x", "r8_" + "x" * 37])
+def test_a_token_that_replicate_refuses_is_a_wrong_key(
+    everybody, caplog, path, body, stranger
+):
+    """Not a fault of the proxy's, as if it were the operator's token."""
+    caplog.set_level("DEBUG", "proxy")
+    _, server = everybody
+    text = json.dumps({"model": "fake/hello", **body})
+    large = f"data:image/png;base64,{'A' * 300_000}"
+    answer = send(server, "POST", path, text.replace("LARGE", large), bearer(stranger))
+    assert (answer.status, answer.error["code"]) == (401, "invalid_api_key")
+    assert answer.advice == {"x-should-retry": "false"}
+    assert "sent as the key" in answer.error["message"]
+    assert "REPLICATE_API_TOKEN" not in answer.error["message"]
+    assert not [line for line in caplog.messages if stranger in line]
+
+
+def test_an_account_without_credit_is_the_clients(everybody):
+    _, server = everybody
+    answer = ask_as(ANNE, server, "fake/out-of-credit")
+    assert (answer.status, answer.error["code"]) == (429, "insufficient_quota")
+    assert answer.error["message"].startswith("Your Replicate account")
+
+
+def test_what_replicate_says_of_a_token_is_not_repeated(everybody):
+    fake, server = everybody
+    words = {"detail": f"{ANNE} is not for this", "status": 422}
+    fake.scenarios["telling"] = fake_replicate.refused(Reply(422, words))
+    fake.scenarios["failing"] = fake_replicate.failed("tells", f"{ANNE} is no good")
+    for name in ("telling", "failing"):
+        answer = ask_as(ANNE, server, f"fake/{name}")
+        assert answer.status >= 400 and "… is no" in answer.error["message"]
+        assert ANNE not in f"{answer}"
+
+
+OWNED_KEYS = [  # settings, a key, the status of a chat, the status of /metrics
+    ("ours", {}, "key", 200, 200),
+    ("a client's", {}, ANNE, 200, 401),
+    ("none", {}, None, 401, 401),
+    ("another", {}, "sk-x", 401, 401),
+    ("no form of a token", {}, "r8", 401, 401),
+    ("with a space in it", {}, "r8_a b", 401, 401),
+    ("too long a token", {}, "r8_" + "x" * 300, 401, 401),
+    ("not allowed", {"client_tokens": False}, ANNE, 401, 401),
+    ("ours, no token", {"replicate_api_token": ""}, "key", 401, 200),
+    ("no token of ours", {"replicate_api_token": ""}, ANNE, 200, 401),
+    ("no key of ours", {"proxy_api_key": ""}, ANNE, 200, 401),
+    (
+        "nothing of ours",
+        {"replicate_api_token": "", "proxy_api_key": ""},
+        ANNE,
+        200,
+        401,
+    ),
+    ("an empty key", {"replicate_api_token": "", "proxy_api_key": ""}, "", 401, 401),
+    ("open metrics", {"metrics_open": True}, None, 401, 200),
+]
+
+
+@table("changes, key, chats, scrapes", OWNED_KEYS)
+def test_whose_key_opens_what(fake, changes, key, chats, scrapes):
+    fake.other_tokens = {ANNE}
+    headers = {} if key is None else bearer(key)
+    given = {"proxy_api_key": "key", **OPENED, **changes}
+    with fronting(fake, **given) as server:
+        body = {"model": "fake/hello", "messages": HI}
+        answer = send(server, "POST", CHAT_PATH, body, headers)
+        assert answer.status == chats
+        if chats == 401:
+            words = "own Replicate token (r8_…)"
+            is_told = (
+                words.encode() in answer.body
+                or words in answer.json["error"]["message"]
+            )
+            assert is_told == given["client_tokens"]
+        assert send(server, "GET", METRICS_PATH, headers=headers).status == scrapes
+        assert send(server, "GET", "/v1/models", headers={}).status == 200
+
+
+def test_many_tokens_take_no_room(fake, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_TOKENS", 5)
+    fake.other_tokens = {f"r8_{number}" for number in range(20)}
+    with fronting(fake, **OPENED) as server:
+        upstream = server.proxy.upstream
+        for token in sorted(fake.other_tokens):
+            assert ask_as(token, server, "fake/hello").status == 200
+        assert len(upstream.by_token) == 5
+        last = upstream.for_token(max(fake.other_tokens))
+        assert last.schemas.max_entries == proxy.MAX_TOKEN_ENTRIES
+        assert last.api.pool is upstream.api.pool
+        assert sum(map(len, upstream.api.pool.idle.values())) <= 3
+
+
+def test_a_stop_waits_for_cancels_with_any_token():
+    slow = replace(SCENARIOS["endless"], on_cancel=Fault(wait=0.3))
+    with FakeReplicate() as fake:
+        fake.other_tokens = {ANNE}
+        fake.scenarios["slow-cancel"] = slow
+        data = chat_bytes("fake/slow-cancel", stream=True)
+        with fronting(fake, **OPENED) as server, dial(server) as sock:
+            sock.sendall(data.replace(b"Bearer key", b"Bearer " + ANNE.encode()))
+            read_until(sock, b'"on ')
+        [prediction] = fake.predictions.values()
+        assert prediction.status == "canceled"
+
+
+def test_the_menu_is_asked_for_with_the_clients_token(shelves, tmp_path):
+    fake, _ = shelves
+    fake.other_tokens = {ANNE}
+    with listing(shelves, tmp_path, "chat", **OPENED, replicate_api_token="") as server:
+        assert listed_ids(server, {}) == OWN
+        assert "a/b" in listed_ids(server, bearer(ANNE))
+        assert listed_ids(server, {}) == OWN
+    assert shown(fake) == {"GET /v1/collections/chat": [ANNE]}
+
+
+def test_the_start_says_whose_keys_are_taken(folder, fake):
+    fake.other_tokens = {ANNE}
+    given = {**settings_for(fake), "CLIENT_TOKENS": "true"}
+    given |= {"PROXY_API_KEY": "", "REPLICATE_API_TOKEN": ""}
+    with started(folder, environ=given) as (program, (url, line)):
+        assert "any Replicate token for its owner" in program.stdout.readline()
+        assert '"Authorization: Bearer $REPLICATE_API_TOKEN"' in line
+        environ = {**os.environ, "REPLICATE_API_TOKEN": ANNE}
+        told = subprocess.run(
+            line, shell=True, env=environ, capture_output=True, text=True, timeout=20
+        )
+        assert "[DONE]" in told.stdout
+        program.terminate()
+        assert "event=token" not in program.communicate(timeout=10)[1]
+    [(code, _, err)] = run_each(folder, [(["--key"], given)])
+    assert (code, err) == (
+        2,
+        "proxy.py: PROXY_API_KEY has no key: clients send their own.\n",
+    )
+
+
+# -- Lists of models -----------------------------------------------------------
+
+
+@pytest.fixture
+def shelves():
+    """A stand-in whose collections count; a quick server that lists two of them."""
+    collections = {"chat": ["openai/gpt-4o", "a/b"], "draw": ["c/d", "a/b"]}
+    models = json.dumps({"mappings": {"gpt-4o": "openai/gpt-4o", "c/d": "x/y"}})
+    with FakeReplicate() as fake:
+        fake.collections = collections
+        yield fake, models
+
+
+@contextmanager
+def listing(shelves, tmp_path, slugs="chat, draw", **changes):
+    fake, models = shelves
+    path = models_file(tmp_path, models)
+    quick = QUICK._replace(menu=0.2, schema=0.5)
+    given = {"list_replicate_models": slugs, "models_path": path, **changes}
+    with fronting(fake, quick, **given) as server:
+        yield server
+
+
+def listed_ids(server, headers=AUTHORIZATION):
+    answer = send(server, "GET", "/v1/models", headers=headers)
+    assert answer.status == 200
+    rows = [Model.model_validate(row) for row in answer.json["data"]]
+    return {row.id: row.owned_by for row in rows}
+
+
+OWN = {"gpt-4o": "openai", "c/d": "x"}
+
+
+def test_models_of_collections_are_listed_after_our_own(shelves, tmp_path):
+    """Once each, asked for once an hour; a name in models.json stays what it is."""
+    fake, _ = shelves
+    with listing(shelves, tmp_path) as server:
+        for _ in range(3):
+            ids = listed_ids(server, {})
+            assert ids == {**OWN, "openai/gpt-4o": "openai", "a/b": "a"}
+            assert [*ids][:2] == [*OWN]
+        asked = [seen.path for seen in fake.seen]
+        assert sorted(asked) == ["/v1/collections/chat", "/v1/collections/draw"]
+        assert {seen.headers["authorization"] for seen in fake.seen} == {
+            f"Bearer {fake.token}"
+        }
+
+
+@table(
+    "fault, slugs",
+    [
+        ("away", Fault(reply=RESET), "chat"),
+        ("broken", Fault(reply=page(500, "no")), "chat"),
+        ("no object", Fault(reply=Reply(200, [])), "chat"),
+        ("no list", Fault(reply=Reply(200, {"models": 5})), "draw"),
+        (
+            "odd rows",
+            Fault(reply=Reply(200, {"models": [5, {"owner": "a b"}]})),
+            "chat",
+        ),
+        ("slow", Fault(wait=5), "chat"),
+        ("unknown", NO_FAULT, "nothing"),
+    ],
+)
+def test_where_a_collection_can_not_be_had_our_own_are_listed(
+    shelves, tmp_path, caplog, fault, slugs
+):
+    fake, _ = shelves
+    fake.on_collection = fault
+    with listing(shelves, tmp_path, slugs) as server:
+        begun = time.monotonic()
+        assert listed_ids(server) == OWN
+        assert listed_ids(server) == OWN
+        assert time.monotonic() - begun < 1.5
+        if slugs == "draw" or "a b" in str(fault):  # which can be read, at least
+            return
+        wait_until(lambda: "event=collection_unreadable" in caplog.text)
+        assert f"ref={slugs} why=" in caplog.text
+    assert len(fake.seen) == 1
+
+
+def test_what_was_slow_is_listed_later(shelves, tmp_path):
+    fake, _ = shelves
+    fake.on_collection = Fault(wait=0.4, times=1)
+    with listing(shelves, tmp_path, "chat") as server:
+        assert listed_ids(server) == OWN
+        wait_until(lambda: "a/b" in listed_ids(server))
+
+
+# -- Costs ---------------------------------------------------------------------
+
+TOKENS_PRICED = {"price": {"input": 2, "output": 10}}
+PRICED = {
+    "fake/hello": TOKENS_PRICED,
+    "fake/no-counts": TOKENS_PRICED,
+    "fake/cut-3": TOKENS_PRICED,
+    "fake/story": {"price": {"output": 1e5, "second": 1000}},
+    "fake/failed": TOKENS_PRICED,
+    "fake/failed-late": {"price": {"second": 0.001, "output": 1}},
+    "fake/slow": {"price": {"second": 0.001}},
+    "fake/echo": {"price": {"character": 0.5}},
+    "fake/endless": {"price": {"second": 100}},
+    "fake/free": {"price": {}},
+    "black-forest-labs/flux-schnell": {"price": {"image": 0.003}},
+    "minimax/speech-02-turbo": {"price": {"character": 1}},
+    "replicate/all-mpnet-base-v2": {"price": {"input": 999_999}},
+}
+NO_TEXT = {
+    "images/generations": "black-forest-labs/flux-schnell",
+    "audio/speech": "minimax/speech-02-turbo",
+    "embeddings": "replicate/all-mpnet-base-v2",
+}
+
+
+@pytest.fixture(scope="module")
+def priced(tmp_path_factory):
+    models = {"model_configs": PRICED}
+    with FakeReplicate() as fake:
+        fake.scenarios["free"] = SCENARIOS["hello"]
+        path = tmp_path_factory.mktemp("priced")
+        with fronting(fake, models_path=models_file(path, models)) as server:
+            yield server
+
+
+HELLO_COST = (1 * 2 + 8 * 10) / 1e6
+
+COSTS = [
+    ("tokens", "hello", {}, HELLO_COST),
+    ("choices", "hello", {"n": 2}, 2 * HELLO_COST),
+    ("an estimate", "no-counts", {}, (1 * 2 + 7 * 10) / 1e6),
+    ("seconds", "slow", {}, 0.001),
+    ("characters", "echo", {}, 1.0),
+    ("no price", "free", {}, None),
+    ("another model", "counts-in-logs", {}, None),
+]
+
+
+@both_ways
+@table("model, body, cost", COSTS)
+def test_a_cost_is_told(priced, caplog, stream, model, body, cost):
+    caplog.set_level("INFO", "proxy")
+    before = numbers(priced, "cost_usd_total", model=f"fake/{model}")
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    answer = chat(priced, model, **body, **(options if stream else {}))
+    usage = (answer.chunks[-1] if stream else answer.json)["usage"]
+    mine = f"model=fake/{model} "
+    wait_until(lambda: log_lines(caplog, mine))
+    [line] = log_lines(caplog, mine)
+    logged = re.search(r" cost=(\S+)", line)
+    if cost is None:
+        assert "cost" not in usage and not logged
+        return
+    close = pytest.approx(cost, rel=0.2 if model == "slow" else 1e-6)
+    assert usage["cost"] == close and float(logged[1]) == close
+    wait_until(lambda: numbers(priced, "cost_usd_total") != before)
+    after = numbers(priced, "cost_usd_total", model=f"fake/{model}")
+    assert after - before == pytest.approx(usage["cost"])
+
+
+@both_ways
+def test_a_cost_is_told_in_all_kinds_of_usage(priced, caplog, stream):
+    caplog.set_level("INFO", "proxy")
+    answer = respond(priced, "fake/hello", stream=stream)
+    text = answer.body.decode()
+    assert text.count('"cost":') == 1
+    assert float(re.search(r'"cost": ?([\d.e-]+)', text)[1]) == pytest.approx(
+        HELLO_COST
+    )
+    asked = {"stream": stream}
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+    answer = complete(priced, model="fake/hello", **asked)
+    usage = (answer.chunks[-1] if stream else answer.json)["usage"]
+    assert usage["cost"] == pytest.approx(HELLO_COST)
+    wait_until(lambda: len(log_lines(caplog)) == 2)
+
+
+def cost_logged(priced, caplog, model, **body):
+    caplog.set_level("INFO", "proxy")
+    chat(priced, model, **body)
+    mine = f"model=fake/{model} "
+    wait_until(lambda: log_lines(caplog, mine))
+    found = re.search(r" cost=(\S+)", log_lines(caplog, mine)[0])
+    return found and float(found[1])
+
+
+def test_of_one_that_failed_time_is_paid_for_alone(priced, caplog):
+    assert cost_logged(priced, caplog, "failed") == 0
+    caplog.clear()
+    late = cost_logged(priced, caplog, "failed-late", stream=True)
+    assert 0 < late < 0.001
+
+
+def test_what_was_cut_costs_what_was_seen_of_it(priced, caplog):
+    stop = {"stream": True, "stop": ["20 "]}
+    cost = cost_logged(priced, caplog, "story", **stop)
+    assert 1 < cost - 0.1 * 13 < 1000  # about 0.4 s, and 48 characters
+    caplog.clear()
+    with start_call(priced, "fake/endless", stream=True) as sock:
+        read_until(sock, b'"on ')
+    wait_until(lambda: log_lines(caplog, "client_gone"))
+    assert re.search(r" cost=\d", log_lines(caplog, "client_gone")[0])
+
+
+def test_a_second_try_costs_too(priced, caplog):
+    """And the answer that is returned tells of both."""
+    caplog.set_level("INFO", "proxy")
+    format = {"type": "json_object"}
+    answer = chat(priced, "hello", response_format=format)
+    wait_until(lambda: log_lines(caplog))
+    assert answer.json["usage"]["cost"] > 1.9 * HELLO_COST
+
+
+@table(
+    "path, body, low, high",
+    [
+        ("images", "images/generations", {"prompt": "a cat", "n": 3}, 0.009, 0.009),
+        ("speech", "audio/speech", {"input": "Hello there", "voice": "a"}, 11, 11),
+        ("vectors", "embeddings", {"input": ["Hello there", "you"]}, 4, 7),
+    ],
+)
+def test_what_is_no_text_has_its_price(priced, caplog, path, body, low, high):
+    caplog.set_level("INFO", "proxy")
+    answer = send(priced, "POST", f"/v1/{path}", {"model": NO_TEXT[path], **body})
+    assert answer.status == 200
+    mine = f"path=/v1/{path} "
+    wait_until(lambda: log_lines(caplog, mine))
+    cost = float(re.search(r" cost=(\S+)", log_lines(caplog, mine)[0])[1])
+    assert low <= cost <= high
+    counted = numbers(priced, "cost_usd_total", model=NO_TEXT[path])
+    assert counted == pytest.approx(cost)
+
+
+def test_pictures_are_counted():
+    cost = proxy.image_count
+    record = {"metrics": {}, "output": ["https://a", "https://b"]}
+    assert cost(record) == 2 and cost({**record, "output": "https://a"}) == 1
+    assert cost({**record, "output": None}) == 0
+    assert cost({"metrics": {"image_count": 3}, "output": "x"}) == 3
 
 
 # -- Endpoints -----------------------------------------------------------------
@@ -13624,8 +16260,19 @@ SLOW_ROWS = re.compile(
 )
 
 
-def test_no_secret_is_told_on_any_path(caplog):
-    token, key = "r8_s3cr3tT0ken", "s3cr3tKey"
+@table(
+    "key, changes",
+    [
+        ("a key of ours", "s3cr3tKey", {}),
+        (
+            "a client's token",
+            "r8_s3cr3tT0ken",
+            {"client_tokens": True, "replicate_api_token": "", "proxy_api_key": ""},
+        ),
+    ],
+)
+def test_no_secret_is_told_on_any_path(caplog, key, changes):
+    token = "r8_s3cr3tT0ken"
     caplog.set_level("DEBUG")
     paths = [("/v1/models", key + "x"), ("/x", key), ("/v1/models/%00", key)]
     with FakeReplicate(token=token) as fake:
@@ -13633,7 +16280,7 @@ def test_no_secret_is_told_on_any_path(caplog):
         fake.scenarios["tells"] = row
         names = [n for n, row in fake.scenarios.items() if not SLOW_ROWS.match(n)]
         with (
-            fronting(fake, proxy_api_key=key) as server,
+            fronting(fake, **{"proxy_api_key": key, **changes}) as server,
             ThreadPoolExecutor(16) as pool,
         ):
             heard = [
@@ -14719,6 +17366,45 @@ def test_a_worker_that_dies_is_replaced(folder, fake):
     assert sorted(map(int, deaths)) == sorted(before)
 
 
+def test_metrics_are_those_of_all_workers_and_never_fall(folder, fake):
+    """Scraped under load, at whichever worker; each of them is killed once."""
+    done, seen, stop = [], [], threading.Event()
+
+    def again_and_again(work):
+        while not stop.is_set():
+            with suppress(OSError, http.client.HTTPException):  # its worker was killed
+                work()
+
+    with (
+        started_workers(folder, fake, PROXY_API_KEY=KEY) as (parent, port),
+        ThreadPoolExecutor(4) as pool,
+    ):
+        server = SimpleNamespace(server_name="127.0.0.1", server_port=port)
+
+        def ask():
+            done.append(chat(server, "hello", stream=len(done) % 2 == 0).status)
+
+        works = [ask] * 3 + [lambda: seen.append(scrape(server))]
+        running = [pool.submit(again_and_again, work) for work in works]
+        try:
+            for pid in worker_ids(parent):
+                count = len(done)
+                wait_until(lambda count=count: len(done) > count + 30, 20)
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: pid not in worker_ids(parent), 10)
+        finally:
+            stop.set()
+        for future in running:
+            future.result()
+        wait_until(lambda: numbers(server, "in_flight") == 0)
+        total = numbers(server, "requests_total")
+    assert abs(total - len(done)) <= 3 * 2  # that were at a worker when it was killed
+    assert {*done} == {200} and len(seen) > 20
+    for before, after in pairwise(seen):
+        fell = [key for key in before if after[key] < before[key]]
+        assert {*fell} <= {("replicate_proxy_in_flight",)}
+
+
 def test_workers_end_when_their_parent_is_killed(folder, fake, gate):
     with started_workers(folder, fake) as (parent, port):
         workers = worker_ids(parent)
@@ -15079,6 +17765,31 @@ CHECKS = [
     ("all is well", {}, 0, "token     OK: user fake of Replicate"),
     ("no token", {"REPLICATE_API_TOKEN": ""}, 1, "REPLICATE_API_TOKEN is missing"),
     ("a wrong token", {"REPLICATE_API_TOKEN": "r8_x"}, 1, "did not accept the proxy's"),
+    ("keys", {}, 0, "keys      1 in PROXY_API_KEY\n"),
+    (
+        "tokens of clients",
+        {"CLIENT_TOKENS": "true"},
+        0,
+        "1 in PROXY_API_KEY, and any Replicate token for its owner\ntoken     OK: user",
+    ),
+    (
+        "nothing but those",
+        {"CLIENT_TOKENS": "true", "PROXY_API_KEY": "", "REPLICATE_API_TOKEN": ""},
+        0,
+        "none of PROXY_API_KEY, and any Replicate token for its owner\ntoken     none",
+    ),
+    (
+        "those, and a key for metrics",
+        {"CLIENT_TOKENS": "true", "REPLICATE_API_TOKEN": ""},
+        0,
+        "1 in PROXY_API_KEY, for /metrics alone as there is no REPLICATE_API_TOKEN, ",
+    ),
+    (
+        "a placeholder all the same",
+        {"CLIENT_TOKENS": "true", "PROXY_API_KEY": "your_key"},
+        1,
+        "PROXY_API_KEY is still the placeholder",
+    ),
     (
         "nobody there",
         {"REPLICATE_BASE_URL": "http://127.0.0.1:9/v1"},
@@ -15156,7 +17867,8 @@ def test_settings_come_from(ended, why, _, __, told):
 )
 def test_a_wrong_token_is_noticed_at_the_start(folder, fake, changes, log):
     with started(folder, environ={**settings_for(fake), **changes}) as (program, _):
-        line = program.stderr.readline()
+        lines = (line for line in program.stderr if "level=DEBUG upstream=" not in line)
+        line = next(lines)
     assert f"level={log} why=" in line
     assert ("REPLICATE_API_TOKEN" in line) == ("WARNING" in log)
 
@@ -15279,10 +17991,127 @@ def is_refused(port):
     return True
 
 
+def as_json(records):
+    formatter = proxy.JSONFormatter(None, "%Y")
+    return [json.loads(formatter.format(record)) for record in records]
+
+
+@table(
+    "line, expected",
+    [
+        ("pairs", "event=x a=b", {"event": "x", "a": "b"}),
+        ("a quotation", 'why="a \\"b\\" = c" n=5', {"why": 'a "b" = c', "n": "5"}),
+        ("words", "the watcher failed", {"message": "the watcher failed"}),
+        ("words after", "event=x: a b=c", {"event": "x:", "message": "a b=c"}),
+        ("a quotation, and words", 'e="a b": c', {"message": 'e="a b": c'}),
+        ("an object", 'e=x i={"a": 1}', {"e": "x", "message": 'i={"a": 1}'}),
+        ("two lines", "a=b\nc d", {"a": "b", "message": "c d"}),
+    ],
+)
+def test_a_line_becomes_an_object(line, expected):
+    record = logging.makeLogRecord({"msg": line, "levelname": "INFO"})
+    [row] = as_json([record])
+    assert re.fullmatch(r"\d{4}", row.pop("time")) and row.pop("level") == "INFO"
+    assert row == expected
+
+
+def test_a_failure_is_in_one_line():
+    try:
+        raise ValueError("a\nb")
+    except ValueError:
+        info = sys.exc_info()
+    record = logging.makeLogRecord({"msg": "failed", "exc_info": info})
+    assert "\n" not in proxy.JSONFormatter().format(record)
+    [row] = as_json([record])
+    assert row["message"] == "failed" and "ValueError: a\nb" in row["exception"]
+
+
+def test_a_request_has_the_same_fields_in_json(lasting, caplog):
+    _, server = lasting
+    caplog.set_level("INFO", "proxy")
+    chat(server, "failed")
+    chat(server, "hello", stream=True)
+    wait_until(lambda: len(log_lines(caplog)) == 2)
+    failed, streamed = as_json(caplog.records)
+    for row, line in zip((failed, streamed), caplog.messages, strict=True):
+        assert re.findall(r"(\w+)=", line)[: len(row) - 2] == [*row][2:]
+        assert isinstance(row["status"], int) and isinstance(row["ms"], int)
+    assert (failed["level"], failed["error"]) == ("WARNING", "prediction_failed")
+    assert failed["why"].endswith("The model says: list index out of range")
+    assert (streamed["tokens_out"], streamed["stream"]) == (8, "yes")
+
+
+def test_the_program_logs_objects(folder, fake):
+    given = {**settings_for(fake), "LOG_FORMAT": "json", "LOG_LEVEL": "DEBUG"}
+    with started(folder, environ=given) as (program, (url, _)):
+        server = SimpleNamespace(
+            server_name="127.0.0.1", server_port=int(url.rpartition(":")[2])
+        )
+        chat(server, "hello")
+        program.terminate()
+        assert program.wait(10) == 0
+        rows = [json.loads(line) for line in program.stderr]
+    assert {"DEBUG", "INFO"} == {row["level"] for row in rows}
+    assert [row["status"] for row in rows if "request_id" in row] == [200]
+    assert rows[-1]["event"] == "stopping"
+
+
+def test_debug_tells_what_went_to_replicate_but_not_what_was_said(fake, caplog):
+    caplog.set_level("DEBUG", "proxy")
+    messages = [says("system", "Zebras only."), says("user", f"Quagga? {data_url()}")]
+    with fronting(fake) as server:
+        for ref in ("fake/echo", "openai/gpt-4o", "fake/failed", "fake/out-of-credit"):
+            chat(server, ref, messages=messages, max_tokens=7, stream=True)
+        wait_until(lambda: len(log_lines(caplog)) == 4)
+    said = ("Zebra", "Quagga", "base64", KEY, TOKEN, "r8_")
+    assert not [word for word in said if word in caplog.text]
+    rows = [row for row in as_json(caplog.records) if "upstream" in row]
+    sent = [row for row in rows if row["upstream"] == "create"]
+    assert [row["status"] for row in sent] == [201, 201, 201, 402]
+    assert sent[1]["ref"] == "openai/gpt-4o"
+    assert re.fullmatch(r"max_completion_tokens:1,messages:\d+", sent[1]["inputs"])
+    [looked] = [row for row in rows if row.get("prediction") == sent[1]["prediction"]][
+        1:
+    ]
+    assert (looked["upstream"], looked["state"]) == ("get", "succeeded")
+    assert re.match(r"output:\d+", looked["came"]) and looked["ms"] >= 0
+    assert {row["status"] for row in rows if row["upstream"] == "stream"} == {200}
+    [ended] = [line for line in caplog.messages if "event=ended state=failed" in line]
+    assert sent[2]["prediction"] in ended
+
+
 # -- Deploy --------------------------------------------------------------------
 
 DEPLOY = HERE / "deploy"
 SHIPPED = "server proxy:3000 resolve max_fails=1 fail_timeout=2s;"
+
+
+def test_alerts_and_dashboards_ask_for_metrics_that_there_are():
+    """By their names and labels."""
+    rules = yaml.safe_load((DEPLOY / "alerts.yml").read_text(encoding="utf-8"))
+    alerts = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
+    board = json.loads((DEPLOY / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    targets = [target for panel in board["panels"] for target in panel["targets"]]
+    found = re.findall(
+        r"replicate_proxy_(\w+?)(?:_bucket)?(?:\{([^}]*)\})?(?=[\[)])",
+        " ".join([*alerts, *(target["expr"] for target in targets)]),
+    )
+    assert len(found) > 15
+    for name, labels in found:
+        asked = {*re.findall(r"(\w+)(?==|!=)", labels)}
+        assert asked <= {*proxy.METRICS[name].labels.split()}
+    legends = {*re.findall(r"\{\{(\w+)\}\}", json.dumps(targets))}
+    assert legends <= {
+        word for m in proxy.METRICS.values() for word in m.labels.split()
+    }
+
+
+def test_prometheus_finds_the_metrics():
+    given = yaml.safe_load((DEPLOY / "prometheus.yml").read_text(encoding="utf-8"))
+    [job] = given["scrape_configs"]
+    assert job.get("metrics_path", METRICS_PATH) == METRICS_PATH
+    assert job["static_configs"] == [{"targets": ["127.0.0.1:3000"]}]
+    assert given["rule_files"] == ["alerts.yml"]
 
 
 def nginx_program():
@@ -16873,8 +19702,14 @@ def test_env_example_has_to_be_filled_in():
 def test_env_example_gives_the_defaults():
     text = (HERE / ".env.example").read_text(encoding="utf-8")
     given = proxy.parse_env_file(re.sub(r"^# ?(?=[A-Z_]+=)", "", text, flags=re.M))
-    wanted = {row.name.upper(): str(row.default) for row in fields(proxy.Settings)}
-    differing = {name for name in given if given[name] not in ("", wanted[name])}
+    wanted = proxy.Settings.from_environ(given)
+    default = proxy.Settings()
+    names = [name for name in given if given[name]]
+    differing = {
+        name
+        for name in names
+        if getattr(wanted, name.lower()) != getattr(default, name.lower())
+    }
     assert differing <= {"REPLICATE_API_TOKEN", "PROXY_API_KEY", "MODELS_PATH"}
 
 
@@ -16909,6 +19744,11 @@ def test_the_readme_names_every_endpoint(endpoint):
     readme = (HERE / "README.md").read_text(encoding="utf-8")
     path = re.escape(endpoint.path.partition("*")[0])
     assert re.search(rf"[`\s](/v1)?{path}", readme)
+
+
+@pytest.mark.parametrize("metric", proxy.METRICS)
+def test_the_readme_names_every_metric(metric):
+    assert f"`{metric}`" in (HERE / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", proxy.FAMILIES)
