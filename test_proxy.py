@@ -19373,7 +19373,7 @@ def test_a_tool_is_called_and_answers_in_the_demo(browser, server):
 
 
 WEBP = b64decode("UklGRhoAAABXRUJQVlA4TA0AAAAvAAAAEAcQERGIiP4HAA==")  # 1 pixel
-WAV = (  # 0.1 s of silence
+SILENCE = (  # 0.1 s of silence
     b"RIFF\x64\x06\x00\x00WAVEfmt \x10\x00\x00\x00\x01\x00\x01\x00\x40\x1f\x00\x00"
     b"\x40\x1f\x00\x00\x01\x00\x08\x00data\x20\x03\x00\x00" + b"\x80" * 800
 )
@@ -19431,7 +19431,7 @@ def test_the_page_shows_a_cost_where_it_is_told(browser, server):
 
 @in_browser
 def test_the_page_speaks(browser, server, fake):
-    model = painting(fake, fake_replicate.FakeFile(WAV, "audio/wav"))
+    model = painting(fake, fake_replicate.FakeFile(SILENCE, "audio/wav"))
     with tab(browser, server) as t:
         t.choose("Speech")
         t.page.get_by_label("Voice").fill("nova")
