@@ -5653,6 +5653,12 @@ AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
             {"size": "custom", "width": 1792, "height": 1024},
         ),
         (
+            "within its bounds from below, of the same ratio",
+            SEEDREAM,
+            {"size": "512x768"},
+            {"size": "custom", "width": 1024, "height": 1536},
+        ),
+        (
             "custom beside sizes that are words",
             "bytedance/seedream-3",
             {"size": "1024x1024"},
