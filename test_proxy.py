@@ -5653,6 +5653,12 @@ AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
             {"size": "custom", "width": 1792, "height": 1024},
         ),
         (
+            "within its bounds from below, of the same ratio",
+            SEEDREAM,
+            {"size": "512x768"},
+            {"size": "custom", "width": 1024, "height": 1536},
+        ),
+        (
             "custom beside sizes that are words",
             "bytedance/seedream-3",
             {"size": "1024x1024"},
@@ -5759,6 +5765,12 @@ AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
             "bytedance/seedream-5-lite",
             {"size": "3072x3072"},
             AS_PNG | {"aspect_ratio": "1:1", "size": "3K"},
+        ),
+        (
+            "megapixels of the nearest area, whatever a float makes of its shape",
+            "black-forest-labs/flux-2-klein-4b",
+            {"size": "2048x1152"},
+            AS_PNG | {"aspect_ratio": "16:9", "output_megapixels": "2"},
         ),
         (
             "megapixels of another name",
@@ -11436,6 +11448,21 @@ def test_a_file_that_comes_too_slowly_is_given_up(fake):
             assert time.monotonic() - began < 2
     finally:
         held.set()
+
+
+def test_a_file_is_told_by_its_first_bytes_however_they_come(fake, server):
+    held = threading.Event()
+    model = painter(fake, png_file(PNG[:8], held=held))  # whose half tells nothing
+    timer = threading.Timer(0.1, held.set)
+    timer.start()
+    assert ask_image(server, model).status == 200
+    timer.join()
+
+
+def test_an_empty_file_is_no_image(fake, server):
+    model = painter(fake, png_file(b""))
+    answer = ask_image(server, model, response_format="b64_json")
+    assert (answer.status, answer.error["code"]) == (502, "prediction_failed")
 
 
 def test_all_of_a_file_has_to_come_in_its_time(fake):
