@@ -4316,10 +4316,15 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
     }
     across, down = schema.inputs.get("width"), schema.inputs.get("height")
     if across and down and (custom or not ratio):
-        most = across.field.high or inf, down.field.high or inf
-        scale = min(1, most[0] / width, most[1] / height)
-        sides = side_input(width * scale, across), side_input(height * scale, down)
-        return {**custom, "width": sides[0], "height": sides[1]}
+        sides = ((width, across.field), (height, down.field))
+        least = max((field.low or 0) / side for side, field in sides)
+        most = min((field.high or inf) / side for side, field in sides)
+        scale = clamp(1, least, most)  # so that its shape stays
+        return {
+            **custom,
+            "width": side_input(width * scale, across),
+            "height": side_input(height * scale, down),
+        }
     grades = "megapixels output_megapixels resolution image_size size"
     return {**ratio, **nearest(grades, partial(parse_grade, wanted=(width, height)))}
 

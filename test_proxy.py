@@ -1031,7 +1031,7 @@ def test_the_numbers_of_a_histogram_rise_to_their_count():
     assert found[f"{full}_sum", ("model", "a/b")] == pytest.approx(601.46)
 
 
-COUNTED = [
+USAGE_FOUND = [
     (
         "a whole chat",
         "hello",
@@ -1125,7 +1125,7 @@ COUNTED = [
 ]
 
 
-@table("model, body, expected", COUNTED)
+@table("model, body, expected", USAGE_FOUND)
 def test_what_is_counted(watched, model, body, expected):
     _, server = watched
     chat(server, model, **body)
@@ -3827,7 +3827,7 @@ def test_a_file_reaches_a_model_character_by_character(family, document):
     talk = [says("user", document), says("assistant", "Ok"), says("user", document)]
     rendered = render(family, talk)
     assert ESCAPED.sub("", rendered).count(ESCAPED.sub("", document)) == 2
-    signs = SIGNS.get(proxy.FAMILIES[family].render, [])
+    signs = TEMPLATE_SIGNS.get(proxy.FAMILIES[family].render, [])
     if not any(sign in document for sign in signs):
         assert rendered.count(document) == 2
 
@@ -3851,7 +3851,7 @@ LLAMA_3_TOKENS = """<|begin_of_text|> <|end_of_text|> <|start_header_id|>
 LLAMA_4_TOKENS = """<|begin_of_text|> <|end_of_text|> <|header_start|> <|header_end|>
     <|eot|> <|eom|> <|python_start|> <|python_end|>"""
 TRANSCRIPTS = ["open", "claude", "gemini", "granite", "mistral"]
-SIGNS = {  # that would end a turn, by the template
+TEMPLATE_SIGNS = {  # that would end a turn, by the template
     proxy.render_llama_2: LLAMA_2_TOKENS.split(),
     proxy.render_llama_3: LLAMA_3_TOKENS.split(),
     proxy.render_llama_4: LLAMA_4_TOKENS.split(),
@@ -4525,7 +4525,7 @@ def test_a_dummy_of_a_schema_makes_no_family(inputs, garbage):
     assert inputs.sent(inputs.model(garbage), given) == BY_LONG_PROMPT
 
 
-WORDS = [
+INPUT_WORDS = [
     *("type", "items", "enum", "allOf", "anyOf", "$ref", "properties", "required"),
     *("default", "minimum", "maximum", "maxItems", "format", "x-cog-array-display"),
     *("prompt", "messages", "max_tokens", "stop", "image", "reasoning_effort", "tone"),
@@ -4533,7 +4533,7 @@ WORDS = [
 ODD_VALUES = st.sampled_from(
     ["string", "integer", "array", "uri", "null", "low", "#/components/schemas/Input"]
 )
-WORD = st.sampled_from(WORDS) | st.text(max_size=3)
+WORD = st.sampled_from(INPUT_WORDS) | st.text(max_size=3)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
 JSON = st.recursive(
     SCALARS | ODD_VALUES,
@@ -4568,7 +4568,7 @@ def inputs_by_another_name(inputs):
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(inputs=st.dictionaries(st.sampled_from([*WORDS, "top_k", "min_p"]), JSON))
+@given(inputs=st.dictionaries(st.sampled_from([*INPUT_WORDS, "top_k", "min_p"]), JSON))
 def test_any_schema_leads_to_an_input_or_to_an_error_of_the_clients(shared, inputs):
     ref = shared.model(document({"prompt": STRING, **inputs}))
     answer = shared.send(ref, {**EVERYTHING, "tone": "kind"})
@@ -5653,6 +5653,12 @@ AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
             {"size": "custom", "width": 1792, "height": 1024},
         ),
         (
+            "within its bounds from below, of the same ratio",
+            SEEDREAM,
+            {"size": "512x768"},
+            {"size": "custom", "width": 1024, "height": 1536},
+        ),
+        (
             "custom beside sizes that are words",
             "bytedance/seedream-3",
             {"size": "1024x1024"},
@@ -5759,6 +5765,12 @@ AS_PNG = {"output_format": "png"}  # where the model can choose, as OpenAI's do
             "bytedance/seedream-5-lite",
             {"size": "3072x3072"},
             AS_PNG | {"aspect_ratio": "1:1", "size": "3K"},
+        ),
+        (
+            "megapixels of the nearest area, whatever a float makes of its shape",
+            "black-forest-labs/flux-2-klein-4b",
+            {"size": "2048x1152"},
+            AS_PNG | {"aspect_ratio": "16:9", "output_megapixels": "2"},
         ),
         (
             "megapixels of another name",
@@ -7308,7 +7320,7 @@ def test_a_prediction_has_its_types_whatever_was_in_it(value):
 
 INLINE = 256 * 1024  # what Replicate advises to have in an input at the most
 MP3_BEGINS = "data:audio/mpeg3;base64,"  # whose length is a multiple of four
-CLAUDE = "anthropic/claude-4-sonnet"
+ONE_IMAGE_MODEL = "anthropic/claude-4-sonnet"
 
 
 def large(name, size=INLINE):
@@ -7498,7 +7510,7 @@ def test_an_upload_that_fails_runs_nothing_and_may_be_tried_again(
 ):
     on_upload(reply)
     messages = seeing(large(fresh()))
-    answer = chat(server, CLAUDE, messages=messages, n=2)
+    answer = chat(server, ONE_IMAGE_MODEL, messages=messages, n=2)
     assert (answer.status, answer.error["code"]) == (status, code)
     if code == "upstream_unavailable":
         assert "could not be handed to Replicate" in answer.error["message"]
@@ -7507,7 +7519,7 @@ def test_an_upload_that_fails_runs_nothing_and_may_be_tried_again(
         assert answer.error["type"] == "invalid_request_error"
     assert not fake.creates()
     on_upload(times=0)
-    assert chat(server, CLAUDE, messages=messages).status == 200
+    assert chat(server, ONE_IMAGE_MODEL, messages=messages).status == 200
 
 
 def test_nothing_is_uploaded_for_a_call_that_is_refused(fake, server, on_upload):
@@ -7523,7 +7535,7 @@ def test_a_stream_has_its_head_and_signs_of_life_while_files_are_uploaded(watche
     fake, server = watched
     fake.on_upload = Fault(wait=0.6)
     messages = seeing(large("a"))
-    with start_call(server, CLAUDE, stream=True, messages=messages) as sock:
+    with start_call(server, ONE_IMAGE_MODEL, stream=True, messages=messages) as sock:
         heard = read_until(sock, b": keep-alive\n\n")
         assert heard.startswith(b"HTTP/1.1 200 OK")
         assert not fake.creates()
@@ -9993,7 +10005,7 @@ USAGE = {
         "rejected_prediction_tokens": 0,
     },
 }
-FIRST = {"role": "assistant", "content": "", "refusal": None}
+FIRST_KEYS = {"role": "assistant", "content": "", "refusal": None}
 SAYS = {"role": "assistant", "content": "ä\n", "refusal": None, "annotations": []}
 NO_TEXT = {"role": "assistant", "content": None}
 LAST = {"refusal": None, "annotations": []}
@@ -10059,7 +10071,7 @@ def test_an_answer_has_openais_keys_in_their_order(
     head["object"] += ".chunk"
     choices = [
         {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
-        for delta, reason in [*[(d, None) for d in (FIRST, *deltas)], ({}, end)]
+        for delta, reason in [*[(d, None) for d in (FIRST_KEYS, *deltas)], ({}, end)]
     ]
     chunks = [{**head, "model": model, **tail, "choices": [c]} for c in choices]
     streamed = chat(server, model, **body, stream=True)
@@ -11436,6 +11448,21 @@ def test_a_file_that_comes_too_slowly_is_given_up(fake):
             assert time.monotonic() - began < 2
     finally:
         held.set()
+
+
+def test_a_file_is_told_by_its_first_bytes_however_they_come(fake, server):
+    held = threading.Event()
+    model = painter(fake, png_file(PNG[:8], held=held))  # whose half tells nothing
+    timer = threading.Timer(0.1, held.set)
+    timer.start()
+    assert ask_image(server, model).status == 200
+    timer.join()
+
+
+def test_an_empty_file_is_no_image(fake, server):
+    model = painter(fake, png_file(b""))
+    answer = ask_image(server, model, response_format="b64_json")
+    assert (answer.status, answer.error["code"]) == (502, "prediction_failed")
 
 
 def test_all_of_a_file_has_to_come_in_its_time(fake):
@@ -14069,9 +14096,9 @@ def test_the_menu_is_asked_for_with_the_clients_token(shelves, tmp_path):
     fake, _ = shelves
     fake.other_tokens = {ANNE}
     with listing(shelves, tmp_path, "chat", **OPENED, replicate_api_token="") as server:
-        assert listed_ids(server, {}) == OWN
+        assert listed_ids(server, {}) == OWN_MODELS
         assert "a/b" in listed_ids(server, bearer(ANNE))
-        assert listed_ids(server, {}) == OWN
+        assert listed_ids(server, {}) == OWN_MODELS
     assert shown(fake) == {"GET /v1/collections/chat": [ANNE]}
 
 
@@ -14126,7 +14153,7 @@ def listed_ids(server, headers=AUTHORIZATION):
     return {row.id: row.owned_by for row in rows}
 
 
-OWN = {"gpt-4o": "openai", "c/d": "x"}
+OWN_MODELS = {"gpt-4o": "openai", "c/d": "x"}
 
 
 def test_models_of_collections_are_listed_after_our_own(shelves, tmp_path):
@@ -14135,8 +14162,8 @@ def test_models_of_collections_are_listed_after_our_own(shelves, tmp_path):
     with listing(shelves, tmp_path) as server:
         for _ in range(3):
             ids = listed_ids(server, {})
-            assert ids == {**OWN, "openai/gpt-4o": "openai", "a/b": "a"}
-            assert [*ids][:2] == [*OWN]
+            assert ids == {**OWN_MODELS, "openai/gpt-4o": "openai", "a/b": "a"}
+            assert [*ids][:2] == [*OWN_MODELS]
         asked = [seen.path for seen in fake.seen]
         assert sorted(asked) == ["/v1/collections/chat", "/v1/collections/draw"]
         assert {seen.headers["authorization"] for seen in fake.seen} == {
@@ -14167,8 +14194,8 @@ def test_where_a_collection_can_not_be_had_our_own_are_listed(
     fake.on_collection = fault
     with listing(shelves, tmp_path, slugs) as server:
         begun = time.monotonic()
-        assert listed_ids(server) == OWN
-        assert listed_ids(server) == OWN
+        assert listed_ids(server) == OWN_MODELS
+        assert listed_ids(server) == OWN_MODELS
         assert time.monotonic() - begun < 1.5
         if slugs == "draw" or "a b" in str(fault):  # which can be read, at least
             return
@@ -14181,7 +14208,7 @@ def test_what_was_slow_is_listed_later(shelves, tmp_path):
     fake, _ = shelves
     fake.on_collection = Fault(wait=0.4, times=1)
     with listing(shelves, tmp_path, "chat") as server:
-        assert listed_ids(server) == OWN
+        assert listed_ids(server) == OWN_MODELS
         wait_until(lambda: "a/b" in listed_ids(server))
 
 
@@ -14203,7 +14230,7 @@ PRICED = {
     "minimax/speech-02-turbo": {"price": {"character": 1}},
     "replicate/all-mpnet-base-v2": {"price": {"input": 999_999}},
 }
-NO_TEXT = {
+PRICED_OUTPUTS = {
     "images/generations": "black-forest-labs/flux-schnell",
     "audio/speech": "minimax/speech-02-turbo",
     "embeddings": "replicate/all-mpnet-base-v2",
@@ -14319,13 +14346,15 @@ def test_a_second_try_costs_too(priced, caplog):
 )
 def test_what_is_no_text_has_its_price(priced, caplog, path, body, low, high):
     caplog.set_level("INFO", "proxy")
-    answer = send(priced, "POST", f"/v1/{path}", {"model": NO_TEXT[path], **body})
+    answer = send(
+        priced, "POST", f"/v1/{path}", {"model": PRICED_OUTPUTS[path], **body}
+    )
     assert answer.status == 200
     mine = f"path=/v1/{path} "
     wait_until(lambda: log_lines(caplog, mine))
     cost = float(re.search(r" cost=(\S+)", log_lines(caplog, mine)[0])[1])
     assert low <= cost <= high
-    counted = numbers(priced, "cost_usd_total", model=NO_TEXT[path])
+    counted = numbers(priced, "cost_usd_total", model=PRICED_OUTPUTS[path])
     assert counted == pytest.approx(cost)
 
 
@@ -15886,32 +15915,32 @@ def test_an_answer_of_the_default_model_says_so(server):
 
 
 SECRET = "what-was-said"
-BEGUN = "INFO method=POST path=/v1/chat/completions status"
-FAILED = BEGUN.replace("INFO", "WARNING")
+LINE = "INFO method=POST path=/v1/chat/completions status"
+WARNED = LINE.replace("INFO", "WARNING")
 LOGGED = [
     (
         "a whole",
         {},
-        f"{BEGUN}=200 client=IP model=fake/echo ref=fake/echo prediction=ID"
+        f"{LINE}=200 client=IP model=fake/echo ref=fake/echo prediction=ID"
         " tokens_in=1 tokens_out=3 first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a stream of the default model",
         {"model": "gpt 9", "stream": True, "n": 2},
-        f'{BEGUN}=200 client=IP model="gpt 9" ref="fake/hello; default" stream=yes n=2'
+        f'{LINE}=200 client=IP model="gpt 9" ref="fake/hello; default" stream=yes n=2'
         " prediction=ID,ID tokens_in=2 tokens_out=16 first_token_ms=N ms=N"
         " request_id=ID",
     ),
     (
         "an estimate",
         {"model": "fake/no-counts"},
-        f"{BEGUN}=200 client=IP model=fake/no-counts ref=fake/no-counts prediction=ID"
+        f"{LINE}=200 client=IP model=fake/no-counts ref=fake/no-counts prediction=ID"
         " tokens_in=4 tokens_out=7 estimated=yes first_token_ms=N ms=N request_id=ID",
     ),
     (
         "a failure in mid-stream",
         {"model": "fake/failed-late", "stream": True},
-        f"{FAILED}=200 client=IP model=fake/failed-late ref=fake/failed-late stream=yes"
+        f"{WARNED}=200 client=IP model=fake/failed-late ref=fake/failed-late stream=yes"
         " prediction=ID first_token_ms=N ms=N error=prediction_failed why="
         '"The prediction failed. The model says: it broke"'
         " request_id=ID",
@@ -15919,14 +15948,14 @@ LOGGED = [
     (
         "a failure that quotes and repeats what was said",
         {"model": "fake/repeats", "messages": [says("user", f"{SECRET} was meant?")]},
-        f"{FAILED}=502 client=IP model=fake/repeats ref=fake/repeats prediction=ID"
+        f"{WARNED}=502 client=IP model=fake/repeats ref=fake/repeats prediction=ID"
         ' ms=N error=prediction_failed why="The prediction failed. The model says:'
         ' ... is wrong in ..." request_id=ID',
     ),
     (
         "a refusal",
         {"model": "fake/unauthenticated"},
-        f"{FAILED}=502 client=IP model=fake/unauthenticated ref=fake/unauthenticated"
+        f"{WARNED}=502 client=IP model=fake/unauthenticated ref=fake/unauthenticated"
         ' ms=N error=upstream_authentication why="Replicate did not accept the'
         " proxy's token. Put a valid REPLICATE_API_TOKEN from "
         "https://replicate.com/account/api-tokens into .env and start the proxy again."
@@ -15935,14 +15964,14 @@ LOGGED = [
     (
         "a bad parameter",
         {"temperature": SECRET},
-        f"{BEGUN}=400 client=IP model=fake/echo ms=N error=invalid_type"
+        f"{LINE}=400 client=IP model=fake/echo ms=N error=invalid_type"
         ' param=temperature why="Invalid type for ...: expected a decimal, but got a'
         ' string instead." request_id=ID',
     ),
     (
         "a bad value",
         {"verbosity": SECRET},
-        f"{BEGUN}=400 client=IP model=fake/echo ms=N error=invalid_value"
+        f"{LINE}=400 client=IP model=fake/echo ms=N error=invalid_value"
         ' param=verbosity why="Invalid value: ...." request_id=ID',
     ),
 ]
@@ -17628,7 +17657,7 @@ def test_workers_keep_a_file_that_is_named(folder, fake, tmp_path):
         assert store.find("key", "resp_1")
 
 
-NOWHERE = """
+NO_SUCH_ADDRESS = """
 import sys, tempfile, proxy
 def nothing(*_, **__):
     raise FileNotFoundError("No usable temporary directory found")
@@ -17638,7 +17667,7 @@ sys.exit(proxy.main(sys.argv[1:]))
 
 
 def test_workers_that_can_not_share_say_what_that_means(folder, fake):
-    (folder / "nowhere.py").write_text(NOWHERE)
+    (folder / "nowhere.py").write_text(NO_SUCH_ADDRESS)
     environ = {**settings_for(fake), "WORKERS": "2", "PROXY_API_KEY": "key"}
     with started(folder, environ=environ, program="nowhere.py") as (parent, (url, _)):
         told = parent.stderr.readline()
@@ -18163,7 +18192,7 @@ def test_the_program_logs_objects(folder, fake):
         rows = [json.loads(line) for line in program.stderr]
     assert {"DEBUG", "INFO"} == {row["level"] for row in rows}
     assert [row["status"] for row in rows if "request_id" in row] == [200]
-    assert rows[-1]["event"] == "stopping"
+    assert "stopping" in {row.get("event") for row in rows}
 
 
 def test_debug_tells_what_went_to_replicate_but_not_what_was_said(fake, caplog):
@@ -19358,33 +19387,33 @@ def test_an_error_is_shown_in_its_own_words(browser, server, fake):
         expect(t.find("#talk > li").last).to_contain_text("Once")
 
 
-HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+HOSTILE_WORDS = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
 @in_browser
 def test_html_that_a_model_says_stays_words(browser, server, fake):
-    call = {"name": "look", "arguments": {"q": HOSTILE}}
+    call = {"name": "look", "arguments": {"q": HOSTILE_WORDS}}
     model = model_saying(
         fake,
-        f"<think>{HOSTILE}</think>{HOSTILE}\n```html\n{HOSTILE}\n```\n",
+        f"<think>{HOSTILE_WORDS}</think>{HOSTILE_WORDS}\n```html\n{HOSTILE_WORDS}\n```\n",
         f"<tool_call>{json.dumps(call)}</tool_call>",
     )
     tool = {"type": "function", "function": {"name": "look"}}
     with tab(browser, server) as t:
         t.page.get_by_label("Tools, as JSON").fill(json.dumps([tool]))
-        turn = t.ask(HOSTILE, model)
+        turn = t.ask(HOSTILE_WORDS, model)
         turn.locator(".meta").wait_for()
         for shown in (".thoughts", ".words > div", ".words > pre", ".call"):
-            assert HOSTILE in turn.locator(shown).all_text_contents()[-1], shown
+            assert HOSTILE_WORDS in turn.locator(shown).all_text_contents()[-1], shown
         t.button("Code").click()
-        assert HOSTILE in t.find("#python").text_content()
+        assert HOSTILE_WORDS in t.find("#python").text_content()
         t.button("Close").click()
         t.find("#tools").fill("")
-        error = {"error": {"message": HOSTILE}}
+        error = {"error": {"message": HOSTILE_WORDS}}
         t.page.route("**/completions", lambda r: r.fulfill(status=400, json=error))
-        turn = t.ask(model=HOSTILE)
-        expect(turn.get_by_role("alert")).to_have_text(HOSTILE)
-        expect(turn.get_by_role("heading")).to_have_text(HOSTILE)
+        turn = t.ask(model=HOSTILE_WORDS)
+        expect(turn.get_by_role("alert")).to_have_text(HOSTILE_WORDS)
+        expect(turn.get_by_role("heading")).to_have_text(HOSTILE_WORDS)
         assert t.find("img, body script + *, #talk script").count() == 0
 
 
@@ -19773,6 +19802,27 @@ def test_banners_reach_to_column_80_and_nothing_else_looks_like_one():
     lines = re.findall(r"^#.*(?:={4}|-{4}).*$", SOURCE, re.MULTILINE)
     assert [len(line) for line in lines] == [80] * len(lines)
     assert len(lines) == len(BANNER.findall(SOURCE)) + len(CHAPTER.findall(SOURCE))
+
+
+def test_a_name_that_tests_read_when_they_run_stands_for_one_value():
+    """A second value would count in tests before it too, but not in their tables."""
+    body = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    made = Counter(
+        name
+        for node in body
+        if isinstance(node, ast.Assign)
+        for name in names_made(node)
+        if name.isupper()
+    )
+    read = {
+        name.id
+        for node in body
+        if isinstance(node, ast.FunctionDef)
+        for statement in node.body
+        for name in ast.walk(statement)
+        if isinstance(name, ast.Name)
+    }
+    assert not {name for name in read if made[name] > 1}
 
 
 def test_sections_use_only_names_above_them(tree):
