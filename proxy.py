@@ -4172,6 +4172,8 @@ def task_value(parameter: str, value: Any, input: Input) -> Any:
         if parameter == "response_format" and value in ("mp3", "pcm"):
             return choices.get("wav")  # which pcm can be taken from
     value = fit(parameter, value, parameter, field)
+    if parameter == "dimensions":  # vectors of another size are of no use
+        check_number(parameter, value, Param(INTEGER, field.low, field.high))
     bring = wrap if parameter == "seed" else clamp
     return bring(value, field.low, field.high) if is_number(value) else value
 
@@ -9527,7 +9529,8 @@ def in_order(items: Iterable[tuple[int, Item]]) -> list[Item]:
 def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Response:
     task = TASKS["embedding"]
     body, inputs, schema = parse_task_request(proxy, request, task, model)
-    name, sizes = find_input(schema, task.params["input"]), set[int]()
+    name = find_input(schema, task.params["input"])
+    sizes = set(filter(None, [body["dimensions"]]))
 
     def read(
         prediction: Prediction, cancellation: Cancellation

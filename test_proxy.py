@@ -11662,12 +11662,6 @@ NORMAL = {"normalize_embeddings": True}
             [{"text": "a", "embedding_dim": 128, "output_format": "array"}],
         ),
         (
-            "no more dimensions than it has",
-            JINA,
-            {"input": "a", "dimensions": 3000},
-            [{"text": "a", "embedding_dim": 1024, "output_format": "array"}],
-        ),
-        (
             "as long as they are",
             E5,
             {"input": "a", "normalize": False},
@@ -11807,6 +11801,15 @@ def test_operators_inputs_go_with_texts(fake, tmp_path):
             "no input for 'dimensions'",
         ),
         (
+            "more than it can have",
+            JINA,
+            "a",
+            {"dimensions": 3000},
+            400,
+            "integer_above_max_value",
+            "1024",
+        ),
+        (
             "no dimensions",
             GRANITE_EMBED,
             "a",
@@ -11936,6 +11939,14 @@ def test_vectors_are_counted_for_each_prediction(embedding, fake, server):
     assert embed(server, ARCTIC, ["a", "b"]).status == 502
     fake.makes[ARCTIC] = lambda input: [1.0] * ord(input["prompt"])
     assert embed(server, ARCTIC, ["a", "b"]).status == 502
+
+
+def test_vectors_have_as_many_dimensions_as_were_asked_for(fake, server):
+    made = embed(server, JINA, dimensions=128).json["data"][0]["embedding"]
+    assert len(made) == 128
+    fake.makes[JINA] = lambda input: [vector("a", 64)]
+    assert embed(server, JINA, dimensions=128).status == 502
+    assert embed(server, JINA, dimensions=64).status == 200
 
 
 def test_base64_is_that_of_floats_the_least_byte_first(embedding, fake, server):
