@@ -2469,6 +2469,7 @@ class Task(NamedTuple):
     needs: tuple[str, ...]  # the parameters that a model must have inputs for
     outputs: tuple[str, ...]  # as `input_type` names the types of outputs
     prepare: Callable[[Json], Json]  # a body as the table takes it
+    foreign: str = ""  # inputs of models that make files of another kind
 
 
 PROMPT_NAMES = (
@@ -2492,7 +2493,8 @@ IMAGE_VARIATION = {
         1,
         10,
         default=1,
-        names="num_outputs number_of_images num_images num_images_per_prompt",
+        names="num_outputs number_of_images num_images num_images_per_prompt "
+        "num_samples num_sample",
     ),
     "size": Param(STRING, default="auto", pattern=r"(auto|[1-9]\d{1,4}x[1-9]\d{1,4})"),
     "response_format": Param(STRING, choices=("url", "b64_json")),
@@ -2629,7 +2631,8 @@ def parse_files(value: Any, name: str) -> list[str | File]:
         check_kind(path, file, STRING)
         kind = "image/png" if is_image else "audio/wav"
         expected = f"a file, https://… or data:{kind};base64,…"
-        files.append(parse_url(file.strip(), path, expected, is_image=is_image))
+        url = parse_url(file.strip(), path, expected, is_image=is_image)
+        files.append(read_data_url(url) or url)
     return files
 
 
@@ -2676,6 +2679,14 @@ def prepare_sound(body: Json) -> Json:
     return {**prepare_files(body), "words": by_word or None}
 
 
+# Inputs of models that make pictures, films, or sounds, and nothing else.
+OF_PICTURES = (
+    "aspect_ratio width height num_outputs num_inference_steps megapixels image_size "
+    "output_quality output_megapixels scheduler guidance_scale negative_prompt "
+)
+OF_FILMS = "duration num_frames frames_per_second generate_audio camera_fixed "
+OF_SOUNDS = "voice voice_id voice_a speaker audio_format sample_rate bitrate lyrics bpm"
+
 FILE_OUTPUTS = ("file", "files", "object", "objects", "array")
 VECTOR_OUTPUTS = ("numbers", "arrays", "object", "objects", "array")
 TEXT_OUTPUTS = ("string", "strings", "object", "objects", "array")
@@ -2688,6 +2699,7 @@ TASKS = {
         ("prompt",),
         FILE_OUTPUTS,
         lambda body: body,
+        OF_FILMS + OF_SOUNDS,
     ),
     "edit": Task(
         "/images/edits",
@@ -2696,6 +2708,7 @@ TASKS = {
         ("prompt", "image"),
         FILE_OUTPUTS,
         prepare_files,
+        OF_FILMS + OF_SOUNDS,
     ),
     "variation": Task(
         "/images/variations",
@@ -2704,6 +2717,7 @@ TASKS = {
         ("image",),
         FILE_OUTPUTS,
         prepare_files,
+        OF_FILMS + OF_SOUNDS,
     ),
     "embedding": Task(
         "/embeddings",
@@ -2714,7 +2728,13 @@ TASKS = {
         prepare_texts,
     ),
     "speech": Task(
-        "/audio/speech", "tts-1", SPEECH, ("input",), FILE_OUTPUTS, prepare_speech
+        "/audio/speech",
+        "tts-1",
+        SPEECH,
+        ("input",),
+        FILE_OUTPUTS,
+        prepare_speech,
+        OF_PICTURES + OF_FILMS,
     ),
     "transcription": Task(
         "/audio/transcriptions",
@@ -3556,10 +3576,16 @@ def makes(task: Task, schema: ModelSchema) -> bool:
     return not schema.outputs or not {*task.outputs}.isdisjoint(schema.outputs)
 
 
+def foreign_input(task: Task, schema: ModelSchema) -> str:
+    """An input that only models for something else have, or ""."""
+    return next((n for n in task.foreign.split() if n in schema.inputs), "")
+
+
 def fits(task: Task, schema: ModelSchema) -> bool:
     """Whether a model can do a task with what it needs, and nothing else."""
     inputs = {find_input(schema, task.params[name]) for name in task.needs}
-    return makes(task, schema) and "" not in inputs and inputs >= {*schema.required}
+    is_made = makes(task, schema) and not foreign_input(task, schema)
+    return is_made and "" not in inputs and inputs >= {*schema.required}
 
 
 def what_it_makes(schema: ModelSchema) -> str:
@@ -3623,6 +3649,7 @@ class PredictionInput(NamedTuple):
     cut: int | None  # of tokens, where the client's limit is below the model's least
     seed: Field | None = None  # the input that choices differ in: the client named it
     omits_think: bool = False
+    expected: int = 1  # how many images or vectors it is to make
 
 
 def with_tools_and_format(
@@ -4044,10 +4071,20 @@ LANGUAGES = parse_pairs(
 
 
 def task_schema(task: Task, model: Model, schema: ModelSchema | None) -> ModelSchema:
-    """What is known of a model; the commonest inputs if its schema can't be had."""
-    if schema is None or not schema.inputs:
+    """What is known of a model.
+
+    The commonest inputs stand for those of one that tells nothing of itself. Raise 503
+    if it can't be asked: with a guess, it might make something else for money.
+    """
+    is_guess = schema is None and ("/" not in model.ref or task is TASKS["generation"])
+    if is_guess or (schema and not schema.inputs):
+        log.warning("event=schema_guessed ref=%s", quoted(model.ref))
         names = [task.params[name].names.split()[0] for name in task.needs]
         return ModelSchema({name: Input("", Field(name)) for name in names})
+    if schema is None:
+        message = f"Replicate does not tell now what `{model.id}` takes. Try again."
+        headers = {**RETRY, "retry-after": str(RETRY_AFTER)}
+        raise APIError(503, message, code="upstream_unavailable", headers=headers)
     outputs = quirk_of(model).outputs
     return schema._replace(outputs=outputs) if outputs else schema
 
@@ -4056,6 +4093,10 @@ def check_task(task: Task, model: Model, schema: ModelSchema) -> None:
     """Raise 400 for a model that can't do it, and say what it is for."""
     if not makes(task, schema):
         raise unfit(task, model, schema, f"makes {what_it_makes(schema)}")
+    if foreign := foreign_input(task, schema):
+        raise unfit(
+            task, model, schema, f"is for something else, as it has '{foreign}'"
+        )
     for name in task.needs:
         if not find_input(schema, task.params[name]):
             raise unfit(task, model, schema, f"has no input for '{name}'")
@@ -4077,7 +4118,7 @@ def build_task_inputs(
     """What Replicate is to run: one prediction, or several for `n`. Raise 400."""
     check_task(task, model, schema)
     shares = share_inputs(task, body, model, schema)
-    shared = {name for share in shares for name in share}
+    shared = {name for share, _ in shares for name in share}
     inputs = size_inputs(body.get("size") or "auto", schema)
     parameters = dict.fromkeys(inputs, "size")  # Replicate's name -> OpenAI's
     for parameter, param in task.params.items():
@@ -4102,7 +4143,7 @@ def build_task_inputs(
         elif parameter in task.needs:  # it has an input of this name for another use
             raise unfit(task, model, schema, f"has no input for '{parameter}'")
     for name, row in schema.inputs.items():  # the model's own, by their own names
-        if name in body and name not in {*task.params, *inputs}:
+        if name in body and name not in task.params:
             value = body[name]
             if isinstance(value, str):  # as all values of a form are
                 value = form_value(name, [value], {name: Param(row.field.kinds)})
@@ -4111,6 +4152,9 @@ def build_task_inputs(
     if rate and body.get("response_format") == "pcm" in inputs.values():
         inputs.setdefault(rate, task_value(rate, PCM_RATE, schema.inputs[rate]))
     inputs |= {**quirk_of(model).input, **model.config.input, **body["replicate"]}
+    for name, value in inputs.items():
+        if name in schema.inputs and schema.inputs[name].type in ("file", "files"):
+            inputs[name] = with_files(value)
     seed = schema.find("seed random_seed", "integer", "number")
     prompt = body.get("prompt") or body.get("input")
     built = PredictionInput(
@@ -4122,12 +4166,10 @@ def build_task_inputs(
         cut=None,
         seed=schema.inputs[seed].field if type(inputs.get(seed)) is int else None,
     )
-    all_inputs = [
-        each._replace(input={**share, **each.input})
-        for share, each in (
-            (share, with_seed(built, offset)) for offset, share in enumerate(shares)
-        )
-    ]
+    all_inputs = []
+    for offset, (share, count) in enumerate(shares):
+        each = with_seed(built, offset)
+        all_inputs.append(each._replace(input={**share, **each.input}, expected=count))
     remedies = {
         find_input(schema, other.params[need]): f"'{need}' by POST /v1{other.path}"
         for other in TASKS.values()
@@ -4136,6 +4178,13 @@ def build_task_inputs(
     }
     require_inputs(model, schema.required, all_inputs[0].input, remedies)
     return all_inputs
+
+
+def with_files(value: Any) -> Any:
+    """What an input for files is given, with files in place of data: URLs."""
+    if isinstance(value, list):
+        return [with_files(each) for each in value]
+    return (isinstance(value, str) and read_data_url(value)) or value
 
 
 def quirk_of(model: Model) -> Quirk:
@@ -4208,23 +4257,26 @@ def find_language(language: str, choices: Mapping[str, Any]) -> str:
 
 def share_inputs(
     task: Task, body: Json, model: Model, schema: ModelSchema
-) -> list[Json]:
-    """What differs between the predictions of a request: images, or texts."""
+) -> list[tuple[Json, int]]:
+    """What differs between predictions, and how many images or texts it is for."""
     if "n" in task.params:
         name = find_input(schema, task.params["n"])
         if not name:
-            return [{}] * int(body["n"])
-        return [{name: count} for count in split_count(body["n"], schema.inputs[name])]
+            return [({}, 1)] * int(body["n"])
+        counts = split_count(body["n"], schema.inputs[name])
+        return [({name: count}, int(count)) for count in counts]
     if not isinstance(texts := body.get("input"), list):
-        return [{}]
+        return [({}, 1)]
     name = find_input(schema, task.params["input"])
     row = schema.inputs[name]
     if quirk_of(model).takes_lines:
-        return [{name: "\n".join(" ".join(text.splitlines()) for text in texts)}]
+        lines = "\n".join(" ".join(text.splitlines()) for text in texts)
+        return [({name: lines}, len(texts))]
     is_list = row.type in ("strings", "array")
-    if not is_list and (name in JSON_LISTS or str(row.default or "").startswith("[")):
-        return [{name: json.dumps(texts, ensure_ascii=False)}]
-    size = int(row.field.high or len(texts)) if is_list else 1
+    is_json = name in JSON_LISTS or str(row.default or "").startswith("[")
+    size = int(min(row.field.high or inf, MAX_TEXTS)) if is_list else 1
+    if is_json and not is_list:
+        size = MAX_TEXTS
     batches = [texts[at : at + size] for at in range(0, len(texts), size)]
     require(
         len(batches) <= MAX_PREDICTIONS,
@@ -4233,9 +4285,16 @@ def share_inputs(
         code="array_above_max_length",
         param="input",
     )
-    return [{name: batch if is_list else batch[0]} for batch in batches]
+
+    def value(batch: list[str]) -> Any:
+        if is_list:
+            return batch
+        return json.dumps(batch, ensure_ascii=False) if is_json else batch[0]
+
+    return [({name: value(batch)}, len(batch)) for batch in batches]
 
 
+MAX_TEXTS = 512  # of a prediction: vectors of 4,096 numbers are 43 MB of JSON
 JSON_LISTS = ("texts", "text_batch", "prompts", "query_texts")  # if they are strings
 
 
@@ -4243,7 +4302,7 @@ def split_count(count: int, input: Input) -> list[Any]:
     """How many each prediction has to make: as many as its input takes."""
     shares: list[Any] = []
     while count > 0:
-        share: Any = int(clamp(count, 1, input.field.high))
+        share: Any = int(clamp(count, max(1, input.field.low or 1), input.field.high))
         if choices := input.field.choices:
             fitting = [choice for choice in choices if int(choice) <= count]
             share = max(fitting, key=int, default=min(choices, key=int))
@@ -4634,7 +4693,7 @@ class MessageReader:
 # SDK's requests go over them too: httpx's own pool is quadratic in its connections.
 
 
-MAX_RECORD = 16 * 2**20  # bytes of a prediction's record, or of other JSON
+MAX_RECORD = 64 * 2**20  # bytes of a prediction's record, or of other JSON
 MAX_EVENT_LINE = 16 * 2**20  # bytes, and of all lines of an event
 MAX_FILE = 64 * 2**20  # bytes of a file that a model made
 READ_SIZE = 8192  # bytes
@@ -5639,12 +5698,16 @@ class UploadCache:
 
 
 def upload_large_files(
-    prediction_input: PredictionInput, cache: UploadCache, cancellation: Cancellation
+    prediction_input: PredictionInput,
+    cache: UploadCache,
+    cancellation: Cancellation,
+    *,
+    has_urls: bool = True,
 ) -> PredictionInput:
     """Replace the largest files of an input by links, so that the rest is small.
 
-    Files of forms that stay become data: URLs; one in the prompt's text stays as it
-    is. Raise APIError.
+    Files that stay become data: URLs. With `has_urls`, any such URL but one in the
+    prompt's text counts as a file too. Raise APIError.
     """
     input, prompt = prediction_input.input, prediction_input.prompt
 
@@ -5655,8 +5718,9 @@ def upload_large_files(
         (
             leaf
             for leaf in leaves(input)
+            if isinstance(leaf, (str, File))
             if isinstance(leaf, File)
-            or (isinstance(leaf, str) and DATA_URL.match(leaf) and leaf not in prompt)
+            or (has_urls and DATA_URL.match(leaf) and leaf not in prompt)
         ),
         key=size,
     )
@@ -9039,8 +9103,9 @@ def start_predictions(
         ):
             yield items
 
+    cache = upstream.upload_cache
     uploaded = [
-        upload_large_files(each, upstream.upload_cache, cancellation) for each in inputs
+        upload_large_files(each, cache, cancellation, has_urls=False) for each in inputs
     ]
     jobs = [partial(start, each) for each in uploaded]
     with start_side_by_side(jobs, cancellation) as items:
@@ -9528,18 +9593,14 @@ def in_order(items: Iterable[tuple[int, Item]]) -> list[Item]:
 
 def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Response:
     task = TASKS["embedding"]
-    body, inputs, schema = parse_task_request(proxy, request, task, model)
-    name = find_input(schema, task.params["input"])
+    body, inputs, _ = parse_task_request(proxy, request, task, model)
     sizes = set(filter(None, [body["dimensions"]]))
 
     def read(
         prediction: Prediction, cancellation: Cancellation
     ) -> Generator[Vector, None, None]:
         output = prediction.wait_until_done()
-        texts = prediction.prediction_input.input[name]
-        count = len(body["input"]) // len(inputs)
-        if isinstance(texts, list):
-            count = len(texts)
+        count = prediction.prediction_input.expected
         vectors: list[Vector] = []
         with suppress(ValueError):
             vectors = read_vectors(output)
