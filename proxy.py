@@ -287,12 +287,17 @@ def quoted(value: Any) -> str:
     return text if ONE_WORD.fullmatch(text) else json.dumps(text)
 
 
-def log_row(level: int, row: Mapping[str, Any]) -> None:
-    """Log the fields that have a value, as key=value or, with LOG_FORMAT, as JSON."""
-    kept = {k: v[:200] if isinstance(v, str) else v for k, v in row.items()}
-    kept = {k: v for k, v in kept.items() if v not in (None, "")}
-    pairs = " ".join([f"{name}={quoted(value)}" for name, value in kept.items()])
-    log.log(level, "%s", pairs, extra={"row": kept})
+class LogRow(dict[str, Any]):
+    """The fields of a log line that have a value; as text, key=value."""
+
+    def __init__(self, **values: Any) -> None:
+        for name, value in values.items():
+            if value not in (None, ""):
+                is_number = isinstance(value, (int, float))
+                self[name] = value if is_number else str(value)[:200]
+
+    def __str__(self) -> str:
+        return " ".join([f"{name}={quoted(value)}" for name, value in self.items()])
 
 
 # -- Values --------------------------------------------------------------------
@@ -623,13 +628,9 @@ A_REF: Rule = (is_ref, "owner/name")
 AN_OBJECT: Rule = (lambda v: isinstance(v, dict), "an object")
 DOLLARS: Rule = (lambda v: is_number(v) and 0 <= v < 1e6, "US dollars, from 0")
 
-PRICES: Mapping[str, Rule] = {
-    "input": DOLLARS,  # for a million tokens …
-    "output": DOLLARS,  # … and for a million of these
-    "image": DOLLARS,
-    "second": DOLLARS,  # for which the model ran
-    "character": DOLLARS,  # of what is to be spoken
-}
+# For a million tokens, an image, a second for which the model ran, and a character of
+# what is to be spoken.
+PRICES = dict.fromkeys(("input", "output", "image", "second", "character"), DOLLARS)
 
 
 def check_object(value: Any, rules: Mapping[str, Rule], path: str) -> Json:
@@ -705,7 +706,7 @@ class ModelsFile:
                 try:
                     self.models = self.read()
                     count = len(self.models.mappings)
-                    log.info("models_path=%s models=%d", self.path, count)
+                    log.info(LogRow(models_path=self.path, models=count))
                 except ConfigError as error:
                     log.error("%s The models read before it stay.", error)
             return self.models
@@ -749,29 +750,22 @@ def find_model(models: Models, id: str) -> Model:
 
 @lru_cache(1000)  # once for each name
 def warn_of_default(id: str, ref: str) -> None:
-    log.warning("event=default_model model=%s ref=%s", quoted(id), quoted(ref))
+    log.warning(LogRow(event="default_model", model=id, ref=ref))
 
 
 # -- Metrics -------------------------------------------------------------------
 #
 # What is counted for Prometheus. Each process counts in a part of memory that all
 # workers share: whichever of them is scraped adds the parts up, what a worker has
-# counted outlives it, and the one that takes its place counts on from there. To add a
-# family: a row in METRICS, and a call of `add` or `observe`.
+# counted outlives it, and the one that takes its place counts on from there. A part is
+# a row of series: what is counted, and its numbers. To add a family: a row in METRICS,
+# and a call of `add` or `observe`.
 
 
 class Metric(NamedTuple):
-    kind: str  # counter, gauge or histogram
     help: str
     labels: str = ""  # their names
     buckets: tuple[float, ...] = ()  # of a histogram: their upper bounds
-    # Values of its labels that are there, at 0, from the start.
-    known: tuple[tuple[str, ...], ...] = ()
-
-    @property
-    def width(self) -> int:
-        """How many numbers it has: of a histogram, one bucket more, and the sum."""
-        return len(self.buckets) + 2 if self.buckets else 1
 
 
 # The longest are those of models that have to be started, which takes minutes.
@@ -779,95 +773,82 @@ DURATIONS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600, 1200)
 FIRST_TOKENS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 TOKEN_PACES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
+# What ends in _total is a counter, what has buckets a histogram, and all else a gauge.
 METRICS = {
     "requests_total": Metric(
-        "counter",
         "Requests, by what became of them: 499 if the client left before a status.",
         "endpoint model status code",
     ),
     "request_duration_seconds": Metric(
-        "histogram",
         "From the first byte of a request to the last of its response.",
         "endpoint model stream",
         DURATIONS,
     ),
     "time_to_first_token_seconds": Metric(
-        "histogram",
         "From the first byte of a request to the first text of its stream.",
         "model",
         FIRST_TOKENS,
     ),
     "time_per_output_token_seconds": Metric(
-        "histogram",
         "Between two tokens of a stream, as the mean of all of them.",
         "model",
         TOKEN_PACES,
     ),
     "tokens_total": Metric(
-        "counter",
-        "Tokens, by Replicate's count or an estimate.",
-        "model type estimated",
+        "Tokens, by Replicate's count or an estimate.", "model type estimated"
     ),
-    "cost_usd_total": Metric(
-        "counter", "What predictions cost, of models with a price.", "model"
-    ),
-    "in_flight": Metric("gauge", "Requests that are being worked on.", known=((),)),
-    "predictions_total": Metric(
-        "counter", "Predictions, by how they ended.", "model status"
-    ),
+    "cost_usd_total": Metric("What predictions cost, of models with a price.", "model"),
+    "in_flight": Metric("Requests that are being worked on."),
+    "predictions_total": Metric("Predictions, by how they ended.", "model status"),
     "predict_seconds_total": Metric(
-        "counter", "How long models ran, as Replicate tells it.", "model"
+        "How long models ran, as Replicate tells it.", "model"
     ),
     "upstream_requests_total": Metric(
-        "counter",
         "Requests to Replicate, by its status: none if it did not answer.",
         "kind status",
-        known=tuple(("create", status) for status in ("201", "402", "429", "none")),
     ),
     "retries_total": Metric(
-        "counter",
-        "Second predictions, for answers without the JSON or tool call asked for.",
-        known=((),),
+        "Second predictions, for answers without the JSON or tool call asked for."
     ),
-    "client_disconnects_total": Metric(
-        "counter", "Requests whose clients left before their end.", known=((),)
-    ),
+    "client_disconnects_total": Metric("Requests whose clients left before their end."),
 }
+
+# Series that are there, at 0, from the start: an alert sees the first of them.
+KNOWN_SERIES = [
+    *((name,) for name, metric in METRICS.items() if not metric.labels),
+    *(("upstream_requests_total", "create", s) for s in ("201", "402", "429", "none")),
+]
 
 METRICS_PREFIX = "replicate_proxy_"
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_MODEL_LABELS = 200  # models that have numbers of their own in a process
-SPARE = 1  # where numbers begin that nobody reads: there is no room for better ones …
-FIRST_SLOT = SPARE + max(metric.width for metric in METRICS.values())  # … and others
-MAX_METRICS_BYTES = 2**21  # of a process's numbers, and of what they count
+MAX_SERIES = 10_000  # of a process: 5 MB, which is taken as it is used
+
+SERIES_BYTES = 512  # the numbers of a series, and its key as JSON
+# Of these numbers the first is the value. A histogram has one for each bucket and for
+# what is above, then, the last but one, the sum. The last is the length of the key: as
+# soon as that is there, others read the series.
+NUMBERS_BYTES = 8 * (max(len(metric.buckets) for metric in METRICS.values()) + 3)
+
+ABOUT_THE_PROCESS = """\
+# HELP replicate_proxy_build_info The proxy's version.
+# TYPE replicate_proxy_build_info gauge
+replicate_proxy_build_info{{version="{version}"}} 1
+# HELP process_start_time_seconds In Unix seconds.
+# TYPE process_start_time_seconds gauge
+process_start_time_seconds {started}"""
 
 MetricKey = tuple[str, ...]  # the family, and the values of its labels
 
 
-class MetricsPart:
-    """The memory in which one process counts, and all may read."""
-
-    def __init__(self, memory: memoryview) -> None:
-        # The first says how many bytes of `lines` there are.
-        self.numbers = memory[:MAX_METRICS_BYTES].cast("d")
-        self.lines = memory[MAX_METRICS_BYTES:]  # a key each, in the order of slots
-
-    def slots(self) -> Iterator[tuple[MetricKey, int]]:
-        """What is counted, and where its numbers begin."""
-        slot = FIRST_SLOT
-        for line in bytes(self.lines[: int(self.numbers[0])]).splitlines():
-            key = tuple(json.loads(line))
-            yield key, slot
-            slot += METRICS[key[0]].width
-
-
 class Metrics:
+    """What this process counts, and with `render` the sum of all."""
+
     def __init__(self, processes: int = 1) -> None:
         self.started = time.time()
-        size = 2 * MAX_METRICS_BYTES  # which takes no memory before it is used
+        size = MAX_SERIES * SERIES_BYTES
         memory = memoryview(mmap.mmap(-1, processes * size))
-        starts = range(0, processes * size, size)
-        self.parts = [MetricsPart(memory[at : at + size]) for at in starts]
+        self.parts = [memory[at : at + size] for at in range(0, len(memory), size)]
         self.lock = threading.Lock()
         self.models: set[str] = set()  # that have numbers of their own
         self.use_part(0)
@@ -875,42 +856,33 @@ class Metrics:
     def use_part(self, number: int) -> None:
         """Count on in a part where a process before this one may have stopped."""
         self.part = self.parts[number]
-        self.numbers = self.part.numbers
-        self.slots = dict(self.part.slots())
-        self.free = FIRST_SLOT + sum(METRICS[name].width for name, *_ in self.slots)
-        for name, metric in METRICS.items():
-            for labels in metric.known:
-                key = name, *labels
-                slot = self.slots.get(key) or self.make_slot(key)
-                if metric.kind == "gauge":
-                    self.numbers[slot] = 0
+        self.series = dict(read_series(self.part))
+        for key in KNOWN_SERIES:
+            self.add(0, *key)
+        self.series["in_flight",][0] = 0
 
-    def make_slot(self, key: MetricKey) -> int:
-        """Where numbers will be that are the first of their kind; the lock is held."""
-        line, begin = json.dumps(key).encode() + b"\n", int(self.numbers[0])
-        end, slot = begin + len(line), self.free
-        free = slot + METRICS[key[0]].width
-        if end > len(self.part.lines) or free > len(self.numbers):
-            return SPARE
-        self.part.lines[begin:end] = line
-        self.numbers[0] = end
-        self.slots[key], self.free = slot, free
-        return slot
+    def begin_series(self, key: MetricKey) -> memoryview[float]:
+        """The numbers of a new series; the lock is held."""
+        text, at = json.dumps(key).encode(), len(self.series) * SERIES_BYTES
+        row = self.part[at : at + SERIES_BYTES]
+        if len(text) > len(row) - NUMBERS_BYTES:  # no room: nobody reads these
+            return memoryview(bytearray(NUMBERS_BYTES)).cast("d")
+        row[NUMBERS_BYTES : NUMBERS_BYTES + len(text)] = text
+        self.series[key] = numbers = row[:NUMBERS_BYTES].cast("d")
+        numbers[-1] = len(text)
+        return numbers
 
     def add(self, amount: float, *key: str) -> None:
         with self.lock:
-            self.numbers[self.slots.get(key) or self.make_slot(key)] += amount
-
-    def set(self, value: float, *key: str) -> None:
-        with self.lock:
-            self.numbers[self.slots.get(key) or self.make_slot(key)] = value
+            numbers = self.series.get(key) or self.begin_series(key)
+            numbers[0] += amount
 
     def observe(self, value: float, *key: str) -> None:
-        buckets = METRICS[key[0]].buckets
+        bucket = bisect_left(METRICS[key[0]].buckets, value)
         with self.lock:
-            slot = self.slots.get(key) or self.make_slot(key)
-            self.numbers[slot + bisect_left(buckets, value)] += 1
-            self.numbers[slot + len(buckets) + 1] += value
+            numbers = self.series.get(key) or self.begin_series(key)
+            numbers[bucket] += 1
+            numbers[-2] += value
 
     def model_label(self, ref: str, is_known: bool) -> str:
         """A model's name if Replicate or models.json knows it, and there is room."""
@@ -923,52 +895,44 @@ class Metrics:
 
     def render(self) -> bytes:
         """The sum of all processes, in Prometheus' text format."""
-        totals: dict[MetricKey, list[float]] = {}
-        for part in self.parts:
-            for key, slot in part.slots():
-                end = slot + METRICS[key[0]].width
-                numbers: list[float] = [*part.numbers[slot:end]]
-                before = totals.get(key, [0.0] * len(numbers))
-                pairs = zip(before, numbers, strict=True)
-                totals[key] = [one + other for one, other in pairs]
-        build = f"{METRICS_PREFIX}build_info"
-        lines = [
-            *head_lines(build, "gauge", "The proxy's version."),
-            sample(build, [("version", __version__)], 1),
-            *head_lines("process_start_time_seconds", "gauge", "In Unix seconds."),
-            f"process_start_time_seconds {self.started!r}",
-        ]
+        found: dict[MetricKey, list[memoryview[float]]] = defaultdict(list)
+        for key, numbers in chain.from_iterable(map(read_series, self.parts)):
+            found[key].append(numbers)
+        lines = [ABOUT_THE_PROCESS.format(version=__version__, started=self.started)]
         for name, metric in METRICS.items():
             full = METRICS_PREFIX + name
-            lines += head_lines(full, metric.kind, metric.help)
-            rows = sorted(row for row in totals.items() if row[0][0] == name)
-            for (_, *values), numbers in rows:
-                labels = [*zip(metric.labels.split(), values, strict=True)]
-                lines += samples(full, metric, labels, numbers)
+            kind = "counter" if name.endswith("_total") else "gauge"
+            kind = "histogram" if metric.buckets else kind
+            lines += [f"# HELP {full} {metric.help}", f"# TYPE {full} {kind}"]
+            for key in sorted(key for key in found if key[0] == name):
+                values = zip(metric.labels.split(), key[1:], strict=True)
+                labels = [f"{label}={json.dumps(value)}" for label, value in values]
+                *totals, sum_, _ = map(sum, zip(*found[key], strict=True))
+                if not metric.buckets:
+                    lines.append(sample(full, labels, totals[0]))
+                    continue
+                counts, bounds = [*accumulate(totals)], (*metric.buckets, "+Inf")
+                for bound, count in zip(bounds, counts, strict=False):
+                    bucket = [*labels, f'le="{bound}"']
+                    lines.append(sample(f"{full}_bucket", bucket, count))
+                lines.append(sample(f"{full}_sum", labels, sum_))
+                lines.append(sample(f"{full}_count", labels, counts[-1]))
         return "\n".join([*lines, ""]).encode()
 
 
-def head_lines(name: str, kind: str, help: str) -> list[str]:
-    return [f"# HELP {name} {help}", f"# TYPE {name} {kind}"]
+def read_series(part: memoryview) -> Iterator[tuple[MetricKey, memoryview[float]]]:
+    """What is counted in a part of the memory, and its numbers."""
+    for at in range(0, len(part), SERIES_BYTES):
+        row = part[at : at + SERIES_BYTES]
+        numbers = row[:NUMBERS_BYTES].cast("d")
+        if not (length := int(numbers[-1])):
+            return
+        key = bytes(row[NUMBERS_BYTES : NUMBERS_BYTES + length])
+        yield tuple(json.loads(key)), numbers
 
 
-def samples(
-    name: str, metric: Metric, labels: list[tuple[str, str]], numbers: list[float]
-) -> Iterator[str]:
-    if not metric.buckets:
-        yield sample(name, labels, numbers[0])
-        return
-    *counts, total = numbers
-    bounds, cumulative = (*metric.buckets, "+Inf"), [*accumulate(counts)]
-    for bound, count in zip(bounds, cumulative, strict=True):
-        yield sample(f"{name}_bucket", [*labels, ("le", str(bound))], count)
-    yield sample(f"{name}_sum", labels, total)
-    yield sample(f"{name}_count", labels, cumulative[-1])
-
-
-def sample(name: str, labels: Iterable[tuple[str, str]], value: float) -> str:
-    pairs = ",".join(f"{label}={json.dumps(text)}" for label, text in labels)
-    return f"{name}{{{pairs}}} {value!r}" if pairs else f"{name} {value!r}"
+def sample(name: str, labels: Sequence[str], value: float) -> str:
+    return f"{name}{{{','.join(labels)}}} {value!r}" if labels else f"{name} {value!r}"
 
 
 # ==== 2. REQUESTS =============================================================
@@ -2108,7 +2072,7 @@ def build_chat_request(
         if item["type"] == "additional_tools":
             tools.add(item["tools"], f"{path}.tools", is_newer=True)
     if tools.dropped:
-        log.info("event=tools_dropped types=%s", quoted(", ".join(tools.dropped)))
+        log.info(LogRow(event="tools_dropped", types=", ".join(tools.dropped)))
     messages = build_messages(items, paths)
     if body["instructions"]:
         system = {"role": "system", "content": body["instructions"]}
@@ -3474,25 +3438,18 @@ class CacheEntry(Generic[Value]):
     is_read: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass
 class BackgroundCache(Generic[Value]):
     """What Replicate tells, each read once an hour; an old value serves until then."""
 
-    kind = ""  # of what is read, for the log
-    max_entries = 1000
-
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        limit: float = 5,  # seconds that a request waits for one
-    ) -> None:
-        self.clock = clock
-        self.limit = limit
-        self.lock = threading.Lock()
-        # The last used one is the last.
-        self.entries: dict[str, CacheEntry[Value]] = {}
-
-    def read(self, ref: str) -> Value | None:
-        raise NotImplementedError
+    kind: str  # of what is read, for the log
+    read: Callable[[str], Value | None]
+    clock: Callable[[], float] = time.monotonic
+    limit: float = 5  # seconds that a request waits for one
+    max_entries: int = 1000
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    # The last used one is the last.
+    entries: dict[str, CacheEntry[Value]] = field(default_factory=dict)
 
     def find(self, ref: str) -> Value | None:
         """The value as last read, or None: there is none, or not in time."""
@@ -3518,17 +3475,14 @@ class BackgroundCache(Generic[Value]):
             entry.value = self.read(ref)
             entry.expires = self.clock() + LASTS
         except Exception as error:
-            why = quoted(as_api_error(error))
-            ref = quoted(ref)
-            log.warning("event=%s_unreadable ref=%s why=%s", self.kind, ref, why)
+            event, why = f"{self.kind}_unreadable", as_api_error(error)
+            log.warning(LogRow(event=event, ref=ref, why=why))
         finally:
             entry.is_read.set()
 
 
 class SchemaCache(BackgroundCache[ModelSchema]):
     """Schemas by ref."""
-
-    kind = "schema"
 
     def __init__(
         self,
@@ -3537,7 +3491,7 @@ class SchemaCache(BackgroundCache[ModelSchema]):
         clock: Callable[[], float] = time.monotonic,
         limit: float = 5,
     ) -> None:
-        super().__init__(clock, limit)
+        super().__init__("schema", self.read_ref, clock, limit)
         self.look_up = look_up
         self.release_of = release_of
 
@@ -3546,14 +3500,14 @@ class SchemaCache(BackgroundCache[ModelSchema]):
             return None  # Replicate tells nothing of a version without its model
         return super().find(ref)
 
-    def read(self, ref: str) -> ModelSchema | None:
+    def read_ref(self, ref: str) -> ModelSchema | None:
         """Of a deployment: that of the model it runs, whose row counts first."""
         owner, _, name = ref.partition("/")
         if owner == "deployments":
             ref = self.release_of(*name.split("/"))
             row = find_family(without_version(ref))
             if not row:
-                return self.read(ref)
+                return self.read_ref(ref)
             schema = self.find(ref) or ModelSchema()
             return schema._replace(family=merge(row, schema.family))
         name, _, version = name.partition(":")
@@ -3759,7 +3713,7 @@ def fit_attachments(messages: Messages, model: Model, family: Family) -> Message
         )
         excess[kind] = 0 if most is None else max(0, count - int(most))
         if excess[kind]:
-            log.warning("event=left_out parts=%d type=%s", excess[kind], kind)
+            log.warning(LogRow(event="left_out", parts=excess[kind], type=kind))
 
     def fit(part: Json) -> Json:
         kind = part["type"]
@@ -5086,24 +5040,21 @@ REFUSALS = {
 }
 
 # Of a token that is the client's own.
-CLIENT_REFUSALS = {
+THEIR_TOKEN = Refusal(
+    401,
+    "invalid_api_key",
+    "Replicate did not accept the token that was sent as the key. Get one at "
+    "https://replicate.com/account/api-tokens.",
+    NO_RETRY,
+)
+
+THEIR_REFUSALS = {
     **REFUSALS,
-    **dict.fromkeys(
-        (401, 403),
-        Refusal(
-            401,
-            "invalid_api_key",
-            "Replicate did not accept the token that was sent as the key. Get one at "
-            "https://replicate.com/account/api-tokens.",
-            NO_RETRY,
-        ),
-    ),
-    402: Refusal(
-        429,
-        "insufficient_quota",
-        "Your Replicate account is out of credit. You can add some at "
-        "https://replicate.com/account/billing.",
-        NO_RETRY,
+    401: THEIR_TOKEN,
+    403: THEIR_TOKEN,
+    402: REFUSALS[402]._replace(
+        message="Your Replicate account is out of credit. You can add some at "
+        "https://replicate.com/account/billing."
     ),
 }
 
@@ -5150,7 +5101,7 @@ class ReplicateAPI:
     def with_token(self, token: str) -> ReplicateAPI:
         """The same API as a client sees it with its own token."""
         other = copy(self)
-        other.token, other.refusals, other.versions = token, CLIENT_REFUSALS, {}
+        other.token, other.refusals, other.versions = token, THEIR_REFUSALS, {}
         other.client = self.client.with_options(bearer_token=token)
         return other
 
@@ -5209,12 +5160,12 @@ class ReplicateAPI:
         Raise APIError, in the client's terms, for all that Replicate may do.
         """
         REQUEST_CANCELLATION.set(cancellation)
-        status, began, found = "none", time.monotonic(), {}
+        status, began, record = "none", time.monotonic(), {}
         try:
             response = method(**given, extra_headers=NO_TELEMETRY)
             status = str(response.status_code)
-            found = parse_object(response, needs)
-            return found
+            record = parse_object(response, needs)
+            return record
         except APIStatusError as error:
             status = str(error.status_code)
             row = self.refusals.get(error.status_code, UNAVAILABLE)
@@ -5230,37 +5181,35 @@ class ReplicateAPI:
                 raise UNREACHABLE.error(detail=str(cause)) from None
             raise NO_ANSWER.error(detail=repr(cause or error)) from error
         finally:
-            self.tell(kind, status, began, prediction_input, {**given, **found})
+            known = {**given, **record}
+            self.log_request(kind, status, began, prediction_input, known)
 
-    def tell(
+    def log_request(
         self,
         kind: str,
         status: str,
         began: float,
-        prediction_input: PredictionInput | None = None,
+        sent: PredictionInput | None = None,
         known: Json | None = None,  # what was sent and what came
     ) -> None:
         """Count a request to Replicate. At DEBUG, log it without what anybody said."""
         self.metrics.add(1, "upstream_requests_total", kind, status)
-        if not log.isEnabledFor(logging.DEBUG):
-            return
-        sent, record = prediction_input, known or {}
-        id = record.get("id") if "status" in record else record.get("prediction_id")
-        metrics = as_object(record.get("metrics"))
-        log_row(
-            logging.DEBUG,
-            {
-                "upstream": kind,
-                "status": int(status) if status.isdigit() else status,
-                "ms": round((time.monotonic() - began) * 1000),
-                "prediction": id,
-                "ref": sent and sent.model.ref,
-                "inputs": sent and sizes(sent.input),
-                "state": record.get("status"),
-                "came": sizes({n: record.get(n) for n in ("output", "logs", "error")}),
-                "predict_time": metrics.get("predict_time"),
-            },
-        )
+        if log.isEnabledFor(logging.DEBUG):
+            known = known or {}
+            is_record = "status" in known
+            came = {name: known.get(name) for name in ("output", "logs", "error")}
+            row = LogRow(
+                upstream=kind,
+                status=int(status) if status.isdigit() else status,
+                ms=round((time.monotonic() - began) * 1000),
+                prediction=known.get("id" if is_record else "prediction_id"),
+                ref=sent and sent.model.ref,
+                inputs=sent and sizes(sent.input),
+                state=known.get("status"),
+                came=sizes(came),
+                predict_time=as_object(known.get("metrics")).get("predict_time"),
+            )
+            log.debug(row)
 
     def latest_version(self, owner: str, name: str) -> Json:
         get, timeout = self.client.models.with_raw_response.get, self.timeouts.schema
@@ -5331,7 +5280,7 @@ class ReplicateAPI:
             if error.status in (401, 413, 429) or error.code == OUR_TOKEN.code:
                 raise  # means the same as for a prediction
             why = error
-        log.warning("event=upload-failed why=%s", quoted(why))
+        log.warning(LogRow(event="upload-failed", why=why))
         raise NOT_UPLOADED.error()
 
     def find_collection(self, slug: str) -> list[str]:
@@ -5350,30 +5299,44 @@ class ReplicateAPI:
         return self.send("account", self.client.account.with_raw_response.get)
 
     @contextmanager
+    def get(
+        self,
+        kind: str,
+        url: str,
+        cancellation: Cancellation,
+        *headers: tuple[bytes, bytes],
+    ) -> Iterator[HTTPResponse]:
+        """GET what is not of the API: a stream, a file. Raise what the pool raises."""
+        parts = urlsplit(url)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        host = b"Host", parts.netloc.encode()
+        head = render_head("GET", target.encode(), (host, *headers))
+        origin, timeout, send = parts[:2], self.timeouts.stream, self.pool.request
+        status, began = "none", time.monotonic()
+        try:
+            with send(origin, "GET", head, timeout, cancellation) as response:
+                status = str(response.status)
+                if response.status != 200:
+                    raise http.client.HTTPException(f"status {status}")
+                yield response
+        finally:
+            self.log_request(kind, status, began)
+
+    @contextmanager
     def open_stream(
         self, url: str, cancellation: Cancellation
     ) -> Iterator[Iterator[bytes]]:
         """Open an event stream. Raise what `ConnectionPool.request` raises."""
-        parts = urlsplit(url)
-        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
         headers = (
-            (b"Host", parts.netloc.encode()),
             (b"Authorization", f"Bearer {self.token}".encode()),
             (b"Accept", b"text/event-stream"),
             (b"Cache-Control", b"no-store"),
         )
-        head = render_head("GET", target.encode(), headers)
-        origin, timeout = parts[:2], self.timeouts.stream
-        send, status, began = self.pool.request, "none", time.monotonic()
-        try:
-            with send(origin, "GET", head, timeout, cancellation) as response:
-                status = str(response.status)
-                kind = response.headers.get("content-type", "").lower()
-                if response.status != 200 or not kind.startswith("text/event-stream"):
-                    raise http.client.HTTPException(f"status {status}, type {kind!r}")
-                yield response.body
-        finally:
-            self.tell("stream", status, began)
+        with self.get("stream", url, cancellation, *headers) as response:
+            kind = response.headers.get("content-type", "").lower()
+            if not kind.startswith("text/event-stream"):
+                raise http.client.HTTPException(f"type {kind!r}")
+            yield response.body
 
     @contextmanager
     def open_file(
@@ -5387,10 +5350,6 @@ class ReplicateAPI:
             yield len(file.content), iter([file.content])
             return
         self.check_file_host(url)
-        parts = urlsplit(url)
-        target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
-        host, timeout = (b"Host", parts.netloc.encode()), self.timeouts.stream
-        head = render_head("GET", target.encode(), [host])
         too_late = time.monotonic() + self.timeouts.file
 
         def bounded(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -5401,21 +5360,13 @@ class ReplicateAPI:
                     raise http.client.HTTPException("it is too large, or too slow")
                 yield piece
 
-        status, began = "none", time.monotonic()
         try:
-            with self.pool.request(
-                parts[:2], "GET", head, timeout, cancellation
-            ) as response:
-                status = str(response.status)
-                if response.status != 200:
-                    raise http.client.HTTPException(f"status {response.status}")
+            with self.get("file", url, cancellation) as response:
                 size = parse_body_length(response.headers)
                 yield None if size == CHUNKED else size, bounded(response.body)
         except CONNECTION_ERRORS as error:
             where = f"Replicate keeps it for an hour, at '{url}'."
             raise LOST.error(where, detail=repr(error)) from error
-        finally:
-            self.tell("file", status, began)
 
     def fetch_file(self, url: str, cancellation: Cancellation) -> bytes:
         """Fetch a file that a model made, twice if need be. Raise APIError."""
@@ -5777,19 +5728,6 @@ def check_size(input: Json) -> None:
 TERMINAL = frozenset(("succeeded", "failed", "canceled", "aborted"))
 
 
-class CollectionCache(BackgroundCache[list[str]]):
-    """The refs of models by the name of Replicate's collection."""
-
-    kind = "collection"
-
-    def __init__(self, api: ReplicateAPI) -> None:
-        super().__init__(limit=api.timeouts.menu)
-        self.api = api
-
-    def read(self, ref: str) -> list[str]:
-        return self.api.find_collection(ref)
-
-
 MAX_TOKENS = 500  # of clients, for which something is kept …
 MAX_TOKEN_ENTRIES = 20  # … and how many schemas for each
 
@@ -5798,33 +5736,27 @@ class Upstream:
     """Replicate as a source of predictions."""
 
     def __init__(
-        self, api: ReplicateAPI, timeouts: Timeouts, parent: Upstream | None = None
+        self, api: ReplicateAPI, timeouts: Timeouts, root: Upstream | None = None
     ) -> None:
         self.api = api
         self.timeouts = timeouts
-        self.parent = parent  # of one for a client's own token
-        self.by_token: dict[str, Upstream] = {}  # the last used one is the last
-        self.lock = threading.Lock()
+        self.root = root or self  # of one for a client's own token: that for ours
+        self.for_token = lru_cache(MAX_TOKENS)(self.with_token)
         self.upload_cache = UploadCache(api.upload)
         self.schemas = SchemaCache(
             api.find_schema, api.find_release, limit=timeouts.schema
         )
-        self.collections = CollectionCache(api)
-        if parent:
+        self.collections = BackgroundCache(
+            "collection", api.find_collection, limit=timeouts.menu
+        )
+        if root:
             self.schemas.max_entries = MAX_TOKEN_ENTRIES
         self.changed = threading.Condition()
         self.running = 0  # requests with a prediction to create, follow or cancel
 
-    def for_token(self, token: str) -> Upstream:
+    def with_token(self, token: str) -> Upstream:
         """The same for a client's own token: they share connections, and no cache."""
-        with self.lock:
-            found = self.by_token.pop(token, None)
-            if not found:
-                found = Upstream(self.api.with_token(token), self.timeouts, self)
-            self.by_token[token] = found
-            if len(self.by_token) > MAX_TOKENS:
-                del self.by_token[next(iter(self.by_token))]
-        return found
+        return Upstream(self.api.with_token(token), self.timeouts, root=self)
 
     def create(
         self,
@@ -5870,12 +5802,9 @@ class Upstream:
                 prediction.cancel()
 
     def count(self, more: int) -> None:
-        if self.parent:
-            self.parent.count(more)
-            return
-        with self.changed:
-            self.running += more
-            self.changed.notify_all()
+        with self.root.changed:
+            self.root.running += more
+            self.root.changed.notify_all()
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -5920,7 +5849,7 @@ class Prediction:
     unseen_since: float | None = None  # since when its record can't be fetched
     stream_done: bool = False
     is_ended: bool = False  # nobody follows it any more
-    is_charged: bool = False  # its cost is known
+    cost: float | None = None  # in USD, once it is known
 
     def __post_init__(self) -> None:
         self.api, self.timeouts = self.upstream.api, self.upstream.timeouts
@@ -5930,6 +5859,11 @@ class Prediction:
     @property
     def is_over(self) -> bool:
         return self.record["status"] in TERMINAL
+
+    @property
+    def length(self) -> int:
+        """How many characters were delivered."""
+        return sum(map(len, self.delivered))
 
     @property
     def has_time(self) -> bool:
@@ -5968,10 +5902,8 @@ class Prediction:
         """Its output, when it has succeeded. Raise APIError."""
         for _ in self.polls():
             pass
-        usage = self.end().usage
-        cost = self.charge(usage)
-        if usage != Usage():
-            self.request_log.usages.append(usage._replace(cost=cost))
+        if (usage := self.end().usage) != Usage():
+            self.request_log.usages.append(usage)
         return self.record.get("output")
 
     def polls(self) -> Iterator[None]:
@@ -6029,8 +5961,7 @@ class Prediction:
         """
         if not self.delivered and not self.find_output():
             return False
-        at = sum(map(len, self.delivered))
-        known = self.output[at : at + len(text)]
+        known = self.output[self.length :][: len(text)]
         self.is_late = bool(known)
         return text.startswith(known)
 
@@ -6101,18 +6032,16 @@ class Prediction:
         return Done(finish_reason(usage, self.prediction_input.limit), usage)
 
     def charge(self, usage: Usage) -> float | None:
-        """Add its cost in USD, if its model has a price, to that of the request.
+        """Tell its cost in USD, if its model has a price.
 
         What Replicate did not count is estimated. One that failed costs its time alone.
         """
-        self.is_charged = True
         price = self.prediction_input.model.config.price
         if not price:
             return None
-        log, status, record = self.request_log, self.record["status"], self.record
-        seconds = predict_seconds(record)
-        if not self.is_over and log.first_text_at:  # it was cut short
-            seconds = time.monotonic() - log.first_text_at
+        seconds, began = predict_seconds(self.record), self.request_log.first_text_at
+        if not self.is_over and began:  # it was cut short
+            seconds = time.monotonic() - began
         values = self.prediction_input.input.values()
         texts = chain(values, *map(as_list, values))  # alone, or in lists
         strings = (text for text in texts if isinstance(text, str))
@@ -6121,27 +6050,28 @@ class Prediction:
         if asked is None:
             asked = estimate_tokens(characters)
         if answered is None:
-            answered = estimate_tokens(sum(map(len, self.delivered)))
+            answered = estimate_tokens(self.length)
         amounts = {
             "input": asked / 1e6,
             "output": answered / 1e6,
-            "image": image_count(record),
+            "image": image_count(self.record),
             "character": characters,
         }
-        if status in ("failed", "aborted"):
-            amounts = dict.fromkeys(amounts, 0)
+        if self.record["status"] in ("failed", "aborted"):
+            amounts = {}
         amounts["second"] = seconds
-        cost = sum(price[unit] * amounts[unit] for unit in price)
-        log.costs.append(cost)
-        return round(cost, 9)
+        self.cost = sum(price[unit] * amounts.get(unit, 0) for unit in price)
+        return self.cost
 
     def cancel(self) -> None:
         """Stop the bill unless it is over, in a thread of its own: nobody waits."""
         if self.is_ended:
             return
         self.is_ended = True
-        if not self.is_charged:
+        if self.cost is None and self.prediction_input.model.config.price:
             self.charge(read_usage(self.record))
+        if self.cost is not None:
+            self.request_log.costs.append(self.cost)
         status = "succeeded" if self.stream_done else "canceled"
         if self.is_over:
             status = self.record["status"]
@@ -6151,9 +6081,9 @@ class Prediction:
         model = metrics.model_label(self.prediction_input.model.ref, True)
         metrics.add(1, "predictions_total", model, status)
         metrics.add(predict_seconds(self.record), "predict_seconds_total", model)
-        characters = sum(map(len, self.delivered))
-        ended = f"{status} texts={len(self.delivered)} characters={characters}"
-        log.debug("prediction=%s event=ended state=%s", quoted(self.id), ended)
+        if log.isEnabledFor(logging.DEBUG):
+            texts = {"texts": len(self.delivered), "characters": self.length}
+            log.debug(LogRow(prediction=self.id, event="ended", state=status, **texts))
 
     def send_cancel(self) -> None:
         """A cancel that fails is tried once more."""
@@ -6168,8 +6098,7 @@ class Prediction:
                 time.sleep(pause)
 
     def log_event(self, event: str, why: object, level: int = logging.INFO) -> None:
-        name, reason = quoted(self.id), quoted(why)
-        log.log(level, "prediction=%s event=%s why=%s", name, event, reason)
+        log.log(level, LogRow(prediction=self.id, event=event, why=why))
 
 
 # ==== 5. TEXT =================================================================
@@ -6275,13 +6204,8 @@ def echo(events: Events, prompt: str) -> Events:
         yield event
 
 
-def with_usage(
-    events: Events,
-    prompt: str,
-    usages: list[Usage],
-    charge: Callable[[Usage], float | None] = lambda usage: None,
-) -> Events:
-    """Estimate the tokens that Replicate did not count, and add all to `usages`."""
+def with_usage(events: Events, prediction: Prediction) -> Events:
+    """Estimate the tokens that Replicate did not count; add all to the log."""
     length = reasoning = 0
     for event in events:
         if isinstance(event, (Text, Arguments)):
@@ -6292,14 +6216,14 @@ def with_usage(
             asked, answered, reasoned, *_ = event.usage
             is_estimate = asked is None or answered is None
             if asked is None:
-                asked = estimate_tokens(len(prompt))
+                asked = estimate_tokens(len(prediction.prediction_input.prompt))
             if answered is None:
                 answered = estimate_tokens(length + reasoning)
             reasoned = reasoned or min(estimate_tokens(reasoning), answered)
             usage = Usage(asked, answered, reasoned, is_estimate)
-            usage = usage._replace(cost=charge(usage))
+            usage = usage._replace(cost=prediction.charge(usage))
+            prediction.request_log.usages.append(usage)
             event = Done(event.finish_reason, usage)
-            usages.append(usage)
         yield event
 
 
@@ -7788,20 +7712,17 @@ def fold_choices(events: IndexedEvents) -> tuple[list[Choice], Usage]:
 
 
 def sum_usage(usages: Iterable[Usage]) -> Usage:
-    rows = [*usages]
-    costs = [usage.cost for usage in rows if usage.cost is not None]
-    return Usage(
-        sum(usage.prompt_tokens or 0 for usage in rows),
-        sum(usage.completion_tokens or 0 for usage in rows),
-        sum(usage.reasoning_tokens for usage in rows),
-        any(usage.is_estimate for usage in rows),
-        round(sum(costs), 9) if costs else None,
-    )
+    *counts, costs = zip(*usages, strict=True)
+    totals = [sum(filter(None, each)) for each in counts]
+    prompt, completion, reasoning, estimates = totals
+    known = [cost for cost in costs if cost is not None]
+    cost = sum(known) if known else None
+    return Usage(prompt, completion, reasoning, bool(estimates), cost)
 
 
 def cost_field(usage: Usage) -> Json:
     """As OpenRouter tells it."""
-    return {} if usage.cost is None else {"cost": usage.cost}
+    return {} if usage.cost is None else {"cost": round(usage.cost, 9)}
 
 
 def usage_object(usage: Usage) -> Json:
@@ -8687,7 +8608,7 @@ class ResponseStore:
         """What to raise. It is logged too, but not for each request in a storm."""
         if time.monotonic() >= self.next_report:
             self.next_report = time.monotonic() + REPORT_INTERVAL
-            log.error("event=response_store_failed error=%s", quoted(problem))
+            log.error(LogRow(event="response_store_failed", error=problem))
         return overloaded("can't use the responses that it stores")
 
 
@@ -9209,8 +9130,11 @@ class Generation(NamedTuple):
         upstream, log = self.proxy.upstream, self.request.log
         limit = self.body["max_completion_tokens"] or self.body["max_tokens"]
         if limit == 0:  # no text is wanted, so no model has to run
-            end = (done for done in [Done("length", Usage(None, 0))])
-            yield with_usage(end, prediction_input.prompt, log.usages), end.close
+            asked = estimate_tokens(len(prediction_input.prompt))
+            usage = Usage(asked, 0, is_estimate=True)
+            log.usages.append(usage)
+            end = (done for done in [Done("length", usage)])
+            yield end, end.close
             return
         wait = not self.body["stream"]
         with (
@@ -9228,7 +9152,7 @@ class Generation(NamedTuple):
         model's own limit is a length of its text; stop strings are looked for in what
         the client reads, not in tags, fences or calls; and what was sent in the end is
         counted."""
-        prediction_input, log = prediction.prediction_input, self.request.log
+        prediction_input = prediction.prediction_input
         if "messages" in self.body:
             omits, stream = prediction_input.omits_think, self.body["stream"]
             holds, may_call = omits and not stream, bool(self.toolbox)
@@ -9243,8 +9167,7 @@ class Generation(NamedTuple):
         if stops := list(filter(None, self.body["stop"])):
             called = self.toolbox.called if self.toolbox else "stop"
             events = stop_at(events, stops, called)
-        prompt, charge = prediction_input.prompt, prediction.charge
-        return with_usage(events, prompt, log.usages, charge)
+        return with_usage(events, prediction)
 
     def with_retry(
         self,
@@ -9273,7 +9196,7 @@ class Generation(NamedTuple):
         why = self.complaint(answer)
         if why and not sent and self.build_retry and answer.finish_reason != "length":
             cancel()  # it may go on behind what was wanted of it
-            log.warning("event=retry why=%s", quoted(loggable(why)))
+            log.warning(LogRow(event="retry", why=loggable(why)))
             self.proxy.metrics.add(1, "retries_total")
             try:
                 again = self.build_retry(self.render(answer), self.instruction(why))
@@ -9282,15 +9205,15 @@ class Generation(NamedTuple):
                     second = list(others)
             except Exception as error:
                 cancellation.check()
-                failure = as_api_error(error)
-                log.warning("event=retry_failed why=%s", quoted(loggable(str(failure))))
+                reason = loggable(str(as_api_error(error)))
+                log.warning(LogRow(event="retry_failed", why=reason))
             else:
                 better, more = fold(second)
                 if better.calls or all(self.call_errors(answer)):
                     seen, answer, why = second, better, self.complaint(better)
                 seen[-1] = Done(answer.finish_reason, sum_usage([usage, more]))
         if why:
-            log.warning("event=misfit why=%s", quoted(loggable(why)))
+            log.warning(LogRow(event="misfit", why=loggable(why)))
         yield from seen[sent:]
 
     def render(self, answer: Choice) -> str:
@@ -9953,21 +9876,9 @@ def find_operation(proxy: Proxy, request: Request) -> Callable[[Request], Respon
         return answer_preflight
     endpoint, ids = find_endpoint(request.method, request.path)
     request.log.endpoint = endpoint.path
-    key, settings = given_key(request.headers), proxy.settings
-    needs_key = {
-        "required": True,
-        "optional": key is not None,
-        "metrics": not settings.metrics_open,
-        "none": False,
-    }
-    token = own_token(key, settings)
-    if token and endpoint.key != "metrics":
+    key = given_key(request.headers)
+    if token := authorize(key, endpoint.key, proxy.settings):
         proxy = proxy._replace(upstream=proxy.upstream.for_token(token))
-    elif needs_key[endpoint.key]:
-        authorize(key, settings)
-        message = f"This key has no Replicate token behind it. Send {OWN_TOKEN}."
-        if endpoint.key == "required" and not proxy.upstream.api.token:
-            raise APIError(401, message, code="invalid_api_key")
     return lambda request: endpoint.operation(proxy, request, *ids)
 
 
@@ -10014,24 +9925,26 @@ def given_key(headers: Mapping[str, str]) -> str | None:
 WHOSE_KEY = (
     "those in PROXY_API_KEY where the proxy was started: not OpenAI's, nor Replicate's."
 )
+CLIENT_TOKEN = re.compile(r"r8_[!-~]{1,200}")
 OWN_TOKEN = f"your own Replicate token (r8_…), from {TOKENS_URL}"
 
 
-def is_key(given: str, settings: Settings) -> bool:
-    keys = settings.api_keys
-    return any([compare_digest(given.encode(), key.encode()) for key in keys])
-
-
-def own_token(given: str | None, settings: Settings) -> str:
-    """The client's own Replicate token, "" if its key is none, or is one of ours."""
-    is_taken = settings.client_tokens and re.fullmatch(r"r8_[!-~]{1,200}", given or "")
-    return given if given and is_taken and not is_key(given, settings) else ""
-
-
-def authorize(given: str | None, settings: Settings) -> None:
-    whose = WHOSE_KEY
-    if settings.client_tokens:
-        whose = f"{WHOSE_KEY} Or send {OWN_TOKEN}."
+def authorize(given: str | None, access: str, settings: Settings) -> str:
+    """Return the client's own Replicate token if that is its key; raise 401."""
+    key = given or ""
+    is_ours = any([compare_digest(key.encode(), k.encode()) for k in settings.api_keys])
+    takes_tokens = settings.client_tokens and access != "metrics"
+    if takes_tokens and not is_ours and CLIENT_TOKEN.fullmatch(key):
+        return key
+    is_open = {
+        "required": False,
+        "optional": given is None,
+        "metrics": settings.metrics_open,
+        "none": True,
+    }
+    if is_open[access]:
+        return ""
+    whose = f"{WHOSE_KEY} Or send {OWN_TOKEN}." if settings.client_tokens else WHOSE_KEY
     if given is None:
         raise APIError(
             401,
@@ -10039,12 +9952,15 @@ def authorize(given: str | None, settings: Settings) -> None:
             "header using Bearer auth (Authorization: Bearer YOUR_KEY). The keys are "
             f"{whose}",
         )
-    if not is_key(given, settings):
-        message = (
-            "Incorrect API key provided. It has to be one of the proxy's own keys, "
-            f"{whose}"
-        )
-        raise APIError(401, message, code="invalid_api_key")
+    why = ""
+    if not is_ours:
+        why = "Incorrect API key provided. It has to be one of the proxy's own keys, "
+        why += whose
+    elif access == "required" and not settings.replicate_api_token.strip():
+        why = f"This key has no Replicate token behind it. Send {OWN_TOKEN}."
+    if why:
+        raise APIError(401, why, code="invalid_api_key")
+    return ""
 
 
 def key_of(request: Request) -> str:
@@ -10519,7 +10435,7 @@ class Handler(BaseHTTPRequestHandler):
     def count(self) -> None:
         """Count a request in the metrics, but for those that only watch the proxy."""
         request_log, metrics = self.api_request.log, self.server.proxy.metrics
-        endpoint, model, pieces = request_log.endpoint, "", 0
+        endpoint, model, usages = request_log.endpoint, "", request_log.usages
         if endpoint in ("/health", "/metrics"):
             return
         seconds, add = time.monotonic() - self.began, metrics.add
@@ -10532,19 +10448,18 @@ class Handler(BaseHTTPRequestHandler):
         stream = "true" if request_log.stream else "false"
         key = "request_duration_seconds", endpoint, model, stream
         metrics.observe(seconds, *key)
-        for usage in request_log.usages:
-            estimated = "true" if usage.is_estimate else "false"
-            tokens = {"input": usage.prompt_tokens, "output": usage.completion_tokens}
-            for type, count in tokens.items():
-                add(count or 0, "tokens_total", model, type, estimated)
-            pieces += usage.completion_tokens or 0
+        for usage in usages:
+            asked, answered, _, is_estimate, _ = usage
+            estimated = "true" if is_estimate else "false"
+            add(asked or 0, "tokens_total", model, "input", estimated)
+            add(answered or 0, "tokens_total", model, "output", estimated)
         if request_log.costs:
             add(sum(request_log.costs), "cost_usd_total", model)
         if request_log.stream and request_log.first_text_at:
             first = request_log.first_text_at - self.began
             metrics.observe(first, "time_to_first_token_seconds", model)
-            if pieces > 1 and len(request_log.usages) == 1:
-                pace = (seconds - first) / (pieces - 1)
+            if len(usages) == 1 and (tokens := usages[0].completion_tokens or 0) > 1:
+                pace = (seconds - first) / (tokens - 1)
                 metrics.observe(pace, "time_per_output_token_seconds", model)
         if code == "client_gone":
             add(1, "client_disconnects_total")
@@ -10566,28 +10481,28 @@ class Handler(BaseHTTPRequestHandler):
         why = failure and loggable(str(failure), request_log.prompts)
         usage = sum_usage(request_log.usages) if request_log.usages else None
         first = request_log.first_text_at
-        row = {
-            "method": request.method,
-            "path": request.path,
-            "status": self.status or 499,
-            "client": self.client_address[0],
-            "model": request_log.model,
-            "ref": request_log.ref,
-            "stream": "yes" if request_log.stream else None,
-            "n": request_log.n if request_log.n > 1 else None,
-            "prediction": ",".join(request_log.predictions),
-            "tokens_in": usage and usage.prompt_tokens,
-            "tokens_out": usage and usage.completion_tokens,
-            "estimated": "yes" if usage and usage.is_estimate else None,
-            "cost": round(sum(request_log.costs), 9) if request_log.costs else None,
-            "first_token_ms": first and round((first - self.began) * 1000),
-            "ms": self.elapsed_ms(),
-            "error": request_log.error,
-            "param": failure and failure.param,
-            "why": failure and f"{why} {failure.detail}".strip(),
-            "request_id": self.id,
-        }
-        log_row(level, row)
+        row = LogRow(
+            method=request.method,
+            path=request.path,
+            status=self.status or 499,
+            client=self.client_address[0],
+            model=request_log.model,
+            ref=request_log.ref,
+            stream="yes" if request_log.stream else None,
+            n=request_log.n if request_log.n > 1 else None,
+            prediction=",".join(request_log.predictions),
+            tokens_in=usage and usage.prompt_tokens,
+            tokens_out=usage and usage.completion_tokens,
+            estimated="yes" if usage and usage.is_estimate else None,
+            cost=round(sum(request_log.costs), 9) if request_log.costs else None,
+            first_token_ms=first and round((first - self.began) * 1000),
+            ms=self.elapsed_ms(),
+            error=request_log.error,
+            param=failure and failure.param,
+            why=failure and f"{why} {failure.detail}".strip(),
+            request_id=self.id,
+        )
+        log.log(level, row)
 
 
 class Server(ThreadingHTTPServer):
@@ -10612,10 +10527,8 @@ class Server(ThreadingHTTPServer):
         self.timeouts = timeouts
         metrics = metrics or Metrics()
         self.api = ReplicateAPI(settings, timeouts, metrics)
-        upstream, store = (
-            Upstream(self.api, timeouts),
-            ResponseStore(settings, timeouts),
-        )
+        upstream = Upstream(self.api, timeouts)
+        store = ResponseStore(settings, timeouts)
         self.proxy = Proxy(settings, models, upstream, store, metrics)
         # From when they are accepted; since when they wait for a request, or 0.
         self.connections: dict[socket.socket, float] = {}
@@ -10671,7 +10584,7 @@ class Server(ThreadingHTTPServer):
 
     def refuse(self, connection: socket.socket, failure: APIError) -> None:
         """Send an error, with no thread and no time for it, and close."""
-        log.warning("event=connection_refused why=%s", quoted(failure))
+        log.warning(LogRow(event="connection_refused", why=failure))
         self.proxy.metrics.add(1, "requests_total", "other", "", "503", "overloaded")
         body = encode_readable_json(failure.body)
         headers = {
@@ -10706,9 +10619,9 @@ class Server(ThreadingHTTPServer):
             self.api.account()
         except Exception as error:
             if isinstance(error, APIError) and error.code == OUR_TOKEN.code:
-                log.warning("event=token_refused why=%s", quoted(error))
+                log.warning(LogRow(event="token_refused", why=error))
             else:
-                log.debug("event=token_not_checked why=%s", quoted(error))
+                log.debug(LogRow(event="token_not_checked", why=error))
 
     def admit(self, request: Request, size: int) -> None:
         """Raise 503 if there is no room for it, or for a body of that many bytes."""
@@ -10721,7 +10634,7 @@ class Server(ThreadingHTTPServer):
                 )
             self.hold(request, size)
             self.requests.add(request)
-            self.proxy.metrics.set(len(self.requests), "in_flight")
+            self.proxy.metrics.add(1, "in_flight")
 
     def hold(self, request: Request, size: int) -> None:
         """Count bytes of its body; raise 503 if there are too many beside others'."""
@@ -10735,9 +10648,10 @@ class Server(ThreadingHTTPServer):
 
     def release(self, request: Request) -> None:
         with self.admission:
-            self.requests.discard(request)
+            if request in self.requests:
+                self.requests.remove(request)
+                self.proxy.metrics.add(-1, "in_flight")
             self.held -= request.held
-            self.proxy.metrics.set(len(self.requests), "in_flight")
 
     def await_disconnects(self, seconds: float) -> None:
         with self.disconnected:
@@ -10831,21 +10745,23 @@ def handle_signals(handler: Callable[[int, Any], object]) -> None:
 
 def run_workers(
     count: int,
-    work: Callable[[int, int, int], int],
+    work: Callable[[int, int], int],
     listener: socket.socket,
+    metrics: Metrics,
     signals: Sequence[int],
 ) -> int:
     """Keep processes at work until a signal, and wait for their end until another.
 
     Each gives its exit code, and is given the ends of the pipes that tell it to stop
-    and to hurry, and the number of its place, which the one after it takes.
+    and to hurry. One that takes the place of another counts on in its metrics.
     """
     stop, hurry = os.pipe(), os.pipe()
 
     def run(place: int) -> None:
         os.close(stop[1])
         os.close(hurry[1])
-        os._exit(work(stop[0], hurry[0], place))
+        metrics.use_part(place)
+        os._exit(work(stop[0], hurry[0]))
 
     import multiprocessing  # 5 ms, for those alone who have workers
 
@@ -10861,14 +10777,13 @@ def run_workers(
                 process.start()
                 workers[place] = process
         except OSError as error:  # no memory, or too many processes
-            log.error("event=worker_not_started error=%s", quoted(error))
+            log.error(LogRow(event="worker_not_started", error=error))
             due = time.monotonic() + PAUSE
         time.sleep(0.1)
-        for place, worker in [*workers.items()]:
-            if worker.is_alive():
-                continue
-            log.error("event=worker_died pid=%d code=%d", worker.pid, worker.exitcode)
-            del workers[place]
+        ended = [place for place, worker in workers.items() if not worker.is_alive()]
+        for worker in map(workers.pop, ended):
+            pid, code = worker.pid, worker.exitcode
+            log.error(LogRow(event="worker_died", pid=pid, code=code))
             due = time.monotonic() + PAUSE
     listener.close()
     os.close(stop[1])
@@ -10970,11 +10885,9 @@ def with_shared_store(settings: Settings) -> Iterator[Settings]:
     try:
         folder = tempfile.TemporaryDirectory("", "proxy-", ignore_cleanup_errors=True)
     except OSError as error:
-        log.warning(
-            "event=responses_not_shared error=%s: a worker knows the responses that it "
-            "made, and no others. With RESPONSES_DB, a file, each knows all of them.",
-            quoted(error),
-        )
+        why = "a worker knows the responses that it made, and no others. With "
+        why += "RESPONSES_DB, a file, each knows all of them."
+        log.warning(LogRow(event="responses_not_shared", error=error, why=why))
         yield settings
         return
     with folder as path:
@@ -11003,7 +10916,7 @@ def serve(settings: Settings, models: Models, options: argparse.Namespace) -> in
     if settings.workers > 1:
         signals: list[int] = []
         handle_signals(lambda number, _: signals.append(number))
-        run = partial(run_workers, settings.workers, work, listener, signals)
+        run = partial(run_workers, settings.workers, work, listener, metrics, signals)
     else:
         run = partial(work, *stop_on_signals())
     url = base_url(listener, settings)
@@ -11037,13 +10950,11 @@ def serve_until(
     is_demo: bool,
     stop: int,
     hurry: int,
-    place: int = 0,  # of a worker
 ) -> int:
     """Serve until `stop` ends, then until all requests are answered; return a code.
 
     A byte in `hurry`, the number of a signal, ends that within `HURRY`.
     """
-    metrics.use_part(place)
     server = Server(settings, Timeouts(), listener, metrics)
     codes = [0]
 
@@ -11063,7 +10974,7 @@ def serve_until(
         threading.Thread(target=work, daemon=True).start()
     gc.freeze()  # what stays: to look at all of it would take 50 ms, each time
     server.serve_forever(0.1)
-    log.info("event=stopping calls=%d", len(server.requests))
+    log.info(LogRow(event="stopping", calls=len(server.requests)))
     server.server_close()
     return codes[0]
 
@@ -11156,26 +11067,15 @@ def modification_times(options: argparse.Namespace) -> list[float]:
     return [file.stat().st_mtime if file.exists() else 0.0 for file in files]
 
 
-# A pair of a line that has the form key=value.
-PAIR = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|[^\s"{[]\S*)(?:\s+|\Z)')
-
-
 class JSONFormatter(logging.Formatter):
-    """Writes a line as an object: its pairs, and what follows them as `message`."""
+    """Writes a line as an object: its fields, or the text that it is as `message`."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = self.formatTime(record, self.datefmt)
         row: Json = {"time": moment, "level": record.levelname}
-        message = record.getMessage()
-        if hasattr(record, "row"):
-            row |= record.row
-            message = ""
-        while pair := PAIR.match(message):
-            value = pair[2]
-            row[pair[1]] = json.loads(value) if value.startswith('"') else value
-            message = message[pair.end() :]
-        if message:
-            row["message"] = message
+        message: Any = record.msg
+        is_row = isinstance(message, LogRow)
+        row |= message if is_row else {"message": record.getMessage()}
         if record.exc_info:
             row["exception"] = self.formatException(record.exc_info)
         return json.dumps(row)
@@ -11184,8 +11084,7 @@ class JSONFormatter(logging.Formatter):
 def log_to_stderr(settings: Settings) -> None:
     handler = logging.StreamHandler()
     line = "time=%(asctime)s level=%(levelname)s %(message)s"
-    formatters = {"text": logging.Formatter, "json": JSONFormatter}
-    make = formatters[settings.log_format]
+    make = JSONFormatter if settings.log_format == "json" else logging.Formatter
     handler.setFormatter(make(line, "%Y-%m-%dT%H:%M:%S%z"))
     log.addHandler(handler)
     log.setLevel(settings.log_level.upper())
