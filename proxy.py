@@ -504,6 +504,7 @@ class Timeouts(NamedTuple):
     wait: int = 5  # for a whole answer to come with the create (Prefer: wait)
     stream: float = 60  # without a byte on an event stream
     file: float = 120  # for all of a file that a model made to arrive
+    look: float = 3  # for the first of it, if nothing but its type is wanted
     poll: float = 1  # between GETs of a prediction that does not stream …
     poll_most: float = 5  # … and at the most
     after_done: float = 0.05  # between GETs of one whose stream has said `done`
@@ -1485,6 +1486,8 @@ def join_texts(parts: list[Json]) -> str | list[Json]:
 
 LINK = re.compile(r"https?://[^\s\x00-\x1f\x7f/][^\s\x00-\x1f\x7f]*", re.IGNORECASE)
 
+DATA_URL = re.compile(r"data:[^,;]+;[^,]*base64,", re.IGNORECASE)
+
 MEDIA_TYPE = re.compile(r"[a-z0-9.+-]+/[a-z0-9.+-]+")
 FILE_TYPE = "application/octet-stream"  # of any file
 
@@ -2400,14 +2403,20 @@ def split_form(
 
 def form_value(name: str, given: list[str | File], params: Mapping[str, Param]) -> Any:
     """A field with the type of its row; `check` refuses what has another."""
-    kinds = params[name].kinds if name in params else STRING
+    kinds = params[name].kinds if name in params else ()
     if kinds == ARRAY:
         return given
+    urls = [each.url if isinstance(each, File) else each for each in given]
+    if not kinds:  # the model's own, or of no use
+        return urls if len(urls) > 1 else urls[0]
     if len(given) > 1:
         raise bad_form(f"its field '{name}' is there more than once")
-    if isinstance(given[0], File):
-        return given[0].url
-    text = given[0]
+    text = urls[0]
+    if isinstance(given[0], File):  # curl -F prompt=@prompt.txt
+        try:
+            text = given[0].content.decode()
+        except UnicodeDecodeError:
+            raise bad_form(f"its field '{name}' is not UTF-8") from None
     if kinds == OBJECT:
         return parse_json_body(text.encode(), "json")
     is_read = kinds != STRING and len(text) <= MAX_FORM_NUMBER
@@ -3434,6 +3443,7 @@ class CacheEntry(Generic[Value]):
     """A value as it was last read, if it ever was."""
 
     value: Value | None = None
+    error: APIError | None = None  # why it could not be read the last time
     expires: float = 0
     is_read: threading.Event = field(default_factory=threading.Event)
 
@@ -3472,11 +3482,11 @@ class BackgroundCache(Generic[Value]):
 
     def fill(self, ref: str, entry: CacheEntry[Value]) -> None:
         try:
-            entry.value = self.read(ref)
+            entry.value, entry.error = self.read(ref), None
             entry.expires = self.clock() + LASTS
         except Exception as error:
-            event, why = f"{self.kind}_unreadable", as_api_error(error)
-            log.warning(LogRow(event=event, ref=ref, why=why))
+            event, entry.error = f"{self.kind}_unreadable", as_api_error(error)
+            log.warning(LogRow(event=event, ref=ref, why=entry.error))
         finally:
             entry.is_read.set()
 
@@ -4024,21 +4034,24 @@ LANGUAGES = parse_pairs(
 )
 
 
-def task_schema(task: Task, model: Model, schema: ModelSchema | None) -> ModelSchema:
+def task_schema(task: Task, model: Model, schemas: SchemaCache) -> ModelSchema:
     """What is known of a model.
 
-    The commonest inputs stand for those of one that tells nothing of itself. Raise 503
-    if it can't be asked: with a guess, it might make something else for money.
+    The commonest inputs stand for those of one that tells nothing of itself. Raise
+    APIError if it can't be asked: with a guess, it might make something else for money.
     """
+    schema = schemas.find(model.ref)
     is_guess = schema is None and ("/" not in model.ref or task is TASKS["generation"])
     if is_guess or (schema and not schema.inputs):
-        log.warning("event=schema_guessed ref=%s", quoted(model.ref))
+        log.warning(LogRow(event="schema_guessed", ref=model.ref))
         names = [task.params[name].names.split()[0] for name in task.needs]
         return ModelSchema({name: Input("", Field(name)) for name in names})
     if schema is None:
         message = f"Replicate does not tell now what `{model.id}` takes. Try again."
         headers = {**RETRY, "retry-after": str(RETRY_AFTER)}
-        raise APIError(503, message, code="upstream_unavailable", headers=headers)
+        raise schemas.entries[model.ref].error or APIError(
+            503, message, code="upstream_unavailable", headers=headers
+        )
     outputs = quirk_of(model).outputs
     return schema._replace(outputs=outputs) if outputs else schema
 
@@ -4077,6 +4090,8 @@ def build_task_inputs(
     parameters = dict.fromkeys(inputs, "size")  # Replicate's name -> OpenAI's
     for parameter, param in task.params.items():
         name, value = find_input(schema, param), body.get(parameter)
+        if isinstance(value, list) and len(value) > 1:
+            name = schema.find(param.names, "files", "strings", "array") or name
         if not param.names or name in shared:
             continue
         if not name:
@@ -4168,6 +4183,8 @@ def task_value(parameter: str, value: Any, input: Input) -> Any:
         return find_voice(value, choices)
     if parameter == "language":
         value = find_language(value, choices)
+        if choices and value not in choices:  # it is a hint
+            return None
     if isinstance(value, str) and choices:
         found = choices.get(value.casefold(), choices.get(SPELLINGS.get(value, "")))
         if found is not None or not OPTIONAL.isdisjoint((parameter, value)):
@@ -4240,12 +4257,12 @@ def share_inputs(
         param="input",
     )
 
-    def value(batch: list[str]) -> Any:
+    def put(batch: list[str]) -> Any:
         if is_list:
             return batch
         return json.dumps(batch, ensure_ascii=False) if is_json else batch[0]
 
-    return [({name: value(batch)}, len(batch)) for batch in batches]
+    return [({name: put(batch)}, len(batch)) for batch in batches]
 
 
 MAX_TEXTS = 512  # of a prediction: vectors of 4,096 numbers are 43 MB of JSON
@@ -5069,6 +5086,28 @@ RECORD_TYPES = {
 }
 
 
+class Unusable(http.client.HTTPException):
+    """A response that came, and would be the same if it came again."""
+
+
+def is_broken_off(error: APIError) -> bool:
+    """Whether another try may do better."""
+    cause = error.__cause__
+    return isinstance(cause, CONNECTION_ERRORS) and not isinstance(cause, Unusable)
+
+
+def where_kept(url: str) -> str:
+    return f"Replicate keeps it for an hour, at '{url}'."
+
+
+def take_start(pieces: Iterator[bytes]) -> bytes:
+    """The first pieces of a file: enough to tell its type."""
+    start = b""
+    while len(start) < SIGNATURE_SIZE and (piece := next(pieces, b"")):
+        start += piece
+    return start
+
+
 class BadResponse(ValueError):
     """A 2xx response that is not the JSON object it has to be: Replicate's failure."""
 
@@ -5305,19 +5344,23 @@ class ReplicateAPI:
         url: str,
         cancellation: Cancellation,
         *headers: tuple[bytes, bytes],
+        timeout: float | None = None,
     ) -> Iterator[HTTPResponse]:
         """GET what is not of the API: a stream, a file. Raise what the pool raises."""
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         host = b"Host", parts.netloc.encode()
         head = render_head("GET", target.encode(), (host, *headers))
-        origin, timeout, send = parts[:2], self.timeouts.stream, self.pool.request
+        origin, timeout = parts[:2], timeout or self.timeouts.stream
+        send = self.pool.request
         status, began = "none", time.monotonic()
         try:
             with send(origin, "GET", head, timeout, cancellation) as response:
                 status = str(response.status)
-                if response.status != 200:
+                if response.status >= 500:
                     raise http.client.HTTPException(f"status {status}")
+                if response.status != 200:
+                    raise Unusable(f"status {status}")
                 yield response
         finally:
             self.log_request(kind, status, began)
@@ -5340,14 +5383,14 @@ class ReplicateAPI:
 
     @contextmanager
     def open_file(
-        self, url: str, cancellation: Cancellation
-    ) -> Iterator[tuple[int | None, Iterator[bytes]]]:
-        """Open a file that a model made: its size, if it is known, and its bytes.
+        self, url: str, cancellation: Cancellation, timeout: float | None = None
+    ) -> Iterator[Iterator[bytes]]:
+        """Open a file that a model made: what is in it, as it comes. Raise APIError.
 
-        Raise APIError. Replicate keeps it for an hour (its docs, "Output files").
+        Replicate keeps it for an hour (its docs, "Output files").
         """
         if file := read_data_url(url):  # of a create that was waited for
-            yield len(file.content), iter([file.content])
+            yield iter([file.content])
             return
         self.check_file_host(url)
         too_late = time.monotonic() + self.timeouts.file
@@ -5357,45 +5400,48 @@ class ReplicateAPI:
             for piece in pieces:
                 total += len(piece)
                 if total > MAX_FILE or time.monotonic() > too_late:
-                    raise http.client.HTTPException("it is too large, or too slow")
+                    raise Unusable("it is too large, or too slow")
                 yield piece
 
         try:
-            with self.get("file", url, cancellation) as response:
-                size = parse_body_length(response.headers)
-                yield None if size == CHUNKED else size, bounded(response.body)
+            with self.get("file", url, cancellation, timeout=timeout) as response:
+                parse_body_length(response.headers)
+                yield bounded(response.body)
         except CONNECTION_ERRORS as error:
-            where = f"Replicate keeps it for an hour, at '{url}'."
-            raise LOST.error(where, detail=repr(error)) from error
+            raise LOST.error(where_kept(url), detail=repr(error)) from error
 
     def fetch_file(self, url: str, cancellation: Cancellation) -> bytes:
-        """Fetch a file that a model made, twice if need be. Raise APIError."""
-        self.check_file_host(url)
-        for is_last in (False, True):
-            try:
-                with self.open_file(url, cancellation) as (_, pieces):
-                    return b"".join(pieces)
-            except APIError:
-                cancellation.check()
-                if is_last:
-                    raise
-        raise AssertionError
+        """Fetch a file that a model made. Raise APIError."""
+        try:
+            with self.open_file(url, cancellation) as pieces:
+                return b"".join(pieces)
+        except APIError as error:
+            cancellation.check()
+            if not is_broken_off(error):
+                raise
+        with self.open_file(url, cancellation) as pieces:
+            return b"".join(pieces)
 
     def fetch_start(self, url: str, cancellation: Cancellation) -> bytes:
-        """Fetch what tells the type of a file; b"" if it can't be had."""
-        start = b""
-        with suppress(APIError), self.open_file(url, cancellation) as (_, pieces):
-            while len(start) < SIGNATURE_SIZE and (piece := next(pieces, b"")):
-                start += piece
+        """Fetch what tells the type of a file; b"" if it can't be had, or not soon."""
+        start, timeout = b"", self.timeouts.look
+        with suppress(APIError), self.open_file(url, cancellation, timeout) as pieces:
+            start = take_start(pieces)
         cancellation.check()
         return start
 
     def check_file_host(self, url: str) -> None:
         """Raise 502 for a link to anywhere but Replicate's files."""
-        is_link = url.isascii() and LINK.fullmatch(url)
-        if not (read_data_url(url) or (is_link and self.is_trusted(url, FILE_HOST))):
+        if not self.has_file(url):
             host = quoted(LINK_HOST.sub(r"\1", url))
             raise LOST.error(f"The model says that it is at {host}, not at Replicate.")
+
+    def has_file(self, url: str) -> bool:
+        """Whether a file is in its URL, or where the files of models are."""
+        if DATA_URL.match(url):
+            return read_data_url(url) is not None
+        is_link = url.isascii() and LINK.fullmatch(url)
+        return bool(is_link) and self.is_trusted(url, FILE_HOST)
 
     def is_trusted(self, url: str, hosts: re.Pattern[str]) -> bool:
         """Whether a URL is at our API's origin, or by https at one of these hosts."""
@@ -5606,7 +5652,6 @@ def remainder(output: str, delivered: str) -> str | None:
 
 INLINE_DATA = 256 * 1024  # bytes of data: URLs in an input, as Replicate advises
 UPLOADS_AT_ONCE = 8  # of one request
-DATA_URL = re.compile(r"data:[^,;]+;[^,]*base64,", re.IGNORECASE)
 
 
 class UploadCache:
@@ -8658,12 +8703,24 @@ class Image(NamedTuple):
     type: str  # its media type
 
 
-def file_urls(output: Any) -> list[str]:
-    """The links and data: URLs in an output, whatever it is, in their order."""
+def find_files(output: Any, kind: str, is_trusted: Callable[[str], bool]) -> list[str]:
+    """The links and data: URLs of files in an output, in their order.
+
+    Left out, where something stays, is what has the name of a file that is no `kind`
+    (image or audio), and what is not at Replicate, such as a link of the client's own.
+    """
+    urls = list_urls(output)
+    named = [url for url in urls if (guess_type(url)[0] or kind).startswith(kind)]
+    theirs = [url for url in named or urls if is_trusted(url)]
+    return theirs or named or urls
+
+
+def list_urls(output: Any, depth: int = 10) -> list[str]:
     if isinstance(output, str):
-        return [output] if re.match("https?:|data:", output, re.I) else []
+        is_url = LINK.fullmatch(output) or output[:5].lower() == "data:"
+        return [output] if is_url else []
     inside = output.values() if isinstance(output, dict) else as_list(output)
-    return [url for each in inside for url in file_urls(each)]
+    return [url for each in inside if depth for url in list_urls(each, depth - 1)]
 
 
 def image_list(images: Sequence[Image], created: int) -> Json:
@@ -8685,16 +8742,22 @@ NO_IMAGE_USAGE = {
 }
 
 
-def image_event(kind: str, image: Image, body: Json, created: int) -> bytes:
-    """The event that ends an image: `kind` is image_generation or image_edit."""
+def image_event(
+    kind: str, image: Image, body: Json, created: int, given: Collection[str]
+) -> bytes:
+    """The event that ends an image: `kind` is image_generation or image_edit.
+
+    It says again what was `given` to the model, and "auto" for the rest."""
     type = f"{kind}.completed"
     data = {
         "type": type,
         "b64_json": image.base64,
         "created_at": created,
-        "size": body["size"],
-        "quality": body["quality"] or "auto",
-        "background": body["background"] or "auto",
+        "size": "auto",  # which was asked for need not be what came
+        **{
+            name: body[name] if name in given else "auto"
+            for name in ("quality", "background")
+        },
         "output_format": image.type.removeprefix("image/"),
         "usage": NO_IMAGE_USAGE,
     }
@@ -8707,18 +8770,20 @@ def image_event(kind: str, image: Image, body: Json, created: int) -> bytes:
 Vector = list[float]
 
 
-def read_vectors(output: Any) -> list[Vector]:
+def read_vectors(output: Any, depth: int = 10) -> list[Vector]:
     """The vectors in an output: a list of numbers is one. Raise ValueError."""
     if isinstance(output, dict):
         named = [output[n] for n in VECTOR_NAMES if isinstance(output.get(n), list)]
-        return read_vectors(named[0] if named else None)
+        return read_vectors(named[0] if named else None, depth)
     if not isinstance(output, list) or not output:
         raise ValueError("no list")
+    if depth == 0:
+        raise ValueError("too deep")
     if {*map(type, output)} <= {int, float}:
         if not sum(map(abs, output)) <= MAX_FLOAT:  # so that NaN is none either
             raise ValueError("no floats")
         return [output]
-    return [vector for each in output for vector in read_vectors(each)]
+    return [vector for each in output for vector in read_vectors(each, depth - 1)]
 
 
 MAX_FLOAT = 3.4e38  # of 32 bits
@@ -8841,7 +8906,7 @@ def subtitles(transcript: Transcript, format: str) -> str:
     for number, segment in enumerate(transcript.segments, 1):
         first = f"{number}\n" if format == "srt" else ""
         start, end = (subtitle_time(segment[name], mark) for name in ("start", "end"))
-        text = segment["text"].strip().replace("-->", "->")
+        text = re.sub(r"\s*\n\s*", "\n", segment["text"].strip().replace("-->", "->"))
         cues.append(f"{first}{start} --> {end}\n{text}\n\n")
     return ("" if format == "srt" else "WEBVTT\n\n") + "".join(cues)
 
@@ -9478,12 +9543,15 @@ def respond_with_images(
     def read(
         prediction: Prediction, cancellation: Cancellation
     ) -> Generator[Image, None, None]:
-        urls = file_urls(prediction.wait_until_done())
+        urls = find_files(prediction.wait_until_done(), "image", api.has_file)
         if wants_url and not all(map(LINK.fullmatch, urls)):
             prediction.refresh()  # only the response to a create has data: URLs
-            urls = file_urls(prediction.record.get("output"))
+            output = prediction.record.get("output")
+            urls = find_files(output, "image", api.has_file)
         if not urls:
             raise no_output("an image", prediction)
+        if len(urls) != prediction.prediction_input.expected:
+            prediction.log_event("unexpected", f"{len(urls)} images", logging.WARNING)
         for index, url in enumerate(urls):
             api.check_file_host(url)
             if not wants_url:
@@ -9494,15 +9562,16 @@ def respond_with_images(
                 content = b""
             type = media_type(content)
             if (content or not wants_url) and not type.startswith("image/"):
-                raise no_output("an image", prediction, type)
+                raise no_output("an image", prediction, type, url)
             base64 = "" if wants_url else b64encode(content).decode()
             yield Image(url, base64, type)
 
     def run(write: Callable[[bytes], None]) -> None:
         kind = "image_edit" if "image" in task.params else "image_generation"
+        given = inputs[0].names.values()
         with start_predictions(proxy, request, inputs, read) as images:
             for _, image in images:
-                write(image_event(kind, image, body, created))
+                write(image_event(kind, image, body, created, given))
 
     if is_streamed:
         return Response(EventStream(run, lambda error: sse_frame(error.body)))
@@ -9545,38 +9614,38 @@ def create_embedding(proxy: Proxy, request: Request, model: str = "") -> Respons
 def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
     body, inputs, _ = parse_task_request(proxy, request, TASKS["speech"], model)
     api, format = proxy.upstream.api, body["response_format"]
-    is_raw = format == "pcm" and format in inputs[0].input.values()
+    names = inputs[0].names.items()
+    asked = [inputs[0].input[name] for name, own in names if own == "response_format"]
+    is_raw = asked == ["pcm"]
     headers: dict[str, str] = {}
 
     def read(
         prediction: Prediction, cancellation: Cancellation
     ) -> Generator[bytes, None, None]:
         """Yield a file as it is fetched, its type in the headers by then."""
-        urls = file_urls(prediction.wait_until_done())
+        urls = find_files(prediction.wait_until_done(), "audio", api.has_file)
         if not urls:
             raise no_output("a sound", prediction)
         for is_last in (False, True):  # it is paid for
             try:
-                with api.open_file(urls[0], cancellation) as (_, pieces):
-                    yield begin(pieces, prediction)
+                with api.open_file(urls[0], cancellation) as pieces:
+                    yield begin(pieces, prediction, urls[0])
                     yield from pieces
                     return
             except APIError as error:
                 cancellation.check()
-                if headers or is_last or error.code != LOST.code:
+                if headers or is_last or not is_broken_off(error):
                     raise
 
-    def begin(pieces: Iterator[bytes], prediction: Prediction) -> bytes:
+    def begin(pieces: Iterator[bytes], prediction: Prediction, url: str) -> bytes:
         """Return what a file begins with, when it is known to be a sound."""
-        start = b""
-        while len(start) < 256 and (piece := next(pieces, b"")):
-            start += piece
+        start = take_start(pieces)
         type = media_type(start) or ("audio/pcm" if is_raw and start else "")
         if not type.startswith("audio/"):
-            raise no_output("a sound", prediction, type)
+            raise no_output("a sound", prediction, type, url)
         if format == "pcm" and (samples := pcm_of(start)) is not None:
             start, type = samples, "audio/pcm"
-        check_sound(format, type)
+        check_sound(format, type, url)
         headers["content-type"] = type
         return start
 
@@ -9598,7 +9667,7 @@ def create_speech(proxy: Proxy, request: Request, model: str = "") -> Response:
     return Response(EventStream(run, lambda error: b"", lambda: b"", headers))
 
 
-def check_sound(format: str | None, type: str) -> None:
+def check_sound(format: str | None, type: str, url: str) -> None:
     """Raise 400 for a format that a model can't be told, and does not make.
 
     Clients send `mp3` without thinking, so it stands for any.
@@ -9606,7 +9675,8 @@ def check_sound(format: str | None, type: str) -> None:
     made = next((name for name in SOUNDS if SOUNDS[name] == type), type)
     require(
         format in (None, "mp3", made),
-        f"Invalid 'response_format': the model does not make '{format}', but '{made}'.",
+        f"Invalid 'response_format': the model does not make '{format}', but '{made}'. "
+        f"{where_kept(url) if LINK.fullmatch(url) else ''}",
         code="invalid_value",
         param="response_format",
     )
@@ -9639,12 +9709,6 @@ def respond_with_transcript(
         )
 
     check_times(not is_plain)
-    require(
-        not (body["stream"] and has_times),
-        f"Unsupported value: 'stream' can't be used with response_format '{format}'.",
-        code="unsupported_value",
-        param="stream",
-    )
 
     def read(
         prediction: Prediction, cancellation: Cancellation
@@ -9679,7 +9743,7 @@ def respond_with_transcript(
         done = {"type": "transcript.text.done", "text": "".join(texts).strip()}
         write(sse_frame({**done, **transcript_usage(request.log)}))
 
-    if body["stream"]:
+    if body["stream"] and not has_times:  # with times it is ignored, as OpenAI does
         return Response(EventStream(run, lambda error: sse_frame(error.body)))
     with start_predictions(proxy, request, inputs, read) as found:
         [transcript] = in_order(found)
@@ -9708,10 +9772,13 @@ def transcript_usage(log: RequestLog) -> Json:
     return {"usage": {"type": "tokens", **counts, "total_tokens": asked + answered}}
 
 
-def no_output(wanted: str, prediction: Prediction, type: str = "") -> APIError:
+def no_output(
+    wanted: str, prediction: Prediction, type: str = "", url: str = ""
+) -> APIError:
     model = prediction.prediction_input.model
     message = f"The model `{model.id}` ({model.ref}) did not make {wanted}"
     message += f", but {type}." if type else "."
+    message += f" {where_kept(url)}" if LINK.fullmatch(url) else ""
     return APIError(502, message, code="prediction_failed", headers=NO_RETRY)
 
 
@@ -9726,8 +9793,8 @@ def parse_task_request(
     except APIError as error:
         message = f"{error} One that can do this is `{task.example}`."
         raise APIError(404, message, code=error.code, param="model") from None
-    schema = task_schema(task, chosen, proxy.upstream.schemas.find(chosen.ref))
     request.log.ref = chosen.ref
+    schema = task_schema(task, chosen, proxy.upstream.schemas)
     texts = body.get("input") or body.get("prompt") or ""
     request.log.prompts = texts if isinstance(texts, list) else [texts]
     return body, build_task_inputs(task, body, chosen, schema), schema
@@ -9971,7 +10038,7 @@ def key_of(request: Request) -> str:
 CORS = {
     "access-control-allow-origin": "*",
     "access-control-expose-headers": "x-request-id, retry-after, openai-processing-ms,"
-    " x-should-retry, x-replicate-prediction-id, x-replicate-model",
+    " x-should-retry, x-replicate-prediction-id, x-replicate-model, x-replicate-cost",
 }
 
 
@@ -10411,6 +10478,8 @@ class Handler(BaseHTTPRequestHandler):
         self.status = status
         self.close_connection = self.close_connection or self.server.is_stopping
         request_log = self.api_request.log
+        known = round(sum(request_log.costs), 9)  # in USD, of what is over by now
+        cost = f"{known:.9f}".rstrip("0") if known else ""
         all_headers = {
             "date": self.date_time_string(),
             **CORS,
@@ -10420,6 +10489,7 @@ class Handler(BaseHTTPRequestHandler):
             "openai-processing-ms": str(self.elapsed_ms()),
             "x-replicate-model": request_log.ref,
             "x-replicate-prediction-id": ", ".join(request_log.predictions),
+            "x-replicate-cost": cost,
             "connection": "close" if self.close_connection else "",
         }
         lines = [f"{name}: {value}" for name, value in all_headers.items() if value]
