@@ -19411,7 +19411,14 @@ def test_no_word_of_a_model_is_lost_in_the_page(browser, server):
 
 @in_browser
 def test_to_stop_in_the_page_stops_the_bill(browser, server, fake):
+    reasoning = model_saying(fake, "<think>", *["Hm. "] * 999, pace=0.02)
     with tab(browser, server) as t:
+        t.ask("Count.", reasoning).locator(".thoughts").wait_for()
+        t.page.keyboard.press("Escape")
+        expect(t.find("#prompt")).to_have_value("Count.")  # it has no answer
+        t.ask(model="fake/hello").locator(".meta").wait_for()
+        expect(t.find(".thoughts")).to_be_visible()  # what was said stays in view
+        t.button("New chat").click()
         for stop, turns_before in (
             (lambda: t.page.keyboard.press("Escape"), 1),
             (t.button("Stop").click, 2),
