@@ -9320,6 +9320,8 @@ class Generation(NamedTuple):
 DEMO_TOKEN, DEMO_KEY = "r8_demo", "demo"  # with --demo; nobody's at Replicate
 
 PAGE_FILE = HERE / "playground.html"
+KEYS_OF_PAGE = "one of those in PROXY_API_KEY"  # what the file says are taken
+HTML_TYPES = re.compile(r"text/(html|\*)|\*/\*")
 
 # The page runs its own script and no other, talks to this server alone, and shows
 # Replicate's files. Its script can make no HTML of a text, whatever a model says.
@@ -9333,21 +9335,30 @@ PAGE_POLICY = (
 
 
 def show_page(proxy: Proxy, request: Request) -> Response:
-    if not PAGE_FILE.exists():  # whoever embeds the proxy need not have copied it
+    accept, settings = request.headers.get("accept", ""), proxy.settings
+    wants_json = "application/json" in accept and not HTML_TYPES.search(accept)
+    # Whoever embeds the proxy need not have copied the page.
+    if wants_json or not PAGE_FILE.exists():
         raise unknown_url(request.method, request.path)
-    return read_page(proxy.settings.replicate_api_token == DEMO_TOKEN)
+    if settings.replicate_api_token == DEMO_TOKEN:
+        return read_page(f"“{DEMO_KEY}”, the demo’s own", DEMO_KEY)
+    kinds = [KEYS_OF_PAGE] if settings.api_keys and proxy.upstream.api.token else []
+    if settings.client_tokens:
+        kinds.append(OWN_TOKEN)
+    return read_page(", or ".join(kinds))
 
 
 @lru_cache(2)
-def read_page(is_demo: bool) -> Response:
-    """The page and its headers; the demo's key stands in it, and never another."""
+def read_page(keys: str, demo_key: str = "") -> Response:
+    """The page and its headers; it says which keys are taken, and holds the demo's."""
     html = PAGE_FILE.read_text(encoding="utf-8")
     inline = {}
     for tag in ("script", "style"):
         [text] = re.findall(f"<{tag}>(.*)</{tag}>", html, re.DOTALL)
         inline[tag] = f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
-    if is_demo:
-        html = html.replace('id="key"', f'id="key" value="{DEMO_KEY}"')
+    html = html.replace(KEYS_OF_PAGE, keys)
+    if demo_key:
+        html = html.replace('id="key"', f'id="key" value="{demo_key}"')
     headers = {
         "content-type": "text/html; charset=utf-8",
         "content-security-policy": PAGE_POLICY.format(**inline),

@@ -15,6 +15,7 @@ import json
 import logging
 import operator
 import os
+import random
 import re
 import resource
 import select
@@ -19234,10 +19235,59 @@ def test_the_page_holds_the_key_of_the_demo_and_no_other(settings):
     with serving(demo) as server:
         html = send(server, "GET", "/", headers={}).body.decode()
         assert chat(server, "hello").status == 401
-    assert html == plain.replace('id="key"', 'id="key" value="demo"') != plain
+    assert html.count('value="demo"') == 1
+    noted = re.search('id="key-note">(.*), and stays', html)
+    assert noted[1] == "It is “demo”, the demo’s own"
     for key in ("demo", KEY):
         with serving(replace(settings, proxy_api_key=key)) as server:
             assert send(server, "GET", "/", headers={}).body.decode() == plain
+
+
+OURS, OWN = "one of those in PROXY_API_KEY", "your own Replicate token (r8_…), from "
+
+
+@table(
+    "given, expected",
+    [
+        ("keys", {}, f"It is {OURS}, and"),
+        ("keys and tokens", {"client_tokens": True}, f"It is {OURS}, or {OWN}http"),
+        (
+            "tokens alone",
+            {"client_tokens": True, "proxy_api_key": "", "replicate_api_token": ""},
+            f"It is {OWN}http",
+        ),
+        (
+            "keys that have no token behind them",
+            {"client_tokens": True, "replicate_api_token": ""},
+            f"It is {OWN}http",
+        ),
+    ],
+)
+def test_the_page_says_which_keys_are_taken(settings, given, expected):
+    with serving(replace(settings, **given)) as server:
+        html = send(server, "GET", "/", headers={}).body.decode()
+    assert f'id="key-note">{expected}' in html
+    assert not re.search(f"{KEY}|{TOKEN}", html)
+
+
+@table(
+    "accept, status",
+    [
+        ("curl", "*/*", 200),
+        ("a browser", "text/html,application/xhtml+xml,*/*;q=0.8", 200),
+        ("JSON or all else", "application/json, */*;q=0.1", 200),
+        ("JSON or HTML", "application/json, text/html", 200),
+        ("any text", "application/json, text/*", 200),
+        ("JSON", "application/json", 404),
+        ("JSON or text", "application/json, text/plain", 404),
+    ],
+)
+def test_who_wants_json_of_the_page_gets_a_hint(server, accept, status):
+    answer = send(server, "GET", "/", headers={"accept": accept})
+    assert answer.status == status
+    if status == 404:
+        assert "The API is under /v1" in answer.error["message"]
+        assert answer.error["code"] == "unknown_url"
 
 
 @pytest.mark.parametrize("path", ["/", "//", "/?x=1"])
@@ -19409,9 +19459,61 @@ def test_a_chat_streams_in_the_page(browser, server, fake):
         assert "Tell me." not in json.dumps(last_input(fake))
 
 
+FENCES = [
+    ("none", "a\n b", ["a\n b"]),
+    ("code", "a\n```c++\n  b\n\n c\n```\n\nd", ["a", "  b\n\n c", "d"]),
+    ("first", "```\na\n```", ["", "a", ""]),
+    ("indented, with blanks", "a\n  ``` \nb\n   ```\t\nc", ["a", "b", "c"]),
+    ("lines that end as in Windows", "a\r\n```\r\nb\r\n```", ["a\r", "b\r", ""]),
+    ("not closed", "```sh\na\nb", ["", "a\nb"]),
+    ("code on its line", "```print(1)```\nmore", ["```print(1)```\nmore"]),
+    ("words after the end", "```\na\n``` ok then\nb", ["", "a\n``` ok then\nb"]),
+    ("words beside a language", "```js or ts\na", ["```js or ts\na"]),
+    ("three within four", "````md\n```py\n1\n```\n````\nb", ["", "```py\n1\n```", "b"]),
+    ("closed by more", "```\na\n`````\nb", ["", "a", "b"]),
+    ("a language within code", "```\na\n```py\nb\n```", ["", "a\n```py\nb", ""]),
+    ("two backticks", "``\na\n``", ["``\na\n``"]),
+    ("in a line", "a ```\nb", ["a ```\nb"]),
+]
+SHOW_WORDS = """(texts) => texts.map((text) => [0, text.length].map((from) => {
+    const element = document.createElement("div");
+    for (let n = from; n <= text.length; n++) showWords(element, text.slice(0, n));
+    return [...element.children].map((part) => [part.tagName, part.textContent]);
+}))"""
+
+
+def words_but_fences(text):
+    return re.sub(r"^ *`{3,}[\w+#.-]*\s*$", "", text, flags=re.M).split()
+
+
+@in_browser
+def test_no_word_of_a_model_is_lost_in_the_page(browser, server):
+    """However it comes: whole, or character by character."""
+    pieces = ["```", "````", "`", "js", "ok.", "<b>", " ", "\t", "\r\n", "\n", "\n```"]
+    dice = random.Random(17)
+    texts = ["".join(dice.choices(pieces, k=12)) for _ in range(99)]
+    texts += [text for _, text, _ in FENCES]
+    with tab(browser, server) as t:
+        shown = t.page.evaluate(SHOW_WORDS, texts)
+    for text, (grown, whole) in zip(texts, shown, strict=True):
+        assert whole == grown, text
+        said = "\n".join(words for _, words in whole)
+        assert words_but_fences(said) == words_but_fences(text), text
+    for (why, _, expected), (_, whole) in zip(FENCES, shown[99:], strict=True):
+        tags = ["PRE" if i % 2 else "DIV" for i in range(len(expected))]
+        assert whole == [list(pair) for pair in zip(tags, expected, strict=True)], why
+
+
 @in_browser
 def test_to_stop_in_the_page_stops_the_bill(browser, server, fake):
+    reasoning = model_saying(fake, "<think>", *["Hm. "] * 999, pace=0.02)
     with tab(browser, server) as t:
+        t.ask("Count.", reasoning).locator(".thoughts").wait_for()
+        t.page.keyboard.press("Escape")
+        expect(t.find("#prompt")).to_have_value("Count.")  # it has no answer
+        t.ask(model="fake/hello").locator(".meta").wait_for()
+        expect(t.find(".thoughts")).to_be_visible()  # what was said stays in view
+        t.button("New chat").click()
         for stop, turns_before in (
             (lambda: t.page.keyboard.press("Escape"), 1),
             (t.button("Stop").click, 2),
@@ -19434,7 +19536,7 @@ def test_to_stop_in_the_page_stops_the_bill(browser, server, fake):
 
 
 WRONG_KEYS = [
-    ("", "Type a key first: one of those in PROXY_API_KEY"),
+    ("", "Type a key first. It is one of those in PROXY_API_KEY"),
     ("sk-x", "It has to be one of the proxy's own keys, those in"),
     ("ключ", "No key has such characters."),
 ]
@@ -19471,7 +19573,7 @@ def test_an_error_is_shown_in_its_own_words(browser, server, fake):
             turn = t.ask(model=model)
             if model == "nobody":
                 expect(turn.locator(".meta")).to_contain_text(
-                    "fake/hello, the default: nobody knows “nobody”"
+                    "fake/hello, the default: “nobody” is not in models.json"
                 )
             else:
                 expect(turn.get_by_role("alert")).to_contain_text(words)
@@ -19479,8 +19581,20 @@ def test_an_error_is_shown_in_its_own_words(browser, server, fake):
         expect(t.ask().get_by_role("alert")).to_contain_text("can’t be reached")
         words = 'data: {"choices": [{"delta": {"content": "Once"}}]}\n\n'
         t.page.route("**/chat/completions", lambda route: route.fulfill(body=words))
+        expect(t.ask("Hm?").get_by_role("alert")).to_have_text(
+            "The answer broke off. "
+            "What it said is not whole. Send asks again, without it."
+        )
+        expect(t.find("#prompt")).to_have_value("Hm?")
+        t.page.unroute_all()
+        t.ask("And?", "fake/hello").locator(".meta").wait_for()
+        shown = t.find("#talk > li:visible h2").all_text_contents()
+        assert shown[-4:] == ["You", "nobody", "You", "fake/hello"]
+        assert t.find(".words").all_text_contents()[-4:-1] == ["Hm?", "Once", "And?"]
+        assert not re.search(r"Hm\?|Once", json.dumps(last_input(fake)))
+        t.choose("Image")
+        t.page.route("**/generations", lambda route: route.fulfill(body='{"da'))
         expect(t.ask().get_by_role("alert")).to_have_text("The answer broke off.")
-        expect(t.find("#talk > li").last).to_contain_text("Once")
 
 
 HOSTILE_WORDS = "<img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -19567,6 +19681,9 @@ def test_calls_of_tools_are_shown_and_their_results_typed(browser, server, fake)
         assert turn.locator(".call p").all_text_contents() == ["Calls get_weather"] * 2
         shown = turn.locator(".call pre").all_text_contents()
         assert shown == ['{"city":"Oslo"}', '{"city":"Rome"}']
+        todo = "No tool runs here: type what it would have answered, then Send."
+        expect(t.find("#prompt")).to_have_attribute("placeholder", todo)
+        assert t.find("#live").text_content().endswith(todo)
         asked = len(fake.creates())
         t.page.get_by_label("Model").fill("fake/calling")
         t.page.get_by_label("Result of get_weather").fill("-3 °C")
@@ -19577,9 +19694,15 @@ def test_calls_of_tools_are_shown_and_their_results_typed(browser, server, fake)
         prompt = last_input(fake)["prompt"]
         assert 0 < prompt.index("-3 °C") < prompt.index("24 °C")
         expect(t.find("#prompt-label")).to_have_text("Message")
-        t.find("#tools").fill("[not JSON")
-        expect(t.ask().get_by_role("alert")).to_contain_text("The tools are not JSON")
-        expect(t.find("#tools")).to_be_focused()
+        expect(t.find("#prompt")).to_have_attribute("placeholder", "")
+        for tools, fault in (
+            ("[not JSON", "The tools are not JSON"),
+            ("null", "The tools are not a list"),
+            ('{"type": "function"}', "The tools are not a list"),
+        ):
+            t.find("#tools").fill(tools)
+            expect(t.ask().get_by_role("alert")).to_contain_text(fault)
+            expect(t.find("#tools")).to_be_focused()
 
 
 @in_browser
@@ -19642,15 +19765,23 @@ def test_the_page_makes_images(browser, server, fake, kind, content):
 
 @in_browser
 def test_the_page_shows_a_cost_where_it_is_told(browser, server):
-    body = {"data": [], "usage": {"cost": 0.00314159}}
+    header = {"x-replicate-cost": "0.003"}
     with tab(browser, server) as t:
         t.choose("Image")
-        t.page.route("**/v1/images/generations", lambda route: route.fulfill(json=body))
-        expect(t.ask().locator(".meta")).to_contain_text("s in all · $0.00314")
+        answers = []
+        t.page.route("**/generations", lambda route: route.fulfill(**answers.pop()))
+        for usage, headers, shown in (
+            ({"cost": 0.00314159}, {}, " · $0.00314"),
+            ({}, header, " · $0.003"),
+            (None, {}, ""),
+        ):
+            answers.append({"json": {"data": [], "usage": usage}, "headers": headers})
+            meta = re.compile("s in all" + re.escape(shown) + "$")
+            expect(t.ask().locator(".meta")).to_have_text(meta)
 
 
 @in_browser
-def test_the_page_speaks(browser, server, fake):
+def test_the_page_speaks(browser, server, fake, tmp_path, monkeypatch):
     model = painting(fake, fake_replicate.FakeFile(SILENCE, "audio/wav"))
     with tab(browser, server) as t:
         t.choose("Speech")
@@ -19664,7 +19795,16 @@ def test_the_page_speaks(browser, server, fake):
         assert sound.evaluate(duration) == pytest.approx(0.1)
         link = turn.get_by_role("link", name="Save speech.wav")
         assert link.get_attribute("download") == "speech.wav"
-        assert methods_of_code(t) == {"audio", "speech", "create", "write_to_file"}
+        t.find("#prompt").fill("Good morning")
+        t.button("Code").click()
+        codes = [t.find(f"#{id}").text_content() for id in ("curl", "python")]
+        monkeypatch.setenv("PROXY_API_KEY", "key")
+        monkeypatch.chdir(tmp_path)
+        made = subprocess.run(["sh", "-c", codes[0]], capture_output=True, text=True)
+        assert made.stdout == "audio/wav\n"
+        exec(codes[1], {})
+        for name in ("speech", "speech.wav"):
+            assert Path(name).read_bytes() == SILENCE, name
         assert sent.value.post_data_json == {
             "model": model,
             "input": "Good morning",
@@ -19711,6 +19851,13 @@ def test_each_kind_of_model_is_offered_where_it_is_made(browser, server):
             expect(t.page.get_by_label("Model")).to_have_value(offered[0])
             options = t.find("#models option").all()
             assert [option.get_attribute("value") for option in options] == offered
+        field = t.page.get_by_label("Model")
+        for typed, kept in (("", "kokoro-82m"), ("me/tts", "me/tts"), ("", "me/tts")):
+            field.click()  # all are offered, since nothing is in it
+            expect(field).to_have_value("")
+            t.page.keyboard.type(typed)
+            t.find("#prompt").click()
+            expect(field).to_have_value(kept)
 
 
 @in_browser
