@@ -10057,7 +10057,7 @@ def work_of_filters(text, cut):
     return time.thread_time() - began
 
 
-A_LENGTH, FOUR_TIMES = 1_500, 6_000
+A_LENGTH, FOUR_TIMES = 1_000, 4_000
 
 
 @pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
@@ -15257,6 +15257,829 @@ def test_the_openai_client_raises_its_own_errors(fake):
             list(stream)
 
 
+# -- Page ----------------------------------------------------------------------
+
+PAGE_HEADERS = {
+    "content-type": "text/html; charset=utf-8",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cache-control": "no-store",
+}
+PAGE_POLICY = {
+    "default-src 'none'",
+    "script-src 'sha256-{script}'",
+    "style-src 'sha256-{style}'",
+    "connect-src 'self'",
+    "img-src data: blob: https://replicate.delivery https://*.replicate.delivery",
+    "media-src data: blob: https://replicate.delivery https://*.replicate.delivery",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
+    "require-trusted-types-for 'script'",
+    "trusted-types 'none'",
+}
+OF_EVERY_RESPONSE = {"date", "content-length", "x-request-id"} | {
+    "openai-version",
+    "openai-processing-ms",
+    "content-security-policy",
+}
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_the_page_comes_with_headers_that_let_its_own_script_run_and_no_other(
+    server, method
+):
+    answer = send(server, method, "/", headers={})
+    assert answer.status == 200
+    html = (HERE / "playground.html").read_bytes()
+    assert answer.body == (html if method == "GET" else b"")
+    assert int(answer.headers["content-length"]) == len(html) < 30_000
+    hashes = {
+        tag: b64encode(
+            sha256(re.search(b"<%b>(.*)</%b>" % (name, name), html, re.S)[1]).digest()
+        ).decode()
+        for tag, name in (("script", b"script"), ("style", b"style"))
+    }
+    policy = answer.headers["content-security-policy"].split("; ")
+    assert sorted(policy) == sorted(row.format(**hashes) for row in PAGE_POLICY)
+    assert answer.headers.keys() - OF_EVERY_RESPONSE == PAGE_HEADERS.keys()
+    assert PAGE_HEADERS.items() <= answer.headers.items()
+
+
+def test_the_page_holds_the_key_of_the_demo_and_no_other(settings):
+    demo = replace(settings, replicate_api_token="r8_demo", proxy_api_key="demo")
+    plain = proxy.PAGE_FILE.read_text(encoding="utf-8")
+    with serving(demo) as server:
+        html = send(server, "GET", "/", headers={}).body.decode()
+        assert chat(server, "hello").status == 401
+    assert html.count('value="demo"') == 1
+    noted = re.search('id="key-note">(.*), and stays', html)
+    assert noted[1] == "It is “demo”, the demo’s own"
+    for key in ("demo", KEY):
+        with serving(replace(settings, proxy_api_key=key)) as server:
+            assert send(server, "GET", "/", headers={}).body.decode() == plain
+
+
+OURS, OWN = "one of those in PROXY_API_KEY", "your own Replicate token (r8_…), from "
+
+
+@table(
+    "given, expected",
+    [
+        ("keys", {}, f"It is {OURS}, and"),
+        ("keys and tokens", {"client_tokens": True}, f"It is {OURS}, or {OWN}http"),
+        (
+            "tokens alone",
+            {"client_tokens": True, "proxy_api_key": "", "replicate_api_token": ""},
+            f"It is {OWN}http",
+        ),
+        (
+            "keys that have no token behind them",
+            {"client_tokens": True, "replicate_api_token": ""},
+            f"It is {OWN}http",
+        ),
+    ],
+)
+def test_the_page_says_which_keys_are_taken(settings, given, expected):
+    with serving(replace(settings, **given)) as server:
+        html = send(server, "GET", "/", headers={}).body.decode()
+    assert f'id="key-note">{expected}' in html
+    assert not re.search(f"{KEY}|{TOKEN}", html)
+
+
+@table(
+    "accept, status",
+    [
+        ("curl", "*/*", 200),
+        ("a browser", "text/html,application/xhtml+xml,*/*;q=0.8", 200),
+        ("JSON or all else", "application/json, */*;q=0.1", 200),
+        ("JSON or HTML", "application/json, text/html", 200),
+        ("any text", "application/json, text/*", 200),
+        ("JSON", "application/json", 404),
+        ("JSON or text", "application/json, text/plain", 404),
+    ],
+)
+def test_who_wants_json_of_the_page_gets_a_hint(server, accept, status):
+    answer = send(server, "GET", "/", headers={"accept": accept})
+    assert answer.status == status
+    if status == 404:
+        assert "The API is under /v1" in answer.error["message"]
+        assert answer.error["code"] == "unknown_url"
+
+
+@pytest.mark.parametrize("path", ["/", "//", "/?x=1"])
+def test_who_has_not_copied_the_page_is_told_that_the_proxy_runs(
+    server, monkeypatch, tmp_path, path
+):
+    assert b"<title>" in send(server, "GET", path, headers={}).body
+    monkeypatch.setattr(proxy, "PAGE_FILE", tmp_path / "playground.html")
+    answer = send(server, "GET", path, headers={})
+    assert (answer.status, answer.error["code"]) == (404, "unknown_url")
+    assert "is running" in answer.error["message"]
+
+
+def test_the_page_is_in_the_image():
+    ignored = (HERE / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    image = (HERE / "Dockerfile").read_text(encoding="utf-8")
+    copied = re.search(r"^COPY --chmod=444 (.*) \./$", image, re.M)[1].split()
+    assert "playground.html" in copied
+    assert {f"!{name}" for name in copied} <= set(ignored)
+
+
+class Browser:
+    """Chromium, and a thread for all that is done with it.
+
+    Playwright runs an event loop there, in which other tests could start none.
+    """
+
+    def __init__(self):
+        path = shutil.which("chromium")
+        if not path and os.environ.get("CI") != "true":
+            pytest.skip("no chromium here: apt-get install chromium")
+        self.thread = ThreadPoolExecutor(1)
+        self.run(self.launch, path)
+
+    def run(self, function, *arguments, **named):
+        return self.thread.submit(function, *arguments, **named).result()
+
+    def launch(self, path):
+        self.playwright = sync_playwright().start()
+        self.context = self.playwright.chromium.launch(
+            executable_path=path
+        ).new_context()
+        self.context.set_default_timeout(5000)
+
+    def page(self):
+        pages = self.context.pages
+        return pages[0] if pages else self.context.new_page()
+
+    def close(self):
+        self.run(self.context.browser.close)
+        self.run(self.playwright.stop)
+        self.thread.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with closing(Browser()) as browser:
+        yield browser
+
+
+def in_browser(test):
+    """Run a test in the browser's thread."""
+
+    @wraps(test)
+    def run(browser, **fixtures):
+        browser.run(test, browser, **fixtures)
+
+    return run
+
+
+class Tab(NamedTuple):
+    page: Page
+    requests: list  # URLs
+    complaints: list  # of the browser's: errors, what the policy forbids
+
+    def find(self, selector):
+        return self.page.locator(selector)
+
+    def button(self, name):
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def ask(self, text="Hi", model=None):
+        """Send it, and return the turn that answers."""
+        if model:
+            self.page.get_by_label("Model").fill(model)
+        self.find("#prompt").fill(text)
+        self.find("#prompt").press("Enter")
+        return self.find("#talk > li").last
+
+    def choose(self, mode):
+        self.page.get_by_role("radio", name=mode).check()
+
+
+@contextmanager
+def tab(browser, server, key="key", width=1200, height=760):
+    """The page, as it is when it is opened; at the end, all that must hold of any use.
+
+    One tab is used by all, since another one takes 0.3 s.
+    """
+    page, tab = browser.page(), Tab(browser.page(), [], [])
+
+    def hear(line):
+        if not line.text.startswith("Failed to load resource"):
+            tab.complaints.append(line.text)
+
+    listeners = {
+        "request": lambda request: tab.requests.append(request.url),
+        "pageerror": lambda error: tab.complaints.append(str(error)),
+        "console": hear,
+    }
+    page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme="light")
+    for event, listener in listeners.items():
+        page.on(event, listener)
+    page.goto(f"{server.url}/")
+    if key:
+        page.get_by_label("Key").fill(key)
+    yield tab
+    for event, listener in listeners.items():
+        page.remove_listener(event, listener)
+    if not page.is_closed():
+        page.unroute_all()
+        page.evaluate("() => sessionStorage.clear()")
+    assert tab.complaints == []
+    abroad = [u for u in tab.requests if not u.startswith((server.url, "blob:"))]
+    assert abroad == []
+
+
+def last_input(fake):
+    """What was to be run last."""
+    return fake.creates()[-1].body["input"]
+
+
+@in_browser
+def test_a_chat_streams_in_the_page(browser, server, fake):
+    texts = [
+        "Once",
+        " upon",
+        " a \n```",
+        "text\ntime\n",
+        "```\n",
+        *[f" {n}" for n in range(60)],
+    ]
+    model = model_saying(fake, *texts)
+    with tab(browser, server) as t:
+        t.page.get_by_label("System text").fill("Be brief.")
+        t.page.get_by_label("Temperature").fill("0.5")
+        t.page.get_by_label("Token limit").fill("99")
+        turn = t.ask("Tell me.", model)
+        expect(turn.locator(".meta")).to_have_text(
+            re.compile(
+                rf"{model} · first token after 0\.\d\d s · \d\.\d\d s in all · "
+                r"\d+ tokens in, 65 out"
+            )
+        )
+        assert turn.locator("pre").text_content() == "time"
+        words = turn.locator(".words").text_content()
+        assert words.startswith("Once upon a ") and words.endswith(" 58 59")
+        expect(t.find("#send")).to_have_text("Send")
+        assert t.find("#live").text_content().endswith(" 58 59")
+        asked = last_input(fake)
+        assert (asked["temperature"], asked["max_tokens"]) == (0.5, 99)
+        t.ask("And then?", "fake/hello").locator(".meta").wait_for()
+        asked = json.dumps(last_input(fake))
+        for said in ("Be brief.", "Tell me.", "Once upon", "And then?"):
+            assert asked.count(said) == 1
+        t.button("New chat").click()
+        t.ask("Hello?").locator(".meta").wait_for()
+        assert "Tell me." not in json.dumps(last_input(fake))
+
+
+FENCES = [
+    ("none", "a\n b", ["a\n b"]),
+    ("code", "a\n```c++\n  b\n\n c\n```\n\nd", ["a", "  b\n\n c", "d"]),
+    ("first", "```\na\n```", ["", "a", ""]),
+    ("indented, with blanks", "a\n  ``` \nb\n   ```\t\nc", ["a", "b", "c"]),
+    ("lines that end as in Windows", "a\r\n```\r\nb\r\n```", ["a\r", "b\r", ""]),
+    ("not closed", "```sh\na\nb", ["", "a\nb"]),
+    ("code on its line", "```print(1)```\nmore", ["```print(1)```\nmore"]),
+    ("words after the end", "```\na\n``` ok then\nb", ["", "a\n``` ok then\nb"]),
+    ("words beside a language", "```js or ts\na", ["```js or ts\na"]),
+    ("three within four", "````md\n```py\n1\n```\n````\nb", ["", "```py\n1\n```", "b"]),
+    ("closed by more", "```\na\n`````\nb", ["", "a", "b"]),
+    ("a language within code", "```\na\n```py\nb\n```", ["", "a\n```py\nb", ""]),
+    ("two backticks", "``\na\n``", ["``\na\n``"]),
+    ("in a line", "a ```\nb", ["a ```\nb"]),
+]
+SHOW_WORDS = """(texts) => texts.map((text) => [0, text.length].map((from) => {
+    const element = document.createElement("div");
+    for (let n = from; n <= text.length; n++) showWords(element, text.slice(0, n));
+    return [...element.children].map((part) => [part.tagName, part.textContent]);
+}))"""
+
+
+def words_but_fences(text):
+    return re.sub(r"^ *`{3,}[\w+#.-]*\s*$", "", text, flags=re.M).split()
+
+
+@in_browser
+def test_no_word_of_a_model_is_lost_in_the_page(browser, server):
+    """However it comes: whole, or character by character."""
+    pieces = ["```", "````", "`", "js", "ok.", "<b>", " ", "\t", "\r\n", "\n", "\n```"]
+    dice = random.Random(17)
+    texts = ["".join(dice.choices(pieces, k=12)) for _ in range(99)]
+    texts += [text for _, text, _ in FENCES]
+    with tab(browser, server) as t:
+        shown = t.page.evaluate(SHOW_WORDS, texts)
+    for text, (grown, whole) in zip(texts, shown, strict=True):
+        assert whole == grown, text
+        said = "\n".join(words for _, words in whole)
+        assert words_but_fences(said) == words_but_fences(text), text
+    for (why, _, expected), (_, whole) in zip(FENCES, shown[99:], strict=True):
+        tags = ["PRE" if i % 2 else "DIV" for i in range(len(expected))]
+        assert whole == [list(pair) for pair in zip(tags, expected, strict=True)], why
+
+
+@in_browser
+def test_to_stop_in_the_page_stops_the_bill(browser, server, fake):
+    reasoning = model_saying(fake, "<think>", *["Hm. "] * 999, pace=0.02)
+    with tab(browser, server) as t:
+        t.ask("Count.", reasoning).locator(".thoughts").wait_for()
+        t.page.keyboard.press("Escape")
+        expect(t.find("#prompt")).to_have_value("Count.")  # it has no answer
+        t.ask(model="fake/hello").locator(".meta").wait_for()
+        expect(t.find(".thoughts")).to_be_visible()  # what was said stays in view
+        t.button("New chat").click()
+        for stop, turns_before in (
+            (lambda: t.page.keyboard.press("Escape"), 1),
+            (t.button("Stop").click, 2),
+            (t.button("New chat").click, 0),
+            (t.page.close, None),
+        ):
+            fake.cancels.clear()
+            turn = t.ask("Count.", "fake/endless")
+            turn.locator(".words").wait_for()  # while it is still being made
+            assert not fake.cancels
+            stop()
+            wait_until(lambda: fake.cancels)
+            if turns_before is None:
+                break
+            expect(t.find("#send")).to_have_text("Send")
+            if turns_before:
+                expect(turn.locator(".meta")).to_have_text(re.compile("stopped$"))
+            t.ask("Go on.", "fake/hello").locator(".meta").wait_for()
+            assert json.dumps(last_input(fake)).count("Count.") == turns_before
+
+
+WRONG_KEYS = [
+    ("", "Type a key first. It is one of those in PROXY_API_KEY"),
+    ("sk-x", "It has to be one of the proxy's own keys, those in"),
+    ("ключ", "No key has such characters."),
+]
+
+
+@in_browser
+def test_a_wrong_key_says_what_to_do(browser, server, fake):
+    with tab(browser, server) as t:
+        field = t.page.get_by_label("Key")
+        for key, remedy in WRONG_KEYS:
+            field.fill(key)
+            alert = t.ask("Who am I?").get_by_role("alert")
+            alert.wait_for()
+            assert remedy in alert.text_content()
+            assert field.get_attribute("aria-invalid") == "true"
+            assert field.evaluate("(field) => field === document.activeElement")
+            assert t.find("#prompt").input_value() == "Who am I?"
+            assert t.find(".meta").count() == 0
+        field.fill("key")
+        t.ask("Who am I?", "fake/hello").locator(".meta").wait_for()
+        assert t.find("#talk > li:visible").count() == 2
+        assert t.find("[aria-invalid]").count() == 0
+        assert len(fake.creates()) == 1
+
+
+@in_browser
+def test_an_error_is_shown_in_its_own_words(browser, server, fake):
+    with tab(browser, server) as t:
+        for model, words in (
+            ("fake/out-of-credit", "is out of credit"),
+            ("fake/failed-late", "it broke"),
+            ("nobody", "its default"),
+        ):
+            turn = t.ask(model=model)
+            if model == "nobody":
+                expect(turn.locator(".meta")).to_contain_text(
+                    "fake/hello, the default: “nobody” is not in models.json"
+                )
+            else:
+                expect(turn.get_by_role("alert")).to_contain_text(words)
+        t.page.route("**/chat/completions", lambda route: route.abort())
+        expect(t.ask().get_by_role("alert")).to_contain_text("can’t be reached")
+        words = 'data: {"choices": [{"delta": {"content": "Once"}}]}\n\n'
+        t.page.route("**/chat/completions", lambda route: route.fulfill(body=words))
+        expect(t.ask("Hm?").get_by_role("alert")).to_have_text(
+            "The answer broke off. "
+            "What it said is not whole. Send asks again, without it."
+        )
+        expect(t.find("#prompt")).to_have_value("Hm?")
+        t.page.unroute_all()
+        t.ask("And?", "fake/hello").locator(".meta").wait_for()
+        shown = t.find("#talk > li:visible h2").all_text_contents()
+        assert shown[-4:] == ["You", "nobody", "You", "fake/hello"]
+        assert t.find(".words").all_text_contents()[-4:-1] == ["Hm?", "Once", "And?"]
+        assert not re.search(r"Hm\?|Once", json.dumps(last_input(fake)))
+        t.choose("Image")
+        t.page.route("**/generations", lambda route: route.fulfill(body='{"da'))
+        expect(t.ask().get_by_role("alert")).to_have_text("The answer broke off.")
+
+
+HOSTILE_WORDS = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+@in_browser
+def test_html_that_a_model_says_stays_words(browser, server, fake):
+    call = {"name": "look", "arguments": {"q": HOSTILE_WORDS}}
+    model = model_saying(
+        fake,
+        f"<think>{HOSTILE_WORDS}</think>{HOSTILE_WORDS}\n```html\n{HOSTILE_WORDS}\n```\n",
+        f"<tool_call>{json.dumps(call)}</tool_call>",
+    )
+    tool = {"type": "function", "function": {"name": "look"}}
+    with tab(browser, server) as t:
+        t.page.get_by_label("Tools, as JSON").fill(json.dumps([tool]))
+        turn = t.ask(HOSTILE_WORDS, model)
+        turn.locator(".meta").wait_for()
+        for shown in (".thoughts", ".words > div", ".words > pre", ".call"):
+            assert HOSTILE_WORDS in turn.locator(shown).all_text_contents()[-1], shown
+        t.button("Code").click()
+        assert HOSTILE_WORDS in t.find("#python").text_content()
+        t.button("Close").click()
+        t.find("#tools").fill("")
+        error = {"error": {"message": HOSTILE_WORDS}}
+        t.page.route("**/completions", lambda r: r.fulfill(status=400, json=error))
+        turn = t.ask(model=HOSTILE_WORDS)
+        expect(turn.get_by_role("alert")).to_have_text(HOSTILE_WORDS)
+        expect(turn.get_by_role("heading")).to_have_text(HOSTILE_WORDS)
+        assert t.find("img, body script + *, #talk script").count() == 0
+
+
+@in_browser
+def test_the_policy_holds_where_the_page_would_fail(browser, server):
+    """What it forbids is seen as such: tests of the page complain of nothing."""
+    with tab(browser, server) as t:
+        for attack in (
+            "document.body.innerHTML = '<img src=x>'",
+            "document.body.append(Object.assign(document.createElement('script'), "
+            "{text: 'window.hacked = 1'}))",
+            "fetch('https://example.com/')",
+            "document.body.setAttribute('onclick', 'window.hacked = 1')",
+        ):
+            with pytest.raises(PlaywrightError):
+                t.page.evaluate(f"() => {{ return {attack} }}")
+            assert t.complaints, attack
+            t.complaints.clear()
+        t.page.evaluate(
+            "() => { const image = new Image(); image.src = 'https://example.com/i';"
+            "return new Promise((done) => { image.onerror = done; }).then(() => 1) }"
+        )
+        assert "img-src" in t.complaints.pop(0)
+        t.requests.remove("https://example.com/i")
+        assert t.page.evaluate("() => window.hacked") is None
+        assert not t.complaints
+
+
+@in_browser
+def test_the_key_stays_in_the_tab(browser, server, fake):
+    with tab(browser, server, "sk-of-another") as t:
+        t.ask(model="fake/hello").locator(".meta").wait_for()
+        t.page.reload()
+        expect(t.page.get_by_label("Key")).to_have_value("sk-of-another")
+        t.button("Code").click()
+        assert "sk-of-another" not in t.find("#code").text_content()
+        state = json.dumps(t.page.context.storage_state())  # cookies, localStorage
+        assert "sk-of-another" not in state + "".join(t.requests)
+        other = t.page.context.new_page()
+        other.goto(f"{server.url}/")
+        expect(other.get_by_label("Key")).to_have_value("")
+
+
+@in_browser
+def test_calls_of_tools_are_shown_and_their_results_typed(browser, server, fake):
+    call = '<tool_call>{"name": "get_weather", "arguments": {"city": "%s"}}</tool_call>'
+    twice = model_saying(fake, call % "Oslo", call % "Rome")
+    with tab(browser, server) as t:
+        expect(t.ask(model="fake/calling").locator(".words")).to_have_text(
+            "Give me a tool, and I call it."
+        )
+        t.button("Put in an example").click()
+        turn = t.ask("The weather?", twice)
+        turn.locator(".meta").wait_for()
+        assert turn.locator(".call p").all_text_contents() == ["Calls get_weather"] * 2
+        shown = turn.locator(".call pre").all_text_contents()
+        assert shown == ['{"city":"Oslo"}', '{"city":"Rome"}']
+        todo = "No tool runs here: type what it would have answered, then Send."
+        expect(t.find("#prompt")).to_have_attribute("placeholder", todo)
+        assert t.find("#live").text_content().endswith(todo)
+        asked = len(fake.creates())
+        t.page.get_by_label("Model").fill("fake/calling")
+        t.page.get_by_label("Result of get_weather").fill("-3 °C")
+        t.find("#prompt").press("Enter")
+        assert len(fake.creates()) == asked  # it waits for both
+        turn = t.ask("24 °C")
+        expect(turn.locator(".words")).to_have_text("It said: 24 °C")
+        prompt = last_input(fake)["prompt"]
+        assert 0 < prompt.index("-3 °C") < prompt.index("24 °C")
+        expect(t.find("#prompt-label")).to_have_text("Message")
+        expect(t.find("#prompt")).to_have_attribute("placeholder", "")
+        for tools, fault in (
+            ("[not JSON", "The tools are not JSON"),
+            ("null", "The tools are not a list"),
+            ('{"type": "function"}', "The tools are not a list"),
+        ):
+            t.find("#tools").fill(tools)
+            expect(t.ask().get_by_role("alert")).to_contain_text(fault)
+            expect(t.find("#tools")).to_be_focused()
+
+
+@in_browser
+def test_a_tool_is_called_and_answers_in_the_demo(browser, server):
+    with tab(browser, server) as t:
+        t.button("Put in an example").click()
+        turn = t.ask("Is it cold?", "fake/calling")
+        expect(turn.locator(".call pre")).to_have_text('{"city":"Oslo"}')
+        turn = t.ask("-3 °C")
+        expect(turn.locator(".words")).to_have_text("It said: -3 °C")
+
+
+WEBP = b64decode("UklGRhoAAABXRUJQVlA4TA0AAAAvAAAAEAcQERGIiP4HAA==")  # 1 pixel
+SILENCE = (  # 0.1 s of silence
+    b"RIFF\x64\x06\x00\x00WAVEfmt \x10\x00\x00\x00\x01\x00\x01\x00\x40\x1f\x00\x00"
+    b"\x40\x1f\x00\x00\x01\x00\x08\x00data\x20\x03\x00\x00" + b"\x80" * 800
+)
+
+
+def methods_of_code(t):
+    """What the Python calls; the curl is a line that a shell can read."""
+    t.button("Code").click()
+    syntax = ["sh", "-n", "-c", t.find("#curl").text_content()]
+    assert subprocess.run(syntax).returncode == 0
+    nodes = ast.walk(ast.parse(t.find("#python").text_content()))
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return names - {"environ", "data", "b64_json"}
+
+
+IMAGES = [
+    ("webp", WEBP),
+    ("svg+xml", b"<svg xmlns='http://www.w3.org/2000/svg' width='1' height='1'/>"),
+]
+
+
+@each("kind, content", IMAGES)
+@in_browser
+def test_the_page_makes_images(browser, server, fake, kind, content):
+    model = painting(fake, fake_replicate.FakeFile(content, f"image/{kind}"))
+    name = f"image.{kind.removesuffix('+xml')}"
+    with tab(browser, server) as t:
+        t.choose("Image")
+        t.page.get_by_label("Size").select_option("1536x1024")
+        with t.page.expect_request("**/v1/images/generations") as sent:
+            turn = t.ask("A fox", model)
+        turn.locator(".meta").wait_for()
+        image = turn.get_by_role("img", name="A fox")
+        assert image.evaluate("(image) => image.decode().then(() => image.width)") == 1
+        link = turn.get_by_role("link", name=f"Save {name}")
+        assert link.get_attribute("download") == name
+        assert turn.locator(".meta").text_content().startswith(f"{model} · ")
+        assert methods_of_code(t) == {"images", "generate", "write", "b64decode"}
+        assert sent.value.post_data_json == {
+            "model": model,
+            "prompt": "A fox",
+            "size": "1536x1024",
+            "response_format": "b64_json",
+        }
+
+
+@in_browser
+def test_the_page_shows_a_cost_where_it_is_told(browser, server):
+    header = {"x-replicate-cost": "0.003"}
+    with tab(browser, server) as t:
+        t.choose("Image")
+        answers = []
+        t.page.route("**/generations", lambda route: route.fulfill(**answers.pop()))
+        for usage, headers, shown in (
+            ({"cost": 0.00314159}, {}, " · $0.00314"),
+            ({}, header, " · $0.003"),
+            (None, {}, ""),
+        ):
+            answers.append({"json": {"data": [], "usage": usage}, "headers": headers})
+            meta = re.compile("s in all" + re.escape(shown) + "$")
+            expect(t.ask().locator(".meta")).to_have_text(meta)
+
+
+@in_browser
+def test_the_page_speaks(browser, server, fake, tmp_path, monkeypatch):
+    model = painting(fake, fake_replicate.FakeFile(SILENCE, "audio/wav"))
+    with tab(browser, server) as t:
+        t.choose("Speech")
+        t.page.get_by_label("Voice").fill("nova")
+        with t.page.expect_request("**/v1/audio/speech") as sent:
+            turn = t.ask("Good morning", model)
+        turn.locator(".meta").wait_for()
+        sound = turn.locator("audio")
+        duration = "(audio) => new Promise((done) => { audio.ondurationchange = () =>"
+        duration += " done(audio.duration); audio.load(); })"
+        assert sound.evaluate(duration) == pytest.approx(0.1)
+        link = turn.get_by_role("link", name="Save speech.wav")
+        assert link.get_attribute("download") == "speech.wav"
+        t.find("#prompt").fill("Good morning")
+        t.button("Code").click()
+        codes = [t.find(f"#{id}").text_content() for id in ("curl", "python")]
+        monkeypatch.setenv("PROXY_API_KEY", "key")
+        monkeypatch.chdir(tmp_path)
+        made = subprocess.run(["sh", "-c", codes[0]], capture_output=True, text=True)
+        assert made.stdout == "audio/wav\n"
+        exec(codes[1], {})
+        for name in ("speech", "speech.wav"):
+            assert Path(name).read_bytes() == SILENCE, name
+        assert sent.value.post_data_json == {
+            "model": model,
+            "input": "Good morning",
+            "voice": "nova",
+        }
+
+
+@in_browser
+def test_nothing_in_the_page_moves_by_itself(browser, server, fake):
+    with tab(browser, server) as t:
+        turn = t.ask(model="fake/very-cold")
+        expect(turn.locator(".wait")).to_contain_text("Waiting for the model")
+        assert t.page.evaluate("() => document.getAnimations().length") == 0
+        expect(turn.locator(".wait")).to_contain_text("model, 1 s")
+        t.page.keyboard.press("Escape")
+        expect(turn.locator(".meta")).to_have_text("stopped")
+        wait_until(lambda: fake.cancels)
+        expect(t.find("#prompt")).to_have_value("Hi")
+
+
+@in_browser
+def test_the_page_waits_for_no_list_of_models(browser, server, fake):
+    with tab(browser, server) as t:
+        expect(t.find("#models option").first).to_be_attached()
+        t.page.route("**/v1/models", lambda route: None)  # it never comes
+        t.page.reload()
+        t.ask(model="fake/hello").locator(".meta").wait_for()
+        assert t.find("#models option").count() == 0
+
+
+@in_browser
+def test_each_kind_of_model_is_offered_where_it_is_made(browser, server):
+    names = ["sonar", "flux-dev", "kokoro-82m", "text-embedding-3-small", "llama-3"]
+    models = {"data": [{"id": name} for name in names]}
+    with tab(browser, server) as t:
+        t.page.route("**/v1/models", lambda route: route.fulfill(json=models))
+        t.page.reload()
+        for mode, offered in (
+            ("Chat", ["sonar", "llama-3"]),
+            ("Image", ["flux-dev"]),
+            ("Speech", ["kokoro-82m"]),
+        ):
+            t.choose(mode)
+            expect(t.page.get_by_label("Model")).to_have_value(offered[0])
+            options = t.find("#models option").all()
+            assert [option.get_attribute("value") for option in options] == offered
+        field = t.page.get_by_label("Model")
+        for typed, kept in (("", "kokoro-82m"), ("me/tts", "me/tts"), ("", "me/tts")):
+            field.click()  # all are offered, since nothing is in it
+            expect(field).to_have_value("")
+            t.page.keyboard.type(typed)
+            t.find("#prompt").click()
+            expect(field).to_have_value(kept)
+
+
+@in_browser
+def test_what_the_page_shows_as_code_does_the_same(browser, server, fake):
+    text = 'It\'s "quoted",\nof $HOME and \\n, true and `null`. ✓'
+    with tab(browser, server) as t:
+        t.ask("Hi", "fake/hello").locator(".meta").wait_for()
+        t.page.get_by_label("Temperature").fill("0.5")
+        t.page.get_by_label("Model").fill("fake/echo")
+        t.find("#prompt").fill(text)
+        t.button("Code").click()
+        codes = [t.find(f"#{id}").text_content() for id in ("curl", "python")]
+        t.button("Copy curl").click()
+        expect(t.page.get_by_role("status")).to_have_text("Copied.")
+        t.page.keyboard.press("Escape")
+        t.ask(text).locator(".meta").wait_for()
+        wanted = last_input(fake)
+    assert "true and `null`" in json.dumps(wanted)
+    commands = [["sh", "-c", codes[0]], [sys.executable, "-c", codes[1]]]
+    environ = environment({"PROXY_API_KEY": "key"})
+    for command in commands:
+        fake.seen.clear()
+        run = subprocess.run(command, capture_output=True, text=True, env=environ)
+        assert run.returncode == 0, run.stderr
+        assert last_input(fake) == wanted
+
+
+@in_browser
+def test_the_page_works_by_keyboard_and_every_control_has_a_name(browser, server, fake):
+    with tab(browser, server, key="") as t:
+        expect(t.page.get_by_label("Key")).to_be_focused()
+        t.page.keyboard.type("key")
+        names = ["Chat", "Model", "System text", "Temperature", "Token limit"]
+        names += ["Tools, as JSON", "Put in an example", "Conversation"]
+        for name in [*names, *t.find("#examples button").all_text_contents()]:
+            t.page.keyboard.press("Tab")
+            focused = t.find(":focus")
+            assert name in focused.aria_snapshot()
+        t.page.keyboard.press("Tab")
+        expect(t.find("#prompt")).to_be_focused()
+        t.page.keyboard.type("One")
+        t.page.keyboard.press("Shift+Enter")
+        t.page.keyboard.type("Two")
+        expect(t.find("#prompt")).to_have_value("One\nTwo")
+        t.page.keyboard.press("Enter")
+        t.find(".meta").wait_for()
+        expect(t.find("#prompt")).to_be_focused()
+        assert "One\nTwo" in json.dumps(last_input(fake)).replace("\\n", "\n")
+        for _ in names:
+            t.page.keyboard.press("Shift+Tab")
+        t.page.keyboard.press("ArrowRight")
+        assert "Image" in t.find(":focus").aria_snapshot()
+        unnamed = re.findall(
+            r"- (?:textbox|combobox|button|spinbutton|radio|link)(?:\n|:|$)",
+            t.find("body").aria_snapshot(),
+        )
+        assert not unnamed
+        assert t.find("[aria-live=polite]").count() == 1
+
+
+def luminance(color):
+    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
+    linear = [p / 12.92 if p <= 0.04 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return sum(map(operator.mul, (0.2126, 0.7152, 0.0722), linear))
+
+
+COLORS = """(elements) => elements.filter((e) => e.checkVisibility()).map((element) => {
+    let behind = element;
+    const color = () => getComputedStyle(behind).backgroundColor;
+    while (color() === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+    return [getComputedStyle(element).color, color()];
+})"""
+
+
+@in_browser
+def test_words_stand_out_from_what_is_behind_them(browser, server, fake):
+    """By 4.5 to 1, as WCAG's AA wants, in the light and in the dark."""
+    with tab(browser, server) as t:
+        t.ask(model="fake/thinking").locator(".meta").wait_for()
+        t.ask(model="fake/out-of-credit").get_by_role("alert").wait_for()
+        for scheme in ("light", "dark"):
+            t.page.emulate_media(color_scheme=scheme)
+            colors = t.find("body *:not(option, script)").evaluate_all(COLORS)
+            assert len({tuple(pair) for pair in colors}) > 6
+            for pair in colors:
+                dark, light = sorted(map(luminance, pair))
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (scheme, pair)
+            page = t.find("body").evaluate("(e) => getComputedStyle(e).backgroundColor")
+            assert (luminance(page) > 0.5) == (scheme == "light")
+
+
+@in_browser
+def test_the_page_fits_a_phone(browser, server, fake):
+    width = "(root) => root.scrollWidth"
+    with tab(browser, server, key="", width=320, height=560) as t:
+        assert t.page.get_by_label("Key").is_visible()
+        for mode in ("Image", "Speech", "Chat"):
+            t.choose(mode)
+            assert t.find("html").evaluate(width) == 320
+        t.page.get_by_label("Key").fill("key")
+        turn = t.ask("w" * 200, model_saying(fake, "v" * 300, f"\n```\n{'c' * 300}"))
+        turn.locator(".meta").wait_for()
+        assert t.page.get_by_label("Key").is_hidden()  # the settings fold
+        assert t.find("html").evaluate(width) == 320
+        assert t.find("#talk").evaluate(width) <= 320
+        send, talk = (t.find(id).bounding_box() for id in ("#send", "#talk"))
+        assert talk["y"] + talk["height"] <= send["y"]
+        assert send["y"] + send["height"] <= 560
+        t.find("summary").first.click()
+        assert t.page.get_by_label("Key").is_visible()
+
+
+ANSWER = """<think>A haiku has three lines of 5, 7 and 5 syllables. The proxy stands \
+between two who speak, so let it be an interpreter.</think>Here is one:
+
+```
+Two tongues, and one wire:
+what I ask in one language
+comes back, word by word.
+```
+
+The second line has seven syllables, the others five."""
+QUESTION_OF_README = "Write a haiku about a proxy between two APIs."
+
+
+@pytest.mark.screenshot
+@in_browser
+def test_the_screenshot_of_the_readme_is_made(browser):
+    words = tuple(re.findall(r"\s*\S+", ANSWER))
+    with FakeReplicate(default="haiku") as fake, fronting(fake) as server:
+        fake.scenarios["haiku"] = fake_replicate.Scenario("", words, pace=0.01)
+        with tab(browser, server, width=1080, height=790) as t:
+            t.page.get_by_label("System text").fill("You are a poet.")
+            t.page.get_by_label("Temperature").fill("0.7")
+            t.page.get_by_label("Token limit").fill("500")
+            turn = t.ask(QUESTION_OF_README, "claude-4.5-sonnet")
+            turn.locator(".meta").wait_for()
+            turn.locator("summary").click()
+            address = "() => { document.getElementById('base').textContent = %r }"
+            t.page.evaluate(address % "http://127.0.0.1:3000/v1")
+            t.page.screenshot(path=DEPLOY / "playground.png", caret="hide")
+    assert (DEPLOY / "playground.png").stat().st_size < 100_000
+
+
 # -- HTTP ----------------------------------------------------------------------
 
 
@@ -19177,829 +20000,6 @@ def test_a_transcript_of_the_stand_in_may_be_streamed(fake, ref):
     assert "".join(prediction["output"]) == fake_replicate.TRANSCRIPT
     stream = look_at(fake, prediction["urls"]["stream"]).body
     assert stream.startswith(b"event: output\n") and b"data:  model\n" in stream
-
-
-# -- Page ----------------------------------------------------------------------
-
-PAGE_HEADERS = {
-    "content-type": "text/html; charset=utf-8",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cache-control": "no-store",
-}
-PAGE_POLICY = {
-    "default-src 'none'",
-    "script-src 'sha256-{script}'",
-    "style-src 'sha256-{style}'",
-    "connect-src 'self'",
-    "img-src data: blob: https://replicate.delivery https://*.replicate.delivery",
-    "media-src data: blob: https://replicate.delivery https://*.replicate.delivery",
-    "base-uri 'none'",
-    "form-action 'none'",
-    "frame-ancestors 'none'",
-    "require-trusted-types-for 'script'",
-    "trusted-types 'none'",
-}
-OF_EVERY_RESPONSE = {"date", "content-length", "x-request-id"} | {
-    "openai-version",
-    "openai-processing-ms",
-    "content-security-policy",
-}
-
-
-@pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_the_page_comes_with_headers_that_let_its_own_script_run_and_no_other(
-    server, method
-):
-    answer = send(server, method, "/", headers={})
-    assert answer.status == 200
-    html = (HERE / "playground.html").read_bytes()
-    assert answer.body == (html if method == "GET" else b"")
-    assert int(answer.headers["content-length"]) == len(html) < 30_000
-    hashes = {
-        tag: b64encode(
-            sha256(re.search(b"<%b>(.*)</%b>" % (name, name), html, re.S)[1]).digest()
-        ).decode()
-        for tag, name in (("script", b"script"), ("style", b"style"))
-    }
-    policy = answer.headers["content-security-policy"].split("; ")
-    assert sorted(policy) == sorted(row.format(**hashes) for row in PAGE_POLICY)
-    assert answer.headers.keys() - OF_EVERY_RESPONSE == PAGE_HEADERS.keys()
-    assert PAGE_HEADERS.items() <= answer.headers.items()
-
-
-def test_the_page_holds_the_key_of_the_demo_and_no_other(settings):
-    demo = replace(settings, replicate_api_token="r8_demo", proxy_api_key="demo")
-    plain = proxy.PAGE_FILE.read_text(encoding="utf-8")
-    with serving(demo) as server:
-        html = send(server, "GET", "/", headers={}).body.decode()
-        assert chat(server, "hello").status == 401
-    assert html.count('value="demo"') == 1
-    noted = re.search('id="key-note">(.*), and stays', html)
-    assert noted[1] == "It is “demo”, the demo’s own"
-    for key in ("demo", KEY):
-        with serving(replace(settings, proxy_api_key=key)) as server:
-            assert send(server, "GET", "/", headers={}).body.decode() == plain
-
-
-OURS, OWN = "one of those in PROXY_API_KEY", "your own Replicate token (r8_…), from "
-
-
-@table(
-    "given, expected",
-    [
-        ("keys", {}, f"It is {OURS}, and"),
-        ("keys and tokens", {"client_tokens": True}, f"It is {OURS}, or {OWN}http"),
-        (
-            "tokens alone",
-            {"client_tokens": True, "proxy_api_key": "", "replicate_api_token": ""},
-            f"It is {OWN}http",
-        ),
-        (
-            "keys that have no token behind them",
-            {"client_tokens": True, "replicate_api_token": ""},
-            f"It is {OWN}http",
-        ),
-    ],
-)
-def test_the_page_says_which_keys_are_taken(settings, given, expected):
-    with serving(replace(settings, **given)) as server:
-        html = send(server, "GET", "/", headers={}).body.decode()
-    assert f'id="key-note">{expected}' in html
-    assert not re.search(f"{KEY}|{TOKEN}", html)
-
-
-@table(
-    "accept, status",
-    [
-        ("curl", "*/*", 200),
-        ("a browser", "text/html,application/xhtml+xml,*/*;q=0.8", 200),
-        ("JSON or all else", "application/json, */*;q=0.1", 200),
-        ("JSON or HTML", "application/json, text/html", 200),
-        ("any text", "application/json, text/*", 200),
-        ("JSON", "application/json", 404),
-        ("JSON or text", "application/json, text/plain", 404),
-    ],
-)
-def test_who_wants_json_of_the_page_gets_a_hint(server, accept, status):
-    answer = send(server, "GET", "/", headers={"accept": accept})
-    assert answer.status == status
-    if status == 404:
-        assert "The API is under /v1" in answer.error["message"]
-        assert answer.error["code"] == "unknown_url"
-
-
-@pytest.mark.parametrize("path", ["/", "//", "/?x=1"])
-def test_who_has_not_copied_the_page_is_told_that_the_proxy_runs(
-    server, monkeypatch, tmp_path, path
-):
-    assert b"<title>" in send(server, "GET", path, headers={}).body
-    monkeypatch.setattr(proxy, "PAGE_FILE", tmp_path / "playground.html")
-    answer = send(server, "GET", path, headers={})
-    assert (answer.status, answer.error["code"]) == (404, "unknown_url")
-    assert "is running" in answer.error["message"]
-
-
-def test_the_page_is_in_the_image():
-    ignored = (HERE / ".dockerignore").read_text(encoding="utf-8").splitlines()
-    image = (HERE / "Dockerfile").read_text(encoding="utf-8")
-    copied = re.search(r"^COPY --chmod=444 (.*) \./$", image, re.M)[1].split()
-    assert "playground.html" in copied
-    assert {f"!{name}" for name in copied} <= set(ignored)
-
-
-class Browser:
-    """Chromium, and a thread for all that is done with it.
-
-    Playwright runs an event loop there, in which other tests could start none.
-    """
-
-    def __init__(self):
-        path = shutil.which("chromium")
-        if not path and os.environ.get("CI") != "true":
-            pytest.skip("no chromium here: apt-get install chromium")
-        self.thread = ThreadPoolExecutor(1)
-        self.run(self.launch, path)
-
-    def run(self, function, *arguments, **named):
-        return self.thread.submit(function, *arguments, **named).result()
-
-    def launch(self, path):
-        self.playwright = sync_playwright().start()
-        self.context = self.playwright.chromium.launch(
-            executable_path=path
-        ).new_context()
-        self.context.set_default_timeout(5000)
-
-    def page(self):
-        pages = self.context.pages
-        return pages[0] if pages else self.context.new_page()
-
-    def close(self):
-        self.run(self.context.browser.close)
-        self.run(self.playwright.stop)
-        self.thread.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    with closing(Browser()) as browser:
-        yield browser
-
-
-def in_browser(test):
-    """Run a test in the browser's thread."""
-
-    @wraps(test)
-    def run(browser, **fixtures):
-        browser.run(test, browser, **fixtures)
-
-    return run
-
-
-class Tab(NamedTuple):
-    page: Page
-    requests: list  # URLs
-    complaints: list  # of the browser's: errors, what the policy forbids
-
-    def find(self, selector):
-        return self.page.locator(selector)
-
-    def button(self, name):
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    def ask(self, text="Hi", model=None):
-        """Send it, and return the turn that answers."""
-        if model:
-            self.page.get_by_label("Model").fill(model)
-        self.find("#prompt").fill(text)
-        self.find("#prompt").press("Enter")
-        return self.find("#talk > li").last
-
-    def choose(self, mode):
-        self.page.get_by_role("radio", name=mode).check()
-
-
-@contextmanager
-def tab(browser, server, key="key", width=1200, height=760):
-    """The page, as it is when it is opened; at the end, all that must hold of any use.
-
-    One tab is used by all, since another one takes 0.3 s.
-    """
-    page, tab = browser.page(), Tab(browser.page(), [], [])
-
-    def hear(line):
-        if not line.text.startswith("Failed to load resource"):
-            tab.complaints.append(line.text)
-
-    listeners = {
-        "request": lambda request: tab.requests.append(request.url),
-        "pageerror": lambda error: tab.complaints.append(str(error)),
-        "console": hear,
-    }
-    page.set_viewport_size({"width": width, "height": height})
-    page.emulate_media(color_scheme="light")
-    for event, listener in listeners.items():
-        page.on(event, listener)
-    page.goto(f"{server.url}/")
-    if key:
-        page.get_by_label("Key").fill(key)
-    yield tab
-    for event, listener in listeners.items():
-        page.remove_listener(event, listener)
-    if not page.is_closed():
-        page.unroute_all()
-        page.evaluate("() => sessionStorage.clear()")
-    assert tab.complaints == []
-    abroad = [u for u in tab.requests if not u.startswith((server.url, "blob:"))]
-    assert abroad == []
-
-
-def last_input(fake):
-    """What was to be run last."""
-    return fake.creates()[-1].body["input"]
-
-
-@in_browser
-def test_a_chat_streams_in_the_page(browser, server, fake):
-    texts = [
-        "Once",
-        " upon",
-        " a \n```",
-        "text\ntime\n",
-        "```\n",
-        *[f" {n}" for n in range(60)],
-    ]
-    model = model_saying(fake, *texts)
-    with tab(browser, server) as t:
-        t.page.get_by_label("System text").fill("Be brief.")
-        t.page.get_by_label("Temperature").fill("0.5")
-        t.page.get_by_label("Token limit").fill("99")
-        turn = t.ask("Tell me.", model)
-        expect(turn.locator(".meta")).to_have_text(
-            re.compile(
-                rf"{model} · first token after 0\.\d\d s · \d\.\d\d s in all · "
-                r"\d+ tokens in, 65 out"
-            )
-        )
-        assert turn.locator("pre").text_content() == "time"
-        words = turn.locator(".words").text_content()
-        assert words.startswith("Once upon a ") and words.endswith(" 58 59")
-        expect(t.find("#send")).to_have_text("Send")
-        assert t.find("#live").text_content().endswith(" 58 59")
-        asked = last_input(fake)
-        assert (asked["temperature"], asked["max_tokens"]) == (0.5, 99)
-        t.ask("And then?", "fake/hello").locator(".meta").wait_for()
-        asked = json.dumps(last_input(fake))
-        for said in ("Be brief.", "Tell me.", "Once upon", "And then?"):
-            assert asked.count(said) == 1
-        t.button("New chat").click()
-        t.ask("Hello?").locator(".meta").wait_for()
-        assert "Tell me." not in json.dumps(last_input(fake))
-
-
-FENCES = [
-    ("none", "a\n b", ["a\n b"]),
-    ("code", "a\n```c++\n  b\n\n c\n```\n\nd", ["a", "  b\n\n c", "d"]),
-    ("first", "```\na\n```", ["", "a", ""]),
-    ("indented, with blanks", "a\n  ``` \nb\n   ```\t\nc", ["a", "b", "c"]),
-    ("lines that end as in Windows", "a\r\n```\r\nb\r\n```", ["a\r", "b\r", ""]),
-    ("not closed", "```sh\na\nb", ["", "a\nb"]),
-    ("code on its line", "```print(1)```\nmore", ["```print(1)```\nmore"]),
-    ("words after the end", "```\na\n``` ok then\nb", ["", "a\n``` ok then\nb"]),
-    ("words beside a language", "```js or ts\na", ["```js or ts\na"]),
-    ("three within four", "````md\n```py\n1\n```\n````\nb", ["", "```py\n1\n```", "b"]),
-    ("closed by more", "```\na\n`````\nb", ["", "a", "b"]),
-    ("a language within code", "```\na\n```py\nb\n```", ["", "a\n```py\nb", ""]),
-    ("two backticks", "``\na\n``", ["``\na\n``"]),
-    ("in a line", "a ```\nb", ["a ```\nb"]),
-]
-SHOW_WORDS = """(texts) => texts.map((text) => [0, text.length].map((from) => {
-    const element = document.createElement("div");
-    for (let n = from; n <= text.length; n++) showWords(element, text.slice(0, n));
-    return [...element.children].map((part) => [part.tagName, part.textContent]);
-}))"""
-
-
-def words_but_fences(text):
-    return re.sub(r"^ *`{3,}[\w+#.-]*\s*$", "", text, flags=re.M).split()
-
-
-@in_browser
-def test_no_word_of_a_model_is_lost_in_the_page(browser, server):
-    """However it comes: whole, or character by character."""
-    pieces = ["```", "````", "`", "js", "ok.", "<b>", " ", "\t", "\r\n", "\n", "\n```"]
-    dice = random.Random(17)
-    texts = ["".join(dice.choices(pieces, k=12)) for _ in range(99)]
-    texts += [text for _, text, _ in FENCES]
-    with tab(browser, server) as t:
-        shown = t.page.evaluate(SHOW_WORDS, texts)
-    for text, (grown, whole) in zip(texts, shown, strict=True):
-        assert whole == grown, text
-        said = "\n".join(words for _, words in whole)
-        assert words_but_fences(said) == words_but_fences(text), text
-    for (why, _, expected), (_, whole) in zip(FENCES, shown[99:], strict=True):
-        tags = ["PRE" if i % 2 else "DIV" for i in range(len(expected))]
-        assert whole == [list(pair) for pair in zip(tags, expected, strict=True)], why
-
-
-@in_browser
-def test_to_stop_in_the_page_stops_the_bill(browser, server, fake):
-    reasoning = model_saying(fake, "<think>", *["Hm. "] * 999, pace=0.02)
-    with tab(browser, server) as t:
-        t.ask("Count.", reasoning).locator(".thoughts").wait_for()
-        t.page.keyboard.press("Escape")
-        expect(t.find("#prompt")).to_have_value("Count.")  # it has no answer
-        t.ask(model="fake/hello").locator(".meta").wait_for()
-        expect(t.find(".thoughts")).to_be_visible()  # what was said stays in view
-        t.button("New chat").click()
-        for stop, turns_before in (
-            (lambda: t.page.keyboard.press("Escape"), 1),
-            (t.button("Stop").click, 2),
-            (t.button("New chat").click, 0),
-            (t.page.close, None),
-        ):
-            fake.cancels.clear()
-            turn = t.ask("Count.", "fake/endless")
-            turn.locator(".words").wait_for()  # while it is still being made
-            assert not fake.cancels
-            stop()
-            wait_until(lambda: fake.cancels)
-            if turns_before is None:
-                break
-            expect(t.find("#send")).to_have_text("Send")
-            if turns_before:
-                expect(turn.locator(".meta")).to_have_text(re.compile("stopped$"))
-            t.ask("Go on.", "fake/hello").locator(".meta").wait_for()
-            assert json.dumps(last_input(fake)).count("Count.") == turns_before
-
-
-WRONG_KEYS = [
-    ("", "Type a key first. It is one of those in PROXY_API_KEY"),
-    ("sk-x", "It has to be one of the proxy's own keys, those in"),
-    ("ключ", "No key has such characters."),
-]
-
-
-@in_browser
-def test_a_wrong_key_says_what_to_do(browser, server, fake):
-    with tab(browser, server) as t:
-        field = t.page.get_by_label("Key")
-        for key, remedy in WRONG_KEYS:
-            field.fill(key)
-            alert = t.ask("Who am I?").get_by_role("alert")
-            alert.wait_for()
-            assert remedy in alert.text_content()
-            assert field.get_attribute("aria-invalid") == "true"
-            assert field.evaluate("(field) => field === document.activeElement")
-            assert t.find("#prompt").input_value() == "Who am I?"
-            assert t.find(".meta").count() == 0
-        field.fill("key")
-        t.ask("Who am I?", "fake/hello").locator(".meta").wait_for()
-        assert t.find("#talk > li:visible").count() == 2
-        assert t.find("[aria-invalid]").count() == 0
-        assert len(fake.creates()) == 1
-
-
-@in_browser
-def test_an_error_is_shown_in_its_own_words(browser, server, fake):
-    with tab(browser, server) as t:
-        for model, words in (
-            ("fake/out-of-credit", "is out of credit"),
-            ("fake/failed-late", "it broke"),
-            ("nobody", "its default"),
-        ):
-            turn = t.ask(model=model)
-            if model == "nobody":
-                expect(turn.locator(".meta")).to_contain_text(
-                    "fake/hello, the default: “nobody” is not in models.json"
-                )
-            else:
-                expect(turn.get_by_role("alert")).to_contain_text(words)
-        t.page.route("**/chat/completions", lambda route: route.abort())
-        expect(t.ask().get_by_role("alert")).to_contain_text("can’t be reached")
-        words = 'data: {"choices": [{"delta": {"content": "Once"}}]}\n\n'
-        t.page.route("**/chat/completions", lambda route: route.fulfill(body=words))
-        expect(t.ask("Hm?").get_by_role("alert")).to_have_text(
-            "The answer broke off. "
-            "What it said is not whole. Send asks again, without it."
-        )
-        expect(t.find("#prompt")).to_have_value("Hm?")
-        t.page.unroute_all()
-        t.ask("And?", "fake/hello").locator(".meta").wait_for()
-        shown = t.find("#talk > li:visible h2").all_text_contents()
-        assert shown[-4:] == ["You", "nobody", "You", "fake/hello"]
-        assert t.find(".words").all_text_contents()[-4:-1] == ["Hm?", "Once", "And?"]
-        assert not re.search(r"Hm\?|Once", json.dumps(last_input(fake)))
-        t.choose("Image")
-        t.page.route("**/generations", lambda route: route.fulfill(body='{"da'))
-        expect(t.ask().get_by_role("alert")).to_have_text("The answer broke off.")
-
-
-HOSTILE_WORDS = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-
-
-@in_browser
-def test_html_that_a_model_says_stays_words(browser, server, fake):
-    call = {"name": "look", "arguments": {"q": HOSTILE_WORDS}}
-    model = model_saying(
-        fake,
-        f"<think>{HOSTILE_WORDS}</think>{HOSTILE_WORDS}\n```html\n{HOSTILE_WORDS}\n```\n",
-        f"<tool_call>{json.dumps(call)}</tool_call>",
-    )
-    tool = {"type": "function", "function": {"name": "look"}}
-    with tab(browser, server) as t:
-        t.page.get_by_label("Tools, as JSON").fill(json.dumps([tool]))
-        turn = t.ask(HOSTILE_WORDS, model)
-        turn.locator(".meta").wait_for()
-        for shown in (".thoughts", ".words > div", ".words > pre", ".call"):
-            assert HOSTILE_WORDS in turn.locator(shown).all_text_contents()[-1], shown
-        t.button("Code").click()
-        assert HOSTILE_WORDS in t.find("#python").text_content()
-        t.button("Close").click()
-        t.find("#tools").fill("")
-        error = {"error": {"message": HOSTILE_WORDS}}
-        t.page.route("**/completions", lambda r: r.fulfill(status=400, json=error))
-        turn = t.ask(model=HOSTILE_WORDS)
-        expect(turn.get_by_role("alert")).to_have_text(HOSTILE_WORDS)
-        expect(turn.get_by_role("heading")).to_have_text(HOSTILE_WORDS)
-        assert t.find("img, body script + *, #talk script").count() == 0
-
-
-@in_browser
-def test_the_policy_holds_where_the_page_would_fail(browser, server):
-    """What it forbids is seen as such: tests of the page complain of nothing."""
-    with tab(browser, server) as t:
-        for attack in (
-            "document.body.innerHTML = '<img src=x>'",
-            "document.body.append(Object.assign(document.createElement('script'), "
-            "{text: 'window.hacked = 1'}))",
-            "fetch('https://example.com/')",
-            "document.body.setAttribute('onclick', 'window.hacked = 1')",
-        ):
-            with pytest.raises(PlaywrightError):
-                t.page.evaluate(f"() => {{ return {attack} }}")
-            assert t.complaints, attack
-            t.complaints.clear()
-        t.page.evaluate(
-            "() => { const image = new Image(); image.src = 'https://example.com/i';"
-            "return new Promise((done) => { image.onerror = done; }).then(() => 1) }"
-        )
-        assert "img-src" in t.complaints.pop(0)
-        t.requests.remove("https://example.com/i")
-        assert t.page.evaluate("() => window.hacked") is None
-        assert not t.complaints
-
-
-@in_browser
-def test_the_key_stays_in_the_tab(browser, server, fake):
-    with tab(browser, server, "sk-of-another") as t:
-        t.ask(model="fake/hello").locator(".meta").wait_for()
-        t.page.reload()
-        expect(t.page.get_by_label("Key")).to_have_value("sk-of-another")
-        t.button("Code").click()
-        assert "sk-of-another" not in t.find("#code").text_content()
-        state = json.dumps(t.page.context.storage_state())  # cookies, localStorage
-        assert "sk-of-another" not in state + "".join(t.requests)
-        other = t.page.context.new_page()
-        other.goto(f"{server.url}/")
-        expect(other.get_by_label("Key")).to_have_value("")
-
-
-@in_browser
-def test_calls_of_tools_are_shown_and_their_results_typed(browser, server, fake):
-    call = '<tool_call>{"name": "get_weather", "arguments": {"city": "%s"}}</tool_call>'
-    twice = model_saying(fake, call % "Oslo", call % "Rome")
-    with tab(browser, server) as t:
-        expect(t.ask(model="fake/calling").locator(".words")).to_have_text(
-            "Give me a tool, and I call it."
-        )
-        t.button("Put in an example").click()
-        turn = t.ask("The weather?", twice)
-        turn.locator(".meta").wait_for()
-        assert turn.locator(".call p").all_text_contents() == ["Calls get_weather"] * 2
-        shown = turn.locator(".call pre").all_text_contents()
-        assert shown == ['{"city":"Oslo"}', '{"city":"Rome"}']
-        todo = "No tool runs here: type what it would have answered, then Send."
-        expect(t.find("#prompt")).to_have_attribute("placeholder", todo)
-        assert t.find("#live").text_content().endswith(todo)
-        asked = len(fake.creates())
-        t.page.get_by_label("Model").fill("fake/calling")
-        t.page.get_by_label("Result of get_weather").fill("-3 °C")
-        t.find("#prompt").press("Enter")
-        assert len(fake.creates()) == asked  # it waits for both
-        turn = t.ask("24 °C")
-        expect(turn.locator(".words")).to_have_text("It said: 24 °C")
-        prompt = last_input(fake)["prompt"]
-        assert 0 < prompt.index("-3 °C") < prompt.index("24 °C")
-        expect(t.find("#prompt-label")).to_have_text("Message")
-        expect(t.find("#prompt")).to_have_attribute("placeholder", "")
-        for tools, fault in (
-            ("[not JSON", "The tools are not JSON"),
-            ("null", "The tools are not a list"),
-            ('{"type": "function"}', "The tools are not a list"),
-        ):
-            t.find("#tools").fill(tools)
-            expect(t.ask().get_by_role("alert")).to_contain_text(fault)
-            expect(t.find("#tools")).to_be_focused()
-
-
-@in_browser
-def test_a_tool_is_called_and_answers_in_the_demo(browser, server):
-    with tab(browser, server) as t:
-        t.button("Put in an example").click()
-        turn = t.ask("Is it cold?", "fake/calling")
-        expect(turn.locator(".call pre")).to_have_text('{"city":"Oslo"}')
-        turn = t.ask("-3 °C")
-        expect(turn.locator(".words")).to_have_text("It said: -3 °C")
-
-
-WEBP = b64decode("UklGRhoAAABXRUJQVlA4TA0AAAAvAAAAEAcQERGIiP4HAA==")  # 1 pixel
-SILENCE = (  # 0.1 s of silence
-    b"RIFF\x64\x06\x00\x00WAVEfmt \x10\x00\x00\x00\x01\x00\x01\x00\x40\x1f\x00\x00"
-    b"\x40\x1f\x00\x00\x01\x00\x08\x00data\x20\x03\x00\x00" + b"\x80" * 800
-)
-
-
-def methods_of_code(t):
-    """What the Python calls; the curl is a line that a shell can read."""
-    t.button("Code").click()
-    syntax = ["sh", "-n", "-c", t.find("#curl").text_content()]
-    assert subprocess.run(syntax).returncode == 0
-    nodes = ast.walk(ast.parse(t.find("#python").text_content()))
-    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return names - {"environ", "data", "b64_json"}
-
-
-IMAGES = [
-    ("webp", WEBP),
-    ("svg+xml", b"<svg xmlns='http://www.w3.org/2000/svg' width='1' height='1'/>"),
-]
-
-
-@each("kind, content", IMAGES)
-@in_browser
-def test_the_page_makes_images(browser, server, fake, kind, content):
-    model = painting(fake, fake_replicate.FakeFile(content, f"image/{kind}"))
-    name = f"image.{kind.removesuffix('+xml')}"
-    with tab(browser, server) as t:
-        t.choose("Image")
-        t.page.get_by_label("Size").select_option("1536x1024")
-        with t.page.expect_request("**/v1/images/generations") as sent:
-            turn = t.ask("A fox", model)
-        turn.locator(".meta").wait_for()
-        image = turn.get_by_role("img", name="A fox")
-        assert image.evaluate("(image) => image.decode().then(() => image.width)") == 1
-        link = turn.get_by_role("link", name=f"Save {name}")
-        assert link.get_attribute("download") == name
-        assert turn.locator(".meta").text_content().startswith(f"{model} · ")
-        assert methods_of_code(t) == {"images", "generate", "write", "b64decode"}
-        assert sent.value.post_data_json == {
-            "model": model,
-            "prompt": "A fox",
-            "size": "1536x1024",
-            "response_format": "b64_json",
-        }
-
-
-@in_browser
-def test_the_page_shows_a_cost_where_it_is_told(browser, server):
-    header = {"x-replicate-cost": "0.003"}
-    with tab(browser, server) as t:
-        t.choose("Image")
-        answers = []
-        t.page.route("**/generations", lambda route: route.fulfill(**answers.pop()))
-        for usage, headers, shown in (
-            ({"cost": 0.00314159}, {}, " · $0.00314"),
-            ({}, header, " · $0.003"),
-            (None, {}, ""),
-        ):
-            answers.append({"json": {"data": [], "usage": usage}, "headers": headers})
-            meta = re.compile("s in all" + re.escape(shown) + "$")
-            expect(t.ask().locator(".meta")).to_have_text(meta)
-
-
-@in_browser
-def test_the_page_speaks(browser, server, fake, tmp_path, monkeypatch):
-    model = painting(fake, fake_replicate.FakeFile(SILENCE, "audio/wav"))
-    with tab(browser, server) as t:
-        t.choose("Speech")
-        t.page.get_by_label("Voice").fill("nova")
-        with t.page.expect_request("**/v1/audio/speech") as sent:
-            turn = t.ask("Good morning", model)
-        turn.locator(".meta").wait_for()
-        sound = turn.locator("audio")
-        duration = "(audio) => new Promise((done) => { audio.ondurationchange = () =>"
-        duration += " done(audio.duration); audio.load(); })"
-        assert sound.evaluate(duration) == pytest.approx(0.1)
-        link = turn.get_by_role("link", name="Save speech.wav")
-        assert link.get_attribute("download") == "speech.wav"
-        t.find("#prompt").fill("Good morning")
-        t.button("Code").click()
-        codes = [t.find(f"#{id}").text_content() for id in ("curl", "python")]
-        monkeypatch.setenv("PROXY_API_KEY", "key")
-        monkeypatch.chdir(tmp_path)
-        made = subprocess.run(["sh", "-c", codes[0]], capture_output=True, text=True)
-        assert made.stdout == "audio/wav\n"
-        exec(codes[1], {})
-        for name in ("speech", "speech.wav"):
-            assert Path(name).read_bytes() == SILENCE, name
-        assert sent.value.post_data_json == {
-            "model": model,
-            "input": "Good morning",
-            "voice": "nova",
-        }
-
-
-@in_browser
-def test_nothing_in_the_page_moves_by_itself(browser, server, fake):
-    with tab(browser, server) as t:
-        turn = t.ask(model="fake/very-cold")
-        expect(turn.locator(".wait")).to_contain_text("Waiting for the model")
-        assert t.page.evaluate("() => document.getAnimations().length") == 0
-        expect(turn.locator(".wait")).to_contain_text("model, 1 s")
-        t.page.keyboard.press("Escape")
-        expect(turn.locator(".meta")).to_have_text("stopped")
-        wait_until(lambda: fake.cancels)
-        expect(t.find("#prompt")).to_have_value("Hi")
-
-
-@in_browser
-def test_the_page_waits_for_no_list_of_models(browser, server, fake):
-    with tab(browser, server) as t:
-        expect(t.find("#models option").first).to_be_attached()
-        t.page.route("**/v1/models", lambda route: None)  # it never comes
-        t.page.reload()
-        t.ask(model="fake/hello").locator(".meta").wait_for()
-        assert t.find("#models option").count() == 0
-
-
-@in_browser
-def test_each_kind_of_model_is_offered_where_it_is_made(browser, server):
-    names = ["sonar", "flux-dev", "kokoro-82m", "text-embedding-3-small", "llama-3"]
-    models = {"data": [{"id": name} for name in names]}
-    with tab(browser, server) as t:
-        t.page.route("**/v1/models", lambda route: route.fulfill(json=models))
-        t.page.reload()
-        for mode, offered in (
-            ("Chat", ["sonar", "llama-3"]),
-            ("Image", ["flux-dev"]),
-            ("Speech", ["kokoro-82m"]),
-        ):
-            t.choose(mode)
-            expect(t.page.get_by_label("Model")).to_have_value(offered[0])
-            options = t.find("#models option").all()
-            assert [option.get_attribute("value") for option in options] == offered
-        field = t.page.get_by_label("Model")
-        for typed, kept in (("", "kokoro-82m"), ("me/tts", "me/tts"), ("", "me/tts")):
-            field.click()  # all are offered, since nothing is in it
-            expect(field).to_have_value("")
-            t.page.keyboard.type(typed)
-            t.find("#prompt").click()
-            expect(field).to_have_value(kept)
-
-
-@in_browser
-def test_what_the_page_shows_as_code_does_the_same(browser, server, fake):
-    text = 'It\'s "quoted",\nof $HOME and \\n, true and `null`. ✓'
-    with tab(browser, server) as t:
-        t.ask("Hi", "fake/hello").locator(".meta").wait_for()
-        t.page.get_by_label("Temperature").fill("0.5")
-        t.page.get_by_label("Model").fill("fake/echo")
-        t.find("#prompt").fill(text)
-        t.button("Code").click()
-        codes = [t.find(f"#{id}").text_content() for id in ("curl", "python")]
-        t.button("Copy curl").click()
-        expect(t.page.get_by_role("status")).to_have_text("Copied.")
-        t.page.keyboard.press("Escape")
-        t.ask(text).locator(".meta").wait_for()
-        wanted = last_input(fake)
-    assert "true and `null`" in json.dumps(wanted)
-    commands = [["sh", "-c", codes[0]], [sys.executable, "-c", codes[1]]]
-    environ = environment({"PROXY_API_KEY": "key"})
-    for command in commands:
-        fake.seen.clear()
-        run = subprocess.run(command, capture_output=True, text=True, env=environ)
-        assert run.returncode == 0, run.stderr
-        assert last_input(fake) == wanted
-
-
-@in_browser
-def test_the_page_works_by_keyboard_and_every_control_has_a_name(browser, server, fake):
-    with tab(browser, server, key="") as t:
-        expect(t.page.get_by_label("Key")).to_be_focused()
-        t.page.keyboard.type("key")
-        names = ["Chat", "Model", "System text", "Temperature", "Token limit"]
-        names += ["Tools, as JSON", "Put in an example", "Conversation"]
-        for name in [*names, *t.find("#examples button").all_text_contents()]:
-            t.page.keyboard.press("Tab")
-            focused = t.find(":focus")
-            assert name in focused.aria_snapshot()
-        t.page.keyboard.press("Tab")
-        expect(t.find("#prompt")).to_be_focused()
-        t.page.keyboard.type("One")
-        t.page.keyboard.press("Shift+Enter")
-        t.page.keyboard.type("Two")
-        expect(t.find("#prompt")).to_have_value("One\nTwo")
-        t.page.keyboard.press("Enter")
-        t.find(".meta").wait_for()
-        expect(t.find("#prompt")).to_be_focused()
-        assert "One\nTwo" in json.dumps(last_input(fake)).replace("\\n", "\n")
-        for _ in names:
-            t.page.keyboard.press("Shift+Tab")
-        t.page.keyboard.press("ArrowRight")
-        assert "Image" in t.find(":focus").aria_snapshot()
-        unnamed = re.findall(
-            r"- (?:textbox|combobox|button|spinbutton|radio|link)(?:\n|:|$)",
-            t.find("body").aria_snapshot(),
-        )
-        assert not unnamed
-        assert t.find("[aria-live=polite]").count() == 1
-
-
-def luminance(color):
-    parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    linear = [p / 12.92 if p <= 0.04 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return sum(map(operator.mul, (0.2126, 0.7152, 0.0722), linear))
-
-
-COLORS = """(elements) => elements.filter((e) => e.checkVisibility()).map((element) => {
-    let behind = element;
-    const color = () => getComputedStyle(behind).backgroundColor;
-    while (color() === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
-    return [getComputedStyle(element).color, color()];
-})"""
-
-
-@in_browser
-def test_words_stand_out_from_what_is_behind_them(browser, server, fake):
-    """By 4.5 to 1, as WCAG's AA wants, in the light and in the dark."""
-    with tab(browser, server) as t:
-        t.ask(model="fake/thinking").locator(".meta").wait_for()
-        t.ask(model="fake/out-of-credit").get_by_role("alert").wait_for()
-        for scheme in ("light", "dark"):
-            t.page.emulate_media(color_scheme=scheme)
-            colors = t.find("body *:not(option, script)").evaluate_all(COLORS)
-            assert len({tuple(pair) for pair in colors}) > 6
-            for pair in colors:
-                dark, light = sorted(map(luminance, pair))
-                assert (light + 0.05) / (dark + 0.05) >= 4.5, (scheme, pair)
-            page = t.find("body").evaluate("(e) => getComputedStyle(e).backgroundColor")
-            assert (luminance(page) > 0.5) == (scheme == "light")
-
-
-@in_browser
-def test_the_page_fits_a_phone(browser, server, fake):
-    width = "(root) => root.scrollWidth"
-    with tab(browser, server, key="", width=320, height=560) as t:
-        assert t.page.get_by_label("Key").is_visible()
-        for mode in ("Image", "Speech", "Chat"):
-            t.choose(mode)
-            assert t.find("html").evaluate(width) == 320
-        t.page.get_by_label("Key").fill("key")
-        turn = t.ask("w" * 200, model_saying(fake, "v" * 300, f"\n```\n{'c' * 300}"))
-        turn.locator(".meta").wait_for()
-        assert t.page.get_by_label("Key").is_hidden()  # the settings fold
-        assert t.find("html").evaluate(width) == 320
-        assert t.find("#talk").evaluate(width) <= 320
-        send, talk = (t.find(id).bounding_box() for id in ("#send", "#talk"))
-        assert talk["y"] + talk["height"] <= send["y"]
-        assert send["y"] + send["height"] <= 560
-        t.find("summary").first.click()
-        assert t.page.get_by_label("Key").is_visible()
-
-
-ANSWER = """<think>A haiku has three lines of 5, 7 and 5 syllables. The proxy stands \
-between two who speak, so let it be an interpreter.</think>Here is one:
-
-```
-Two tongues, and one wire:
-what I ask in one language
-comes back, word by word.
-```
-
-The second line has seven syllables, the others five."""
-QUESTION_OF_README = "Write a haiku about a proxy between two APIs."
-
-
-@pytest.mark.screenshot
-@in_browser
-def test_the_screenshot_of_the_readme_is_made(browser):
-    words = tuple(re.findall(r"\s*\S+", ANSWER))
-    with FakeReplicate(default="haiku") as fake, fronting(fake) as server:
-        fake.scenarios["haiku"] = fake_replicate.Scenario("", words, pace=0.01)
-        with tab(browser, server, width=1080, height=790) as t:
-            t.page.get_by_label("System text").fill("You are a poet.")
-            t.page.get_by_label("Temperature").fill("0.7")
-            t.page.get_by_label("Token limit").fill("500")
-            turn = t.ask(QUESTION_OF_README, "claude-4.5-sonnet")
-            turn.locator(".meta").wait_for()
-            turn.locator("summary").click()
-            address = "() => { document.getElementById('base').textContent = %r }"
-            t.page.evaluate(address % "http://127.0.0.1:3000/v1")
-            t.page.screenshot(path=DEPLOY / "playground.png", caret="hide")
-    assert (DEPLOY / "playground.png").stat().st_size < 100_000
 
 
 # ==== 8. THE FILE =============================================================
