@@ -806,7 +806,7 @@ METRICS = {
     ),
     "upstream_requests_total": Metric(
         "Requests to Replicate, by its status: none if it did not answer.",
-        "kind status",
+        "kind status token",
     ),
     "retries_total": Metric(
         "Second predictions, for answers without the JSON or tool call asked for."
@@ -817,7 +817,14 @@ METRICS = {
 # Series that are there, at 0, from the start: an alert sees the first of them.
 KNOWN_SERIES = [
     *((name,) for name, metric in METRICS.items() if not metric.labels),
-    *(("upstream_requests_total", "create", s) for s in ("201", "402", "429", "none")),
+    *(
+        ("upstream_requests_total", kind, status, "proxy")
+        for kind, statuses in {
+            "create": ("201", "401", "402", "403", "429", "none"),
+            "account": ("401", "403"),
+        }.items()
+        for status in statuses
+    ),
 ]
 
 METRICS_PREFIX = "replicate_proxy_"
@@ -3445,6 +3452,7 @@ class CacheEntry(Generic[Value]):
     value: Value | None = None
     error: APIError | None = None  # why it could not be read the last time
     expires: float = 0
+    deadline: float = 0  # until when a request waits for it: time.monotonic()
     is_read: threading.Event = field(default_factory=threading.Event)
 
 
@@ -3463,22 +3471,28 @@ class BackgroundCache(Generic[Value]):
 
     def find(self, ref: str) -> Value | None:
         """The value as last read, or None: there is none, or not in time."""
+        entry = self.begin(ref)
+        if entry.value is None:
+            entry.is_read.wait(max(0, entry.deadline - time.monotonic()))
+        return entry.value
+
+    def begin(self, ref: str) -> CacheEntry[Value]:
+        """Have a value read in the background if it is time for that."""
         with self.lock:
             self.entries[ref] = entry = self.entries.pop(ref, None) or CacheEntry()
             if len(self.entries) > self.max_entries:
                 del self.entries[next(iter(self.entries))]
             if self.clock() >= entry.expires:
                 entry.expires = self.clock() + RETRY_AFTER
+                entry.deadline = time.monotonic() + self.limit
                 entry.is_read.clear()
                 try:
                     fill = partial(self.fill, ref, entry)
                     threading.Thread(target=fill, daemon=True).start()
                 except RuntimeError:  # none to be had: the next request tries again
                     entry.expires = 0
-                    return entry.value
-        if entry.value is None:
-            entry.is_read.wait(self.limit)
-        return entry.value
+                    entry.is_read.set()
+        return entry
 
     def fill(self, ref: str, entry: CacheEntry[Value]) -> None:
         try:
@@ -5232,7 +5246,8 @@ class ReplicateAPI:
         known: Json | None = None,  # what was sent and what came
     ) -> None:
         """Count a request to Replicate. At DEBUG, log it without what anybody said."""
-        self.metrics.add(1, "upstream_requests_total", kind, status)
+        whose = "client" if self.refusals is THEIR_REFUSALS else "proxy"
+        self.metrics.add(1, "upstream_requests_total", kind, status, whose)
         if log.isEnabledFor(logging.DEBUG):
             known = known or {}
             is_record = "status" in known
@@ -9378,7 +9393,10 @@ def check_health(proxy: Proxy, request: Request) -> Response:
 def list_models(proxy: Proxy, request: Request) -> Response:
     models = proxy.models.current()
     rows = dict(models.mappings)
-    for slug in proxy.settings.collections if proxy.upstream.api.token else []:
+    slugs = proxy.settings.collections if proxy.upstream.api.token else []
+    for slug in slugs:  # all are read at once
+        proxy.upstream.collections.begin(slug)
+    for slug in slugs:
         for ref in proxy.upstream.collections.find(slug) or []:
             rows.setdefault(ref, ref)
     data = [model_object(*row, models.created) for row in rows.items()]
@@ -10011,7 +10029,7 @@ def authorize(given: str | None, access: str, settings: Settings) -> str:
     """Return the client's own Replicate token if that is its key; raise 401."""
     key = given or ""
     is_ours = any([compare_digest(key.encode(), k.encode()) for k in settings.api_keys])
-    takes_tokens = settings.client_tokens and access != "metrics"
+    takes_tokens = settings.client_tokens and access in ("required", "optional")
     if takes_tokens and not is_ours and CLIENT_TOKEN.fullmatch(key):
         return key
     is_open = {
