@@ -10467,8 +10467,13 @@ class Handler(BaseHTTPRequestHandler):
         if response.status != 204:
             headers["content-length"] = str(len(body))
         head = self.head(response.status, headers)
-        is_head = self.api_request.method == "HEAD"
-        send_all(self.connection, head if is_head else head + body)
+        if self.api_request.method == "HEAD":
+            body = b""
+        if len(body) > SMALL_BODY:  # a copy of it would be large too
+            send_all(self.connection, head)
+            send_all(self.connection, body)
+        else:
+            send_all(self.connection, head + body)
 
     def send_stream(self, stream: EventStream, headers: Mapping[str, str]) -> None:
         """Send frames as they come; a failure after the first is the last of them."""
