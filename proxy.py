@@ -121,7 +121,7 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache, partial
@@ -4465,6 +4465,9 @@ class RequestLog:
     failure: APIError | None = None
 
 
+# Of the request that a thread works for, for the log.
+CURRENT_ID = ContextVar[str]("id", default="")
+
 ALPHABET = string.ascii_letters + string.digits
 
 
@@ -5251,17 +5254,19 @@ class ReplicateAPI:
         if log.isEnabledFor(logging.DEBUG):
             known = known or {}
             is_record = "status" in known
+            model = known.get("model_owner"), known.get("model_name")
             came = {name: known.get(name) for name in ("output", "logs", "error")}
             row = LogRow(
                 upstream=kind,
                 status=int(status) if status.isdigit() else status,
                 ms=round((time.monotonic() - began) * 1000),
                 prediction=known.get("id" if is_record else "prediction_id"),
-                ref=sent and sent.model.ref,
+                ref=sent.model.ref if sent else "/".join(filter(None, model)),
                 inputs=sent and sizes(sent.input),
                 state=known.get("status"),
                 came=sizes(came),
                 predict_time=as_object(known.get("metrics")).get("predict_time"),
+                request_id=CURRENT_ID.get(),
             )
             log.debug(row)
 
@@ -9074,7 +9079,8 @@ def start_side_by_side(
     try:
         with cancellation.on_cancel(stop):
             for _ in range(threads):
-                threading.Thread(target=run, name="predictions", daemon=True).start()
+                work = partial(copy_context().run, run)
+                threading.Thread(target=work, name="predictions", daemon=True).start()
             yield arrived()
     finally:
         branch.cancel(ClientDisconnected())
@@ -10416,6 +10422,7 @@ class Handler(BaseHTTPRequestHandler):
         self.api_request = request = Request(method, path, headers, query=query)
         given_id = headers.get("x-request-id", "")
         self.id = given_id if REQUEST_ID.fullmatch(given_id) else self.id
+        CURRENT_ID.set(self.id)
         self.body = self.reader.read_body(length or 0, limit)
         is_last = "close" in headers.get("connection", "").lower()
         is_last = is_last or version == "HTTP/1.0"

@@ -16404,9 +16404,10 @@ LEAVES = [  # a scenario, whether it is streamed, and what is heard before
 ]
 
 
-def log_lines(caplog, part="request_id="):
+def log_lines(caplog, part=""):
     """One per request that has ended."""
-    return [line for line in caplog.messages if part in line]
+    ended = [line for line in caplog.messages if line.startswith("method=")]
+    return [line for line in ended if part in line]
 
 
 @pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["close", "reset"])
@@ -19111,7 +19112,10 @@ def test_the_program_logs_objects(folder, fake):
         assert program.wait(10) == 0
         rows = [json.loads(line) for line in program.stderr]
     assert {"DEBUG", "INFO"} == {row["level"] for row in rows}
-    assert [row["status"] for row in rows if "request_id" in row] == [200]
+    [served] = [row for row in rows if "method" in row]
+    created = next(row for row in rows if row.get("upstream") == "create")
+    assert (served["status"], created["status"]) == (200, 201)
+    assert created["request_id"] == served["request_id"]
     assert "stopping" in {row.get("event") for row in rows}
 
 
