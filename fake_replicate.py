@@ -2113,8 +2113,10 @@ class FakeReplicate:
         try:
             if file := self.output_files.get(f"{self.origin}{call.path}"):
                 return self.deliver(call, file)
-            given = call.headers.get("authorization")
-            if given not in [f"Bearer {t}" for t in (self.token, *self.other_tokens)]:
+            given = call.headers.get("authorization") or ""
+            scheme, _, token = given.partition(" ")
+            known = token in (self.token, *self.other_tokens)
+            if not known or scheme not in ("Bearer", "Token"):  # the older one
                 raise Refusal(BAD_TOKEN if given else NO_TOKEN)
             return self.dispatch(call)
         except Refusal as refusal:
