@@ -2339,8 +2339,8 @@ def custom_function(tool: Json) -> Json:
 
 # -- Forms ---------------------------------------------------------------------
 #
-# Bodies of multipart/form-data in the terms of JSON: a file is a data: URL, and a
-# field has the type that its row wants.
+# Bodies of multipart/form-data in the terms of JSON: a field has the type that its row
+# wants, and a file is kept as it came until it is uploaded.
 
 
 MAX_FORM_PARTS = 1000
@@ -3566,10 +3566,6 @@ def fits(task: Task, schema: ModelSchema) -> bool:
     return is_made and "" not in inputs and inputs >= {*schema.required}
 
 
-def what_it_makes(schema: ModelSchema) -> str:
-    return " or ".join(sorted({MADE.get(type, "data") for type in schema.outputs}))
-
-
 def uses(schema: ModelSchema) -> str:
     """A sentence on the endpoints that a model can be used by; "" if none is known."""
     paths = [f"/v1{task.path}" for task in TASKS.values() if fits(task, schema)]
@@ -4073,7 +4069,8 @@ def task_schema(task: Task, model: Model, schemas: SchemaCache) -> ModelSchema:
 def check_task(task: Task, model: Model, schema: ModelSchema) -> None:
     """Raise 400 for a model that can't do it, and say what it is for."""
     if not makes(task, schema):
-        raise unfit(task, model, schema, f"makes {what_it_makes(schema)}")
+        made = sorted({MADE.get(type, "data") for type in schema.outputs})
+        raise unfit(task, model, schema, f"makes {' or '.join(made)}")
     if foreign := foreign_input(task, schema):
         raise unfit(
             task, model, schema, f"is for something else, as it has '{foreign}'"
@@ -5425,7 +5422,6 @@ class ReplicateAPI:
 
         try:
             with self.get("file", url, cancellation, timeout=timeout) as response:
-                parse_body_length(response.headers)
                 yield bounded(response.body)
         except CONNECTION_ERRORS as error:
             raise LOST.error(where_kept(url), detail=repr(error)) from error
@@ -9932,7 +9928,7 @@ def response_not_found(id: str) -> APIError:
     return APIError(404, f"Response with id '{id}' not found.", param="id")
 
 
-def tell_metrics(proxy: Proxy, request: Request) -> Response:
+def get_metrics(proxy: Proxy, request: Request) -> Response:
     return Response(proxy.metrics.render(), headers={"content-type": METRICS_TYPE})
 
 
@@ -9947,7 +9943,7 @@ class Endpoint(NamedTuple):
 ENDPOINTS = [
     Endpoint("GET", "/", show_page, key="none"),
     Endpoint("GET", "/health", check_health, key="none"),
-    Endpoint("GET", "/metrics", tell_metrics, key="metrics"),
+    Endpoint("GET", "/metrics", get_metrics, key="metrics"),
     Endpoint("GET", "/models", list_models, key="optional"),
     Endpoint("GET", "/models/*", retrieve_model),
     Endpoint("POST", "/chat/completions", create_chat_completion),

@@ -15408,7 +15408,8 @@ class Browser:
         self.context = self.playwright.chromium.launch(
             executable_path=path
         ).new_context()
-        self.context.set_default_timeout(5000)
+        self.context.set_default_timeout(20_000)  # ms, on a machine that is busy
+        expect.set_options(timeout=20_000)
 
     def page(self):
         pages = self.context.pages
