@@ -727,7 +727,7 @@ def render_row(figure: Figure, row: Row, starts: int) -> str:
     for side, values in row.items():
         value = middle(values)
         beside = ratios(row, side, "sdk") if figure.has_ratio and side != "sdk" else []
-        ratio = f"{median(beside):7.2f} x" if beside else ""
+        ratio = f"{render_ratio(median(beside)):>7} x" if beside else ""
         cells += f"{'-' if value is None else render_number(value):>9}{ratio:9}"
     others = ["sdk", *list(row)[3:]] if figure.has_ratio else []
     spreads = "  ".join(render_spread(row, other) for other in others)
@@ -737,6 +737,10 @@ def render_row(figure: Figure, row: Row, starts: int) -> str:
 
 def render_number(number: float) -> str:
     return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+
+
+def render_ratio(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def render_verdict(promise: str, row: Row, starts: int) -> str:
@@ -755,8 +759,8 @@ def render_spread(row: Row, other: str) -> str:
     found = ratios(row, "proxy", other)
     if not found or (other == "sdk" and len(found) < 2):
         return ""
-    middle = "" if other == "sdk" else f"{median(found):.2f} "
-    return f"{middle}({min(found):.2f} to {max(found):.2f}) x {other}"
+    middle = "" if other == "sdk" else f"{render_ratio(median(found))} "
+    return f"{middle}({render_ratio(min(found))} to {render_ratio(max(found))}) x {other}"
 
 
 def render_table(bench: Bench, starts: int) -> Iterator[str]:
