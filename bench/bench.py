@@ -183,6 +183,7 @@ class Load(NamedTuple):
     stream: bool = False
     paced: bool = False  # Replicate sends a token every 20 ms
     interval: float = 0  # seconds between calls, of all connections; 0: no pause
+    delay: float = 0  # seconds before the first
     path: str = "chat/completions"
 
     def scaled(self, by: float) -> Load:
@@ -233,17 +234,19 @@ class Sample:
         return data[end:][-64:]
 
 
-def run_load(load: Load, host: str, request: bytes) -> list[Sample]:
-    samples: list[Sample] = []
+def run_loads(host: str, loads: Mapping[Load, bytes]) -> list[list[Sample]]:
+    """Run loads side by side, each with its request; give the calls of each."""
     began = time.monotonic_ns()
     with contextlib.ExitStack() as stack:
 
-        def send_calls(number: int) -> Task:
+        def send_calls(
+            load: Load, request: bytes, number: int, samples: list[Sample]
+        ) -> Task:
             sock = None
             for call in range(load.calls):
-                if load.interval:
+                if load.interval or load.delay:
                     turn = call * load.connections + number
-                    yield began + int(turn * load.interval * 1e9)
+                    yield began + int((load.delay + turn * load.interval) * 1e9)
                 samples.append(sample := Sample(time.monotonic_ns()))
                 try:
                     sock = sock or stack.enter_context(connect(host))
@@ -259,7 +262,14 @@ def run_load(load: Load, host: str, request: bytes) -> list[Sample]:
                 else:
                     sample.error = f"{missing} of {load.tokens} tokens are missing"
 
-        EventLoop().run([send_calls(number) for number in range(load.connections)])
+        samples: list[list[Sample]] = [[] for _ in loads]
+        EventLoop().run(
+            [
+                send_calls(load, request, number, found)
+                for (load, request), found in zip(loads.items(), samples, strict=True)
+                for number in range(load.connections)
+            ]
+        )
     return samples
 
 
@@ -385,10 +395,13 @@ class Turn(NamedTuple):
     scale: float  # of the loads
     failures: list[str]
 
-    def run(self, load: Load) -> list[Sample]:
-        url = f"{self.url}/{load.path}"
-        key = urlsplit(url).username or KEY
-        return run_load(load, host_of(url), build_request(url, load.body, key))
+    def run(self, *loads: Load) -> list[list[Sample]]:
+        key = urlsplit(self.url).username or KEY
+        requests = {
+            load: build_request(f"{self.url}/{load.path}", load.body, key)
+            for load in loads
+        }
+        return run_loads(host_of(self.url), requests)
 
     def run_directly(self, load: Load) -> list[Sample]:
         """The one request that a whole call makes of Replicate, from here."""
@@ -396,12 +409,18 @@ class Turn(NamedTuple):
         body = {"version": load.model, "input": input}
         url = f"{self.replicate_url}/predictions"
         request = build_request(url, body, TOKEN, "Prefer: wait=5\r\n")
-        return run_load(load, host_of(url), request)
+        return run_loads(host_of(url), {load: request})[0]
+
+    def note_failed(self, samples: Sequence[Sample]) -> None:
+        if failed := [sample for sample in samples if not sample.ended]:
+            reason = failed[0].error[:200] or f"no end within {TIMEOUT} s"
+            failure = f"{len(failed)} of {len(samples)} calls failed: {reason}"
+            self.failures.append(failure)
 
     def check(self) -> None:
         for load in (Load(), Load(stream=True)):
             for _ in range(20):  # a gateway may hold connections to the last stand-in
-                sample = self.run(load)[0]
+                sample = self.run(load)[0][0]
                 if sample.ended:
                     break
             else:
@@ -431,12 +450,10 @@ def run_measured(turn: Turn, load: Load) -> tuple[list[Sample], float, int]:
     turn.check()
     pid = turn.server.process.pid if turn.server else 0
     cpu, began = cpu_ns(pid), time.monotonic()
-    samples = turn.run(load)
+    (samples,) = turn.run(load)
     seconds = time.monotonic() - began
     time.sleep(0.05)  # a side may have something to do after its last byte
-    if failed := [sample for sample in samples if not sample.ended]:
-        reason = failed[0].error[:200] or f"no end within {TIMEOUT} s"
-        turn.failures.append(f"{len(failed)} of {len(samples)} calls failed: {reason}")
+    turn.note_failed(samples)
     return samples, seconds, cpu_ns(pid) - cpu
 
 
@@ -480,6 +497,29 @@ def measure_whole(turn: Turn) -> Values:
     values = summarize(whole, 1, cpu)
     values["direct"] = summarize(direct, 1, 0)["latency"]
     return values | {"added": values["latency"] - values["direct"]}
+
+
+def measure_starters(turn: Turn) -> Values:
+    """How late the tokens of streams are before, and while, many calls start."""
+    turn.check()
+    streams = Load(20, tokens=200, stream=True, paced=True)
+    starters = Load(200, tokens=15, paced=True, delay=1.5)  # 15 tokens take 0.3 s
+    under_way, started = turn.run(streams, starters)
+    turn.note_failed(under_way + started)
+    first = min(call.began for call in started)
+    last = max(call.ended for call in started)
+    late: dict[str, list[float]] = {"before": [], "while": []}
+    for call in under_way:
+        for stamp, arrival in zip(call.stamps, call.arrivals, strict=True):
+            if stamp < last:
+                part = "before" if arrival < first else "while"
+                late[part].append((arrival - stamp) / 1e6)
+    return {
+        "late before": median(late["before"]),
+        "late p50": median(late["while"]),
+        "late p99": percentile(late["while"], 99),
+        "latency": median((each.ended - each.began) / 1e6 for each in started),
+    }
 
 
 def measure_start(turn: Turn) -> Values:
@@ -570,6 +610,10 @@ WORKLOADS = {
         measure_load(CROWD._replace(connections=500, tokens=50)),
         quick=False,
     ),
+    "starters": Workload(
+        "20 streams; then 200 calls at once, which Replicate takes 0.3 s to create",
+        measure_starters,
+    ),
     "steady": Workload(
         "40 whole calls a second, Replicate takes 0.3 s",
         measure_load(Load(40, calls=5, tokens=15, paced=True, interval=1 / 40)),
@@ -625,6 +669,10 @@ FIGURES = [
     Figure("streams-500", "first token, p50, ms", "first p50"),
     Figure("streams-500", "first token, p95, ms", "first p95"),
     Figure("streams-500", "complete", "complete", ">= 500", False),
+    Figure("starters", "a token before is late, p50, ms", "late before"),
+    Figure("starters", "a token then is late, p50, ms", "late p50"),
+    Figure("starters", "a token then is late, p99, ms", "late p99"),
+    Figure("starters", "latency of the 200, p50, ms", "latency"),
     Figure("steady", "latency, p50, ms", "latency"),
     Figure("steady", "CPU per call, ms", "CPU call", "<= 0.9 x"),
     Figure("calls", "calls/s", "calls/s", ">= 1.3 x"),
