@@ -4905,12 +4905,25 @@ REQUEST_CANCELLATION = ContextVar[Cancellation | None]("cancellation", default=N
 
 
 class ReplicateTransport(httpx.BaseTransport):
-    """Sends the SDK's requests over the pool, each with its own headers and timeout."""
+    """Sends the SDK's requests over the pool, each with its own headers and timeout.
 
-    def __init__(self, pool: ConnectionPool) -> None:
+    The SDK takes most of the time that a call takes to start, and all threads want
+    Python's lock. So only one of them is in the SDK, and the others do not delay the
+    tokens of streams; nobody has the `turn` while Replicate is waited for.
+    """
+
+    def __init__(self, pool: ConnectionPool, turn: threading.Lock) -> None:
         self.pool = pool
+        self.turn = turn
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
+        self.turn.release()
+        try:
+            return self.exchange(request)
+        finally:
+            self.turn.acquire()
+
+    def exchange(self, request: httpx.Request) -> httpx.Response:
         """Raise what `ConnectionPool.request` raises: a connection error to the SDK."""
         url, method = request.url, request.method
         head = render_head(method, url.raw_path, request.headers.raw)
@@ -5140,7 +5153,9 @@ class ReplicateAPI:
         self.timeouts = timeouts
         tls = httpx.create_ssl_context()  # takes 20 ms: one for all
         self.pool = ConnectionPool(timeouts, tls)
-        http_client = httpx.Client(transport=ReplicateTransport(self.pool))
+        self.turn = threading.Lock()  # at the SDK
+        transport = ReplicateTransport(self.pool, self.turn)
+        http_client = httpx.Client(transport=transport)
         http_client.headers.clear()  # the SDK gives its own
         self.client = Replicate(
             bearer_token=self.token,
@@ -5215,7 +5230,8 @@ class ReplicateAPI:
         REQUEST_CANCELLATION.set(cancellation)
         status, began, record = "none", time.monotonic(), {}
         try:
-            response = method(**given, extra_headers=NO_TELEMETRY)
+            with self.turn:
+                response = method(**given, extra_headers=NO_TELEMETRY)
             status = str(response.status_code)
             record = parse_object(response, needs)
             return record

@@ -6856,6 +6856,34 @@ def test_a_request_that_nobody_reads_ends_in_time(settings):
                 api.upload(attached, proxy.Cancellation())
 
 
+def test_one_thread_at_a_time_is_in_the_sdk(settings, monkeypatch):
+    """The others would delay the tokens of streams; those that wait are not in it."""
+    at_the_sdk, at_replicate = threading.Barrier(2), threading.Barrier(4)
+    build = httpx.Client.build_request
+
+    def build_request(*arguments, **options):
+        with suppress(threading.BrokenBarrierError):  # one that is alone
+            at_the_sdk.wait(0.2)
+            together.append(True)
+        return build(*arguments, **options)
+
+    def respond(*_):
+        at_replicate.wait(10)
+        return recorded()
+
+    together = []
+    monkeypatch.setattr(httpx.Client, "build_request", build_request)
+    with hosting(respond) as host:
+        there = replace(settings, replicate_base_url=host.base_url)
+        with (
+            closing(proxy.ReplicateAPI(there, TIMEOUTS)) as api,
+            ThreadPoolExecutor(4) as threads,
+        ):
+            made = [threads.submit(api.create, asking("a/b"), True) for _ in range(4)]
+            assert [record.result()["id"] for record in made] == ["p"] * 4
+    assert not together
+
+
 def test_an_answer_may_be_compressed():
     wire = answering(gzip.compress(RECORD), more=b"content-encoding: gzip\r\n")
     with raw_replicate(wire) as (_, server):

@@ -788,7 +788,13 @@ def render_number(number: float) -> str:
 
 
 def render_ratio(ratio: float) -> str:
-    return f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
+    return (
+        f"{ratio:,.0f}"
+        if ratio >= 100
+        else f"{ratio:.2f}"
+        if ratio >= 0.1
+        else f"{ratio:.2g}"
+    )
 
 
 def render_verdict(promise: str, row: Row, starts: int) -> str:
@@ -808,7 +814,9 @@ def render_spread(row: Row, other: str) -> str:
     if not found or (other == "sdk" and len(found) < 2):
         return ""
     middle = "" if other == "sdk" else f"{render_ratio(median(found))} "
-    return f"{middle}({render_ratio(min(found))} to {render_ratio(max(found))}) x {other}"
+    return (
+        f"{middle}({render_ratio(min(found))} to {render_ratio(max(found))}) x {other}"
+    )
 
 
 def render_table(bench: Bench, starts: int) -> Iterator[str]:
