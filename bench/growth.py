@@ -22,6 +22,7 @@ from base64 import b64encode
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import partial
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -261,11 +262,10 @@ def measure_memory(path: Path) -> bool:
 
 SOAK = {"whole calls": (10_000, False), "streams": (2_000, True)}
 SOAK_CONNECTIONS = 16
-IDLE_SECONDS = 120.0
 MOST_MORE = 8  # MB
 
 
-def measure_soak(path: Path) -> bool:
+def measure_soak(path: Path, idle: float) -> bool:
     """Memory and threads after many calls on kept connections, and after a while."""
     is_kept = True
     with serving(path) as (_, proxy):
@@ -280,9 +280,9 @@ def measure_soak(path: Path) -> bool:
             memory, left = memory_mb(proxy.pid, "VmRSS"), threads(proxy)
             is_kept &= memory < first + MOST_MORE
             print(f"after {count:,} {name}: {memory:.1f} MB, {left} threads")
-        time.sleep(IDLE_SECONDS)
+        time.sleep(idle)
         memory, left = memory_mb(proxy.pid, "VmRSS"), threads(proxy)
-        print(f"after {IDLE_SECONDS:.0f} s more: {memory:.1f} MB, {left} threads")
+        print(f"after {idle:.0f} idle seconds: {memory:.1f} MB, {left} threads")
     return is_kept
 
 
@@ -323,9 +323,11 @@ def main() -> None:
     parser.add_argument("--proxy", type=Path, default=ROOT / "proxy.py")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--soak", action="store_true")
+    parser.add_argument("--idle", type=float, default=120, help="seconds of a soak")
     options = parser.parse_args()
     measure = measure_memory if options.memory else measure_growth
-    measure = measure_soak if options.soak else measure
+    if options.soak:
+        measure = partial(measure_soak, idle=options.idle)
     sys.exit(0 if measure(options.proxy.resolve()) else 1)
 
 
