@@ -3549,21 +3549,22 @@ def find_input(schema: ModelSchema, param: Param) -> str:
     return schema.find(param.names, *ACCEPTED.get(param.kinds, ()))
 
 
-def makes(task: Task, schema: ModelSchema) -> bool:
-    """Whether the output can be what the task is for, for all that a schema tells."""
-    return not schema.outputs or not {*task.outputs}.isdisjoint(schema.outputs)
-
-
-def foreign_input(task: Task, schema: ModelSchema) -> str:
-    """An input that only models for something else have, or ""."""
-    return next((n for n in task.foreign.split() if n in schema.inputs), "")
+def misfit(task: Task, schema: ModelSchema) -> str:
+    """Why a model can't do a task; "" if it can, for all that its schema tells."""
+    if schema.outputs and {*task.outputs}.isdisjoint(schema.outputs):
+        made = sorted({MADE.get(type, "data") for type in schema.outputs})
+        return f"makes {' or '.join(made)}"
+    for name in task.foreign.split():
+        if name in schema.inputs:
+            return f"is for something else, as it has '{name}'"
+    lacking = (n for n in task.needs if not find_input(schema, task.params[n]))
+    return next((f"has no input for '{name}'" for name in lacking), "")
 
 
 def fits(task: Task, schema: ModelSchema) -> bool:
     """Whether a model can do a task with what it needs, and nothing else."""
     inputs = {find_input(schema, task.params[name]) for name in task.needs}
-    is_made = makes(task, schema) and not foreign_input(task, schema)
-    return is_made and "" not in inputs and inputs >= {*schema.required}
+    return not misfit(task, schema) and inputs >= {*schema.required}
 
 
 def uses(schema: ModelSchema) -> str:
@@ -4066,21 +4067,8 @@ def task_schema(task: Task, model: Model, schemas: SchemaCache) -> ModelSchema:
     return schema._replace(outputs=outputs) if outputs else schema
 
 
-def check_task(task: Task, model: Model, schema: ModelSchema) -> None:
-    """Raise 400 for a model that can't do it, and say what it is for."""
-    if not makes(task, schema):
-        made = sorted({MADE.get(type, "data") for type in schema.outputs})
-        raise unfit(task, model, schema, f"makes {' or '.join(made)}")
-    if foreign := foreign_input(task, schema):
-        raise unfit(
-            task, model, schema, f"is for something else, as it has '{foreign}'"
-        )
-    for name in task.needs:
-        if not find_input(schema, task.params[name]):
-            raise unfit(task, model, schema, f"has no input for '{name}'")
-
-
 def unfit(task: Task, model: Model, schema: ModelSchema, why: str) -> APIError:
+    """For a model that can't do a task: it says what the model is for."""
     return APIError(
         400,
         f"The model `{model.id}` ({model.ref}) can't be used by POST /v1{task.path}: "
@@ -4094,7 +4082,8 @@ def build_task_inputs(
     task: Task, body: Json, model: Model, schema: ModelSchema
 ) -> list[PredictionInput]:
     """What Replicate is to run: one prediction, or several for `n`. Raise 400."""
-    check_task(task, model, schema)
+    if why := misfit(task, schema):
+        raise unfit(task, model, schema, why)
     shares = share_inputs(task, body, model, schema)
     shared = {name for share, _ in shares for name in share}
     inputs = size_inputs(body.get("size") or "auto", schema)
