@@ -3053,6 +3053,10 @@ class Field(NamedTuple):
     default: Any = None  # sent when nobody named a value
     choices: tuple[Any, ...] = ()
     kinds: tuple[type, ...] = ()  # (): those of the parameter
+    # What the model's schema says besides:
+    type: str = ""  # as `input_type` gives it
+    own_default: Any = None  # which the model takes when nothing is sent
+    description: str = ""
 
 
 class Family(NamedTuple):
@@ -3304,19 +3308,10 @@ def is_text(output: Json, schemas: Json) -> bool:
     return type in ("", "string", "enum", "strings", "object")
 
 
-class Input(NamedTuple):
-    """An input as its model's schema describes it."""
-
-    type: str  # as `input_type` gives it
-    field: Field  # what it takes; with no default, as the model has its own:
-    default: Any = None
-    description: str = ""
-
-
 class ModelSchema(NamedTuple):
     """What a model says of itself."""
 
-    inputs: Mapping[str, Input] = {}
+    inputs: dict[str, Field] = {}
     required: tuple[str, ...] = ()  # those of them that have no default
     outputs: tuple[str, ...] = ()  # types of what it makes, as `input_type` gives them
     is_language: bool = True  # what it makes can be text
@@ -3341,15 +3336,7 @@ def read_schema(document: Any) -> ModelSchema:
     known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
     listed = as_list(inputs.get("required"))
     schema = ModelSchema(
-        {
-            name: Input(
-                input_type(row, schemas),
-                read_field(name, row),
-                row.get("default"),
-                str(row.get("description") or ""),
-            )
-            for name, row in known.items()
-        },
+        {name: read_field(name, row, schemas) for name, row in known.items()},
         tuple(n for n in known if n in listed and "default" not in known[n]),
         output_types(output, schemas),
         is_text(output, schemas),
@@ -3370,29 +3357,28 @@ def read_family(schema: ModelSchema) -> Family | None:
     prompt, system = find(PROMPTS, "string"), find(SYSTEMS, "string")
     if not schema.is_language or not (messages or prompt):
         return None
-    all_fields = {name: row.field for name, row in schema.inputs.items()}
     family = Family(system=system, prompt=prompt)
     if messages and prompt not in needed:
         family = family._replace(render=render_messages, system="system")
     fields: dict[str, Field] = {}
     for parameter, param in MODEL_PARAMS.items():
         if name := find(param.names, *ACCEPTED[param.kinds]):
-            field = all_fields[name]
+            field = schema.inputs[name]
             if levels_in(field, param) or not (field.choices and param.choices):
                 fields[parameter] = field
     if limit := fields.get("max_tokens"):
-        default = schema.inputs[limit.name].default
-        if is_bound(default) and 0 < default < DEFAULT_MAX_TOKENS:
+        short = limit.own_default
+        if is_bound(short) and 0 < short < DEFAULT_MAX_TOKENS:
             fields["max_tokens"] = limit._replace(default=DEFAULT_MAX_TOKENS)
     attachments = {
-        part: all_fields[name]
+        part: schema.inputs[name]
         for part, names in ATTACHMENT_NAMES.items()
         if (name := find(names, *FILE_TYPES))
     }
     if "image_url" in attachments and family.render is render_messages:
         attachments |= IN_PLACE
     named = {*DOCUMENTED, *(field.name for field in fields.values()), messages, prompt}
-    fields = {**without(all_fields, named), **fields}
+    fields = {**without(schema.inputs, named), **fields}
     return family._replace(fields=fields, attachments=attachments, required=needed)
 
 
@@ -3401,7 +3387,7 @@ def levels_in(field: Field, param: Param) -> list[Any]:
     return [c for c in field.choices if str(c).lower() in param.choices]
 
 
-def read_field(name: str, schema: Json) -> Field:
+def read_field(name: str, schema: Json, schemas: Json) -> Field:
     """What an input takes: of integers, between whole bounds."""
     type = json_type(schema)
     step = 1 if type == "integer" else 0.01  # inwards from a bound that is left out
@@ -3418,8 +3404,16 @@ def read_field(name: str, schema: Json) -> Field:
     if type == "integer":
         low, high = low and ceil(low), high and floor(high)
     choices = [v for v in as_list(schema.get("enum")) if isinstance(v, (str, *NUMBER))]
-    kinds = JSON_TYPES.get(type, ())
-    return Field(name, low, high, choices=tuple(choices), kinds=kinds)
+    return Field(
+        name,
+        low,
+        high,
+        choices=tuple(choices),
+        kinds=JSON_TYPES.get(type, ()),
+        type=input_type(schema, schemas),
+        own_default=schema.get("default"),
+        description=str(schema.get("description") or ""),
+    )
 
 
 def is_bound(value: Any) -> TypeGuard[float]:
@@ -4056,7 +4050,7 @@ def task_schema(task: Task, model: Model, schemas: SchemaCache) -> ModelSchema:
     if is_guess or (schema and not schema.inputs):
         log.warning(LogRow(event="schema_guessed", ref=model.ref))
         names = [task.params[name].names.split()[0] for name in task.needs]
-        return ModelSchema({name: Input("", Field(name)) for name in names})
+        return ModelSchema({name: Field(name) for name in names})
     if schema is None:
         message = f"Replicate does not tell now what `{model.id}` takes. Try again."
         headers = {**RETRY, "retry-after": str(RETRY_AFTER)}
@@ -4115,8 +4109,8 @@ def build_task_inputs(
         if name in body and name not in task.params:
             value = body[name]
             if isinstance(value, str):  # as all values of a form are
-                value = form_value(name, [value], {name: Param(row.field.kinds)})
-            inputs[name] = fit(name, value, name, row.field)
+                value = form_value(name, [value], {name: Param(row.kinds)})
+            inputs[name] = fit(name, value, name, row)
     rate = schema.find("sample_rate", "integer", "enum")
     if rate and body.get("response_format") == "pcm" in inputs.values():
         inputs.setdefault(rate, task_value(rate, PCM_RATE, schema.inputs[rate]))
@@ -4133,7 +4127,7 @@ def build_task_inputs(
         prompt=prompt if isinstance(prompt, str) else "",
         limit=None,
         cut=None,
-        seed=schema.inputs[seed].field if type(inputs.get(seed)) is int else None,
+        seed=schema.inputs[seed] if type(inputs.get(seed)) is int else None,
     )
     all_inputs = []
     for offset, (share, count) in enumerate(shares):
@@ -4161,16 +4155,15 @@ def quirk_of(model: Model) -> Quirk:
     return next(rows, Quirk())
 
 
-def task_value(parameter: str, value: Any, input: Input) -> Any:
+def task_value(parameter: str, value: Any, field: Field) -> Any:
     """Bring a value to the type and the words of an input; None if it is left out."""
-    field = input.field
     choices = {str(choice).casefold(): choice for choice in field.choices}
     if value is None:
         return choices.get(DEFAULT_CHOICES.get(parameter, ""))
     if isinstance(value, bool) and choices:
         return choices.get(TRUE_CHOICES.get(parameter, "")) if value else None
     if isinstance(value, list):
-        is_one = input.type in ("file", "string") or (not input.type and len(value) < 2)
+        is_one = field.type in ("file", "string") or (not field.type and len(value) < 2)
         most = 1 if is_one else field.high
         require(
             most is None or len(value) <= most,
@@ -4244,8 +4237,8 @@ def share_inputs(
         lines = "\n".join(" ".join(text.splitlines()) for text in texts)
         return [({name: lines}, len(texts))]
     is_list = row.type in ("strings", "array")
-    is_json = name in JSON_LISTS or str(row.default or "").startswith("[")
-    size = int(min(row.field.high or inf, MAX_TEXTS)) if is_list else 1
+    is_json = name in JSON_LISTS or str(row.own_default or "").startswith("[")
+    size = int(min(row.high or inf, MAX_TEXTS)) if is_list else 1
     if is_json and not is_list:
         size = MAX_TEXTS
     batches = [texts[at : at + size] for at in range(0, len(texts), size)]
@@ -4269,12 +4262,12 @@ MAX_TEXTS = 512  # of a prediction: vectors of 4,096 numbers are 43 MB of JSON
 JSON_LISTS = ("texts", "text_batch", "prompts", "query_texts")  # if they are strings
 
 
-def split_count(count: int, input: Input) -> list[Any]:
+def split_count(count: int, field: Field) -> list[Any]:
     """How many each prediction has to make: as many as its input takes."""
     shares: list[Any] = []
     while count > 0:
-        share: Any = int(clamp(count, max(1, input.field.low or 1), input.field.high))
-        if choices := input.field.choices:
+        share: Any = int(clamp(count, max(1, field.low or 1), field.high))
+        if choices := field.choices:
             fitting = [choice for choice in choices if int(choice) <= count]
             share = max(fitting, key=int, default=min(choices, key=int))
         shares.append(share)
@@ -4327,7 +4320,7 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
 
     def nearest(names: str, parse: Callable[[str, str], Size | None]) -> Json:
         for name in names.split():
-            choices = schema.inputs[name].field.choices if name in schema.inputs else ()
+            choices = schema.inputs[name].choices if name in schema.inputs else ()
             sizes = {c: found for c in choices if (found := parse(str(c), name))}
             sizes = {choice: found for choice, found in sizes.items() if all(found)}
             if sizes:
@@ -4337,16 +4330,16 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
     if exact := nearest("size resolution image_size", parse_size):
         return exact
     ratio = nearest("aspect_ratio", parse_size)
-    custom = {
+    custom: Json = {
         name: choice
         for name in ("aspect_ratio", "size", "resolution")
         if name in schema.inputs
-        for choice in schema.inputs[name].field.choices
+        for choice in schema.inputs[name].choices
         if str(choice).lower() == "custom"
     }
     across, down = schema.inputs.get("width"), schema.inputs.get("height")
     if across and down and (custom or not ratio):
-        sides = ((width, across.field), (height, down.field))
+        sides = ((width, across), (height, down))
         least = max((field.low or 0) / side for side, field in sides)
         most = min((field.high or inf) / side for side, field in sides)
         scale = clamp(1, least, most)  # so that its shape stays
@@ -4359,13 +4352,13 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
     return {**ratio, **nearest(grades, partial(parse_grade, wanted=(width, height)))}
 
 
-def side_input(wanted: float, input: Input) -> Any:
+def side_input(wanted: float, field: Field) -> Any:
     """The width or height that is nearest to what is wanted."""
-    if choices := input.field.choices:
+    if choices := field.choices:
         return min(choices, key=lambda choice: abs(float(choice) - wanted))
-    match = STEP.search(input.description)
+    match = STEP.search(field.description)
     step = int(match[1]) if match else 8
-    return int(clamp(round(wanted / step) * step, input.field.low, input.field.high))
+    return int(clamp(round(wanted / step) * step, field.low, field.high))
 
 
 # ==== 4. PREDICTIONS ==========================================================
