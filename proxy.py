@@ -3576,24 +3576,20 @@ def family_for(
     """Its row if that says all that is needed, so that a known model costs no GET."""
     named = model.config.family
     row = FAMILIES[named] if named else find_family(model.owner_and_name)
-    schema = ModelSchema()
-    if row is None:
-        schema = schemas.find(model.ref) or schema
-        family = schema.family or Family()
-    else:
+    if row:
         known = {*DOCUMENTED, *row.fields, *(f.name for f in row.fields.values())}
         known |= {*SYSTEM_NAMES} if "messages" in body else set()
-        sent = {name for name, value in body.items() if value is not None}
-        is_enough = sent <= known and attached <= row.attachments.keys()
-        if not is_enough:
-            schema = schemas.find(model.ref) or schema
-        family = row if is_enough else merge(row, schema.family)
-    if row is None and not schema.is_language:
+        if without_nulls(body).keys() <= known and attached <= row.attachments.keys():
+            return row
+    schema = schemas.find(model.ref) or ModelSchema()
+    if row:
+        return merge(row, schema.family)
+    if not schema.is_language:
         what = f"The model `{model.id}` is not a language model"
         remedy = uses(schema) or " Use one that is."
         message = f"{what}: what it makes is not text.{remedy}"
         raise APIError(400, message, param="model")
-    return family
+    return schema.family or Family()
 
 
 # -- Prediction inputs ---------------------------------------------------------
