@@ -1895,8 +1895,6 @@ def parse_response_format(body: Json) -> ResponseFormat | None:
 # a row in ITEMS, and a case in `build_messages`.
 
 
-NO_FILE_ID = FILE["file_id"]
-
 RESPONSE = {
     "model": Param(STRING, 1, 256),
     "stream": Param(BOOLEAN, default=False),
@@ -1951,7 +1949,7 @@ RESPONSE_PARTS: dict[str, dict[str, Param]] = {
         "image_url": Param(STRING, 1, required=True),
     },
     "input_file": {
-        "file_id": NO_FILE_ID,
+        "file_id": FILE["file_id"],
         "file_data": Param(STRING, 1),
         "file_url": Param(STRING, 1),
         "filename": Param(STRING, default=""),
@@ -2045,10 +2043,8 @@ class ChatRequest(NamedTuple):
             return self.messages[index] + rest
         if match := re.match(r"tools\[(\d+)\](?:\.function)?", chats):
             return self.tools[int(match[1])] + chats[match.end() :]
-        name, rest = chats, ""
-        if match := re.match(r"response_format(\.json_schema)?", chats):
-            name, rest = "response_format", chats[match.end() :]
-        return RESPONSE_NAMES.get(name, name) + rest
+        name, dot, rest = chats.replace("_format.json_schema", "_format").partition(".")
+        return RESPONSE_NAMES.get(name, name) + dot + rest
 
 
 RESPONSE_NAMES = {
@@ -2224,15 +2220,8 @@ def chat_content(content: str | list[Json], path: str) -> str | list[Json]:
 
 
 def chat_part(part: Json, path: str) -> Json:
-    kind = part.get("type")
-    if kind is None:
-        raise missing_parameter(f"{path}.type")
-    require(
-        kind in [*RESPONSE_PARTS],
-        f"Invalid value: '{kind}'. Supported values are: {', '.join(RESPONSE_PARTS)}.",
-        code="invalid_value",
-        param=f"{path}.type",
-    )
+    kinds = Param(STRING, choices=(*RESPONSE_PARTS,))
+    kind = check_param(f"{path}.type", part.get("type"), kinds)
     part = check(part, RESPONSE_PARTS[kind], f"{path}.")
     if kind == "input_image":
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
