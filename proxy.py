@@ -1623,6 +1623,16 @@ def attachments(messages: Messages) -> list[tuple[str, str]]:
     ]
 
 
+def map_parts(messages: Messages, change: Callable[[Json], Json | None]) -> Messages:
+    """The messages with each part changed; it goes where the change is None."""
+    return [
+        {**m, "content": join_texts([p for p in map(change, m["content"]) if p])}
+        if isinstance(m["content"], list)
+        else m
+        for m in messages
+    ]
+
+
 NO_NAME = re.compile(r"[\s<|\\/>]+")  # what OpenAI's models refuse in one
 
 
@@ -2005,8 +2015,6 @@ LEFT_OUT = re.compile(
     r"|\w*compaction\w*|configuration_update"
 )
 
-NONE_RUNS_HERE = "The tools that have to be called are OpenAI's own: none runs here."
-
 CUSTOM_ARGUMENT = "input"  # of the function that a model gets for a custom tool
 
 
@@ -2289,25 +2297,17 @@ class ResponseTools:
             among = check(asked, ALLOWED_HERE, "tool_choice.")
             known = [t for t in among["tools"] if t.get("type") in TOOL_TYPES]
             choices = [self.choice(tool) for tool in known]
-            require(
-                choices or among["mode"] == "auto",
-                NONE_RUNS_HERE,
-                code="unsupported_value",
-                param="tool_choice",
-            )
             allowed = {"mode": among["mode"], "tools": choices}
             named = {"type": "allowed_tools", "allowed_tools": allowed}
-            return named if choices else "none"
-        if kind in (None, "none", "auto"):
-            return kind
-        wants_dropped = kind != "required" or self.dropped
-        require(
-            self.rows or not wants_dropped,
-            NONE_RUNS_HERE,
-            code="unsupported_value",
-            param="tool_choice",
-        )
-        return asked if kind == "required" else "auto"
+            choice: Any = named if choices else "none"
+            can_run = choices or among["mode"] == "auto"
+        else:
+            choice = kind if kind in (None, "none", "auto", "required") else "auto"
+            wants_dropped = kind != choice or (kind == "required" and self.dropped)
+            can_run = self.rows or not wants_dropped
+        why = "The tools that have to be called are OpenAI's own: none runs here."
+        require(can_run, why, code="unsupported_value", param="tool_choice")
+        return choice
 
 
 def custom_function(tool: Json) -> Json:
@@ -3599,8 +3599,8 @@ class PredictionInput(NamedTuple):
     input: Json
     names: Mapping[str, str]  # Replicate's name of an input -> OpenAI's
     prompt: str  # the text in it, to estimate tokens by
-    limit: int | None  # of tokens, as it was sent
-    cut: int | None  # of tokens, where the client's limit is below the model's least
+    limit: int | None = None  # of tokens, as it was sent
+    cut: int | None = None  # where the client's limit is below the model's least
     seed: Field | None = None  # the input that choices differ in: the client named it
     omits_think: bool = False
     expected: int = 1  # how many images or vectors it is to make
@@ -3723,28 +3723,17 @@ def fit_attachments(messages: Messages, model: Model, family: Family) -> Message
         noun = re.sub("input_|_url", "", kind)
         return {"type": "text", "text": f"[{noun}]"}
 
-    return [
-        {**message, "content": join_texts(list(map(fit, message["content"])))}
-        if isinstance(message["content"], list)
-        else message
-        for message in messages
-    ]
+    return map_parts(messages, fit)
 
 
 def place_attachments(messages: Messages, family: Family) -> tuple[Messages, Json]:
     """Move what has an input of its own out of the messages."""
+    moved = {kind: row for kind, row in family.attachments.items() if row.name}
     placed: Json = {}
-    for kind, row in family.attachments.items():
-        urls = [url for other, url in attachments(messages) if other == kind]
-        if urls and row.name:
+    for kind, row in moved.items():
+        if urls := [url for other, url in attachments(messages) if other == kind]:
             placed[row.name] = urls if row.kinds == ARRAY else urls[0]
-    moved = {kind for kind, row in family.attachments.items() if row.name}
-    rest = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, list):
-            content = join_texts([p for p in content if p["type"] not in moved])
-        rest.append({**message, "content": content})
+    rest = map_parts(messages, lambda part: None if part["type"] in moved else part)
     return rest, placed
 
 
@@ -4110,8 +4099,6 @@ def build_task_inputs(
         inputs,
         parameters,
         prompt=prompt if isinstance(prompt, str) else "",
-        limit=None,
-        cut=None,
         seed=schema.inputs[seed] if type(inputs.get(seed)) is int else None,
     )
     all_inputs = []
