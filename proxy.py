@@ -3284,9 +3284,6 @@ def input_type(schema: Json, schemas: Json) -> str:
 
 def is_text(output: Json, schemas: Json) -> bool:
     """Whether what a model makes can be text, for all that its schema says."""
-    if len(parts := alternatives(output)) > 1:
-        folded = (resolve(part, schemas) for part in parts)
-        return any(is_text(without(f, ALTERNATIVES), schemas) for f in folded)
     if isinstance(output.get("x-cog-array-display"), str):
         return bool(output["x-cog-array-display"] == "concatenate")
     if inside := as_object(output.get("properties")):
@@ -3320,6 +3317,8 @@ def read_schema(document: Any) -> ModelSchema:
     """Read a model's OpenAPI document."""
     schemas = as_object(as_object(as_object(document).get("components")).get("schemas"))
     output = resolve(schemas.get("Output"), schemas)
+    parts = alternatives(output)  # a single one is folded into it
+    outputs = [resolve(p, schemas) for p in parts] if len(parts) > 1 else [output]
     inputs = resolve(schemas.get("Input"), schemas)
     rows = as_object(inputs.get("properties")).items()
     known = {name: resolve(row, schemas) for name, row in rows if as_object(row)}
@@ -3327,16 +3326,10 @@ def read_schema(document: Any) -> ModelSchema:
     schema = ModelSchema(
         {name: read_field(name, row, schemas) for name, row in known.items()},
         tuple(n for n in known if n in listed and "default" not in known[n]),
-        output_types(output, schemas),
-        is_text(output, schemas),
+        tuple(filter(None, (input_type(each, schemas) for each in outputs))),
+        any(is_text(each, schemas) for each in outputs),
     )
     return schema._replace(family=read_family(schema))
-
-
-def output_types(output: Json, schemas: Json) -> tuple[str, ...]:
-    """The types of an output, () if its schema tells none."""
-    parts = [resolve(part, schemas) for part in alternatives(output)] or [output]
-    return tuple(filter(None, (input_type(part, schemas) for part in parts)))
 
 
 def read_family(schema: ModelSchema) -> Family | None:
@@ -3502,14 +3495,11 @@ class SchemaCache(BackgroundCache[ModelSchema]):
         self.look_up = look_up
         self.release_of = release_of
 
-    def find(self, ref: str) -> ModelSchema | None:
-        if "/" not in ref:
-            return None  # Replicate tells nothing of a version without its model
-        return super().find(ref)
-
     def read_ref(self, ref: str) -> ModelSchema | None:
         """Of a deployment: that of the model it runs, whose row counts first."""
         owner, _, name = ref.partition("/")
+        if not name:
+            return None  # Replicate tells nothing of a version without its model
         if owner == "deployments":
             ref = self.release_of(*name.split("/"))
             row = find_family(without_version(ref))
