@@ -2435,7 +2435,7 @@ class Task(NamedTuple):
     params: Mapping[str, Param]
     needs: tuple[str, ...]  # the parameters that a model must have inputs for
     outputs: tuple[str, ...]  # as `input_type` names the types of outputs
-    prepare: Callable[[Json], Json]  # a body as the table takes it
+    prepare: Callable[[Json], Json] = lambda body: body  # as the table takes it
     foreign: str = ""  # inputs of models that make files of another kind
 
 
@@ -2658,33 +2658,26 @@ FILE_OUTPUTS = ("file", "files", "object", "objects", "array")
 VECTOR_OUTPUTS = ("numbers", "arrays", "object", "objects", "array")
 TEXT_OUTPUTS = ("string", "strings", "object", "objects", "array")
 
+image_task = partial(Task, outputs=FILE_OUTPUTS, foreign=OF_FILMS + OF_SOUNDS)
+text_task = partial(Task, outputs=TEXT_OUTPUTS, prepare=prepare_sound)
+
 TASKS = {
-    "generation": Task(
-        "/images/generations",
-        "flux-schnell",
-        IMAGE_GENERATION,
-        ("prompt",),
-        FILE_OUTPUTS,
-        lambda body: body,
-        OF_FILMS + OF_SOUNDS,
+    "generation": image_task(
+        "/images/generations", "flux-schnell", IMAGE_GENERATION, ("prompt",)
     ),
-    "edit": Task(
+    "edit": image_task(
         "/images/edits",
         "flux-kontext-pro",
         IMAGE_EDIT,
         ("prompt", "image"),
-        FILE_OUTPUTS,
-        prepare_files,
-        OF_FILMS + OF_SOUNDS,
+        prepare=prepare_files,
     ),
-    "variation": Task(
+    "variation": image_task(
         "/images/variations",
         "flux-redux-schnell",
         IMAGE_VARIATION,
         ("image",),
-        FILE_OUTPUTS,
-        prepare_files,
-        OF_FILMS + OF_SOUNDS,
+        prepare=prepare_files,
     ),
     "embedding": Task(
         "/embeddings",
@@ -2703,21 +2696,11 @@ TASKS = {
         prepare_speech,
         OF_PICTURES + OF_FILMS,
     ),
-    "transcription": Task(
-        "/audio/transcriptions",
-        "whisper-1",
-        TRANSCRIPTION,
-        ("file",),
-        TEXT_OUTPUTS,
-        prepare_sound,
+    "transcription": text_task(
+        "/audio/transcriptions", "whisper-1", TRANSCRIPTION, ("file",)
     ),
-    "translation": Task(
-        "/audio/translations",
-        "whisper-1",
-        TRANSLATION,
-        ("file", "translate"),
-        TEXT_OUTPUTS,
-        prepare_sound,
+    "translation": text_task(
+        "/audio/translations", "whisper-1", TRANSLATION, ("file", "translate")
     ),
 }
 
@@ -4158,15 +4141,11 @@ def find_voice(voice: str, choices: Mapping[str, Any]) -> Any:
         return None if name in VOICES else voice
     for wanted in (name, VOICES.get(name, name)):
         for choice in choices:
-            if choice == wanted or choice.endswith(f"_{wanted}"):  # Kokoro's: af_nova
+            if f"_{choice}".endswith(f"_{wanted}"):  # Kokoro's: af_nova
                 return choices[choice]
     known = ", ".join(map(str, choices.values()))
-    require(
-        name in VOICES,
-        f"Invalid 'voice': the model has no '{voice}'. It has: {known}.",
-        code="invalid_value",
-        param="voice",
-    )
+    message = f"Invalid 'voice': the model has no '{voice}'. It has: {known}."
+    require(name in VOICES, message, code="invalid_value", param="voice")
     return None
 
 
@@ -4281,8 +4260,7 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
     def nearest(names: str, parse: Callable[[str, str], Size | None]) -> Json:
         for name in names.split():
             choices = schema.inputs[name].choices if name in schema.inputs else ()
-            sizes = {c: found for c in choices if (found := parse(str(c), name))}
-            sizes = {choice: found for choice, found in sizes.items() if all(found)}
+            sizes = {c: s for c in choices if (s := parse(str(c), name)) and all(s)}
             if sizes:
                 return {name: min(sizes, key=lambda choice: distance(sizes[choice]))}
         return {}
