@@ -1395,7 +1395,7 @@ def check_param(path: str, value: Any, param: Param) -> Any:
         require(harmless, message, code="unsupported_parameter", param=path)
         return param.default
     if param.kinds == INTEGER and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 256.0 is a whole number in JSON
+        value = int(value)  # 2.0 is whole in JSON; either side of 2.5 is a guess
     check_kind(path, value, param.kinds)
     if isinstance(value, str) and param.items == STRING:
         value = [value]  # one string stands for an array of one
@@ -1572,12 +1572,13 @@ def parse_part(part: Json, path: str) -> Json:
     path, url = f"{path}.{kind}.{key}", part[kind][key].strip()
     if kind == "input_audio":
         url = f"data:audio/{part[kind]['format']};base64,{url}"
-    url = parse_url(url, path, expected, is_image=kind == "image_url")
+    found = parse_url(url, path, expected, is_image=kind == "image_url")
+    url = found.url if isinstance(found, File) else found
     return {"type": kind, kind: without_nulls({**part[kind], "url": url})}
 
 
-def parse_url(url: str, path: str, expected: str, *, is_image: bool) -> str:
-    """Return a link, or a data: URL in a form that any model reads; or raise 400."""
+def parse_url(url: str, path: str, expected: str, *, is_image: bool) -> str | File:
+    """Return a link, or the file that a data: URL holds; or raise 400."""
     if LINK.fullmatch(url):
         return url
     file = read_data_url(url)
@@ -1585,7 +1586,7 @@ def parse_url(url: str, path: str, expected: str, *, is_image: bool) -> str:
         message = f"Invalid '{path}': it has to be {expected}, with the right data."
         code = "invalid_image_url" if is_image else "invalid_value"
         raise APIError(400, message, code=code, param=path)
-    return (parse_image(file, path) if is_image else file).url
+    return parse_image(file, path) if is_image else file
 
 
 def parse_image(file: File, path: str) -> File:
@@ -2598,8 +2599,7 @@ def parse_files(value: Any, name: str) -> list[str | File]:
         check_kind(path, file, STRING)
         kind = "image/png" if is_image else "audio/wav"
         expected = f"a file, https://… or data:{kind};base64,…"
-        url = parse_url(file.strip(), path, expected, is_image=is_image)
-        files.append(read_data_url(url) or url)
+        files.append(parse_url(file.strip(), path, expected, is_image=is_image))
     return files
 
 
@@ -3218,7 +3218,6 @@ ACCEPTED: dict[tuple[type, ...], tuple[str, ...]] = {
     (str, list): ("string", "strings", "array"),
 }
 
-ALTERNATIVES = ("anyOf", "oneOf")
 TEXT_IN_OBJECT = {"text", "output", "content"}  # one is the text of the output
 MAX_HOPS = 8  # from a schema to what it refers to
 
@@ -3238,7 +3237,7 @@ def resolve(schema: Any, schemas: Json) -> Json:
 
 
 def alternatives(schema: Json) -> list[Json]:
-    lists = (as_list(schema.get(key)) for key in ALTERNATIVES)
+    lists = (as_list(schema.get(key)) for key in ("anyOf", "oneOf"))
     parts = (as_object(part) for parts in lists for part in parts)
     return [part for part in parts if part.get("type") != "null"]
 
@@ -3325,7 +3324,7 @@ def read_family(schema: ModelSchema) -> Family | None:
         family = family._replace(render=render_messages, system="system")
     fields: dict[str, Field] = {}
     for parameter, param in MODEL_PARAMS.items():
-        if name := find(param.names, *ACCEPTED[param.kinds]):
+        if name := find_input(schema, param):
             field = schema.inputs[name]
             if levels_in(field, param) or not (field.choices and param.choices):
                 fields[parameter] = field
@@ -3774,8 +3773,6 @@ def fit(name: str, value: Any, parameter: str, field: Field) -> Any:
         return ",".join(s for s in map(str, value) if "," not in s) or None
     if parameter == "reasoning_effort" and kinds == INTEGER and value in [*BUDGETS]:
         value = BUDGETS[value]
-    if kinds == INTEGER and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 2.0 is whole in JSON; either side of 2.5 is a guess
     if kinds == ARRAY and isinstance(value, str):
         value = [value]  # as in OpenAI's API
     scale, levels = param.choices, levels_in(field, param)
@@ -3825,10 +3822,9 @@ WEBP_FLAGS = {b"VP8L": 24, b"VP8X": 20}
 
 def convert_mask(mask: str | File, *, is_black: bool) -> str | File:
     """Make a mask of the transparency of a PNG; without any, it is one already."""
-    file = mask if isinstance(mask, File) else read_data_url(mask)
-    if file is None:  # a link
+    if isinstance(mask, str):  # a link
         return mask
-    kind, data = file
+    kind, data = mask
     try:
         at = WEBP_FLAGS.get(data[12:16])
         is_opaque_webp = kind == "image/webp" and not (at and data[at] & 16)
@@ -4063,7 +4059,7 @@ def build_task_inputs(
     for name, value in inputs.items():
         if name in schema.inputs and schema.inputs[name].type in ("file", "files"):
             inputs[name] = with_files(value)
-    seed = schema.find("seed random_seed", "integer", "number")
+    seed = find_input(schema, SAMPLING["seed"])
     prompt = body.get("prompt") or body.get("input")
     built = PredictionInput(
         model,
