@@ -1941,11 +1941,11 @@ RESPONSE_IGNORED = {
     "context_management",
     "image",
     "max_tool_calls",  # of hosted tools
-    "stream_options",  # a stream always tells its usage
     "truncation",
 }
 
-CHAT_ONLY = {"functions", "function_call", "n"}  # mean nothing here
+# These mean nothing here: a stream always tells its usage.
+CHAT_ONLY = {"functions", "function_call", "n", "stream_options"}
 
 RESPONSE_PARTS: dict[str, dict[str, Param]] = {
     **dict.fromkeys(
@@ -2094,15 +2094,12 @@ def build_chat_request(
     if format and format.get("type") == "json_schema":
         schema = without(format, ("type",))
         format = {"type": "json_schema", "json_schema": schema}
-    passed_on = without(body, {*RESPONSE, *RESPONSE_IGNORED, *CHAT_ONLY})
+    not_chats = {*RESPONSE, *RESPONSE_IGNORED} - CHAT.keys()
     chat = {
-        **passed_on,
-        "model": body["model"],
-        "stream": body["stream"],
+        **without(body, {*not_chats, *CHAT_ONLY}),
         "messages": [message for _, message in messages],
         "tools": [tool for _, tool in tools.rows.values()],
         "tool_choice": tools.choice(body["tool_choice"]),
-        "parallel_tool_calls": body["parallel_tool_calls"],
         "response_format": format,
         "verbosity": body["text"].get("verbosity"),
         "reasoning_effort": body["reasoning"].get("effort"),
@@ -2227,11 +2224,10 @@ def chat_content(content: str | list[Json], path: str) -> str | list[Json]:
 
 
 def chat_part(part: Json, path: str) -> Json:
+    """A part that chat takes, an image in the form that `as_chat_part` knows."""
     kinds = Param(STRING, choices=(*RESPONSE_PARTS,))
     kind = check_param(f"{path}.type", part.get("type"), kinds)
     part = check(part, RESPONSE_PARTS[kind], f"{path}.")
-    if kind == "input_image":
-        return {"type": "image_url", "image_url": {"url": part["image_url"]}}
     if kind == "input_file":
         data = part["file_url"] or part["file_data"]
         if not data:
@@ -2240,9 +2236,7 @@ def chat_part(part: Json, path: str) -> Json:
             media_type = guess_type(part["filename"])[0] or "application/pdf"
             data = f"data:{media_type};base64,{data}"
         return {"type": "file", "file": {"file_data": data}}
-    if kind in ("refusal", "input_audio"):
-        return {"type": kind, kind: part[kind]}
-    return {"type": "text", "text": part["text"]}
+    return {"type": "text" if "text" in part else kind, **part}
 
 
 def each_tool(
