@@ -1317,19 +1317,7 @@ def in_openais_words(body: Json) -> Json:
             body = {**without(body, [key]), "response_format": asked}
         elif schema == "json":
             body = {**without(body, [key]), "response_format": {"type": "json_object"}}
-    messages = [
-        {
-            **message,
-            "content": [
-                as_chat_part(part)
-                for part in content
-                if as_object(part).get("type") not in PASSED_OVER
-            ],
-        }
-        if isinstance(content := as_object(message).get("content"), list)
-        else message
-        for message in as_list(body.get("messages"))
-    ]
+    messages = [as_chat_message(message) for message in as_list(body.get("messages"))]
     return {**body, "messages": messages} if messages else body
 
 
@@ -1342,6 +1330,13 @@ def with_effort(body: Json) -> Json:
             named = {"reasoning_effort": body.get("reasoning_effort") or effort}
             body = {**without(body, [name]), **named}
     return body
+
+
+def as_chat_message(message: Any) -> Any:
+    if not isinstance(content := as_object(message).get("content"), list):
+        return message
+    kept = (p for p in content if as_object(p).get("type") not in PASSED_OVER)
+    return {**message, "content": [as_chat_part(part) for part in kept]}
 
 
 def as_chat_part(part: Any) -> Any:
@@ -3799,15 +3794,16 @@ def require_inputs(
 MAX_MASK_PIXELS = 4 * 2**20
 MAX_MASK_HEIGHT = 2**16  # each row costs memory
 
-WRONG_MASK = (
-    "Invalid 'mask': {why}. Send a PNG with 8 bits a channel that is transparent where "
-    "the image is to be edited, or an image without transparency that is white there."
-)
-
 
 def bad_mask(why: str) -> APIError:
-    message = WRONG_MASK.format(why=why)
-    return APIError(400, message, code="invalid_value", param="mask")
+    return APIError(
+        400,
+        f"Invalid 'mask': {why}. Send a PNG with 8 bits a channel that is transparent "
+        "where the image is to be edited, or an image without transparency that is "
+        "white there.",
+        code="invalid_value",
+        param="mask",
+    )
 
 
 # The byte of a WebP image that tells whether it has transparency, by its first chunk.
