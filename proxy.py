@@ -4158,14 +4158,15 @@ def share_inputs(
         return [({}, 1)]
     name = find_input(schema, task.params["input"])
     row = schema.inputs[name]
+    write: Callable[[list[str]], Any]
     if quirk_of(model).takes_lines:
-        lines = "\n".join(" ".join(text.splitlines()) for text in texts)
-        return [({name: lines}, len(texts))]
-    is_list = row.type in ("strings", "array")
-    is_json = name in JSON_LISTS or str(row.own_default or "").startswith("[")
-    size = int(min(row.high or inf, MAX_TEXTS)) if is_list else 1
-    if is_json and not is_list:
-        size = MAX_TEXTS
+        size, write = len(texts), join_lines
+    elif row.type in ("strings", "array"):
+        size, write = int(min(row.high or inf, MAX_TEXTS)), list
+    elif name in JSON_LISTS or str(row.own_default or "").startswith("["):
+        size, write = MAX_TEXTS, partial(json.dumps, ensure_ascii=False)
+    else:
+        size, write = 1, itemgetter(0)
     batches = [texts[at : at + size] for at in range(0, len(texts), size)]
     require(
         len(batches) <= MAX_PREDICTIONS,
@@ -4174,13 +4175,11 @@ def share_inputs(
         code="array_above_max_length",
         param="input",
     )
+    return [({name: write(batch)}, len(batch)) for batch in batches]
 
-    def put(batch: list[str]) -> Any:
-        if is_list:
-            return batch
-        return json.dumps(batch, ensure_ascii=False) if is_json else batch[0]
 
-    return [({name: put(batch)}, len(batch)) for batch in batches]
+def join_lines(texts: list[str]) -> str:
+    return "\n".join(" ".join(text.splitlines()) for text in texts)
 
 
 MAX_TEXTS = 512  # of a prediction: vectors of 4,096 numbers are 43 MB of JSON
@@ -4238,6 +4237,7 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
     if not (match := SIZE.fullmatch(size)):
         return {}
     width, height = float(match[1]), float(match[2])
+    choices = {name: field.choices for name, field in schema.inputs.items()}
 
     def distance(other: Size) -> tuple[float, float]:
         ratio = abs(log2(width / height) - log2(other[0] / other[1]))
@@ -4245,9 +4245,8 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
 
     def nearest(names: str, parse: Callable[[str, str], Size | None]) -> Json:
         for name in names.split():
-            choices = schema.inputs[name].choices if name in schema.inputs else ()
-            sizes = {c: s for c in choices if (s := parse(str(c), name)) and all(s)}
-            if sizes:
+            found = [(c, parse(str(c), name)) for c in choices.get(name, ())]
+            if sizes := {c: size for c, size in found if size and all(size)}:
                 return {name: min(sizes, key=lambda choice: distance(sizes[choice]))}
         return {}
 
@@ -4257,8 +4256,7 @@ def size_inputs(size: str, schema: ModelSchema) -> Json:
     custom: Json = {
         name: choice
         for name in ("aspect_ratio", "size", "resolution")
-        if name in schema.inputs
-        for choice in schema.inputs[name].choices
+        for choice in choices.get(name, ())
         if str(choice).lower() == "custom"
     }
     across, down = schema.inputs.get("width"), schema.inputs.get("height")
