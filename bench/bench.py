@@ -814,9 +814,8 @@ def render_spread(row: Row, other: str) -> str:
     if not found or (other == "sdk" and len(found) < 2):
         return ""
     middle = "" if other == "sdk" else f"{render_ratio(median(found))} "
-    return (
-        f"{middle}({render_ratio(min(found))} to {render_ratio(max(found))}) x {other}"
-    )
+    spread = f"({render_ratio(min(found))} to {render_ratio(max(found))})"
+    return f"{middle}{spread if len(found) > 1 else '(one start)'} x {other}"
 
 
 def render_table(bench: Bench, starts: int) -> Iterator[str]:
@@ -914,7 +913,9 @@ def main() -> None:
             bench.run_start(done, options.port)
     log("")
     minutes = (time.monotonic() - began) / 60
-    print(f"{describe_machine()}; {done} starts, {minutes:.1f} minutes\n")
+    part = f", {bench.scale:g} of each load" if bench.scale != 1 else ""
+    starts = f"{done} start{'s' * (done != 1)}"
+    print(f"{describe_machine()}; {starts}{part}, {minutes:.1f} minutes\n")
     print("\n".join(render_table(bench, done)))
     for note in bench.notes:
         print(f"! {note}")
