@@ -7187,14 +7187,13 @@ FORMAT_ROWS = (
 )
 TOOL_CALL_FORMATS = [ToolCallFormat(*row) for row in FORMAT_ROWS]
 CLOSING_TAGS = [f.closing for f in TOOL_CALL_FORMATS if f.closing.startswith("<")]
-BY_NAME = [format for format in TOOL_CALL_FORMATS if format.opening[0] == "*"]
 
 
 @lru_cache(maxsize=1000)
 def formats_by_beginning(text: str) -> list[ToolCallFormat]:
-    """The formats with an opening that begins as one or two characters do."""
-    formats = (format for format in TOOL_CALL_FORMATS if format not in BY_NAME)
-    return [f for f in formats if text.startswith(f.opening[: len(text)])]
+    """The formats with an opening that may begin as one or two characters do."""
+    formats = [(format, format.opening[: len(text)]) for format in TOOL_CALL_FORMATS]
+    return [f for f, begin in formats if begin[0] == "*" or text.startswith(begin)]
 
 
 def unwrapped(arguments: str, tool: Tool | None) -> str:
@@ -7426,8 +7425,7 @@ class ToolCallParser:
             places[LINE] = is_line or bool(openings)
             places[CALLED] = any(opening.holds == "call" for opening in openings)
             found = []
-            formats = formats_by_beginning(self.held[at : at + 2])
-            for format in [*formats, *BY_NAME] if openings else formats:
+            for format in formats_by_beginning(self.held[at : at + 2]):
                 if not places[format.where]:
                     continue
                 opening = opening_at(format.opening, self.held, at, self.toolbox)
