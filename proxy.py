@@ -7307,11 +7307,6 @@ class ToolCallParser:
         self.is_fresh = True  # nothing was said yet, or nothing since a call
 
     def parse(self) -> Events:
-        readers = {
-            "object": self.read_object,
-            "named": self.read_named,
-            "python": self.read_object,
-        }
         while self.held or (yield from self.more(skims=not self.openings)):
             before, calls = self.openings, self.calls
             if not before:
@@ -7326,8 +7321,10 @@ class ToolCallParser:
                 self.openings = before
             elif holds is None:
                 self.give_up(self.is_sure())
-            elif holds in readers:
-                yield from readers[holds](name, at)
+            elif holds == "named":
+                yield from self.read_named(name, at)
+            elif holds in ("object", "python"):
+                yield from self.read_object(name, at)
             else:
                 self.refuse(at)
             if self.calls > calls:
