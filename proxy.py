@@ -6914,7 +6914,8 @@ LONGEST_EPILOGUE = 200  # characters that a model may go on after the value
 
 def extract_json(events: Events, format: ResponseFormat) -> Events:
     """Tell of the text only the value in it, or all of it if there is none."""
-    brackets = possible_brackets(format.schema)
+    types = possible_types(format.schema, format.schema)
+    brackets = "{" * ("object" in types) + "[" * ("array" in types)
     bracket = re.compile(f"[{re.escape(brackets)}]" if brackets else "(?!)")
     text, looked = "", 0
     with closing(events):
@@ -6962,12 +6963,6 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
                     event = Done("stop", event.usage)
             if not isinstance(event, Text):
                 yield event
-
-
-def possible_brackets(schema: Json) -> str:
-    """The brackets that values of a schema may begin with, as far as it says so."""
-    types = possible_types(schema, schema)
-    return "{" * ("object" in types) + "[" * ("array" in types)
 
 
 def lone_value(text: str, format: ResponseFormat, brackets: str) -> str:
