@@ -7004,7 +7004,7 @@ ARGUMENT_KEYS = ("arguments", "parameters", "args", "input")
 CALL_KEYS = {*NAME_KEYS, *ARGUMENT_KEYS, "type", "id"}
 SCHEMA_KEYS = ("type", "properties", "$schema")  # a tool's own schema begins so
 SEVERAL_CALLS = "multi_tool_use.parallel"  # as OpenAI's models name them
-NAME_CHARACTERS = ALPHABET + "_-."
+AFTER_NAME = re.compile(r"[^\w.-]", re.ASCII)
 LONGEST_NAME = 80  # characters, with what models write before it
 LONGEST_HEAD = 400  # characters, up to where arguments begin
 OPENAI_HEAD = '{"tool_calls":['
@@ -7213,9 +7213,7 @@ def opening_at(
     at += len(before)
     if not star:
         return "", at
-    name = "".join(
-        takewhile(NAME_CHARACTERS.__contains__, text[at : at + LONGEST_NAME])
-    )
+    name = AFTER_NAME.split(text[at : at + LONGEST_NAME], 1)[0]
     at += len(name)
     rest = text[at : at + len(after)]
     is_whole = rest == after and at < len(text)
