@@ -6128,6 +6128,11 @@ def overhang(text: str, stops: Sequence[str]) -> int:
     return next((n for n in lengths if any(s.startswith(text[-n:]) for s in stops)), 0)
 
 
+def any_of(texts: Iterable[str]) -> str:
+    """A pattern for one of some texts that are not empty."""
+    return f"(?:{'|'.join(map(re.escape, filter(None, texts))) or '(?!)'})"
+
+
 END_TOKENS = (
     "<|im_end|>",  # Qwen
     "<|eot_id|>",  # Llama 3
@@ -6229,7 +6234,7 @@ CALLS_BEGIN = (  # some models forget to end their reasoning before a call
 # gpt-oss writes in channels: OpenAI's harmony format.
 HARMONY = ("<|start|>assistant", "<|channel|>")
 HARMONY_MARKS = (*HARMONY, "<|end|>", "<|return|>", "<|call|>")
-HARMONY_MARK = re.compile("|".join(map(re.escape, HARMONY_MARKS)))
+HARMONY_MARK = re.compile(any_of(HARMONY_MARKS))
 HARMONY_HEADER = re.compile(
     r"\s{0,20}(?:<\|start\|>assistant[^<]{0,100})?<\|channel\|>(?P<channel>\w{1,20})"
     r"[^<]{0,100}(?:<\|constrain\|>\w{0,20})?<\|message\|>"
@@ -6916,7 +6921,7 @@ def extract_json(events: Events, format: ResponseFormat) -> Events:
     """Tell of the text only the value in it, or all of it if there is none."""
     types = possible_types(format.schema, format.schema)
     brackets = "{" * ("object" in types) + "[" * ("array" in types)
-    bracket = re.compile(f"[{re.escape(brackets)}]" if brackets else "(?!)")
+    bracket = re.compile(any_of(brackets))
     text, looked = "", 0
     with closing(events):
         for event in events:
@@ -7510,7 +7515,7 @@ class ToolCallParser:
     def read_broken_arguments(self, depth: int) -> Events:
         """Tell the rest as it is, to its last bracket or what closes the call."""
         closings = [o.closing for o in self.openings if len(o.closing) > 1]
-        marks = re.compile("|".join(map(re.escape, ["{", "}", *closings])))
+        marks = re.compile(any_of(["{", "}", *closings]))
         is_more = True
         while is_more:
             end = len(self.held) - overhang(self.held, closings)
@@ -7599,11 +7604,6 @@ class ToolCallParser:
             elif not (yield from self.more()):
                 self.held = ""
                 return
-
-
-def any_of(texts: Iterable[str]) -> str:
-    """A pattern for one of some texts that are not empty."""
-    return f"(?:{'|'.join(map(re.escape, filter(None, texts))) or '(?!)'})"
 
 
 # ==== 6. OBJECTS ==============================================================
