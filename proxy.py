@@ -6102,12 +6102,11 @@ def stop_at(events: Events, stops: Sequence[str], called: str = "stop") -> Event
     for event in events:
         if isinstance(event, Text):
             held += event.text
-            ends = [(held.find(s) + len(s), -len(s)) for s in stops if s in held]
-            if ends:
-                end = min(ends)[0]
-                starts = [at + size for at, size in ends if at == end]
-                if text := held[: min(starts)]:
-                    yield Text(text)
+            found = [(held.find(s) + len(s), held.find(s)) for s in stops if s in held]
+            if found:
+                _, start = min(found)
+                if start:
+                    yield Text(held[:start])
                 yield Done(reason)
                 return
             safe = len(held) - overhang(held, stops)
