@@ -6258,13 +6258,13 @@ def split_reasoning(
                 begun = held.lstrip()
                 is_far = len(held) - len(begun) > LONGEST_SPACE
                 tags = () if is_far else (*REASONING_TAGS, *HARMONY)
-                if tag := next(filter(begun.startswith, tags[: -len(HARMONY)]), ""):
+                tag = next(filter(begun.startswith, tags), "")
+                if tag in HARMONY:
+                    return (yield from split_harmony(begun, events))
+                if tag:
                     held, end_tag = begun[len(tag) :], REASONING_TAGS[tag]
                     state = "inside" if end_tag else "between"
                     starts_inside = holds = False
-                elif begun.startswith(tags):
-                    yield from split_harmony(begun, events)
-                    return
                 elif any(tag.startswith(begun) for tag in tags):
                     continue
                 else:
