@@ -4811,23 +4811,23 @@ REQUEST_CANCELLATION = ContextVar[Cancellation | None]("cancellation", default=N
 class ReplicateTransport(httpx.BaseTransport):
     """Sends the SDK's requests over the pool, each with its own headers and timeout.
 
-    The SDK takes most of the time that a call takes to start, and all threads want
-    Python's lock. So only one of them is in the SDK, and the others do not delay the
-    tokens of streams; nobody has the `turn` while Replicate is waited for.
+    Its lock is held by the thread that is in the SDK, and by none while Replicate is
+    waited for. So of many calls that start at once, fewer compete with those that
+    stream for Python's own lock.
     """
 
-    def __init__(self, pool: ConnectionPool, turn: threading.Lock) -> None:
+    def __init__(self, pool: ConnectionPool) -> None:
         self.pool = pool
-        self.turn = turn
+        self.lock = threading.RLock()  # a log handler may call the SDK in the SDK
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        self.turn.release()
+        self.lock.release()
         try:
-            return self.exchange(request)
+            return self.send(request)
         finally:
-            self.turn.acquire()
+            self.lock.acquire()
 
-    def exchange(self, request: httpx.Request) -> httpx.Response:
+    def send(self, request: httpx.Request) -> httpx.Response:
         """Raise what `ConnectionPool.request` raises: a connection error to the SDK."""
         url, method = request.url, request.method
         head = render_head(method, url.raw_path, request.headers.raw)
@@ -5057,10 +5057,10 @@ class ReplicateAPI:
         self.timeouts = timeouts
         tls = httpx.create_ssl_context()  # takes 20 ms: one for all
         self.pool = ConnectionPool(timeouts, tls)
-        self.turn = threading.Lock()  # at the SDK
-        transport = ReplicateTransport(self.pool, self.turn)
-        http_client = httpx.Client(transport=transport)
+        self.transport = ReplicateTransport(self.pool)
+        http_client = httpx.Client(transport=self.transport)
         http_client.headers.clear()  # the SDK gives its own
+        # Nothing but `send` calls it, as that holds the lock of its transport.
         self.client = Replicate(
             bearer_token=self.token,
             base_url=self.base._replace(path=self.base.path or "/v1").geturl(),
@@ -5134,7 +5134,7 @@ class ReplicateAPI:
         REQUEST_CANCELLATION.set(cancellation)
         status, began, record = "none", time.monotonic(), {}
         try:
-            with self.turn:
+            with self.transport.lock:
                 response = method(**given, extra_headers=NO_TELEMETRY)
             status = str(response.status_code)
             record = parse_object(response, needs)

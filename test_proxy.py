@@ -6388,9 +6388,13 @@ def test_a_schema_is_not_guessed_for_money_if_replicate_does_not_tell(
     fake, settings, path, body
 ):
     body = {"model": FLUX, **body}
+    is_asked = threading.Event()
     with fronting(fake, QUICK._replace(schema=0)) as server:
+        schemas = server.proxy.upstream.schemas
+        schemas.look_up = lambda *_: is_asked.wait(10) and {}
         answer = send(server, "POST", f"/v1/{path}", body)
-    assert answer.status in (502, 503, 504)
+        is_asked.set()
+    assert answer.status == 503
     assert "capacity" not in answer.error["message"] and not fake.creates()
     body["model"] = "missing/x"
     with fronting(fake) as server:
@@ -6857,21 +6861,21 @@ def test_a_request_that_nobody_reads_ends_in_time(settings):
 
 
 def test_one_thread_at_a_time_is_in_the_sdk(settings, monkeypatch):
-    """The others would delay the tokens of streams; those that wait are not in it."""
-    at_the_sdk, at_replicate = threading.Barrier(2), threading.Barrier(4)
-    build = httpx.Client.build_request
+    """More would delay the tokens of streams; those that wait are not in it."""
+    build, inside, most = httpx.Client.build_request, [], []
+    at_replicate = threading.Barrier(4)
 
     def build_request(*arguments, **options):
-        with suppress(threading.BrokenBarrierError):  # one that is alone
-            at_the_sdk.wait(0.2)
-            together.append(True)
+        inside.append("a thread")
+        time.sleep(0.02)
+        most.append(len(inside))
+        inside.pop()
         return build(*arguments, **options)
 
     def respond(*_):
         at_replicate.wait(10)
         return recorded()
 
-    together = []
     monkeypatch.setattr(httpx.Client, "build_request", build_request)
     with hosting(respond) as host:
         there = replace(settings, replicate_base_url=host.base_url)
@@ -6881,7 +6885,26 @@ def test_one_thread_at_a_time_is_in_the_sdk(settings, monkeypatch):
         ):
             made = [threads.submit(api.create, asking("a/b"), True) for _ in range(4)]
             assert [record.result()["id"] for record in made] == ["p"] * 4
-    assert not together
+    assert most == [1] * 4
+
+
+@table(
+    "refuses",
+    [
+        ("a status", b"HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n"),
+        ("no HTTP", b"No\r\n\r\n"),
+    ],
+)
+def test_after_a_failure_the_next_thread_gets_into_the_sdk(settings, refuses):
+    says = iter([refuses, recorded()])
+    with hosting(lambda *_: next(says)) as host:
+        there = replace(settings, replicate_base_url=host.base_url)
+        with closing(proxy.ReplicateAPI(there, TIMEOUTS)) as api:
+            for threads in (ThreadPoolExecutor(1), ThreadPoolExecutor(1)):
+                create = threads.submit(api.create, asking("a/b"), True)
+                if error := create.exception(10):
+                    assert isinstance(error, APIError)
+    assert create.result()["id"] == "p"
 
 
 def test_an_answer_may_be_compressed():
