@@ -791,13 +791,9 @@ def render_number(number: float) -> str:
 
 
 def render_ratio(ratio: float) -> str:
-    return (
-        f"{ratio:,.0f}"
-        if ratio >= 100
-        else f"{ratio:.2f}"
-        if ratio >= 0.1
-        else f"{ratio:.2g}"
-    )
+    if ratio >= 100:
+        return f"{ratio:,.0f}"
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def render_verdict(promise: str, row: Row, starts: int) -> str:

@@ -2,7 +2,8 @@
 
     python bench/growth.py             CPU for n and for 4 n of many shapes
     python bench/growth.py --memory    memory while large bodies come in
-    python bench/growth.py --soak      memory and threads after thousands of calls
+    python bench/growth.py --soak      memory and threads after thousands of calls,
+                                       and after --idle seconds: two minutes
 
 A shape is what a model says, or what a client sends. It goes through a proxy.py of its
 own process, in front of a stand-in in this one; CPU is the kernel's count for the
@@ -272,8 +273,8 @@ def measure_soak(path: Path, idle: float) -> bool:
         call_many(proxy, 500, False)  # what is made once
         call_many(proxy, 500, True)
         time.sleep(2)
-        first = memory_mb(proxy.pid, "VmRSS")
-        print(f"after the first 1,000 calls: {first:.1f} MB, {threads(proxy)} threads")
+        first, begun = memory_mb(proxy.pid, "VmRSS"), threads(proxy)
+        print(f"after the first 1,000 calls: {first:.1f} MB, {begun} threads")
         for name, (count, is_streamed) in SOAK.items():
             call_many(proxy, count, is_streamed)
             time.sleep(2)
@@ -282,6 +283,7 @@ def measure_soak(path: Path, idle: float) -> bool:
             print(f"after {count:,} {name}: {memory:.1f} MB, {left} threads")
         time.sleep(idle)
         memory, left = memory_mb(proxy.pid, "VmRSS"), threads(proxy)
+        is_kept &= memory < first + MOST_MORE and left <= begun
         print(f"after {idle:.0f} idle seconds: {memory:.1f} MB, {left} threads")
     return is_kept
 
