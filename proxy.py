@@ -1669,6 +1669,8 @@ def parse_messages(messages: list[Json]) -> Messages:
 def check_pairing(messages: Messages) -> None:
     """Raise 400 unless each call has one result, right after the message it is in."""
     results: dict[str, int] = {}  # by the ids of the last calls; -1: none yet
+    ids: list[str] = []  # of the last calls
+    caller = 0  # where they are
     for index, message in enumerate([*messages, {"role": "the end"}]):
         where = f"messages.[{min(index, len(messages) - 1)}]"
         if message["role"] != "tool":
@@ -1680,14 +1682,14 @@ def check_pairing(messages: Messages) -> None:
                 f"tool_call_ids did not have response messages: {unanswered}",
                 param=f"{where}.role",
             )
-            ids = [call["id"] for call in message.get("tool_calls", [])]
-            results = dict.fromkeys(ids, -1)
             require(
                 len(ids) == len(results),
                 "Invalid parameter: Duplicate value for 'tool_call_id' in the "
-                f"'tool_calls' of messages[{index}].",
-                param=f"{where}.tool_calls",
+                f"'tool_calls' of messages[{caller}].",
+                param=f"messages.[{caller}].tool_calls",
             )
+            ids = [call["id"] for call in message.get("tool_calls", [])]
+            results, caller = dict.fromkeys(ids, -1), index
             continue
         id = message.get("tool_call_id")
         if not id:

@@ -2247,6 +2247,11 @@ UNPAIRED = [
         ("messages.[2].tool_call_id", "Duplicate value for 'tool_call_id'"),
     ),
     (
+        "two results of one id, of two calls of that id",
+        [asks(*[("c1", "f", "{}")] * 2), gives("c1", ""), gives("c1", "")],
+        ("messages.[2].tool_call_id", "messages[1] and messages[2]"),
+    ),
+    (
         "two calls of one id",
         [asks(("c1", "f", "{}"), ("c1", "g", "{}")), gives("c1", "")],
         ("messages.[0].tool_calls", "Duplicate value for 'tool_call_id'"),
